@@ -1,0 +1,249 @@
+"""``prune``: several participants prune one model together, in this process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fedprllm.calibration import fingerprint
+from fedprllm.config import PruneConfig
+from fedprllm.core.criteria import CRITERIA
+from fedprllm.errors import ConfigError
+from fedprllm.evaluation import Perplexity, perplexities
+from fedprllm.federation.in_process import prune_in_process
+from fedprllm.inputs import (
+    ParticipantInputs,
+    PooledData,
+    Source,
+    evaluation_texts,
+    make_participants,
+    name_participants,
+    pool,
+)
+from fedprllm.model_card import write_model_card
+from fedprllm.models.blocks import BlockwiseModel
+from fedprllm.models.checkpoint import fingerprint_of
+from fedprllm.models.source import resolve_model
+from fedprllm.participant import Participant
+from fedprllm.progress import Progress, silent
+from fedprllm.runs import Run, versions
+from fedprllm.strategies import STRATEGIES
+
+__all__ = ["PooledData", "PruneResult", "prune"]
+
+
+class VoteMapping(Mapping[str, Tensor]):
+    """Votes by weight name, each read from the run's folder when it is asked for."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as opened:
+            return opened.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a complete run left.
+
+    Attributes:
+        out: the run's folder.
+        model_dirs: the pruned models by name: one called ``model``, or under ``local-only`` one for each
+            participant.
+        votes: votes by weight name, an integer tensor of the weight's shape, read when asked for.
+        sparsity: fraction of zeros by weight name.
+        config: the resolved configuration.
+        evaluation: perplexities by model (``dense`` and the names of `model_dirs`), if texts were given.
+        details: everything else the run recorded: ``result.json``.
+    """
+
+    out: Path
+    model_dirs: dict[str, Path]
+    votes: Mapping[str, Tensor]
+    sparsity: dict[str, float]
+    config: PruneConfig
+    evaluation: dict[str, list[dict[str, Any]]]
+    details: dict[str, Any]
+
+    @property
+    def model_dir(self) -> Path:
+        """Folder of the pruned model; of the first participant's under ``local-only``."""
+        return next(iter(self.model_dirs.values()))
+
+    @classmethod
+    def load(cls, out: str | Path) -> PruneResult:
+        """Read the result of a complete run from its folder."""
+        out = Path(out)
+        details = _read_result(out)
+        votes = {
+            name: out / "votes" / f"block-{record['block']:04d}.safetensors"
+            for record in details["blocks"]
+            for name in record["linears"]
+        }
+        sparsity = {
+            name: linear["n_zeros"] / (linear["shape"][0] * linear["shape"][1])
+            for record in details["blocks"]
+            for name, linear in record["linears"].items()
+        }
+        return cls(
+            out=out,
+            model_dirs={name: out / folder for name, folder in details["models"].items()},
+            votes=VoteMapping(votes),
+            sparsity=sparsity,
+            config=PruneConfig(**details["config"]),
+            evaluation=details["evaluation"],
+            details=details,
+        )
+
+
+def _read_result(out: Path) -> dict[str, Any]:
+    from fedprllm.errors import RunError
+    from fedprllm.files import read_json
+
+    path = out / "result.json"
+    if not path.exists():
+        state = "the run is not complete: run its command again" if (out / "run.json").exists() else "no run"
+        raise RunError(f"{out} has no result.json: {state}")
+    result: dict[str, Any] = read_json(path)
+    return result
+
+
+def prune(
+    model: str | Path,
+    participants: ParticipantInputs,
+    config: PruneConfig | None = None,
+    *,
+    out: str | Path,
+    eval_texts: Sequence[Source] | Mapping[str, Source] = (),
+    progress: Progress = silent,
+) -> PruneResult:
+    """Prune a model together.
+
+    A run that was killed continues at the last finished block when it is called again with the same
+    arguments, and ends with the same bits; a complete run is not computed again.
+
+    Args:
+        model: hub id, local Hugging Face folder, or GGUF file.
+        participants: one item for each participant, by name or in any order: a path, a list of paths
+            (see `fedprllm.calibration.read_documents`), or token ids, int [n_windows, window_length], all
+            of which are used; or `PooledData`, text to be dealt out.
+        config: how to prune; the paper's best by default.
+        out: folder of the run; made if it does not exist.
+        eval_texts: texts on which the dense and the pruned model are evaluated, none by default.
+        progress: told what goes on (see `fedprllm.progress`).
+
+    Returns:
+        The result; ``result.model_dir`` loads with ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ConfigError, DataError, ModelError: bad input, found before the long computation.
+        RunError: the folder belongs to another run, or the disk is full.
+    """
+    config = config or PruneConfig()
+    named = name_participants(participants)
+    folder = resolve_model(model, progress=progress)
+    walked = BlockwiseModel(folder, config.dtype, config.device)
+    _check_pattern_divides(walked, config)
+    people, config = make_participants(walked, named, config)
+    tests = evaluation_texts(walked, eval_texts, config)
+    identity = {
+        "config": config.model_dump(mode="json"),
+        "model": {"source": str(model), "fingerprint": _model_fingerprint(walked, progress)},
+        "participants": {person.name: person.describe() for person in people},
+        "evaluation": {name: fingerprint(torch.cat(text)) for name, text in tests.items()},
+        "versions": versions(),
+    }
+    with Run(Path(out), identity, _needed_bytes(walked, people, config)) as run:
+        if run.result is None:
+            _run(walked, people, config, run, tests, identity, progress)
+    return PruneResult.load(out)
+
+
+def _run(
+    model: BlockwiseModel,
+    people: list[Participant],
+    config: PruneConfig,
+    run: Run,
+    tests: Mapping[str, Sequence[Tensor]],
+    identity: Mapping[str, Any],
+    progress: Progress,
+) -> None:
+    strategy = STRATEGIES[config.strategy]
+    walkers = [pool(people)] if strategy.pools_text else people
+    prune_in_process(model, walkers, config, run, progress)
+    if strategy.server_votes or strategy.pools_text:
+        models = {"model": run.model_dir()}
+    else:
+        models = {person.name: run.model_dir(person.name) for person in people}
+    evaluation: dict[str, list[Perplexity]] = {}
+    if tests:
+        evaluation["dense"] = perplexities(model, tests, progress)
+        for name, folder in models.items():
+            pruned = BlockwiseModel(folder, config.dtype, config.device)
+            evaluation[name] = perplexities(pruned, tests, progress)
+    result = {
+        **identity,
+        "models": {name: str(folder.relative_to(run.folder)) for name, folder in models.items()},
+        "n_prunable": model.n_prunable,
+        "n_participants": len(walkers),
+        "rounds": model.n_blocks if strategy.follows_server else int(strategy.server_votes),
+        "update_bytes_per_block": [
+            sum((n_out * n_in + 7) // 8 for n_out, n_in in (linear.shape for linear in block.values()))
+            if strategy.server_votes
+            else 0
+            for block in model.linears
+        ],
+        "evaluation": {name: [p.as_dict() for p in values] for name, values in evaluation.items()},
+        "blocks": run.records(),
+    }
+    for folder in models.values():
+        write_model_card(folder, result)
+    run.finish(result)
+
+
+def _check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
+    if config.n_m is None:
+        return
+    for block in model.linears:
+        for linear in block.values():
+            if linear.shape[1] % config.n_m[1]:
+                raise ConfigError(
+                    f"pattern {config.pattern} does not divide the {linear.shape[1]} inputs of "
+                    f"'{linear.name}': choose M among the divisors of {linear.shape[1]}"
+                )
+
+
+def _model_fingerprint(model: BlockwiseModel, progress: Progress) -> str:
+    """One SHA-256 for all weights, and the check that they are finite, block by block."""
+    digest = hashlib.sha256()
+    groups = [model.names_outside_blocks(), *(list(block) for block in model.linears)]
+    with progress("checking the weights", len(groups)) as advance:
+        for names in groups:
+            for name, value in fingerprint_of(model.checkpoint.load(names)).items():
+                digest.update(f"{name}={value}\n".encode())
+            advance(1)
+    return digest.hexdigest()
+
+
+def _needed_bytes(model: BlockwiseModel, people: Sequence[Participant], config: PruneConfig) -> int:
+    """What a run writes at most: its model(s), the votes, and twice the hidden states of one block."""
+    strategy = STRATEGIES[config.strategy]
+    n_models = 1 if strategy.server_votes or strategy.pools_text else len(people)
+    hidden_size = model.config.get_text_config().hidden_size
+    n_tokens = sum(person.windows.numel() for person in people)
+    state = n_tokens * hidden_size * model.dtype.itemsize if CRITERIA[config.criterion].uses_inputs else 0
+    return n_models * model.checkpoint.n_bytes + model.n_prunable + 2 * state

@@ -1,0 +1,132 @@
+"""The configuration of a run: every option once, with its meaning, its default and its check.
+
+The command line, the TOML file and the Python interface all read this class, so an option is added
+here and nowhere else. Nothing in this module imports torch: ``fedprllm --help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedprllm.errors import ConfigError, did_you_mean
+
+__all__ = ["PruneConfig"]
+
+Group = Literal["layer", "row", "column"]
+_PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
+
+
+class PruneConfig(BaseModel):
+    """How to prune; immutable, checked when it is made.
+
+    The defaults are what the paper found best: local Wanda masks compared by row, one-shot, the server
+    compares by layer, no weight scaling.
+
+    Raises:
+        ConfigError: a value is unknown, out of range or contradicts another one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sparsity: Annotated[
+        float, Field(description="fraction of the prunable weights set to zero, in [0, 1)")
+    ] = 0.5
+    pattern: Annotated[
+        str, Field(description="unstructured, or N:M (at most N non-zeros in M consecutive inputs)")
+    ] = "unstructured"
+    criterion: Annotated[
+        Literal["wanda", "magnitude"], Field(description="score by which weights are ranked")
+    ] = "wanda"
+    local_group: Annotated[
+        Literal["row", "layer", "column"],
+        Field(description="weights a participant ranks against each other"),
+    ] = "row"
+    server_group: Annotated[
+        Literal["layer", "row", "column"],
+        Field(description="weights whose votes the server ranks against each other"),
+    ] = "layer"
+    strategy: Annotated[
+        Literal["one-shot", "iterative", "centralized", "local-only"],
+        Field(description="who decides what each block loses, and when"),
+    ] = "one-shot"
+    scale_weights: Annotated[bool, Field(description="multiply the kept weights by (m - votes) / m")] = False
+    ties: Annotated[
+        Literal["index", "random", "magnitude"],
+        Field(description="who goes first among equals: lowest index, seeded draw, smallest weight"),
+    ] = "index"
+    windows: Annotated[
+        int, Field(ge=0, description="calibration windows per participant; 0 takes all of its text")
+    ] = 16
+    window_length: Annotated[
+        int | None,
+        Field(ge=2, description="tokens per window [default: 2048, or the model's limit if lower]"),
+    ] = None
+    bos: Annotated[
+        Literal["auto", "every", "start", "never"],
+        Field(description="beginning-of-sequence token: auto = every window if the tokenizer adds one"),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        Field(description="precision of the forward passes; the weights keep the precision of their file"),
+    ] = "float32"
+    device: Annotated[str, Field(description="where to compute: cpu, cuda, cuda:1, mps")] = "cpu"
+    seed: Annotated[int, Field(ge=0, description="of the choice of windows and of random ties")] = 0
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 0 <= self.sparsity < 1:
+            raise ConfigError(
+                f"sparsity must lie in [0, 1), found {self.sparsity:g}: it is the fraction of weights set "
+                "to zero, for example 0.5"
+            )
+        if self.pattern != "unstructured":
+            self._check_pattern()
+        return self
+
+    def _check_pattern(self) -> None:
+        match = _PATTERN.fullmatch(self.pattern)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ConfigError(
+                f"pattern must be 'unstructured' or 'N:M' with 0 < N < M (2:4 keeps at most two non-zeros "
+                f"of four consecutive inputs), found '{self.pattern}'"
+            )
+        implied = 1 - Fraction(int(match[1]), int(match[2]))
+        if "sparsity" in self.model_fields_set and Fraction(str(self.sparsity)) != implied:
+            raise ConfigError(
+                f"pattern {self.pattern} means sparsity {float(implied):g}, found sparsity "
+                f"{self.sparsity:g}: leave sparsity out"
+            )
+        # The one field that another one determines; a frozen model is set through the object itself.
+        object.__setattr__(self, "sparsity", float(implied))
+
+    @property
+    def n_m(self) -> tuple[int, int] | None:
+        """``(N, M)`` of an N:M pattern, or None for an unstructured one."""
+        match = _PATTERN.fullmatch(self.pattern)
+        return (int(match[1]), int(match[2])) if match else None
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per defect, in the user's words instead of pydantic's."""
+    lines = []
+    for defect in error.errors():
+        name = ".".join(str(part) for part in defect["loc"]) or "configuration"
+        found = defect["input"]
+        if defect["type"] == "extra_forbidden":
+            lines.append(f"unknown option {did_you_mean(name, PruneConfig.model_fields)}")
+        elif defect["type"] == "literal_error":
+            choices = get_args(PruneConfig.model_fields[name].annotation)
+            lines.append(f"unknown value of {name}: {did_you_mean(found, choices)}")
+        else:
+            lines.append(f"{name}: {defect['msg'][0].lower()}{defect['msg'][1:]}, found {found!r}")
+    return "\n".join(lines)

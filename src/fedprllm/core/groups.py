@@ -1,0 +1,68 @@
+"""Comparison groups: which weights are ranked against each other, and how many of them go.
+
+A weight matrix ``W[out, in]`` is viewed as ``[n_groups, n]``; selection happens inside each row of that
+view and is then viewed back.
+
+| group | a group is | n_groups | n |
+|---|---|---|---|
+| layer | the whole matrix | 1 | out * in |
+| row | the inputs of one output neuron | out | in |
+| column | the outputs of one input channel | in | out |
+| N:M pattern | M consecutive inputs of one output neuron | out * in / M | M |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+__all__ = ["GroupName", "Grouping"]
+
+GroupName = Literal["layer", "row", "column"]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How one matrix is split into comparison groups, and the fraction that each group loses.
+
+    Attributes:
+        group: ``layer``, ``row`` or ``column``; an N:M pattern takes precedence over it.
+        sparsity: fraction of each group that is pruned, in [0, 1).
+        n_m: ``(N, M)`` keeps at most N non-zeros in M consecutive inputs; None for unstructured.
+    """
+
+    group: GroupName
+    sparsity: float
+    n_m: tuple[int, int] | None = None
+
+    def group_size(self, shape: tuple[int, int]) -> int:
+        """Number of weights compared with each other in a matrix of ``shape`` = (out, in)."""
+        if self.n_m:
+            return self.n_m[1]
+        n_out, n_in = shape
+        return {"layer": n_out * n_in, "row": n_in, "column": n_out}[self.group]
+
+    def n_pruned(self, shape: tuple[int, int]) -> int:
+        """``k = floor(n * sparsity)``, in exact arithmetic: 0.7 of 90 is 63, not the 62 of floats."""
+        if self.n_m:
+            n, m = self.n_m
+            return m - n
+        return int(self.group_size(shape) * Fraction(str(self.sparsity)))
+
+    def split(self, matrix: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "groups n"]:
+        """View a matrix as one row per comparison group; contiguous for ``column`` (a copy)."""
+        if self.n_m:
+            return matrix.reshape(-1, self.n_m[1])
+        if self.group == "layer":
+            return matrix.reshape(1, -1)
+        return matrix if self.group == "row" else matrix.T.contiguous()
+
+    def join(self, grouped: Shaped[Tensor, "groups n"], shape: tuple[int, int]) -> Shaped[Tensor, "out in"]:
+        """Inverse of ``split``."""
+        if self.n_m or self.group != "column":
+            return grouped.reshape(shape)
+        return grouped.T.contiguous()

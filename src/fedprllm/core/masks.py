@@ -1,0 +1,82 @@
+"""Prune masks: from scores or votes to exactly k pruned weights in every comparison group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Integer, Num, Shaped
+from torch import Tensor
+
+from fedprllm.core.groups import Grouping
+from fedprllm.core.selection import select_lowest
+from fedprllm.core.ties import TIES
+
+__all__ = ["PruneMask", "most_voted", "prune_lowest", "scale_kept", "vote_dtype"]
+
+
+@dataclass(frozen=True)
+class PruneMask:
+    """The weights to prune, and how many of them a tie decided."""
+
+    mask: Bool[Tensor, "out in"]
+    n_ties: int
+
+
+def prune_lowest(
+    scores: Num[Tensor, "out in"],
+    weight: Float[Tensor, "out in"],
+    grouping: Grouping,
+    ties: str,
+    seed_parts: tuple[object, ...] = (),
+) -> PruneMask:
+    """Prune the ``k = floor(n * sparsity)`` lowest scores of every comparison group.
+
+    Args:
+        scores: finite; lower is pruned first.
+        weight: the weights themselves, for the tie rule ``magnitude``.
+        grouping: what is compared with what.
+        ties: a key of `TIES`.
+        seed_parts: what the tie rule ``random`` is a function of.
+    """
+    shape = (scores.shape[0], scores.shape[1])
+    rule = TIES[ties]
+    tie_key = None if rule is None else lambda: grouping.split(rule(weight, seed_parts))
+    selected, n_ties = select_lowest(grouping.split(scores), grouping.n_pruned(shape), tie_key)
+    return PruneMask(grouping.join(selected, shape), n_ties)
+
+
+def most_voted(
+    votes: Integer[Tensor, "out in"],
+    weight: Float[Tensor, "out in"],
+    grouping: Grouping,
+    ties: str,
+    seed_parts: tuple[object, ...] = (),
+) -> PruneMask:
+    """The server's mask: the k most-voted weights of every comparison group (FedPrLLM, section 3).
+
+    Differs from the paper's code on purpose: ties follow one named rule in every group, where the code
+    draws at random for ``layer`` and takes the lowest index for ``row`` and ``column``.
+    """
+    # Votes are exact in float32 up to 2^24 participants, and its partition is the vectorised one.
+    return prune_lowest(-votes.to(torch.float32), weight, grouping, ties, seed_parts)
+
+
+def scale_kept(
+    weight: Shaped[Tensor, "*shape"], votes: Integer[Tensor, "*shape"], n_participants: int
+) -> Shaped[Tensor, "*shape"]:
+    """``W * (m - V) / m``: the average of the locally pruned models (FedPrLLM, weight scaling).
+
+    The factor and the product are float32 whatever the precision of the weight, unlike the paper's code,
+    which rounds the factor to float16.
+    """
+    factor = (n_participants - votes.to(torch.float32)) / n_participants
+    # Adding zero turns -0.0, which a factor of zero makes of a negative weight, into +0.0.
+    return (weight.to(torch.float32) * factor + 0.0).to(weight.dtype)
+
+
+def vote_dtype(n_participants: int) -> torch.dtype:
+    """The smallest integer type that counts ``n_participants`` votes without overflow."""
+    if n_participants <= torch.iinfo(torch.uint8).max:
+        return torch.uint8
+    return torch.int16 if n_participants <= torch.iinfo(torch.int16).max else torch.int32

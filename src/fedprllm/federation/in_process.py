@@ -1,0 +1,203 @@
+"""All participants in one process: one walk over the blocks, taken by everyone together.
+
+In memory at any time: one block, its votes, one participant's masks of it and everyone's hidden states.
+The checkpoint is read once and written once, whatever the number of participants.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedprllm.config import PruneConfig
+from fedprllm.core.criteria import CRITERIA
+from fedprllm.federation.agreement import Agreement
+from fedprllm.models.blocks import Block, BlockwiseModel
+from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.participant import Participant
+from fedprllm.progress import Progress
+from fedprllm.runs import Run
+from fedprllm.sharing import BlockDecision, Votes, local_decision
+from fedprllm.strategies import STRATEGIES
+
+__all__ = ["prune_in_process"]
+
+
+class _Clock(defaultdict[str, float]):
+    """Seconds spent by phase."""
+
+    def __init__(self) -> None:
+        super().__init__(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self[name] += time.perf_counter() - start
+
+
+def prune_in_process(
+    model: BlockwiseModel,
+    participants: Sequence[Participant],
+    config: PruneConfig,
+    run: Run,
+    progress: Progress,
+) -> None:
+    """Walk all blocks that are not finished yet, and leave the complete model(s) in the run's folder.
+
+    Args:
+        model: the model to prune.
+        participants: in any order; under ``centralized`` the one that holds all windows.
+        config: the resolved configuration.
+        run: an open run.
+        progress: told of every participant's step.
+
+    Raises:
+        ModelError: activations that are not finite.
+        RunError: the disk is full.
+    """
+    strategy = STRATEGIES[config.strategy]
+    outputs = [None] if strategy.server_votes or strategy.pools_text else [p.name for p in participants]
+    writers = {
+        name: CheckpointWriter(run.unfinished_model_dir(name), model.n_blocks)
+        for name in outputs
+        if not run.model_dir(name).exists()
+    }
+    walk = _Walk(model, participants, config, run, writers)
+    with progress("pruning", model.n_blocks * len(participants)) as advance:
+        advance(run.n_finished * len(participants))
+        walk.resume(run.n_finished)
+        for index in range(run.n_finished, model.n_blocks):
+            walk.step(index, advance)
+    outside = model.names_outside_blocks()
+    for name, writer in writers.items():
+        writer.write(None, model.checkpoint.load(outside))
+        writer.finish(model.folder)
+        run.publish_model(name)
+
+
+class _Walk:
+    """The walk of all participants, block by block."""
+
+    def __init__(
+        self,
+        model: BlockwiseModel,
+        participants: Sequence[Participant],
+        config: PruneConfig,
+        run: Run,
+        writers: Mapping[str | None, CheckpointWriter],
+    ) -> None:
+        self.model, self.participants, self.config = model, participants, config
+        self.run, self.writers = run, writers
+        self.strategy = STRATEGIES[config.strategy]
+        self.uses_inputs = CRITERIA[config.criterion].uses_inputs
+
+    def resume(self, n_finished: int) -> None:
+        """Bring everyone's hidden states to the first block that is not finished."""
+        if not self.uses_inputs or n_finished == self.model.n_blocks:
+            return
+        for participant in self.participants:
+            participant.enter(self.model)
+        if n_finished:
+            kept = self.run.hidden_after(n_finished - 1)
+            for participant in self.participants:
+                participant.hidden = [
+                    kept[_hidden_name(participant, window)].to(self.model.device)
+                    for window in range(len(participant.windows))
+                ]
+
+    def step(self, index: int, advance: Any) -> None:
+        """Prune one block for everyone and keep the result."""
+        clock = _Clock()
+        with ExitStack() as stack:
+            with clock.phase("read"):
+                block = stack.enter_context(self.model.block(index))
+            self._step(block, clock, advance)
+
+    def _step(self, block: Block, clock: _Clock, advance: Any) -> None:
+        votes = Votes(block, len(self.participants))
+        agreement = Agreement(block, self.config.seed)
+        own_ties: dict[str, int] = {}
+        walks_on = self.uses_inputs and block.index + 1 < self.model.n_blocks
+        for participant in self.participants:
+            own = self._own_decision(participant, block, clock)
+            own_ties[participant.name] = sum(pruned.n_ties for pruned in own.masks.values())
+            with clock.phase("vote"):
+                masks = {name: pruned.mask for name, pruned in own.masks.items()}
+                votes.add(masks)
+                agreement.add(masks)
+            if walks_on and not self.strategy.follows_server:
+                with clock.phase("advance"):
+                    participant.advance(block, own.weights)
+            if not self.strategy.server_votes:
+                decided = own
+                name = None if self.strategy.pools_text else participant.name
+                with clock.phase("write"):
+                    self._write(name, block, own)
+            advance(1)
+        if self.strategy.server_votes:
+            with clock.phase("aggregate"):
+                decided = votes.decide(block, self.config)
+            with clock.phase("write"):
+                self._write(None, block, decided)
+        if walks_on and self.strategy.follows_server:
+            with clock.phase("advance"):
+                for participant in self.participants:
+                    participant.advance(block, decided.weights)
+        hidden = {
+            _hidden_name(participant, number): state
+            for participant in self.participants
+            for number, state in enumerate(participant.hidden)
+            if walks_on
+        }
+        record = _record(block, votes, decided, own_ties, agreement)
+        self.run.finish_block(block.index, record | {"seconds": clock}, _stored(block, votes.counts), hidden)
+
+    def _own_decision(self, participant: Participant, block: Block, clock: _Clock) -> BlockDecision:
+        statistics = None
+        if self.uses_inputs:
+            with clock.phase("observe"):
+                statistics = participant.observe(block)
+        with clock.phase("select"):
+            return local_decision(block, statistics, self.config, participant.fingerprint)
+
+    def _write(self, name: str | None, block: Block, decision: BlockDecision) -> None:
+        if name in self.writers:
+            self.writers[name].write(block.index, block.tensors | decision.weights)
+
+
+def _hidden_name(participant: Participant, window: int) -> str:
+    return f"{participant.fingerprint}.{window}"
+
+
+def _stored(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors [out, in] in the orientation of the checkpoint."""
+    return {name: block.linears[name].oriented(tensor) for name, tensor in tensors.items()}
+
+
+def _record(
+    block: Block, votes: Votes, decided: BlockDecision, own_ties: dict[str, int], agreement: Agreement
+) -> dict[str, Any]:
+    linears = {}
+    for name, linear in block.linears.items():
+        counts = votes.counts[name].reshape(-1).to(torch.int64)
+        linears[name] = {
+            "kind": linear.kind,
+            "shape": list(linear.shape),
+            "n_zeros": int((decided.weights[name] == 0).sum()),
+            "n_pruned": int(decided.masks[name].mask.sum()),
+            "n_ties": decided.masks[name].n_ties,
+            "vote_histogram": torch.bincount(counts, minlength=votes.n_participants + 1).tolist(),
+        }
+    return {
+        "block": block.index,
+        "linears": linears,
+        "participant_ties": own_ties,
+        "agreement": agreement.summary(),
+    }

@@ -1,0 +1,383 @@
+"""Walk a causal language model of any architecture block by block.
+
+The skeleton of the model is built without weights. Its own forward pass, run with every block replaced
+by a stand-in that records its arguments and hands the hidden states on, tells what each block is called
+with (masks, rotary embeddings), whatever the architecture; so nothing here knows a Llama from an OPT.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedprllm.errors import ModelError
+from fedprllm.models.checkpoint import Checkpoint
+
+__all__ = ["Block", "BlockwiseModel", "Linear"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Hidden = Float[Tensor, "1 tokens hidden"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One prunable weight of a block.
+
+    Attributes:
+        name: name of the weight in the checkpoint.
+        kind: name of the module inside its block, such as ``self_attn.q_proj``.
+        shape: (out, in), whatever the orientation in the checkpoint.
+        transposed: stored as [in, out] (GPT-2's Conv1D).
+        module: the module that holds it.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    transposed: bool
+    module: nn.Module = field(repr=False, compare=False)
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """Turn a stored weight into [out, in], or an [out, in] tensor back into the stored form."""
+        return tensor.T if self.transposed else tensor
+
+
+@dataclass
+class Block:
+    """One decoder block with its weights in memory.
+
+    Attributes:
+        index: position in the model.
+        linears: its prunable weights by name.
+        tensors: all its tensors by name, in the precision and orientation of the checkpoint.
+    """
+
+    index: int
+    linears: dict[str, Linear]
+    tensors: dict[str, Tensor]
+    module: nn.Module
+    call: Callable[[int, Hidden], Hidden]
+
+    def matrix(self, name: str) -> Float[Tensor, "out in"]:
+        """A prunable weight as [out, in] in float32."""
+        return self.linears[name].oriented(self.tensors[name]).to(torch.float32)
+
+    def forward(self, hidden: Hidden) -> Hidden:
+        """The block's output for one window."""
+        return self.call(self.index, hidden)
+
+    @contextmanager
+    def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Compute with other weights (stored orientation, any precision) inside the ``with`` block."""
+        with ExitStack() as stack:
+            for name, weight in weights.items():
+                parameter = self.linears[name].module.weight
+                stack.callback(setattr, parameter, "data", parameter.data)
+                parameter.data = weight.to(parameter.dtype)
+            yield
+
+
+class BlockwiseModel:
+    """A causal language model of which one block at a time is in memory.
+
+    Args:
+        folder: a Hugging Face folder with safetensors (see `fedprllm.models.source.resolve_model`).
+        dtype: precision of the forward passes.
+        device: where they run.
+
+    Raises:
+        ModelError: no decoder blocks, no Linear in them, fused experts, a quantised checkpoint, tensors
+            missing from the checkpoint, or a device that does not exist.
+    """
+
+    def __init__(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> None:
+        self.folder = folder
+        self.dtype = DTYPES[dtype]
+        self.device = _device(device)
+        self.skeleton = build_skeleton(folder, self.dtype)
+        self.config = self.skeleton.config
+        prefix, blocks = _find_blocks(self.skeleton)
+        self._blocks = blocks
+        self.block_names = [f"{prefix}.{index}" for index in range(len(blocks))]
+        self.checkpoint = Checkpoint(folder, self.skeleton.base_model_prefix)
+        self.linears = [
+            _find_linears(block, name) for name, block in zip(self.block_names, blocks, strict=True)
+        ]
+        self._refuse_what_cannot_be_pruned()
+        self._contexts: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._returns_tuple = False
+        for module in self.skeleton.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+
+    # What the model is -------------------------------------------------------------------------
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks)
+
+    @property
+    def n_prunable(self) -> int:
+        """Number of weights that may be pruned: every Linear inside the blocks."""
+        return sum(o * i for block in self.linears for o, i in (linear.shape for linear in block.values()))
+
+    @property
+    def max_window_length(self) -> int | None:
+        """Most tokens the model takes at once, or None if its configuration does not say."""
+        text_config = self.config.get_text_config()
+        return getattr(text_config, "max_position_embeddings", None) or getattr(
+            text_config, "n_positions", None
+        )
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids the embedding has rows for."""
+        return int(self.skeleton.get_input_embeddings().weight.shape[0])
+
+    def names_outside_blocks(self) -> list[str]:
+        """Tensors of the checkpoint that belong to no block; of tied ones only the stored one."""
+        inside = tuple(f"{name}." for name in self.block_names)
+        outside = [name for name in self.skeleton.state_dict() if not name.startswith(inside)]
+        return [name for name in outside if name in self.checkpoint]
+
+    # Loading and releasing ---------------------------------------------------------------------
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """Load one block, and release it when the ``with`` block ends."""
+        module, prefix = self._blocks[index], self.block_names[index]
+        names = [f"{prefix}.{name}" for name in module.state_dict()]
+        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
+        with self._materialised(tensors):
+            yield Block(index, self.linears[index], tensors, module, self._call_block)
+
+    @contextmanager
+    def _outside_blocks(self) -> Iterator[None]:
+        names = self.names_outside_blocks()
+        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
+        with self._materialised(tensors):
+            yield
+
+    @contextmanager
+    def _materialised(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give parameters and buffers of the skeleton their values for a while."""
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.skeleton.modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.setdefault(id(parameter), []).append((module, leaf))
+        parameters = dict(self.skeleton.named_parameters(remove_duplicate=False))
+        buffers = dict(self.skeleton.named_buffers())
+        with ExitStack() as stack:
+            for name, tensor in tensors.items():
+                if name in buffers:
+                    buffers[name].copy_(tensor)
+                    continue
+                empty = parameters[name]
+                real = nn.Parameter(tensor.to(empty.dtype), requires_grad=False)
+                # Tied weights are one parameter in several places.
+                for module, leaf in places[id(empty)]:
+                    module._parameters[leaf] = real
+                    stack.callback(module._parameters.__setitem__, leaf, empty)
+            yield
+
+    # Computing ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, windows: Sequence[Int[Tensor, " tokens"]]) -> list[Hidden]:
+        """Hidden states that enter the first block, one tensor per window."""
+        with self._outside_blocks():
+            return [self._embed_one(window) for window in windows]
+
+    def _embed_one(self, window: Int[Tensor, " tokens"]) -> Hidden:
+        base = self.skeleton.base_model
+        n_tokens = window.shape[0]
+        seen: list[tuple[tuple[Any, ...], dict[str, Any], Hidden]] = []
+
+        def record(index: int, hidden: Hidden, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hidden:
+            if index == 1 and hidden.shape != seen[0][2].shape:
+                self._returns_tuple = True
+            seen.append((args, kwargs, hidden))
+            return seen[0][2]
+
+        returned_tuple = self._returns_tuple
+        with self._stand_ins(record):
+            base(input_ids=window[None].to(self.device), use_cache=False)
+        if self._returns_tuple != returned_tuple:
+            return self._embed_one(window)
+        if len(seen) != self.n_blocks:
+            raise ModelError(
+                f"{type(self.skeleton).__name__} called {len(seen)} of its {self.n_blocks} blocks once "
+                "each: expected every block in turn; this architecture cannot be walked"
+            )
+        contexts = [(args, kwargs) for args, kwargs, _ in seen]
+        known = self._contexts.setdefault(n_tokens, contexts)
+        if known is not contexts and not _equal(known, contexts):
+            raise ModelError(
+                f"the blocks of {type(self.skeleton).__name__} take arguments that depend on the text, "
+                "not only on its length: this architecture cannot be walked block by block yet"
+            )
+        return seen[0][2]
+
+    @torch.no_grad()
+    def _call_block(self, index: int, hidden: Hidden) -> Hidden:
+        args, kwargs = self._contexts[hidden.shape[1]][index]
+        output = self._blocks[index](hidden, *args, **kwargs)
+        self._returns_tuple = isinstance(output, tuple)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def token_losses(
+        self, hidden: Hidden, window: Int[Tensor, " tokens"], chunk: int = 512
+    ) -> Float[Tensor, " predicted"]:
+        """Negative log-likelihood in nats of tokens 1.. of a window, given the last block's output.
+
+        Logits are made for ``chunk`` positions at a time: 2048 positions of a vocabulary of 262,144
+        would take 2 GB. Call it inside `head`.
+        """
+        window = window.to(self.device)
+        losses = []
+        accepts_chunks = "logits_to_keep" in inspect.signature(self.skeleton.forward).parameters
+        n_predicted = window.shape[0] - 1
+        step = chunk if accepts_chunks else n_predicted
+        with self._stand_ins(lambda *_: hidden):
+            for start in range(0, n_predicted, step):
+                positions = torch.arange(start, min(start + step, n_predicted), device=self.device)
+                kept = {"logits_to_keep": positions} if accepts_chunks else {}
+                output = self.skeleton(input_ids=window[None], use_cache=False, **kept)
+                logits = output.logits[0, : positions.numel()].to(torch.float32)
+                losses.append(nn.functional.cross_entropy(logits, window[positions + 1], reduction="none"))
+        return torch.cat(losses)
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Hold embedding, final norm and head in memory, for `token_losses`."""
+        with self._outside_blocks():
+            yield
+
+    @contextmanager
+    def _stand_ins(
+        self, function: Callable[[int, Hidden, tuple[Any, ...], dict[str, Any]], Hidden]
+    ) -> Iterator[None]:
+        """Replace the forward of every block by ``function(index, hidden, args, kwargs)``.
+
+        Only the forward is replaced: some architectures read attributes of the block itself.
+        """
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+                output = function(index, hidden, rest, kwargs)
+                return (output,) if self._returns_tuple else output
+
+            return forward
+
+        with ExitStack() as stack:
+            for index, block in enumerate(self._blocks):
+                block.forward = stand_in(index)
+                stack.callback(delattr, block, "forward")
+            yield
+
+    # Refusals ----------------------------------------------------------------------------------
+
+    def _refuse_what_cannot_be_pruned(self) -> None:
+        architecture = type(self.skeleton).__name__
+        for block, prefix in zip(self._blocks, self.block_names, strict=True):
+            for name, parameter in block.named_parameters():
+                if parameter.ndim >= 3 and not isinstance(
+                    block.get_submodule(name.rpartition(".")[0]), nn.Conv1d
+                ):
+                    raise ModelError(
+                        f"'{prefix}.{name}' of {architecture} has shape {tuple(parameter.shape)}: fused "
+                        "mixture-of-experts weights cannot be pruned yet; use a dense model"
+                    )
+        state = self.skeleton.state_dict(keep_vars=True)
+        # A tied weight is stored under one of its names.
+        stored = {id(tensor) for name, tensor in state.items() if name in self.checkpoint}
+        missing = [name for name, tensor in state.items() if id(tensor) not in stored]
+        if missing:
+            raise ModelError(
+                f"{self.folder} lacks {len(missing)} tensors of {architecture}, the first is '{missing[0]}'"
+            )
+
+
+def build_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the transformers model of a folder's configuration, with empty weights and real buffers."""
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"{folder} is a quantised checkpoint: pruning needs the weights in float32, bfloat16 or "
+            "float16; use the unquantised model"
+        )
+    with init_empty_weights(include_buffers=False):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # Without weights a tie made during construction is lost.
+    skeleton.tie_weights()
+    return skeleton.eval()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"cannot compute on device '{name}': {reason}; 'cpu' always works") from None
+    return device
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _find_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module]]:
+    """The outermost list of modules that all hold Linears and that has the most parameters."""
+    best: tuple[int, str, list[nn.Module]] = (0, "", [])
+    for name, module in skeleton.named_modules():
+        if not isinstance(module, nn.ModuleList) or (best[1] and name.startswith(f"{best[1]}.")):
+            continue
+        if len(module) and all(any(map(_is_linear, block.modules())) for block in module):
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if size > best[0]:
+                best = (size, name, list(module))
+    if not best[2]:
+        raise ModelError(
+            f"{type(skeleton).__name__} has no decoder blocks: expected a list of modules that hold Linear "
+            "layers"
+        )
+    return best[1], best[2]
+
+
+def _find_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
+    linears = {}
+    for kind, module in block.named_modules():
+        if _is_linear(module):
+            transposed = isinstance(module, Conv1D)
+            shape = tuple(module.weight.T.shape if transposed else module.weight.shape)
+            name = f"{prefix}.{kind}.weight"
+            linears[name] = Linear(name, kind, (shape[0], shape[1]), transposed, module)
+    return linears
+
+
+def _equal(left: Any, right: Any) -> bool:
+    """Whether two nested collections hold equal tensors and values."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and torch.equal(left, right)
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    if isinstance(left, (tuple, list)):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    return left is right or left == right

@@ -1,0 +1,115 @@
+"""One participant of a run: it observes each block on its own text and walks on.
+
+The same class serves a participant among others in one process, the one participant that holds all text
+(centralized), and a site of a federation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fedprllm.calibration import fingerprint
+from fedprllm.core.statistics import InputStatistics
+from fedprllm.errors import ModelError
+from fedprllm.models.blocks import Block, BlockwiseModel
+
+__all__ = ["BlockStatistics", "Participant"]
+
+# Statistics of the input of each Linear of a block, by weight name. Linears that read the same tensor
+# (query, key and value; gate and up) share one object.
+BlockStatistics = dict[str, InputStatistics]
+
+
+class Participant:
+    """Someone's calibration windows, and the hidden states of the walk over them.
+
+    Attributes:
+        name: for messages and files.
+        windows: int64 token ids, [n_windows, window_length].
+        fingerprint: SHA-256 of the windows.
+        sources: where the text came from, for the record.
+        hidden: one tensor [1, window_length, hidden_size] per window: the input of the next block.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        windows: Int[Tensor, "n_windows window_length"],
+        sources: Sequence[str] = ("token windows",),
+    ) -> None:
+        self.name = name
+        self.windows = windows
+        self.fingerprint = fingerprint(windows)
+        self.sources = list(sources)
+        self.hidden: list[Float[Tensor, "1 window_length hidden"]] = []
+
+    def describe(self) -> dict[str, Any]:
+        """What the run's record says of this participant: no text, no token ids."""
+        return {
+            "sources": self.sources,
+            "n_windows": self.windows.shape[0],
+            "window_length": self.windows.shape[1],
+            "fingerprint": self.fingerprint,
+        }
+
+    def enter(self, model: BlockwiseModel) -> None:
+        """Embed the windows: the start of the walk."""
+        self.hidden = model.embed(list(self.windows))
+
+    def observe(self, block: Block) -> BlockStatistics:
+        """Sum up the inputs of the block's Linears over this participant's windows, and only those.
+
+        Raises:
+            ModelError: an activation is NaN or infinite, or a Linear was never used (both named).
+        """
+        statistics: BlockStatistics = {}
+        with _Observer(block, statistics):
+            for hidden in self.hidden:
+                block.forward(hidden)
+        for name in block.linears:
+            if name not in statistics:
+                raise ModelError(f"'{name}' took no part in the forward pass of its block: cannot score it")
+            if not torch.isfinite(statistics[name].sum_of_squares).all():
+                raise ModelError(
+                    f"the inputs of '{name}' hold NaN or infinity on the text of participant "
+                    f"'{self.name}': if the precision is float16, try bfloat16 or float32"
+                )
+        return statistics
+
+    def advance(self, block: Block, weights: Mapping[str, Tensor]) -> None:
+        """Feed the windows through the block with ``weights`` in place of its own."""
+        with block.replaced(weights):
+            for number, hidden in enumerate(self.hidden):
+                self.hidden[number] = block.forward(hidden)
+
+
+class _Observer(ExitStack):
+    """Adds the input of every Linear of a block to its statistics while the context is open."""
+
+    def __init__(self, block: Block, statistics: BlockStatistics) -> None:
+        super().__init__()
+        self._statistics = statistics
+        self._last_input: Tensor | None = None
+        self._last_name = ""
+        for name, linear in block.linears.items():
+            self.callback(linear.module.register_forward_pre_hook(self._hook(name)).remove)
+
+    def _hook(self, name: str) -> Any:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG001  torch's signature
+            inputs = args[0]
+            if inputs is self._last_input:
+                # The Linear before this one read the very same tensor and has already counted it.
+                self._statistics[name] = self._statistics[self._last_name]
+                return
+            if name not in self._statistics:
+                self._statistics[name] = InputStatistics.zeros(inputs.shape[-1])
+            self._statistics[name].add(inputs)
+            self._last_input, self._last_name = inputs, name
+
+        return add

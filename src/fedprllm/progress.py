@@ -1,0 +1,18 @@
+"""How long work tells that it goes on: the library reports steps, the command line draws bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+__all__ = ["Progress", "silent"]
+
+Advance = Callable[[int], None]
+# ``with progress("pruning", 30) as advance: ... advance(1)``; the number is the total of all steps.
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@contextmanager
+def silent(description: str, total: int) -> Iterator[Advance]:  # noqa: ARG001  the signature of Progress
+    """Report nothing."""
+    yield lambda _: None

@@ -1,0 +1,184 @@
+"""A killed run continues and ends with the same bits; nothing is ever half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedprllm import PruneConfig, RunError, prune
+from fedprllm.federation.in_process import _Walk
+from tests.contracts.test_walk import assert_same_bits
+
+_CHILD = """
+import json, os, signal, sys
+import torch
+from fedprllm import PruneConfig, prune
+from fedprllm.runs import Run
+model, out, seed, strategy, phase, block = sys.argv[1:7]
+torch.set_num_threads(1)
+finish_block = Run.finish_block
+def dying(self, index, record, votes, hidden):
+    if index == int(block) and phase == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish_block(self, index, record, votes, hidden)
+    if index == int(block) and phase == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+Run.finish_block = dying
+people = [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
+prune(model, people, PruneConfig(strategy=strategy, seed=int(seed)), out=out)
+"""
+
+
+def people() -> list[torch.Tensor]:
+    return [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "iterative", "centralized", "local-only"])
+@pytest.mark.parametrize(("phase", "block"), [("before", 1), ("after", 1), ("after", 2)])
+def test_killed_run_continues_to_the_same_bits(tiny, tmp_path, strategy, phase, block):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    undisturbed = prune(tiny("llama"), people(), PruneConfig(strategy=strategy), out=tmp_path / "undisturbed")
+    out = tmp_path / "killed"
+    arguments = [str(tiny("llama")), str(out), "0", strategy, phase, str(block)]
+    child = subprocess.run([sys.executable, "-W", "ignore", "-c", _CHILD, *arguments], capture_output=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert not (out / "result.json").exists()
+    assert not (out / "model").exists()
+    finished = sorted(path.name for path in (out / "blocks").glob("*.json"))
+    assert len(finished) == block + (phase == "after")
+
+    steps = []
+    original = _Walk.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _Walk, "step", lambda self, index, advance: (steps.append(index), original(self, index, advance))
+        )
+        resumed = prune(tiny("llama"), people(), PruneConfig(strategy=strategy), out=out)
+    torch.set_num_threads(threads)
+    assert steps == list(range(len(finished), 3)), "finished blocks must not be computed again"
+    for name, folder in undisturbed.model_dirs.items():
+        assert_same_bits(folder, resumed.model_dirs[name])
+    assert not (out / "state").exists()
+
+
+def test_killed_at_arbitrary_moments(tiny, tmp_path):
+    """Killed again and again at whatever moment, the run still ends, with the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    undisturbed = prune(tiny("llama"), people(), out=tmp_path / "undisturbed")
+    torch.set_num_threads(threads)
+    out = tmp_path / "killed"
+    arguments = [str(tiny("llama")), str(out), "0", "one-shot", "never", "0"]
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD, *arguments]
+    # The first moments fall into the start of the process, the later ones into the walk.
+    for attempt in range(4):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while child.poll() is None and len(list(out.glob("blocks/*.json"))) < attempt:
+            time.sleep(0.002)
+        child.kill()
+        child.wait()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert_same_bits(undisturbed.model_dir, out / "model")
+    assert not [path for path in out.rglob("*.tmp") if path.parent.name != "model"]
+
+
+def test_complete_run_is_not_computed_again(tiny, windows, tmp_path, monkeypatch):
+    first = prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
+    monkeypatch.setattr(_Walk, "step", lambda *_: pytest.fail("computed again"))
+    again = prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
+    assert again.details == first.details
+
+
+@pytest.mark.parametrize(
+    ("config", "participant", "named"),
+    [
+        (PruneConfig(sparsity=0.6), 0, "config.sparsity"),
+        (PruneConfig(seed=1), 0, "config.seed"),
+        (PruneConfig(), 1, "fingerprint"),
+    ],
+)
+def test_folder_of_another_configuration_is_refused(tiny, windows, tmp_path, config, participant, named):
+    prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=f"belongs to another run.*{named}"):
+        prune(tiny("llama"), [windows(participant)], config, out=tmp_path / "run")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_other_weights_are_another_run(tiny, windows, tmp_path):
+    prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
+    with pytest.raises(RunError, match=r"model\."):
+        prune(tiny("llama-tied"), [windows(0)], out=tmp_path / "run")
+
+
+def test_folder_that_is_no_run_is_refused(tiny, windows, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"thesis\.tex"):
+        prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        prune(tiny("llama"), [windows(0)], out=tmp_path / "file")
+
+
+def test_two_processes_do_not_share_a_run(tiny, windows, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(RunError, match="another process"):
+        prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
+
+
+def test_too_little_space_is_refused_before_computing(tiny, windows, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedprllm.runs.free_bytes", lambda _: 1000)
+    monkeypatch.setattr(_Walk, "step", lambda *_: pytest.fail("computed"))
+    with pytest.raises(RunError, match=r"free, the run needs"):
+        prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+_LIMITED = """
+import resource, signal, sys, torch
+from fedprllm import FedprllmError, prune
+model, out, limit = sys.argv[1:4]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+people = [torch.randint(4, 128, (2, 16), generator=torch.Generator().manual_seed(2))]
+def full_from_block_1(steps, n=[0]):
+    n[0] += steps
+    if n[0] == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+from contextlib import contextmanager
+@contextmanager
+def progress(description, total):
+    yield full_from_block_1 if description == "pruning" else (lambda steps: None)
+try:
+    prune(model, people, out=out, progress=progress)
+except FedprllmError as error:
+    print(type(error).__name__, error)
+    sys.exit(2)
+"""
+
+
+def test_full_disk_is_a_clear_error_and_the_run_goes_on(tiny, tmp_path):
+    """The kernel refuses to write more than a limit, as it does on a full disk."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-W", "ignore", "-c", _LIMITED, str(tiny("llama")), str(out), "20000"]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 2, child.stderr
+    assert "RunError no space left while writing" in child.stdout
+    assert not list(out.rglob("*.tmp"))
+    with pytest.MonkeyPatch.context():
+        generator = torch.Generator().manual_seed(2)
+        result = prune(tiny("llama"), [torch.randint(4, 128, (2, 16), generator=generator)], out=out)
+    assert json.loads((out / "result.json").read_text())["models"] == {"model": "model"}
+    assert os.path.isdir(result.model_dir)
+    assert isinstance(result.model_dir, Path)
