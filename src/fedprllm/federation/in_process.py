@@ -23,7 +23,7 @@ from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.participant import Participant
 from fedprllm.progress import Progress
 from fedprllm.runs import Run
-from fedprllm.sharing import BlockDecision, Votes, local_decision
+from fedprllm.sharing import SHARING, BlockDecision, Contribution, Totals
 from fedprllm.strategies import STRATEGIES
 
 __all__ = ["prune_in_process"]
@@ -95,7 +95,7 @@ class _Walk:
     ) -> None:
         self.model, self.participants, self.config = model, participants, config
         self.run, self.writers = run, writers
-        self.strategy = STRATEGIES[config.strategy]
+        self.strategy, self.sharing = STRATEGIES[config.strategy], SHARING["mask"]
         self.uses_inputs = CRITERIA[config.criterion].uses_inputs
 
     def resume(self, n_finished: int) -> None:
@@ -121,17 +121,17 @@ class _Walk:
             self._step(block, clock, advance)
 
     def _step(self, block: Block, clock: _Clock, advance: Any) -> None:
-        votes = Votes(block, len(self.participants))
+        totals = self.sharing.zeros(block, len(self.participants))
         agreement = Agreement(block, self.config.seed)
         own_ties: dict[str, int] = {}
         walks_on = self.uses_inputs and block.index + 1 < self.model.n_blocks
         for participant in self.participants:
-            own = self._own_decision(participant, block, clock)
+            contribution = self._contribute(participant, block, clock)
+            own = contribution.own
             own_ties[participant.name] = sum(pruned.n_ties for pruned in own.masks.values())
             with clock.phase("vote"):
-                masks = {name: pruned.mask for name, pruned in own.masks.items()}
-                votes.add(masks)
-                agreement.add(masks)
+                totals.add(contribution.update)
+                agreement.add(contribution.update)
             if walks_on and not self.strategy.follows_server:
                 with clock.phase("advance"):
                     participant.advance(block, own.weights)
@@ -143,7 +143,7 @@ class _Walk:
             advance(1)
         if self.strategy.server_votes:
             with clock.phase("aggregate"):
-                decided = votes.decide(block, self.config)
+                decided = self.sharing.decide(totals, block, self.config)
             with clock.phase("write"):
                 self._write(None, block, decided)
         if walks_on and self.strategy.follows_server:
@@ -156,16 +156,16 @@ class _Walk:
             for number, state in enumerate(participant.hidden)
             if walks_on
         }
-        record = _record(block, votes, decided, own_ties, agreement)
-        self.run.finish_block(block.index, record | {"seconds": clock}, _stored(block, votes.counts), hidden)
+        record = _record(block, totals, decided, own_ties, agreement)
+        self.run.finish_block(block.index, record | {"seconds": clock}, _stored(block, totals.sums), hidden)
 
-    def _own_decision(self, participant: Participant, block: Block, clock: _Clock) -> BlockDecision:
+    def _contribute(self, participant: Participant, block: Block, clock: _Clock) -> Contribution:
         statistics = None
         if self.uses_inputs:
             with clock.phase("observe"):
                 statistics = participant.observe(block)
         with clock.phase("select"):
-            return local_decision(block, statistics, self.config, participant.fingerprint)
+            return self.sharing.contribute(block, statistics, self.config, participant.fingerprint)
 
     def _write(self, name: str | None, block: Block, decision: BlockDecision) -> None:
         if name in self.writers:
@@ -182,11 +182,11 @@ def _stored(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _record(
-    block: Block, votes: Votes, decided: BlockDecision, own_ties: dict[str, int], agreement: Agreement
+    block: Block, votes: Totals, decided: BlockDecision, own_ties: dict[str, int], agreement: Agreement
 ) -> dict[str, Any]:
     linears = {}
     for name, linear in block.linears.items():
-        counts = votes.counts[name].reshape(-1).to(torch.int64)
+        counts = votes.sums[name].reshape(-1).to(torch.int64)
         linears[name] = {
             "kind": linear.kind,
             "shape": list(linear.shape),
