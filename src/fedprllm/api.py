@@ -31,9 +31,10 @@ from fedprllm.model_card import write_model_card
 from fedprllm.models.blocks import BlockwiseModel
 from fedprllm.models.checkpoint import fingerprint_of
 from fedprllm.models.source import resolve_model
-from fedprllm.participant import Participant
+from fedprllm.participant import Participant, find_shared_inputs
 from fedprllm.progress import Progress, silent
 from fedprllm.runs import Run, versions
+from fedprllm.sharing import SHARING, update_bytes
 from fedprllm.strategies import STRATEGIES
 
 __all__ = ["PooledData", "PruneResult", "prune"]
@@ -47,7 +48,8 @@ class VoteMapping(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as opened:
-            return opened.get_tensor(name).clone()
+            votes: Tensor = opened.get_tensor(name).clone()
+        return votes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -158,6 +160,7 @@ def prune(
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, config.dtype, config.device)
     _check_pattern_divides(walked, config)
+    _check_update_size(walked, config)
     people, config = make_participants(walked, named, config)
     tests = evaluation_texts(walked, eval_texts, config)
     identity = {
@@ -202,10 +205,8 @@ def _run(
         "n_participants": len(walkers),
         "rounds": model.n_blocks if strategy.follows_server else int(strategy.server_votes),
         "update_bytes_per_block": [
-            sum((n_out * n_in + 7) // 8 for n_out, n_in in (linear.shape for linear in block.values()))
-            if strategy.server_votes
-            else 0
-            for block in model.linears
+            update_bytes(SHARING[config.share].shapes(linears)) if strategy.server_votes else 0
+            for linears in model.linears
         ],
         "evaluation": {name: [p.as_dict() for p in values] for name, values in evaluation.items()},
         "blocks": run.records(),
@@ -225,6 +226,22 @@ def _check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
                     f"pattern {config.pattern} does not divide the {linear.shape[1]} inputs of "
                     f"'{linear.name}': choose M among the divisors of {linear.shape[1]}"
                 )
+
+
+def _check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
+    """Refuse to share more than the user allows, before anything is computed."""
+    sharing = SHARING[config.share]
+    if sharing.by_input:
+        find_shared_inputs(model)
+    if config.max_update_mb is None:
+        return
+    for index, linears in enumerate(model.linears):
+        megabytes = update_bytes(sharing.shapes(linears)) / 1e6
+        if megabytes > config.max_update_mb:
+            raise ConfigError(
+                f"share {config.share} would send {megabytes:.1f} MB of block {index}, allowed are "
+                f"{config.max_update_mb:g} MB (max_update_mb): share statistics or mask, or allow more"
+            )
 
 
 def _model_fingerprint(model: BlockwiseModel, progress: Progress) -> str:

@@ -39,7 +39,7 @@ class PruneConfig(BaseModel):
         str, Field(description="unstructured, or N:M (at most N non-zeros in M consecutive inputs)")
     ] = "unstructured"
     criterion: Annotated[
-        Literal["wanda", "magnitude"], Field(description="score by which weights are ranked")
+        Literal["wanda", "ria", "magnitude"], Field(description="score by which weights are ranked")
     ] = "wanda"
     local_group: Annotated[
         Literal["row", "layer", "column"],
@@ -53,6 +53,17 @@ class PruneConfig(BaseModel):
         Literal["one-shot", "iterative", "centralized", "local-only"],
         Field(description="who decides what each block loses, and when"),
     ] = "one-shot"
+    share: Annotated[
+        Literal["mask", "statistics", "gram", "weights"],
+        Field(description="what a participant shares; gram prunes with SparseGPT, weights as FedSpaLLM"),
+    ] = "mask"
+    max_update_mb: Annotated[
+        float | None, Field(gt=0, description="refuse to share more than this per block, in MB")
+    ] = None
+    weighting: Annotated[
+        Literal["participants", "tokens"],
+        Field(description="what a vote counts: 1, or the participant's calibration tokens"),
+    ] = "participants"
     scale_weights: Annotated[bool, Field(description="multiply the kept weights by (m - votes) / m")] = False
     ties: Annotated[
         Literal["index", "random", "magnitude"],
@@ -91,7 +102,18 @@ class PruneConfig(BaseModel):
             )
         if self.pattern != "unstructured":
             self._check_pattern()
+        self._check_sharing()
         return self
+
+    def _check_sharing(self) -> None:
+        if self.share != "mask":
+            for option, value in (("scale_weights", False), ("weighting", "participants")):
+                if getattr(self, option) != value:
+                    raise ConfigError(
+                        f"{option} concerns votes: it needs share mask, found share {self.share}"
+                    )
+        if self.share in ("statistics", "gram") and self.criterion == "magnitude":
+            raise ConfigError(f"criterion magnitude uses no text: nothing to share as {self.share}")
 
     def _check_pattern(self) -> None:
         match = _PATTERN.fullmatch(self.pattern)

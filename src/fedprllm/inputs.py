@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class PooledData:
 
     paths: Sequence[Source]
     n_participants: int
-    partition: str = "iid"
+    partition: Literal["iid", "file", "dirichlet"] = "iid"
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
@@ -147,7 +147,7 @@ def _sample(by_file: list[Tensor], n_windows: int, seed: int) -> list[Tensor]:
     sizes = [len(windows) for windows in by_file]
     kept = torch.zeros(sum(sizes), dtype=torch.bool)
     kept[torch.randperm(sum(sizes), generator=generator(seed, "pool"))[:n_windows]] = True
-    chosen = [windows[keep] for windows, keep in zip(by_file, kept.split(sizes), strict=True)]
+    chosen = [windows[keep] for windows, keep in zip(by_file, torch.split(kept, sizes), strict=True)]
     return [windows for windows in chosen if len(windows)]
 
 

@@ -6,8 +6,9 @@ The same class serves a participant among others in one process, the one partici
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +16,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedprllm.calibration import fingerprint
-from fedprllm.core.statistics import InputStatistics
+from fedprllm.core.statistics import GramStatistics, InputStatistics
 from fedprllm.errors import ModelError
 from fedprllm.models.blocks import Block, BlockwiseModel
 
-__all__ = ["BlockStatistics", "Participant"]
+__all__ = ["BlockStatistics", "Observation", "Participant", "find_shared_inputs"]
 
 # Statistics of the input of each Linear of a block, by weight name. Linears that read the same tensor
 # (query, key and value; gate and up) share one object.
-BlockStatistics = dict[str, InputStatistics]
+BlockStatistics = dict[str, InputStatistics | GramStatistics]
+# Makes empty statistics for an input of so many channels.
+Observation = Callable[[int], InputStatistics | GramStatistics]
 
 
 class Participant:
@@ -62,16 +65,25 @@ class Participant:
         """Embed the windows: the start of the walk."""
         self.hidden = model.embed(list(self.windows))
 
-    def observe(self, block: Block) -> BlockStatistics:
+    def observe(
+        self, block: Block, observation: Observation = InputStatistics.zeros, *, walk_on: bool = False
+    ) -> BlockStatistics:
         """Sum up the inputs of the block's Linears over this participant's windows, and only those.
+
+        Args:
+            block: the block, unpruned.
+            observation: what is summed up.
+            walk_on: feed the next block from this very pass: from the unpruned block.
 
         Raises:
             ModelError: an activation is NaN or infinite, or a Linear was never used (both named).
         """
         statistics: BlockStatistics = {}
-        with _Observer(block, statistics):
-            for hidden in self.hidden:
-                block.forward(hidden)
+        with _Observer(block, statistics, observation):
+            for number, hidden in enumerate(self.hidden):
+                output = block.forward(hidden)
+                if walk_on:
+                    self.hidden[number] = output
         for name in block.linears:
             if name not in statistics:
                 raise ModelError(f"'{name}' took no part in the forward pass of its block: cannot score it")
@@ -92,9 +104,9 @@ class Participant:
 class _Observer(ExitStack):
     """Adds the input of every Linear of a block to its statistics while the context is open."""
 
-    def __init__(self, block: Block, statistics: BlockStatistics) -> None:
+    def __init__(self, block: Block, statistics: BlockStatistics, observation: Observation) -> None:
         super().__init__()
-        self._statistics = statistics
+        self._statistics, self._observation = statistics, observation
         self._last_input: Tensor | None = None
         self._last_name = ""
         for name, linear in block.linears.items():
@@ -108,8 +120,26 @@ class _Observer(ExitStack):
                 self._statistics[name] = self._statistics[self._last_name]
                 return
             if name not in self._statistics:
-                self._statistics[name] = InputStatistics.zeros(inputs.shape[-1])
+                self._statistics[name] = self._observation(inputs.shape[-1])
             self._statistics[name].add(inputs)
             self._last_input, self._last_name = inputs, name
 
         return add
+
+
+def find_shared_inputs(model: BlockwiseModel) -> None:
+    """Note in the model's Linears which of them read the same input, from one pass of two tokens."""
+    (hidden,) = model.embed([torch.zeros(2, dtype=torch.int64)])
+    statistics: BlockStatistics = {}
+    with model.block(0) as block, _Observer(block, statistics, InputStatistics.zeros):
+        block.forward(hidden)
+    first_kind: dict[int, str] = {}
+    kinds = {}
+    for name, linear in block.linears.items():
+        if name in statistics:
+            kinds[linear.kind] = first_kind.setdefault(id(statistics[name]), linear.kind)
+    for of_block in model.linears:
+        names = {linear.kind: name for name, linear in of_block.items()}
+        for name, linear in of_block.items():
+            source = names.get(kinds.get(linear.kind, linear.kind), name)
+            of_block[name] = replace(linear, source=source)

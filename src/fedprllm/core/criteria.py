@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["CRITERIA", "Criterion", "magnitude", "wanda"]
+__all__ = ["CRITERIA", "Criterion", "magnitude", "ria", "wanda"]
 
 
 def wanda(weight: Float[Tensor, "out in"], norm: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
@@ -27,6 +28,23 @@ def magnitude(
     return weight.abs()
 
 
+def ria(weight: Float[Tensor, "out in"], norm: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
+    """``S[o, j] = (|W[o, j]| / sum_j |W[o, :]| + |W[o, j]| / sum_o |W[:, j]|) * ||X[:, j]||_2 ^ 0.5``.
+
+    Relative importance and activations (Zhang et al., ICLR 2024), compared by layer in the paper. A row
+    or column of zeros contributes 0. The norm is that of the sum over tokens; the paper's code takes the
+    root of a running mean, which differs by one factor per Linear and ranks the same. Sums and scores are
+    float32 whatever the precision of the weight: a float16 sum of a long row would overflow.
+    """
+    importance = weight.abs().to(torch.float32)
+    row_sum = importance.sum(dim=1, keepdim=True)
+    column_sum = importance.sum(dim=0, keepdim=True)
+    # Where a sum is zero so is every weight under it, and 0 / 1 is the contribution wanted.
+    by_row = importance / row_sum.where(row_sum > 0, 1.0)
+    by_column = importance / column_sum.where(column_sum > 0, 1.0)
+    return (by_row + by_column) * norm.sqrt()
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A score function and whether it looks at the inputs (if not, no forward pass is needed)."""
@@ -37,5 +55,6 @@ class Criterion:
 
 CRITERIA: dict[str, Criterion] = {
     "wanda": Criterion(wanda, uses_inputs=True),
+    "ria": Criterion(ria, uses_inputs=True),
     "magnitude": Criterion(magnitude, uses_inputs=False),
 }

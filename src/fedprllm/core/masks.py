@@ -58,25 +58,27 @@ def most_voted(
     Differs from the paper's code on purpose: ties follow one named rule in every group, where the code
     draws at random for ``layer`` and takes the lowest index for ``row`` and ``column``.
     """
-    # Votes are exact in float32 up to 2^24 participants, and its partition is the vectorised one.
-    return prune_lowest(-votes.to(torch.float32), weight, grouping, ties, seed_parts)
+    # The partition of floats is the vectorised one; float32 is exact up to 2^24.
+    exact = torch.float32 if votes.dtype in (torch.uint8, torch.int16) else torch.float64
+    return prune_lowest(-votes.to(exact), weight, grouping, ties, seed_parts)
 
 
 def scale_kept(
-    weight: Shaped[Tensor, "*shape"], votes: Integer[Tensor, "*shape"], n_participants: int
+    weight: Shaped[Tensor, "*shape"], votes: Integer[Tensor, "*shape"], total: int
 ) -> Shaped[Tensor, "*shape"]:
     """``W * (m - V) / m``: the average of the locally pruned models (FedPrLLM, weight scaling).
 
     The factor and the product are float32 whatever the precision of the weight, unlike the paper's code,
     which rounds the factor to float16.
     """
-    factor = (n_participants - votes.to(torch.float32)) / n_participants
+    factor = (total - votes.to(torch.float32)) / total
     # Adding zero turns -0.0, which a factor of zero makes of a negative weight, into +0.0.
     return (weight.to(torch.float32) * factor + 0.0).to(weight.dtype)
 
 
-def vote_dtype(n_participants: int) -> torch.dtype:
-    """The smallest integer type that counts ``n_participants`` votes without overflow."""
-    if n_participants <= torch.iinfo(torch.uint8).max:
-        return torch.uint8
-    return torch.int16 if n_participants <= torch.iinfo(torch.int16).max else torch.int32
+def vote_dtype(total: int) -> torch.dtype:
+    """The smallest integer type that counts up to ``total`` without overflow."""
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        if total <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int64

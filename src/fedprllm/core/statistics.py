@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["InputStatistics"]
+__all__ = ["GramStatistics", "InputStatistics"]
 
 
 @dataclass
@@ -43,6 +43,46 @@ class InputStatistics:
     def __add__(self, other: InputStatistics) -> InputStatistics:
         """Statistics of the union of two disjoint sets of tokens."""
         return InputStatistics(self.sum_of_squares + other.sum_of_squares, self.n_tokens + other.n_tokens)
+
+    @property
+    def norm(self) -> Float[Tensor, " in"]:
+        """``||X_j||_2`` per input channel, float32."""
+        return self.sum_of_squares.sqrt().to(torch.float32)
+
+
+@dataclass
+class GramStatistics:
+    """Running sum of outer products over the tokens that reached one input of a block (SparseGPT).
+
+    Attributes:
+        gram: ``X^T X = sum_x x x^T``, float64 or, at half the size, float32.
+        n_tokens: number of tokens summed over.
+    """
+
+    gram: Float[Tensor, "in in"]
+    n_tokens: int = 0
+
+    @classmethod
+    def zeros(
+        cls, n_inputs: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+    ) -> GramStatistics:
+        """Statistics of no tokens; ``8 * n_inputs^2`` bytes in float64."""
+        return cls(torch.zeros(n_inputs, n_inputs, dtype=dtype, device=device))
+
+    def add(self, inputs: Float[Tensor, "... in"]) -> None:
+        """Add the tokens of one forward pass, in the precision of float32 per pass."""
+        flat = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
+        self.gram += (flat.T @ flat).to(self.gram.device)
+        self.n_tokens += flat.shape[0]
+
+    def __add__(self, other: GramStatistics) -> GramStatistics:
+        """Statistics of the union of two disjoint sets of tokens."""
+        return GramStatistics(self.gram + other.gram, self.n_tokens + other.n_tokens)
+
+    @property
+    def sum_of_squares(self) -> Float[Tensor, " in"]:
+        """``sum_x x_j^2`` per input channel j: the diagonal, in the type of `InputStatistics`."""
+        return self.gram.diagonal().cpu().to(torch.float64)
 
     @property
     def norm(self) -> Float[Tensor, " in"]:

@@ -35,15 +35,18 @@ class Agreement:
         self._samples: dict[str, list[Tensor]] = {name: [] for name in block.linears}
 
     def add(self, masks: Mapping[str, Tensor]) -> None:
-        """Keep a sample of one participant's masks."""
+        """Keep a sample of one participant's masks; anything else in an update is passed over."""
         for name, samples in self._samples.items():
-            if len(samples) < MAX_PARTICIPANTS:
+            is_mask = name in masks and masks[name].dtype == torch.bool
+            if is_mask and len(samples) < MAX_PARTICIPANTS:
                 samples.append(masks[name].reshape(-1)[self._positions[name]])
 
     def summary(self) -> dict[str, list[list[float]]]:
         """A matrix [participant, participant] of shares of equal mask entries, by kind of Linear."""
         matrices: dict[str, Any] = {}
         for name, samples in self._samples.items():
+            if not samples:
+                continue
             signs = torch.stack(samples).to(torch.float32) * 2 - 1
             matrix = (signs @ signs.T / signs.shape[1] + 1) / 2
             matrices[self._block.linears[name].kind] = [[round(x, 5) for x in row] for row in matrix.tolist()]

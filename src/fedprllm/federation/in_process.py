@@ -95,7 +95,7 @@ class _Walk:
     ) -> None:
         self.model, self.participants, self.config = model, participants, config
         self.run, self.writers = run, writers
-        self.strategy, self.sharing = STRATEGIES[config.strategy], SHARING["mask"]
+        self.strategy, self.sharing = STRATEGIES[config.strategy], SHARING[config.share]
         self.uses_inputs = CRITERIA[config.criterion].uses_inputs
 
     def resume(self, n_finished: int) -> None:
@@ -121,25 +121,27 @@ class _Walk:
             self._step(block, clock, advance)
 
     def _step(self, block: Block, clock: _Clock, advance: Any) -> None:
-        totals = self.sharing.zeros(block, len(self.participants))
+        totals = self.sharing.zeros(block, self._weight_of(self.participants))
         agreement = Agreement(block, self.config.seed)
         own_ties: dict[str, int] = {}
         walks_on = self.uses_inputs and block.index + 1 < self.model.n_blocks
         for participant in self.participants:
-            contribution = self._contribute(participant, block, clock)
+            contribution = self._contribute(participant, block, clock, walks_on)
             own = contribution.own
-            own_ties[participant.name] = sum(pruned.n_ties for pruned in own.masks.values())
             with clock.phase("vote"):
-                totals.add(contribution.update)
-                agreement.add(contribution.update)
-            if walks_on and not self.strategy.follows_server:
-                with clock.phase("advance"):
-                    participant.advance(block, own.weights)
+                totals.add(contribution.update, self._weight_of([participant]))
+                if own is not None:
+                    agreement.add({name: pruned.mask for name, pruned in own.masks.items()})
             if not self.strategy.server_votes:
-                decided = own
+                own = decided = own or self._decide_alone(participant, block, contribution)
                 name = None if self.strategy.pools_text else participant.name
                 with clock.phase("write"):
-                    self._write(name, block, own)
+                    self._write(name, block, decided)
+            if own is not None:
+                own_ties[participant.name] = sum(pruned.n_ties for pruned in own.masks.values())
+                if walks_on and not self.strategy.follows_server:
+                    with clock.phase("advance"):
+                        participant.advance(block, own.weights)
             advance(1)
         if self.strategy.server_votes:
             with clock.phase("aggregate"):
@@ -159,13 +161,33 @@ class _Walk:
         record = _record(block, totals, decided, own_ties, agreement)
         self.run.finish_block(block.index, record | {"seconds": clock}, _stored(block, totals.sums), hidden)
 
-    def _contribute(self, participant: Participant, block: Block, clock: _Clock) -> Contribution:
+    def _weight_of(self, participants: Sequence[Participant]) -> int:
+        """What these participants' votes count together."""
+        if self.config.weighting == "tokens":
+            return sum(participant.windows.numel() for participant in participants)
+        return len(participants)
+
+    def _contribute(
+        self, participant: Participant, block: Block, clock: _Clock, walks_on: bool
+    ) -> Contribution:
         statistics = None
         if self.uses_inputs:
+            # Who neither decides alone nor waits for the server walks on with the unpruned block.
+            decides_alone = self.sharing.decides_alone or not self.strategy.server_votes
+            walk_densely = walks_on and not decides_alone and not self.strategy.follows_server
             with clock.phase("observe"):
-                statistics = participant.observe(block)
+                statistics = participant.observe(block, self.sharing.observation, walk_on=walk_densely)
         with clock.phase("select"):
             return self.sharing.contribute(block, statistics, self.config, participant.fingerprint)
+
+    def _decide_alone(
+        self, participant: Participant, block: Block, contribution: Contribution
+    ) -> BlockDecision:
+        """The decision from one participant's update alone."""
+        weight = self._weight_of([participant])
+        totals = self.sharing.zeros(block, weight)
+        totals.add(contribution.update, weight)
+        return self.sharing.decide(totals, block, self.config)
 
     def _write(self, name: str | None, block: Block, decision: BlockDecision) -> None:
         if name in self.writers:
@@ -177,27 +199,35 @@ def _hidden_name(participant: Participant, window: int) -> str:
 
 
 def _stored(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors [out, in] in the orientation of the checkpoint."""
-    return {name: block.linears[name].oriented(tensor) for name, tensor in tensors.items()}
+    """The votes among some sums, in the orientation of the checkpoint."""
+    return {
+        name: block.linears[name].oriented(tensor)
+        for name, tensor in tensors.items()
+        if name in block.linears and not tensor.is_floating_point()
+    }
 
 
 def _record(
     block: Block, votes: Totals, decided: BlockDecision, own_ties: dict[str, int], agreement: Agreement
 ) -> dict[str, Any]:
-    linears = {}
+    linears: dict[str, Any] = {}
     for name, linear in block.linears.items():
-        counts = votes.sums[name].reshape(-1).to(torch.int64)
         linears[name] = {
             "kind": linear.kind,
             "shape": list(linear.shape),
             "n_zeros": int((decided.weights[name] == 0).sum()),
             "n_pruned": int(decided.masks[name].mask.sum()),
             "n_ties": decided.masks[name].n_ties,
-            "vote_histogram": torch.bincount(counts, minlength=votes.n_participants + 1).tolist(),
         }
+        counts = votes.sums.get(name)
+        # Votes that count tokens have too many values for a histogram.
+        if counts is not None and not counts.is_floating_point() and votes.weight == votes.n_participants:
+            histogram = torch.bincount(counts.reshape(-1).to(torch.int64), minlength=votes.weight + 1)
+            linears[name]["vote_histogram"] = histogram.tolist()
     return {
         "block": block.index,
         "linears": linears,
         "participant_ties": own_ties,
         "agreement": agreement.summary(),
+        "notes": decided.notes,
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ class Linear:
         kind: name of the module inside its block, such as ``self_attn.q_proj``.
         shape: (out, in), whatever the orientation in the checkpoint.
         transposed: stored as [in, out] (GPT-2's Conv1D).
+        dtype: precision in the checkpoint.
+        source: name of the first Linear that reads the same input (query, for key and value); its own
+            name until `fedprllm.participant.find_shared_inputs` was called.
         module: the module that holds it.
     """
 
@@ -46,6 +49,8 @@ class Linear:
     kind: str
     shape: tuple[int, int]
     transposed: bool
+    dtype: torch.dtype
+    source: str
     module: nn.Module = field(repr=False, compare=False)
 
     def oriented(self, tensor: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ class Block:
         """Compute with other weights (stored orientation, any precision) inside the ``with`` block."""
         with ExitStack() as stack:
             for name, weight in weights.items():
-                parameter = self.linears[name].module.weight
+                parameter: nn.Parameter = self.linears[name].module.weight  # type: ignore[assignment]
                 stack.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = weight.to(parameter.dtype)
             yield
@@ -115,6 +120,9 @@ class BlockwiseModel:
             _find_linears(block, name) for name, block in zip(self.block_names, blocks, strict=True)
         ]
         self._refuse_what_cannot_be_pruned()
+        for of_block in self.linears:
+            for name, linear in of_block.items():
+                of_block[name] = replace(linear, dtype=self.checkpoint.dtype(name))
         self._contexts: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._returns_tuple = False
         for module in self.skeleton.modules():
@@ -237,7 +245,8 @@ class BlockwiseModel:
         args, kwargs = self._contexts[hidden.shape[1]][index]
         output = self._blocks[index](hidden, *args, **kwargs)
         self._returns_tuple = isinstance(output, tuple)
-        return output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     @torch.no_grad()
     def token_losses(
@@ -368,7 +377,9 @@ def _find_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
             transposed = isinstance(module, Conv1D)
             shape = tuple(module.weight.T.shape if transposed else module.weight.shape)
             name = f"{prefix}.{kind}.weight"
-            linears[name] = Linear(name, kind, (shape[0], shape[1]), transposed, module)
+            linears[name] = Linear(
+                name, kind, (shape[0], shape[1]), transposed, module.weight.dtype, name, module
+            )
     return linears
 
 

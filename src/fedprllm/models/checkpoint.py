@@ -73,11 +73,20 @@ class Checkpoint:
             if stored is None:
                 raise ModelError(f"{self.folder} has no tensor '{name}'")
             by_file.setdefault(self._file_of[stored], []).append((name, stored))
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
             with self._open(file) as opened:
                 tensors |= {name: opened.get_tensor(stored).clone() for name, stored in wanted}
         return tensors
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Precision in which a tensor is stored."""
+        stored = self._stored_name(name)
+        assert stored is not None, name
+        with self._open(self._file_of[stored]) as opened:
+            # An empty slice costs nothing and knows its type.
+            dtype: torch.dtype = opened.get_slice(stored)[:0].dtype
+        return dtype
 
     @property
     def n_bytes(self) -> int:
@@ -100,7 +109,7 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
                 "the checkpoint is damaged; get it again"
             )
         digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
         digests[name] = digest.hexdigest()
     return digests
 
@@ -132,7 +141,8 @@ class CheckpointWriter:
             is_weight = path.name.endswith(_WEIGHTS)
             if path.is_file() and not is_weight and path.suffix != ".py" and path.name != "README.md":
                 shutil.copyfile(path, self.folder / path.name)
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for block in (None, *range(self.n_shards - 1)):
             path = self.shard_path(block)
             with safe_open(path, framework="pt") as opened:

@@ -1,0 +1,397 @@
+"""Votes in bit planes: any number of participants in ceil(log2(m + 1)) bits per weight.
+
+Plane p holds bit p of every weight's count, packed 64 weights to a word. A packed mask is added to all
+weights of a word at once by full adders: three words of one place value become one word of that value and
+one of the next. So a mask costs a few word operations per 64 weights, whatever the number of participants.
+The most-voted weights are read off the planes from the highest bit down, without the counts.
+
+Bits lie as in the payload of a message: weight i, row by row, is bit ``i % 8`` of byte ``i // 8``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Integer, Num
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedprllm.core.groups import Grouping
+from fedprllm.core.masks import PruneMask, vote_dtype
+from fedprllm.core.selection import select_lowest
+from fedprllm.core.ties import TIES
+from fedprllm.errors import UpdateError
+
+__all__ = ["PackedVotes", "pack"]
+
+Words = NDArray[np.uint64]
+Bytes = NDArray[np.uint8]
+Counts = NDArray[np.int64]
+Keys = Callable[[], Num[Tensor, "groups n"]]
+
+_ALL = np.uint64(2**64 - 1)
+# Words at a time: what a full adder reads and writes stays in the second-level cache of a core.
+_CHUNK = 2**13
+# For place values below 2^4 a word may wait for its partner. So a carry meets the higher planes once in
+# 16 masks, and a mask costs about 6 operations instead of 2 per plane.
+_N_WAITING = 4
+_COUNTED_AT_ONCE = 2**18  # weights whose counts stay in the cache
+_SCORED_AT_ONCE = 2**24  # weights; bounds the memory that N:M patterns take
+_ROWS_SUMMED_AT_ONCE = 255  # bits of a column; their sum fits a byte
+
+
+class PackedVotes:
+    """How many participants voted to prune each of ``n_weights`` weights.
+
+    Takes ``ceil(log2(m + 1)) + 4`` bits per weight for m participants.
+
+    Attributes:
+        n_weights: number of weights that are voted on.
+        n_participants: number of masks added so far.
+    """
+
+    def __init__(self, n_weights: int) -> None:
+        self.n_weights = n_weights
+        self.n_participants = 0
+        self._n_words = -(-n_weights // 64)
+        self._planes: list[Words] = []
+        self._waiting = np.empty((_N_WAITING, self._n_words), np.uint64)
+        # Bit i says whether waiting[i] holds words of place value 2^i: each carry into it toggles it.
+        self._phase = 0
+
+    def add(self, *packed: Bytes | Words) -> None:
+        """Add the masks of one or more participants.
+
+        Several at once are faster than one by one: the planes pass through the cache once for all.
+
+        Args:
+            packed: each a mask of all weights, True = pruned, as `pack` makes it and a message holds it:
+                ceil(n / 8) bytes, or 64-bit words of the same bytes. Unused bits are 0. Read, not kept.
+
+        Raises:
+            UpdateError: a mask has another type or length, or an unused bit is set; none was added.
+        """
+        masks = [_as_bytes(mask, self.n_weights) for mask in packed]
+        n_planes = (self.n_participants + len(masks)).bit_length()
+        while len(self._planes) < n_planes:
+            self._planes.append(np.zeros(self._n_words, np.uint64))
+        _in_threads(lambda start, stop: self._add_range(masks, start, stop), self._n_words)
+        self._phase = (self._phase + len(masks)) % 2**_N_WAITING
+        self.n_participants += len(masks)
+
+    def counts(self, start: int = 0, stop: int | None = None) -> Integer[Tensor, " n"]:
+        """Votes of the weights from ``start`` to before ``stop``, in the smallest type that holds them."""
+        self._settle()
+        stop = self.n_weights if stop is None else stop
+        counts = np.empty(stop - start, _numpy_dtype(self.n_participants))
+        for first in range(start, stop, _COUNTED_AT_ONCE):
+            last = min(first + _COUNTED_AT_ONCE, stop)
+            counts[first - start : last - start] = self._count(first, last)
+        return torch.from_numpy(counts)
+
+    def histogram(self) -> Int[Tensor, " votes"]:
+        """Number of weights that have 0, 1, ..., ``n_participants`` votes."""
+        self._settle()
+        histogram = np.zeros(self.n_participants + 1, np.int64)
+        for first in range(0, self.n_weights, _COUNTED_AT_ONCE):
+            counts = self._count(first, min(first + _COUNTED_AT_ONCE, self.n_weights))
+            histogram += np.bincount(counts, minlength=len(histogram))
+        return torch.from_numpy(histogram)
+
+    def most_voted(
+        self,
+        weight: Float[Tensor, "out in"],
+        grouping: Grouping,
+        ties: str,
+        seed_parts: tuple[object, ...] = (),
+    ) -> PruneMask:
+        """Prune the ``k = floor(n * sparsity)`` most-voted weights of every comparison group.
+
+        Bit for bit what `masks.most_voted` makes of the counts (FedPrLLM, section 3).
+
+        Args:
+            weight: the weights that were voted on.
+            grouping: what is compared with what.
+            ties: a key of `TIES`.
+            seed_parts: what the tie rule ``random`` is a function of.
+        """
+        assert weight.numel() == self.n_weights
+        shape = (weight.shape[0], weight.shape[1])
+        rule, k = TIES[ties], grouping.n_pruned(shape)
+        keys = None if rule is None else lambda: _comparable(grouping.split(rule(weight, seed_parts)))
+        self._settle()
+        if k == 0:
+            mask, n_ties = torch.zeros(shape, dtype=torch.bool), 0
+        elif grouping.n_m:
+            grouped, n_ties = self._most_voted_of_m(k, grouping.n_m[1], keys)
+            mask = grouping.join(grouped, shape)
+        else:
+            mask, n_ties = self._most_voted(shape, grouping, k, keys)
+        return PruneMask(mask.to(weight.device), n_ties)
+
+    def _add_range(self, masks: list[Bytes], start: int, stop: int) -> None:
+        """Add the words from ``start`` to before ``stop`` of all masks."""
+        buffers = np.empty((4, min(_CHUNK, stop - start)), np.uint64)
+        for first in range(start, stop, _CHUNK):
+            size = min(_CHUNK, stop - first)
+            for index, mask in enumerate(masks):
+                words = _word_chunk(mask, first, buffers[0, :size])
+                self._add_chunk(words, first, self._phase + index, buffers[1:, :size])
+
+    def _add_chunk(self, carry: Words, first: int, phase: int, buffers: Words) -> None:
+        """Add words of place value 1: full adders where a partner waits, half adders above."""
+        chunk = slice(first, first + len(carry))
+        scratch, *outputs = buffers
+        n_partners = min((~phase & (phase + 1)).bit_length() - 1, _N_WAITING)  # trailing ones
+        for level in range(n_partners):
+            output = outputs[level % 2]
+            _full_adder(self._planes[level][chunk], self._waiting[level, chunk], carry, output, scratch)
+            carry = output
+        if n_partners < _N_WAITING:
+            self._waiting[n_partners, chunk] = carry
+        else:
+            self._ripple(carry, n_partners, chunk, scratch)
+
+    def _ripple(self, carry: Words, level: int, chunk: slice, scratch: Words) -> None:
+        """Half adders from ``level`` to the top, which no carry leaves; both buffers are overwritten."""
+        for plane in self._planes[level:]:
+            np.bitwise_and(plane[chunk], carry, out=scratch)
+            np.bitwise_xor(plane[chunk], carry, out=plane[chunk])
+            carry, scratch = scratch, carry
+
+    def _settle(self) -> None:
+        """Add what waits to the planes, so that they alone are the counts."""
+        if self._phase == 0:
+            return
+
+        def settle(start: int, stop: int) -> None:
+            scratch = np.empty(_CHUNK, np.uint64)
+            for first in range(start, stop, _CHUNK):
+                size = min(_CHUNK, stop - first)
+                chunk = slice(first, first + size)
+                for level in range(_N_WAITING):
+                    if self._phase >> level & 1:
+                        self._ripple(self._waiting[level, chunk], level, chunk, scratch[:size])
+
+        _in_threads(settle, self._n_words)
+        self._phase = 0
+
+    def _count(self, start: int, stop: int) -> NDArray[np.integer]:
+        """Counts of a few weights, from settled planes."""
+        words = slice(start // 64, -(-stop // 64))
+        counts = np.zeros((words.stop - words.start) * 64, _numpy_dtype(self.n_participants))
+        for plane in reversed(self._planes):
+            counts <<= 1
+            counts |= np.unpackbits(plane[words].view(np.uint8), bitorder="little")
+        return counts[start % 64 :][: stop - start]
+
+    def _most_voted_of_m(self, k: int, m: int, keys: Keys | None) -> tuple[Bool[Tensor, "groups m"], int]:
+        """Mark the ``k`` most-voted of every ``m`` consecutive weights."""
+        mask, n_ties = torch.empty((self.n_weights // m, m), dtype=torch.bool), 0
+        all_keys = None if keys is None else keys()
+        step = _SCORED_AT_ONCE // m
+        for start in range(0, len(mask), step):
+            stop = min(start + step, len(mask))
+            # As in `masks.most_voted`: the partition of float32 is the fast one.
+            scores = -self.counts(start * m, stop * m).to(torch.float32).reshape(-1, m)
+            tie_key = None if all_keys is None else partial(all_keys.__getitem__, slice(start, stop))
+            mask[start:stop], n = select_lowest(scores, k, tie_key)
+            n_ties += n
+        return mask, n_ties
+
+    def _most_voted(
+        self, shape: tuple[int, int], grouping: Grouping, k: int, keys: Keys | None
+    ) -> tuple[Bool[Tensor, "out in"], int]:
+        """Descend the planes: in each group, the bit of the threshold is 1 if k candidates have a 1.
+
+        Candidates agree with the threshold in all planes seen so far. Those that have a 1 where the
+        threshold has a 0 have more votes and are pruned; at the end the candidates are the ties.
+        """
+        by_column = grouping.group == "column"
+        count = _count_columns if by_column else _count_rows
+        rows = (1, self.n_weights) if grouping.group == "layer" else shape
+        candidates = _used_bits(*rows)
+        above = np.zeros_like(candidates)
+        places = np.full(len(count(candidates)), k)
+        for plane in reversed(self._planes):
+            words = _in_rows(plane, rows)
+            hits = candidates & words
+            n_hits = count(hits)
+            zero = n_hits < places
+            flip = _spread(zero, by_column)
+            candidates &= words ^ flip
+            above |= hits & flip
+            places -= np.where(zero, n_hits, 0)
+        if by_column:
+            above, candidates = _transposed(above, rows), _transposed(candidates, rows)
+            places = places[: rows[1]]
+        n_ties = _fill_places(above, candidates, places, keys)
+        size = grouping.group_size(shape)
+        bits = np.unpackbits(above.view(np.uint8), axis=1, count=size, bitorder="little")
+        return grouping.join(torch.from_numpy(bits.view(np.bool_)), shape), n_ties
+
+
+def pack(mask: Bool[Tensor, "*shape"]) -> Bytes:
+    """Pack a mask row by row, 8 weights to a byte, the first in the lowest bit."""
+    return np.packbits(mask.detach().cpu().contiguous().numpy(), bitorder="little")
+
+
+# ---- adding ------------------------------------------------------------------------------------------
+
+
+def _as_bytes(packed: Bytes | Words, n_weights: int) -> Bytes:
+    """View a packed mask as its ceil(n / 8) bytes, and check it."""
+    n_bytes = -(-n_weights // 8)
+    expected = {np.dtype(np.uint8): n_bytes, np.dtype(np.uint64): -(-n_weights // 64)}.get(packed.dtype)
+    if packed.shape != (expected,):
+        raise UpdateError(
+            f"packed mask of {n_weights} weights: expected {n_bytes} bytes (uint8) or {-(-n_bytes // 8)} "
+            f"words (uint64), found shape {packed.shape} of {packed.dtype}: "
+            "pack the mask of this matrix, whole"
+        )
+    stored = np.ascontiguousarray(packed).view(np.uint8)
+    last_byte = int(stored[n_bytes - 1]) if n_bytes else 0
+    unused = last_byte >> (n_weights % 8 or 8)
+    if unused or stored[n_bytes:].any():
+        raise UpdateError(
+            f"packed mask of {n_weights} weights: expected unused bits of 0, found some set: "
+            "pack the mask of this matrix with zeros at its end"
+        )
+    return stored[:n_bytes]
+
+
+def _word_chunk(mask: Bytes, first: int, buffer: Words) -> Words:
+    """The words from ``first`` on: a view, or in the buffer if a word is not aligned or not whole."""
+    part = mask[first * 8 : (first + len(buffer)) * 8]
+    if part.nbytes == buffer.nbytes:
+        words = part.view(np.uint64)
+        if words.flags.aligned:
+            return words
+    buffer[-1] = 0
+    buffer.view(np.uint8)[: len(part)] = part
+    return buffer
+
+
+def _full_adder(total: Words, waiting: Words, carry: Words, output: Words, scratch: Words) -> None:
+    """``total + waiting + carry = total' + 2 * output``, bit by bit; changes the last two and ``total``."""
+    np.bitwise_xor(waiting, carry, out=scratch)
+    np.bitwise_xor(total, waiting, out=output)
+    # The majority is `waiting` where it equals `carry`, and `total` where it does not.
+    np.bitwise_and(output, scratch, out=output)
+    np.bitwise_xor(output, waiting, out=output)
+    np.bitwise_xor(total, scratch, out=total)
+
+
+def _in_threads(task: Callable[[int, int], None], n_words: int) -> None:
+    """Run ``task(start, stop)`` over all words, in as many threads as torch has; numpy frees the GIL."""
+    n_threads = min(torch.get_num_threads(), n_words // (4 * _CHUNK))
+    if n_threads < 2:
+        task(0, n_words)
+        return
+    bounds = [n_words * index // n_threads for index in range(n_threads + 1)]
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(task, bounds[:-1], bounds[1:]))
+
+
+def _numpy_dtype(n_participants: int) -> np.dtype[np.integer]:
+    return torch.empty(0, dtype=vote_dtype(n_participants)).numpy().dtype
+
+
+# ---- selecting: a group is a row of words, or a column of bits -----------------------------------------
+
+
+def _used_bits(n_rows: int, n: int) -> Words:
+    """Rows of words whose first ``n`` bits are set."""
+    words = np.full((n_rows, -(-n // 64)), _ALL)
+    if n % 64:
+        words[:, -1] = np.packbits(np.arange(64) < n % 64, bitorder="little").view(np.uint64)
+    return words
+
+
+def _in_rows(plane: Words, rows: tuple[int, int]) -> Words:
+    """A plane as rows of whole words."""
+    n_rows, n = rows
+    if n_rows == 1 or n % 64 == 0:
+        return plane.reshape(n_rows, -1)
+    bits = np.unpackbits(plane.view(np.uint8), count=n_rows * n, bitorder="little")
+    return _packed_rows(bits.reshape(rows))
+
+
+def _packed_rows(bits: Bytes) -> Words:
+    words = np.zeros((len(bits), -(-bits.shape[1] // 64)), np.uint64)
+    stored = np.packbits(bits, axis=1, bitorder="little")
+    words.view(np.uint8)[:, : stored.shape[1]] = stored
+    return words
+
+
+def _transposed(words: Words, rows: tuple[int, int]) -> Words:
+    bits = np.unpackbits(words.view(np.uint8), axis=1, count=rows[1], bitorder="little")
+    return _packed_rows(torch.from_numpy(bits).T.contiguous().numpy())
+
+
+def _count_rows(words: Words) -> Counts:
+    counts: Counts = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
+    return counts
+
+
+def _count_columns(words: Words) -> Counts:
+    counts = np.zeros(words.shape[1] * 64, np.int64)
+    for start in range(0, len(words), _ROWS_SUMMED_AT_ONCE):
+        stored = words[start : start + _ROWS_SUMMED_AT_ONCE].view(np.uint8)
+        counts += np.unpackbits(stored, axis=1, bitorder="little").sum(axis=0, dtype=np.uint8)
+    return counts
+
+
+def _spread(flags: NDArray[np.bool_], by_column: bool) -> Words:
+    """Words of ones for the groups whose flag is set, of a shape that broadcasts over all rows."""
+    if by_column:
+        return np.packbits(flags, bitorder="little").view(np.uint64)
+    return np.where(flags, _ALL, np.uint64(0))[:, None]
+
+
+def _fill_places(above: Words, candidates: Words, places: Counts, keys: Keys | None) -> int:
+    """Add to ``above`` as many candidates of each row as it has places; how many a tie rule chose."""
+    contested = (_count_rows(candidates) > places).nonzero()[0]
+    chosen = candidates.copy()
+    if len(contested):
+        if keys is None:
+            chosen[contested] = _first_by_index(candidates[contested], places[contested])
+        else:
+            all_keys = keys()
+            for row in contested:
+                chosen[row] = _first_by_key(candidates[row], int(places[row]), all_keys[row])
+    above |= chosen
+    return int(places[contested].sum())
+
+
+def _first_by_index(candidates: Words, places: Counts) -> Words:
+    """The first ``places`` candidates of each row, fewer than it has."""
+    per_word = np.bitwise_count(candidates)
+    up_to = per_word.cumsum(axis=1, dtype=np.int64)
+    taken = up_to <= places[:, None]
+    chosen = np.where(taken, candidates, np.uint64(0))
+    rows, split = np.arange(len(candidates)), taken.sum(axis=1)
+    left = places - (up_to[rows, split] - per_word[rows, split])
+    bits = np.unpackbits(candidates[rows, split, None].view(np.uint8), axis=1, bitorder="little")
+    bits &= bits.cumsum(axis=1) <= left[:, None]
+    chosen[rows, split] = _packed_rows(bits)[:, 0]
+    return chosen
+
+
+def _first_by_key(candidates: Words, n_places: int, keys: Num[Tensor, " n"]) -> Words:
+    """The ``n_places`` candidates of the lowest keys, equal keys by index."""
+    bits = np.unpackbits(candidates.view(np.uint8), count=len(keys), bitorder="little")
+    index = torch.from_numpy(bits.nonzero()[0])
+    selected, _ = select_lowest(keys[index][None], n_places)
+    bits[index[~selected[0]].numpy()] = 0
+    chosen: Words = _packed_rows(bits[None])[0]
+    return chosen
+
+
+def _comparable(keys: Num[Tensor, "groups n"]) -> Num[Tensor, "groups n"]:
+    """Keys in a type that numpy can partition, in the same order."""
+    return keys.cpu() if keys.element_size() > 2 else keys.cpu().to(torch.float32)

@@ -1,0 +1,161 @@
+"""The words all ways of sharing use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fedprllm.config import PruneConfig
+from fedprllm.core.criteria import CRITERIA
+from fedprllm.core.groups import GroupName, Grouping
+from fedprllm.core.masks import PruneMask, prune_lowest
+from fedprllm.core.statistics import InputStatistics
+from fedprllm.models.blocks import Block, Linear
+from fedprllm.participant import BlockStatistics, Observation
+
+__all__ = [
+    "BlockDecision",
+    "Contribution",
+    "Sharing",
+    "Totals",
+    "decision_by_score",
+    "grouping_of",
+    "local_decision",
+    "update_bytes",
+    "without",
+]
+
+Tensors = dict[str, Tensor]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass
+class BlockDecision:
+    """What a block loses: one participant's own decision, or the server's.
+
+    Attributes:
+        masks: the prune mask of each Linear, as [out, in].
+        weights: the pruned weights, in the orientation and precision of the checkpoint.
+        notes: what went another way than asked for, in words.
+    """
+
+    masks: dict[str, PruneMask]
+    weights: Tensors = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Contribution:
+    """What one participant makes of a block.
+
+    Attributes:
+        update: the tensors it shares, and nothing else of its own leaves it.
+        own: its own decision, with which it walks on unless it follows the server; None where a
+            participant alone decides nothing.
+    """
+
+    update: Tensors
+    own: BlockDecision | None = None
+
+
+@dataclass
+class Totals:
+    """Sums of updates over participants, for one block.
+
+    Attributes:
+        sums: by tensor name.
+        n_participants: number of updates added so far.
+        weight: sum of the participants' weights: their number, or that of their tokens.
+    """
+
+    sums: Tensors
+    n_participants: int = 0
+    weight: int = 0
+
+    def add(self, update: Mapping[str, Tensor], weight: int = 1) -> None:
+        """Add one participant's update; masks count ``weight`` times, sums weigh what they are."""
+        for name, total in self.sums.items():
+            value = update[name].to(total.device)
+            total += value * weight if value.dtype == torch.bool and weight != 1 else value
+        self.n_participants += 1
+        self.weight += weight
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A way of sharing.
+
+    Attributes:
+        contribute: ``(block, statistics, config, fingerprint)`` to what a participant shares; the
+            fingerprint of its text seeds random ties, so that order and names change nothing.
+        shapes: shape and type of every tensor of a valid update, from the Linears of a block.
+        check: refuses an update that has the right shapes but cannot come from an honest participant.
+        zeros: empty sums for a total weight of at most so much.
+        decide: the server's decision from the sums.
+        decides_alone: a contribution holds a decision of the participant's own.
+        observation: what a participant sums up of the inputs.
+        by_input: updates hold one tensor for each distinct input of the block, not for each Linear.
+    """
+
+    contribute: Callable[[Block, BlockStatistics | None, PruneConfig, str], Contribution]
+    shapes: Callable[[Mapping[str, Linear]], Shapes]
+    check: Callable[[Block, Mapping[str, Tensor], PruneConfig], None]
+    zeros: Callable[[Block, int], Totals]
+    decide: Callable[[Totals, Block, PruneConfig], BlockDecision]
+    decides_alone: bool = False
+    observation: Observation = InputStatistics.zeros
+    by_input: bool = False
+
+
+def update_bytes(shapes: Shapes) -> int:
+    """Payload of an update: a bit for each entry of a mask, the width of its type for each number."""
+    return sum(
+        (prod(shape) + 7) // 8 if dtype == torch.bool else prod(shape) * dtype.itemsize
+        for shape, dtype in shapes.values()
+    )
+
+
+def grouping_of(config: PruneConfig, group: GroupName) -> Grouping:
+    """A comparison group under the configuration's sparsity or N:M pattern."""
+    return Grouping(group, config.sparsity, config.n_m)
+
+
+def without(weight: Tensor, mask: Tensor) -> Tensor:
+    """The weight with exact +0.0 where the mask is True."""
+    return torch.where(mask, weight.new_zeros(()), weight)
+
+
+def decision_by_score(
+    block: Block, norms: Mapping[str, Tensor] | None, config: PruneConfig, seed_parts: tuple[object, ...]
+) -> BlockDecision:
+    """Prune the lowest scores of every local comparison group.
+
+    Args:
+        block: the block, with its weights.
+        norms: ``||X_j||_2`` of the input of each Linear; None for a criterion that uses no text.
+        config: criterion, local group, ties.
+        seed_parts: what random ties are drawn for, besides the weight.
+    """
+    score = CRITERIA[config.criterion].score
+    grouping = grouping_of(config, config.local_group)
+    decision = BlockDecision({})
+    for name, linear in block.linears.items():
+        weight = block.matrix(name)
+        norm = torch.ones(linear.shape[1]) if norms is None else norms[name]
+        scores = score(weight, norm.to(weight.device))
+        pruned = prune_lowest(scores, weight, grouping, config.ties, (config.seed, *seed_parts, name))
+        decision.masks[name] = pruned
+        decision.weights[name] = without(block.tensors[name], linear.oriented(pruned.mask))
+    return decision
+
+
+def local_decision(
+    block: Block, statistics: BlockStatistics | None, config: PruneConfig, fingerprint: str
+) -> BlockDecision:
+    """A participant's own prune masks and the weights it walks on with."""
+    norms = None if statistics is None else {name: sums.norm for name, sums in statistics.items()}
+    return decision_by_score(block, norms, config, ("local", fingerprint))
