@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from fedprllm.calibration import fingerprint
 from fedprllm.config import PruneConfig
-from fedprllm.core.criteria import CRITERIA
-from fedprllm.errors import ConfigError
 from fedprllm.evaluation import Perplexity, perplexities
+from fedprllm.federation.checks import check_pattern_divides, check_update_size, needed_bytes
+from fedprllm.federation.fingerprints import model_digest, tensor_fingerprints
 from fedprllm.federation.in_process import prune_in_process
 from fedprllm.inputs import (
     ParticipantInputs,
@@ -29,9 +28,8 @@ from fedprllm.inputs import (
 )
 from fedprllm.model_card import write_model_card
 from fedprllm.models.blocks import BlockwiseModel
-from fedprllm.models.checkpoint import fingerprint_of
 from fedprllm.models.source import resolve_model
-from fedprllm.participant import Participant, find_shared_inputs
+from fedprllm.participant import Participant
 from fedprllm.progress import Progress, silent
 from fedprllm.runs import Run, versions
 from fedprllm.sharing import SHARING, update_bytes
@@ -159,18 +157,21 @@ def prune(
     named = name_participants(participants)
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, config.dtype, config.device)
-    _check_pattern_divides(walked, config)
-    _check_update_size(walked, config)
+    check_pattern_divides(walked, config)
+    check_update_size(walked, config)
     people, config = make_participants(walked, named, config)
     tests = evaluation_texts(walked, eval_texts, config)
     identity = {
         "config": config.model_dump(mode="json"),
-        "model": {"source": str(model), "fingerprint": _model_fingerprint(walked, progress)},
+        "model": {
+            "source": str(model),
+            "fingerprint": model_digest(tensor_fingerprints(walked, progress)).hex(),
+        },
         "participants": {person.name: person.describe() for person in people},
         "evaluation": {name: fingerprint(torch.cat(text)) for name, text in tests.items()},
         "versions": versions(),
     }
-    with Run(Path(out), identity, _needed_bytes(walked, people, config)) as run:
+    with Run(Path(out), identity, needed_bytes(walked, people, config)) as run:
         if run.result is None:
             _run(walked, people, config, run, tests, identity, progress)
     return PruneResult.load(out)
@@ -214,53 +215,3 @@ def _run(
     for folder in models.values():
         write_model_card(folder, result)
     run.finish(result)
-
-
-def _check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
-    if config.n_m is None:
-        return
-    for block in model.linears:
-        for linear in block.values():
-            if linear.shape[1] % config.n_m[1]:
-                raise ConfigError(
-                    f"pattern {config.pattern} does not divide the {linear.shape[1]} inputs of "
-                    f"'{linear.name}': choose M among the divisors of {linear.shape[1]}"
-                )
-
-
-def _check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
-    """Refuse to share more than the user allows, before anything is computed."""
-    sharing = SHARING[config.share]
-    if sharing.by_input:
-        find_shared_inputs(model)
-    if config.max_update_mb is None:
-        return
-    for index, linears in enumerate(model.linears):
-        megabytes = update_bytes(sharing.shapes(linears)) / 1e6
-        if megabytes > config.max_update_mb:
-            raise ConfigError(
-                f"share {config.share} would send {megabytes:.1f} MB of block {index}, allowed are "
-                f"{config.max_update_mb:g} MB (max_update_mb): share statistics or mask, or allow more"
-            )
-
-
-def _model_fingerprint(model: BlockwiseModel, progress: Progress) -> str:
-    """One SHA-256 for all weights, and the check that they are finite, block by block."""
-    digest = hashlib.sha256()
-    groups = [model.names_outside_blocks(), *(list(block) for block in model.linears)]
-    with progress("checking the weights", len(groups)) as advance:
-        for names in groups:
-            for name, value in fingerprint_of(model.checkpoint.load(names)).items():
-                digest.update(f"{name}={value}\n".encode())
-            advance(1)
-    return digest.hexdigest()
-
-
-def _needed_bytes(model: BlockwiseModel, people: Sequence[Participant], config: PruneConfig) -> int:
-    """What a run writes at most: its model(s), the votes, and twice the hidden states of one block."""
-    strategy = STRATEGIES[config.strategy]
-    n_models = 1 if strategy.server_votes or strategy.pools_text else len(people)
-    hidden_size = model.config.get_text_config().hidden_size
-    n_tokens = sum(person.windows.numel() for person in people)
-    state = n_tokens * hidden_size * model.dtype.itemsize if CRITERIA[config.criterion].uses_inputs else 0
-    return n_models * model.checkpoint.n_bytes + model.n_prunable + 2 * state

@@ -22,6 +22,8 @@ from rich.table import Table
 
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
+from fedprllm.federation_cli import app as federation_app
+from fedprllm.federation_cli import ledger, participate
 
 __all__ = ["main"]
 
@@ -376,6 +378,13 @@ def _report(
     from fedprllm.report.page import write_report
 
     console.print(f"report   {write_report(run, out)}", soft_wrap=True)
+
+
+# federation ------------------------------------------------------------------------------------
+
+app.add_typer(federation_app, name="federation")
+app.command("participate")(participate)
+app.command("ledger")(ledger)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,11 @@ def _is_full(error: Exception) -> bool:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        # safetensors makes files that only their owner can read, whatever the umask says.
+        temporary.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:

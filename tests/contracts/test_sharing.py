@@ -158,9 +158,7 @@ def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, wi
         sharing.check(block, update, config)
         name = next(iter(update))
         damaged = dict(update)
-        if share == "mask":
-            damaged[name] = torch.ones_like(update[name])
-        elif share == "weights":
+        if share == "mask" or share == "weights":
             damaged[name] = torch.ones_like(update[name])
         else:
             damaged[name] = -update[name]

@@ -84,7 +84,7 @@ def as_words(packed: np.ndarray) -> np.ndarray:
 # ---- counts ------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @example(Ballots((3, 43), 600, 0.5, 0), [1])
 @given(ballots(), st.lists(st.integers(1, 40), min_size=1, max_size=5))
 def test_counts_are_the_sum_of_the_masks(case: Ballots, sizes: list[int]) -> None:
@@ -125,6 +125,7 @@ def test_words_bytes_and_unaligned_bytes_are_the_same() -> None:
 
 def test_chunks_and_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitplanes, "_CHUNK", 3)
+    monkeypatch.setattr(bitplanes, "_WORDS_PER_THREAD", 20)
     monkeypatch.setattr(bitplanes, "_COUNTED_AT_ONCE", 100)
     monkeypatch.setattr(bitplanes, "_SCORED_AT_ONCE", 100)
     monkeypatch.setattr(bitplanes, "_ROWS_SUMMED_AT_ONCE", 5)

@@ -55,7 +55,10 @@ def test_imports_point_down(path):
             assert LEVEL[other] <= LEVEL[own], f"{own} must not import {name}"
 
 
-@pytest.mark.parametrize("path", [path for path in modules() if path.parent.name == "core"], ids=lambda path: path.name)
+CORE = [path for path in modules() if path.parent.name == "core"]
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
 def test_core_is_pure(path):
     allowed = {
         "__future__",

@@ -101,7 +101,7 @@ def test_names_may_lack_the_prefix_of_the_base_model(tiny, cache, tmp_path, no_c
 
 
 def test_weights_are_not_loaded_to_compare_names(tiny) -> None:
-    skeleton = source._skeleton(tiny("llama"))
+    skeleton = source.build_skeleton(tiny("llama"))
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
 
 

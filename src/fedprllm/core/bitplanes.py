@@ -30,17 +30,20 @@ __all__ = ["PackedVotes", "pack"]
 
 Words = NDArray[np.uint64]
 Bytes = NDArray[np.uint8]
+Bits = NDArray[np.bool_]
 Counts = NDArray[np.int64]
 Keys = Callable[[], Num[Tensor, "groups n"]]
 
 _ALL = np.uint64(2**64 - 1)
-# Words at a time: what a full adder reads and writes stays in the second-level cache of a core.
-_CHUNK = 2**13
+# Words at a time: what a full adder reads and writes stays in the cache, and a call is not noticed.
+_CHUNK = 2**15
+# Words added by one thread at least; fewer are added before a second thread has started.
+_WORDS_PER_THREAD = 2**18
 # For place values below 2^4 a word may wait for its partner. So a carry meets the higher planes once in
 # 16 masks, and a mask costs about 6 operations instead of 2 per plane.
 _N_WAITING = 4
 _COUNTED_AT_ONCE = 2**18  # weights whose counts stay in the cache
-_SCORED_AT_ONCE = 2**24  # weights; bounds the memory that N:M patterns take
+_SCORED_AT_ONCE = 2**24  # weights; bounds the memory that scores and keys take
 _ROWS_SUMMED_AT_ONCE = 255  # bits of a column; their sum fits a byte
 
 
@@ -60,8 +63,8 @@ class PackedVotes:
         self._n_words = -(-n_weights // 64)
         self._planes: list[Words] = []
         self._waiting = np.empty((_N_WAITING, self._n_words), np.uint64)
-        # Bit i says whether waiting[i] holds words of place value 2^i: each carry into it toggles it.
-        self._phase = 0
+        # Masks added since nothing waited: bit i says whether waiting[i] holds words of place value 2^i.
+        self._n_since = 0
 
     def add(self, *packed: Bytes | Words) -> None:
         """Add the masks of one or more participants.
@@ -79,8 +82,8 @@ class PackedVotes:
         n_planes = (self.n_participants + len(masks)).bit_length()
         while len(self._planes) < n_planes:
             self._planes.append(np.zeros(self._n_words, np.uint64))
-        _in_threads(lambda start, stop: self._add_range(masks, start, stop), self._n_words)
-        self._phase = (self._phase + len(masks)) % 2**_N_WAITING
+        _in_threads(lambda start, stop: self._add_range(masks, start, stop), self._n_words, len(masks))
+        self._n_since += len(masks)
         self.n_participants += len(masks)
 
     def counts(self, start: int = 0, stop: int | None = None) -> Integer[Tensor, " n"]:
@@ -122,7 +125,7 @@ class PackedVotes:
         assert weight.numel() == self.n_weights
         shape = (weight.shape[0], weight.shape[1])
         rule, k = TIES[ties], grouping.n_pruned(shape)
-        keys = None if rule is None else lambda: _comparable(grouping.split(rule(weight, seed_parts)))
+        keys = None if rule is None else lambda: grouping.split(_comparable(rule(weight, seed_parts)))
         self._settle()
         if k == 0:
             mask, n_ties = torch.zeros(shape, dtype=torch.bool), 0
@@ -140,13 +143,13 @@ class PackedVotes:
             size = min(_CHUNK, stop - first)
             for index, mask in enumerate(masks):
                 words = _word_chunk(mask, first, buffers[0, :size])
-                self._add_chunk(words, first, self._phase + index, buffers[1:, :size])
+                self._add_chunk(words, first, self._n_since + index, buffers[1:, :size])
 
-    def _add_chunk(self, carry: Words, first: int, phase: int, buffers: Words) -> None:
+    def _add_chunk(self, carry: Words, first: int, n_since: int, buffers: Words) -> None:
         """Add words of place value 1: full adders where a partner waits, half adders above."""
         chunk = slice(first, first + len(carry))
         scratch, *outputs = buffers
-        n_partners = min((~phase & (phase + 1)).bit_length() - 1, _N_WAITING)  # trailing ones
+        n_partners = min((~n_since & (n_since + 1)).bit_length() - 1, _N_WAITING)  # trailing ones
         for level in range(n_partners):
             output = outputs[level % 2]
             _full_adder(self._planes[level][chunk], self._waiting[level, chunk], carry, output, scratch)
@@ -165,7 +168,7 @@ class PackedVotes:
 
     def _settle(self) -> None:
         """Add what waits to the planes, so that they alone are the counts."""
-        if self._phase == 0:
+        if self._n_since == 0:
             return
 
         def settle(start: int, stop: int) -> None:
@@ -174,11 +177,11 @@ class PackedVotes:
                 size = min(_CHUNK, stop - first)
                 chunk = slice(first, first + size)
                 for level in range(_N_WAITING):
-                    if self._phase >> level & 1:
+                    if self._n_since >> level & 1:
                         self._ripple(self._waiting[level, chunk], level, chunk, scratch[:size])
 
-        _in_threads(settle, self._n_words)
-        self._phase = 0
+        _in_threads(settle, self._n_words, _N_WAITING)
+        self._n_since = 0
 
     def _count(self, start: int, stop: int) -> NDArray[np.integer]:
         """Counts of a few weights, from settled planes."""
@@ -214,7 +217,7 @@ class PackedVotes:
         by_column = grouping.group == "column"
         count = _count_columns if by_column else _count_rows
         rows = (1, self.n_weights) if grouping.group == "layer" else shape
-        candidates = _used_bits(*rows)
+        candidates = np.repeat(_packed_rows(np.ones((1, rows[1]), np.bool_)), rows[0], axis=0)
         above = np.zeros_like(candidates)
         places = np.full(len(count(candidates)), k)
         for plane in reversed(self._planes):
@@ -230,9 +233,8 @@ class PackedVotes:
             above, candidates = _transposed(above, rows), _transposed(candidates, rows)
             places = places[: rows[1]]
         n_ties = _fill_places(above, candidates, places, keys)
-        size = grouping.group_size(shape)
-        bits = np.unpackbits(above.view(np.uint8), axis=1, count=size, bitorder="little")
-        return grouping.join(torch.from_numpy(bits.view(np.bool_)), shape), n_ties
+        mask = torch.from_numpy(_unpacked(above, grouping.group_size(shape)))
+        return grouping.join(mask, shape), n_ties
 
 
 def pack(mask: Bool[Tensor, "*shape"]) -> Bytes:
@@ -286,9 +288,9 @@ def _full_adder(total: Words, waiting: Words, carry: Words, output: Words, scrat
     np.bitwise_xor(total, scratch, out=total)
 
 
-def _in_threads(task: Callable[[int, int], None], n_words: int) -> None:
+def _in_threads(task: Callable[[int, int], None], n_words: int, n_masks: int) -> None:
     """Run ``task(start, stop)`` over all words, in as many threads as torch has; numpy frees the GIL."""
-    n_threads = min(torch.get_num_threads(), n_words // (4 * _CHUNK))
+    n_threads = min(torch.get_num_threads(), n_words * n_masks // _WORDS_PER_THREAD)
     if n_threads < 2:
         task(0, n_words)
         return
@@ -304,24 +306,21 @@ def _numpy_dtype(n_participants: int) -> np.dtype[np.integer]:
 # ---- selecting: a group is a row of words, or a column of bits -----------------------------------------
 
 
-def _used_bits(n_rows: int, n: int) -> Words:
-    """Rows of words whose first ``n`` bits are set."""
-    words = np.full((n_rows, -(-n // 64)), _ALL)
-    if n % 64:
-        words[:, -1] = np.packbits(np.arange(64) < n % 64, bitorder="little").view(np.uint64)
-    return words
-
-
 def _in_rows(plane: Words, rows: tuple[int, int]) -> Words:
     """A plane as rows of whole words."""
     n_rows, n = rows
     if n_rows == 1 or n % 64 == 0:
         return plane.reshape(n_rows, -1)
-    bits = np.unpackbits(plane.view(np.uint8), count=n_rows * n, bitorder="little")
-    return _packed_rows(bits.reshape(rows))
+    return _packed_rows(_unpacked(plane[None], n_rows * n).reshape(rows))
 
 
-def _packed_rows(bits: Bytes) -> Words:
+def _unpacked(words: Words, n: int) -> Bits:
+    """The first ``n`` bits of each row."""
+    bits = np.unpackbits(words.view(np.uint8), axis=1, count=n, bitorder="little")
+    return bits.view(np.bool_)
+
+
+def _packed_rows(bits: Bits) -> Words:
     words = np.zeros((len(bits), -(-bits.shape[1] // 64)), np.uint64)
     stored = np.packbits(bits, axis=1, bitorder="little")
     words.view(np.uint8)[:, : stored.shape[1]] = stored
@@ -329,8 +328,7 @@ def _packed_rows(bits: Bytes) -> Words:
 
 
 def _transposed(words: Words, rows: tuple[int, int]) -> Words:
-    bits = np.unpackbits(words.view(np.uint8), axis=1, count=rows[1], bitorder="little")
-    return _packed_rows(torch.from_numpy(bits).T.contiguous().numpy())
+    return _packed_rows(torch.from_numpy(_unpacked(words, rows[1])).T.contiguous().numpy())
 
 
 def _count_rows(words: Words) -> Counts:
@@ -357,13 +355,14 @@ def _fill_places(above: Words, candidates: Words, places: Counts, keys: Keys | N
     """Add to ``above`` as many candidates of each row as it has places; how many a tie rule chose."""
     contested = (_count_rows(candidates) > places).nonzero()[0]
     chosen = candidates.copy()
-    if len(contested):
-        if keys is None:
-            chosen[contested] = _first_by_index(candidates[contested], places[contested])
-        else:
-            all_keys = keys()
-            for row in contested:
-                chosen[row] = _first_by_key(candidates[row], int(places[row]), all_keys[row])
+    if len(contested) and keys is None:
+        chosen[contested] = _first_by_index(candidates[contested], places[contested])
+    elif len(contested) and keys is not None:
+        all_keys = keys().numpy()
+        step = max(1, _SCORED_AT_ONCE // all_keys.shape[1])
+        for start in range(0, len(contested), step):
+            rows = contested[start : start + step]
+            chosen[rows] = _first_by_key(candidates[rows], places[rows], all_keys[rows])
     above |= chosen
     return int(places[contested].sum())
 
@@ -376,22 +375,23 @@ def _first_by_index(candidates: Words, places: Counts) -> Words:
     chosen = np.where(taken, candidates, np.uint64(0))
     rows, split = np.arange(len(candidates)), taken.sum(axis=1)
     left = places - (up_to[rows, split] - per_word[rows, split])
-    bits = np.unpackbits(candidates[rows, split, None].view(np.uint8), axis=1, bitorder="little")
-    bits &= bits.cumsum(axis=1) <= left[:, None]
-    chosen[rows, split] = _packed_rows(bits)[:, 0]
+    bits = _unpacked(candidates[rows, split, None], 64)
+    chosen[rows, split] = _packed_rows(bits & (bits.cumsum(axis=1) <= left[:, None]))[:, 0]
     return chosen
 
 
-def _first_by_key(candidates: Words, n_places: int, keys: Num[Tensor, " n"]) -> Words:
-    """The ``n_places`` candidates of the lowest keys, equal keys by index."""
-    bits = np.unpackbits(candidates.view(np.uint8), count=len(keys), bitorder="little")
-    index = torch.from_numpy(bits.nonzero()[0])
-    selected, _ = select_lowest(keys[index][None], n_places)
-    bits[index[~selected[0]].numpy()] = 0
-    chosen: Words = _packed_rows(bits[None])[0]
+def _first_by_key(candidates: Words, places: Counts, keys: NDArray[np.floating]) -> Words:
+    """The ``places`` candidates of the lowest keys of each row, equal keys by index."""
+    bits = _unpacked(candidates, keys.shape[1])
+    # NumPy's vectorised sort of whole rows is faster than a partition of each row to a place of its own.
+    ranked = np.sort(np.where(bits, keys, np.inf), axis=1)
+    threshold = ranked[np.arange(len(places)), places - 1][:, None]
+    lower = bits & (keys < threshold)
+    chosen = _packed_rows(lower)
+    _fill_places(chosen, _packed_rows(bits & (keys == threshold)), places - lower.sum(axis=1), None)
     return chosen
 
 
-def _comparable(keys: Num[Tensor, "groups n"]) -> Num[Tensor, "groups n"]:
-    """Keys in a type that numpy can partition, in the same order."""
+def _comparable(keys: Num[Tensor, "out in"]) -> Num[Tensor, "out in"]:
+    """Keys in a type that numpy can sort, in the same order."""
     return keys.cpu() if keys.element_size() > 2 else keys.cpu().to(torch.float32)

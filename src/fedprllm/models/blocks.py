@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedprllm.errors import ModelError
 from fedprllm.models.checkpoint import Checkpoint
+from fedprllm.models.source import build_skeleton
 
 __all__ = ["Block", "BlockwiseModel", "Linear"]
 
@@ -110,7 +110,7 @@ class BlockwiseModel:
         self.folder = folder
         self.dtype = DTYPES[dtype]
         self.device = _device(device)
-        self.skeleton = build_skeleton(folder, self.dtype)
+        self.skeleton: PreTrainedModel = build_skeleton(folder, self.dtype).eval()
         self.config = self.skeleton.config
         prefix, blocks = _find_blocks(self.skeleton)
         self._blocks = blocks
@@ -321,21 +321,6 @@ class BlockwiseModel:
             raise ModelError(
                 f"{self.folder} lacks {len(missing)} tensors of {architecture}, the first is '{missing[0]}'"
             )
-
-
-def build_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the transformers model of a folder's configuration, with empty weights and real buffers."""
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(
-            f"{folder} is a quantised checkpoint: pruning needs the weights in float32, bfloat16 or "
-            "float16; use the unquantised model"
-        )
-    with init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # Without weights a tie made during construction is lost.
-    skeleton.tie_weights()
-    return skeleton.eval()
 
 
 def _device(name: str) -> torch.device:

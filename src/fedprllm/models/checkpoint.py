@@ -20,6 +20,7 @@ from fedprllm.files import read_json, save_tensors, write_json
 
 __all__ = ["Checkpoint", "CheckpointWriter", "fingerprint_of"]
 
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -40,6 +41,8 @@ class Checkpoint:
         self._prefix = f"{prefix}." if prefix else ""
         if (folder / _INDEX).exists():
             files = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
+        elif (folder / _SINGLE).exists():
+            files = [_SINGLE]
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
@@ -109,7 +112,7 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
                 "the checkpoint is damaged; get it again"
             )
         digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         digests[name] = digest.hexdigest()
     return digests
 

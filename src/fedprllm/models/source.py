@@ -26,7 +26,7 @@ from typing import Any
 from fedprllm.errors import ModelError, RunError, did_you_mean
 from fedprllm.progress import Progress, silent
 
-__all__ = ["resolve_model"]
+__all__ = ["build_skeleton", "resolve_model"]
 
 _CONVERTER_VERSION = 1  # raise it when a conversion writes something else than before
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -56,7 +56,7 @@ def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress:
     if path.is_file():
         return _converted(path, [path], _convert_gguf, cache_dir, progress)
     with _quiet():
-        skeleton = _skeleton(path)
+        skeleton = build_skeleton(path)
     weight_files = _weight_files(path, _SAFETENSORS)
     if weight_files and _fits(skeleton, weight_files):
         return path
@@ -125,8 +125,11 @@ def _download(model: str, progress: Progress) -> Path:
     return folder
 
 
-def _skeleton(folder: Path) -> Any:
-    """The transformers model of a folder, with tied but empty parameters; reads ``config.json`` only."""
+def build_skeleton(folder: Path, dtype: Any = None) -> Any:
+    """The transformers model of a folder, without weights: empty parameters, tied, and real buffers.
+
+    Only ``config.json`` is read; ``dtype`` is that of the parameters to come.
+    """
     if not (folder / "config.json").is_file():
         others = sorted(other.name for other in folder.glob("*.gguf"))
         hint = f"; for a GGUF file give the file: {_names(others)}" if others else ""
@@ -149,12 +152,13 @@ def _skeleton(folder: Path) -> Any:
         )
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
     except Exception as error:
         raise ModelError(
             f"{folder} ({config.model_type}) is not a decoder-only language model that this version of "
             f"transformers knows: {_reason(error)}"
         ) from error
+    # Without weights a tie made during construction is lost.
     model.tie_weights()
     return model
 
@@ -310,7 +314,7 @@ def _write(model: Any, folder: Path) -> None:
 
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    skeleton = _skeleton(folder)
+    skeleton = build_skeleton(folder)
     state = model.state_dict()
     second_names = sorted(state.keys() - _own_tensors(skeleton).keys())
     try:

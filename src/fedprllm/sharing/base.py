@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
-from fedprllm.core.groups import GroupName, Grouping
+from fedprllm.core.groups import Grouping, GroupName
 from fedprllm.core.masks import PruneMask, prune_lowest
 from fedprllm.core.statistics import InputStatistics
 from fedprllm.models.blocks import Block, Linear

@@ -1,0 +1,102 @@
+"""A one-shot federation, end to end without evaluation, against its bare forward passes.
+
+The yardstick is what no one-shot run can do without: two forward passes of the blocks per calibration
+window (observe, advance), with all weights in memory, no hooks and no head, measured in the same process
+in turn with the runs. Goal: at most 1.3 times at 2 windows of 2048 tokens a participant, at most 2 times at
+2 windows of 512.
+
+    python -m benchmarks.one_shot [--participants 4] [--length 512] [--dtype float32] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from benchmarks._harness import machine
+from transformers import AutoModelForCausalLM
+
+from fedprllm import PruneConfig, prune
+from fedprllm.demo import demo_model
+from fedprllm.models.blocks import DTYPES
+from fedprllm.models.source import resolve_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default=None, help="folder, hub id or GGUF; SmolLM2-135M by default")
+    parser.add_argument("--participants", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=2, help="per participant")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+
+    folder = resolve_model(options.model or demo_model())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype]).eval()
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.windows, options.length)
+    people = [
+        torch.randint(model.config.vocab_size, shape, generator=generator)
+        for _ in range(options.participants)
+    ]
+    config = PruneConfig(dtype=options.dtype)
+    forward_s, federation_s, phases = [], [], []
+    for _ in range(options.repeats):
+        forward_s.append(_forward_passes(model, people))
+        out = Path(tempfile.mkdtemp(prefix="one-shot-"))
+        start = time.perf_counter()
+        result = prune(folder, people, config, out=out / "run")
+        federation_s.append(time.perf_counter() - start)
+        totals: dict[str, float] = {}
+        for record in result.details["blocks"]:
+            for phase, seconds in record["seconds"].items():
+                totals[phase] = totals.get(phase, 0.0) + seconds
+        phases.append({phase: round(seconds, 2) for phase, seconds in totals.items()})
+        shutil.rmtree(out)
+        print(
+            f"forward {forward_s[-1]:.1f} s, federation {federation_s[-1]:.1f} s, {phases[-1]}",
+            file=sys.stderr,
+        )
+    ratios = [ours / bare for ours, bare in zip(federation_s, forward_s, strict=True)]
+    print(
+        json.dumps(
+            {
+                "benchmark": "one_shot",
+                "participants": options.participants,
+                "windows": options.windows,
+                "window_length": options.length,
+                "dtype": options.dtype,
+                "forward_s": statistics.median(forward_s),
+                "federation_s": statistics.median(federation_s),
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+                "phases_s": phases[-1],
+                "machine": machine(),
+            }
+        )
+    )
+
+
+@torch.no_grad()
+def _forward_passes(model: torch.nn.Module, people: list[torch.Tensor]) -> float:
+    """Seconds of two passes over every window, one window at a time as in the walk."""
+    base = model.base_model
+    base(input_ids=people[0][:1], use_cache=False)
+    start = time.perf_counter()
+    for windows in people:
+        for window in windows:
+            for _ in range(2):
+                base(input_ids=window[None], use_cache=False)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

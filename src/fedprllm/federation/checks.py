@@ -1,0 +1,62 @@
+"""What is refused before the long computation, in one process and in a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedprllm.config import PruneConfig
+from fedprllm.core.criteria import CRITERIA
+from fedprllm.errors import ConfigError
+from fedprllm.models.blocks import BlockwiseModel
+from fedprllm.participant import Participant, find_shared_inputs
+from fedprllm.sharing import SHARING, update_bytes
+from fedprllm.strategies import STRATEGIES
+
+__all__ = ["check_pattern_divides", "check_update_size", "needed_bytes"]
+
+
+def check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
+    """Refuse an N:M pattern that does not divide the inputs of every Linear.
+
+    Raises:
+        ConfigError: names the first Linear.
+    """
+    if config.n_m is None:
+        return
+    for block in model.linears:
+        for linear in block.values():
+            if linear.shape[1] % config.n_m[1]:
+                raise ConfigError(
+                    f"pattern {config.pattern} does not divide the {linear.shape[1]} inputs of "
+                    f"'{linear.name}': choose M among the divisors of {linear.shape[1]}"
+                )
+
+
+def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
+    """Refuse to share more than the user allows, before anything is computed.
+
+    Raises:
+        ConfigError: names the first block, its megabytes and the limit.
+    """
+    sharing = SHARING[config.share]
+    if sharing.by_input:
+        find_shared_inputs(model)
+    if config.max_update_mb is None:
+        return
+    for index, linears in enumerate(model.linears):
+        megabytes = update_bytes(sharing.shapes(linears)) / 1e6
+        if megabytes > config.max_update_mb:
+            raise ConfigError(
+                f"share {config.share} would send {megabytes:.1f} MB of block {index}, allowed are "
+                f"{config.max_update_mb:g} MB (max_update_mb): share statistics or mask, or allow more"
+            )
+
+
+def needed_bytes(model: BlockwiseModel, people: Sequence[Participant], config: PruneConfig) -> int:
+    """What a run writes at most: its model(s), the votes, and twice the hidden states of one block."""
+    strategy = STRATEGIES[config.strategy]
+    n_models = 1 if strategy.server_votes or strategy.pools_text else len(people)
+    hidden_size = model.config.get_text_config().hidden_size
+    n_tokens = sum(person.windows.numel() for person in people)
+    state = n_tokens * hidden_size * model.dtype.itemsize if CRITERIA[config.criterion].uses_inputs else 0
+    return n_models * model.checkpoint.n_bytes + model.n_prunable + 2 * state

@@ -1,0 +1,375 @@
+"""The coordinator's side of a federation, whatever carries the messages: rounds, ballots, the result.
+
+It asks, one participant at a time, for the update of a block, checks it before it counts, and keeps it in
+the run's folder until the block is decided. So its memory is bounded by one block and one update, an
+interrupted run continues, and the order in which participants answer changes nothing.
+
+RUN/federation/
+  status.json              progress, for whoever watches
+  events.jsonl             who was refused or left out, when and why
+  updates/block-0007/NAME.update
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, Protocol
+
+from fedprllm.config import PruneConfig
+from fedprllm.errors import RunError, UpdateError
+from fedprllm.federation.aggregation import BlockAggregator
+from fedprllm.federation.fingerprints import model_digest
+from fedprllm.federation.messages import Reply, Request, pack, read_reply
+from fedprllm.federation.plan import RunPlan
+from fedprllm.federation.spool import write_bytes
+from fedprllm.files import write_json
+from fedprllm.models.blocks import BlockwiseModel
+from fedprllm.runs import Run
+from fedprllm.strategies import STRATEGIES
+
+__all__ = ["Channel", "Coordinator", "Interrupted", "QuorumLost"]
+
+_POLL_S = 0.2
+_ANSWER_S = 5.0  # for a small question; who is slower is asked again
+_FETCH_S = 600.0  # for one update to arrive
+
+Reason = Literal["absent", "deadline", "failed", "invalid updates"]
+
+
+class Channel(Protocol):
+    """How messages reach participants; the engine's part."""
+
+    def present(self) -> set[str]:
+        """Names of the participants that can be asked at all."""
+
+    def ask(self, names: Sequence[str], message: bytes, timeout_s: float) -> dict[str, bytes]:
+        """Answers of those that answered in time, by name; the name is authenticated."""
+
+
+class QuorumLost(RunError):  # noqa: N818  what happened, not a defect
+    """Too few participants are left; everything is kept, and the run can be continued."""
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Somebody is gone who may come back: to be continued with another job."""
+
+
+@dataclass
+class _Person:
+    """What the coordinator knows of a participant.
+
+    Attributes:
+        n_ready: number of updates it says it has.
+        last_answer: when it answered last.
+        deadline: until when its next update must be there.
+        n_invalid: invalid updates in a row.
+        n_decisions: it has the decisions about so many blocks.
+    """
+
+    n_ready: int = 0
+    last_answer: float = 0.0
+    deadline: float = 0.0
+    n_invalid: int = 0
+    n_decisions: int = 0
+
+
+class Coordinator:
+    """Conducts one run from wherever its folder says it is to its end.
+
+    Args:
+        model: the model to prune.
+        fingerprints: SHA-256 of each of its tensors.
+        config: how to prune, resolved.
+        plan: names, quorum, deadlines.
+        names: everybody who takes part.
+        run: the open folder of the run.
+        run_id: 16 bytes.
+        channel: how to reach them.
+        stopped: asked between steps; True ends the job.
+        clock: seconds, for deadlines.
+    """
+
+    def __init__(
+        self,
+        model: BlockwiseModel,
+        fingerprints: Mapping[str, str],
+        config: PruneConfig,
+        plan: RunPlan,
+        names: Sequence[str],
+        run: Run,
+        run_id: bytes,
+        channel: Channel,
+        stopped: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model, self.config, self.plan, self.run = model, config, plan, run
+        self.run_id, self.channel = run_id, channel
+        self._fingerprints = dict(fingerprints)
+        self.digest = model_digest(fingerprints)
+        self._stopped, self._clock = stopped, clock
+        self.aggregator = BlockAggregator(model, config, run, run_id, self.digest, self.updates_folder)
+        self.people = {name: _Person() for name in sorted(self._still_in(names))}
+
+    # Files -------------------------------------------------------------------------------------
+
+    @property
+    def _folder(self) -> Path:
+        return self.run.folder / "federation"
+
+    def updates_folder(self, block: int) -> Path:
+        """Where the updates of a block wait for its decision."""
+        return self._folder / "updates" / f"block-{block:04d}"
+
+    def _still_in(self, names: Sequence[str]) -> Sequence[str]:
+        """Who may still take part: everyone before the first block is decided, then who counted in it."""
+        records = self.run.records()
+        return records[-1]["participants"] if records else names
+
+    def _note(self, name: str, event: str, reason: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "participant": name,
+            "event": event,
+            "reason": reason,
+        }
+        with (self._folder / "events.jsonl").open("a", encoding="utf-8") as events:
+            events.write(json.dumps(line) + "\n")
+
+    def _show(self, doing: str) -> None:
+        people = {
+            name: {"n_ready": person.n_ready, "n_missing": self._n_missing(name)}
+            for name, person in self.people.items()
+        }
+        status = {
+            "doing": doing,
+            "n_blocks": self.model.n_blocks,
+            "n_finished": self.run.n_finished,
+            "participants": people,
+            "time": time.time(),
+        }
+        write_json(self._folder / "status.json", status)
+
+    def _n_missing(self, name: str) -> int:
+        return sum(
+            not self._update_path(block, name).exists()
+            for block in range(self.run.n_finished, self.model.n_blocks)
+        )
+
+    def _update_path(self, block: int, name: str) -> Path:
+        return self.updates_folder(block) / f"{name}.update"
+
+    # The run -----------------------------------------------------------------------------------
+
+    def conduct(self) -> None:
+        """Decide every block that is not decided yet.
+
+        Raises:
+            QuorumLost: too few participants are left.
+            Interrupted: a participant is gone but may come back.
+        """
+        blocks = range(self.run.n_finished, self.model.n_blocks)
+        if self._missing(blocks):
+            self._start(blocks)
+        if STRATEGIES[self.config.strategy].follows_server:
+            for block in blocks:
+                self._collect([block])
+                self._decide(block)
+        else:
+            # A participant's walk counts as a whole or not at all: nothing is decided before all are in.
+            self._collect(blocks)
+            for block in blocks:
+                self._decide(block)
+        self._show("finished")
+
+    def finish(self) -> None:
+        """Tell everyone that the run is complete; who does not hear it only keeps its spool longer."""
+        self._ask(list(self.people), Request(op="finish", run=self.run_id.hex()))
+        shutil.rmtree(self._folder / "updates", ignore_errors=True)
+
+    def _start(self, blocks: Sequence[int]) -> None:
+        """Tell everyone what is to be done; leave out who is not there in time."""
+        self._show("waiting for participants")
+        request = Request(
+            op="start",
+            run=self.run_id.hex(),
+            model=self.plan.model,
+            config=self.config.model_dump(mode="json"),
+        )
+        payload = json.dumps(self._fingerprints).encode()
+        begin = self._clock()
+        waiting = set(self._missing(blocks))
+        while waiting and self._clock() - begin < self.plan.join_s:
+            self._check_stopped()
+            for name, (reply, _) in self._ask(sorted(waiting), request, payload).items():
+                self._heard(name, reply)
+                waiting.discard(name)
+            if waiting:
+                time.sleep(_POLL_S)
+        for name in sorted(waiting & set(self.people)):
+            self._leave_out(name, "absent", f"did not answer within {self.plan.join_s:.0f} s")
+        now = self._clock()
+        for person in self.people.values():
+            person.last_answer = now
+            person.deadline = now + self.plan.start_s + self.plan.deadline_s
+        self._check_quorum()
+
+    def _collect(self, blocks: Sequence[int]) -> None:
+        """Get the updates of some blocks from everyone who is left."""
+        while missing := self._missing(blocks):
+            self._check_stopped()
+            self._listen({name: wanted[0] for name, wanted in missing.items()})
+            ready = [
+                (name, wanted[0])
+                for name, wanted in missing.items()
+                if name in self.people and self.people[name].n_ready > wanted[0]
+            ]
+            for name, block in ready:
+                self._fetch(name, block)
+            self._check_quorum()
+            self._show(f"block {blocks[0]}" if len(blocks) == 1 else "collecting")
+            if not ready:
+                time.sleep(_POLL_S)
+
+    def _missing(self, blocks: Sequence[int]) -> dict[str, list[int]]:
+        """Blocks whose update is not here yet, by participant; nobody who has sent them all."""
+        missing = {
+            name: [block for block in blocks if not self._update_path(block, name).exists()]
+            for name in self.people
+        }
+        return {name: wanted for name, wanted in missing.items() if wanted}
+
+    def _decide(self, block: int) -> None:
+        self._check_stopped()
+        self._show(f"deciding block {block}")
+        self.aggregator.decide(block, list(self.people))
+        shutil.rmtree(self.updates_folder(block))
+        now = self._clock()
+        for person in self.people.values():
+            person.last_answer = now
+            person.deadline = max(person.deadline, now + self.plan.deadline_s)
+
+    # Participants ------------------------------------------------------------------------------
+
+    def _ask(
+        self, names: Sequence[str], request: Request, payload: bytes = b"", timeout_s: float = _ANSWER_S
+    ) -> dict[str, tuple[Reply, memoryview]]:
+        """Ask, and read the answers; an answer that cannot be read is noted and ignored."""
+        answers = {}
+        for name, message in self.channel.ask(names, pack(request, payload), timeout_s).items():
+            try:
+                answers[name] = read_reply(message)
+            except UpdateError as error:
+                self._note(name, "unreadable answer", str(error))
+        return answers
+
+    def _listen(self, waited_for: Mapping[str, int]) -> None:
+        """Ask how far they are; leave out who failed or is late.
+
+        Args:
+            waited_for: the block whose update is missing, by participant.
+        """
+        self._deliver_decision(waited_for)
+        present = [name for name in waited_for if name in self.people]
+        for name, (reply, _) in self._ask(present, Request(op="state", run=self.run_id.hex())).items():
+            self._heard(name, reply)
+        now = self._clock()
+        for name, block in waited_for.items():
+            person = self.people.get(name)
+            if person is None or person.n_ready > block:
+                continue
+            if now - person.last_answer > self.plan.silence_s:
+                raise Interrupted(f"participant '{name}' has not answered for {self.plan.silence_s:.0f} s")
+            if now > person.deadline:
+                self._leave_out(name, "deadline", f"block {person.n_ready} took more than its time")
+
+    def _deliver_decision(self, waited_for: Mapping[str, int]) -> None:
+        """Give the newest decision to those who need it for the block that is missing."""
+        n_decided = self.run.n_finished
+        follows_server = STRATEGIES[self.config.strategy].follows_server
+        if not (n_decided and follows_server and self.aggregator.walks_on):
+            return
+        without = [name for name in waited_for if self.people[name].n_decisions < n_decided]
+        if not without:
+            return
+        request = Request(op="decision", run=self.run_id.hex(), block=n_decided - 1)
+        message = self.aggregator.decision(n_decided - 1)
+        for name, (reply, _) in self._ask(without, request, message, _FETCH_S).items():
+            self.people[name].n_decisions = n_decided
+            self._heard(name, reply)
+
+    def _heard(self, name: str, reply: Reply) -> None:
+        person = self.people[name]
+        now = self._clock()
+        person.last_answer = now
+        if reply.state == "failed":
+            self._leave_out(name, "failed", self._words(reply))
+        elif reply.n_ready > person.n_ready:
+            person.n_ready = min(reply.n_ready, self.model.n_blocks)
+            person.deadline = now + self.plan.deadline_s
+
+    def _words(self, reply: Reply) -> str:
+        """A participant's trouble in the coordinator's words: nothing of what it sends is repeated."""
+        tensor = f": '{reply.tensor}'" if reply.tensor in self._fingerprints else ""
+        return f"{reply.code}{tensor}"
+
+    def _fetch(self, name: str, block: int) -> None:
+        """Get one update; keep it if it is valid, otherwise have it computed again."""
+        person = self.people[name]
+        request = Request(op="fetch", run=self.run_id.hex(), block=block)
+        answers = self._ask([name], request, timeout_s=min(_FETCH_S, self.plan.deadline_s + _ANSWER_S))
+        if name not in answers:
+            person.n_invalid += 1
+            if person.n_invalid >= self.plan.max_ballots:
+                self._leave_out(name, "deadline", f"the update of block {block} did not arrive")
+            return
+        reply, payload = answers[name]
+        person.last_answer = self._clock()
+        if reply.state == "failed":
+            self._leave_out(name, "failed", self._words(reply))
+            return
+        if reply.code == "not ready":
+            person.n_ready = min(person.n_ready, block)
+            return
+        try:
+            self.aggregator.check(block, name, payload)
+        except UpdateError as error:
+            self._refuse(name, block, error)
+            return
+        person.n_invalid = 0
+        write_bytes(self._update_path(block, name), payload)
+
+    def _refuse(self, name: str, block: int, error: UpdateError) -> None:
+        person = self.people[name]
+        person.n_invalid += 1
+        self._note(name, f"update of block {block} refused", str(error))
+        if person.n_invalid >= self.plan.max_ballots:
+            self._leave_out(name, "invalid updates", f"{person.n_invalid} in a row")
+            return
+        person.n_ready = min(person.n_ready, block)
+        person.deadline = self._clock() + self.plan.start_s + self.plan.deadline_s
+        self._ask([name], Request(op="refused", run=self.run_id.hex(), block=block))
+
+    def _leave_out(self, name: str, reason: Reason, words: str) -> None:
+        self._note(name, "left out", f"{reason}: {words}")
+        del self.people[name]
+
+    def _check_quorum(self) -> None:
+        if len(self.people) < self.plan.quorum:
+            left = ", ".join(self.people) or "nobody"
+            self._show("quorum lost")
+            raise QuorumLost(
+                f"{len(self.people)} participants are left ({left}), the quorum is {self.plan.quorum}: "
+                f"{self._folder / 'events.jsonl'} says why the others are not; what was decided is kept, "
+                "run it again when they are back"
+            )
+
+    def _check_stopped(self) -> None:
+        if self._stopped():
+            raise Interrupted("the job was stopped")

@@ -1,0 +1,81 @@
+"""The coordinator's decision about a block, as bytes: one bit per weight where that says everything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedprllm import wire
+from fedprllm.errors import UpdateError
+from fedprllm.models.blocks import Block
+from fedprllm.sharing import BlockDecision
+
+__all__ = ["COORDINATOR", "decided_weights", "encode_decision"]
+
+COORDINATOR = "coordinator"
+
+
+def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest: bytes) -> bytes:
+    """Return the message from which `decided_weights` makes ``decision.weights``, bit by bit.
+
+    The prune masks say it all if a decision only zeroes weights; the weights themselves are sent where it
+    does more (scaling).
+    """
+    masks = {name: pruned.mask for name, pruned in decision.masks.items()}
+    only_zeroes = all(
+        torch.equal(_zeroed(block, name, mask), decision.weights[name]) for name, mask in masks.items()
+    )
+    update = wire.Update(
+        run_id=run_id,
+        participant=COORDINATOR,
+        block=block.index,
+        kind="mask" if only_zeroes else "weights",
+        model_fingerprint=digest,
+        tensors=masks if only_zeroes else decision.weights,
+        n_tokens=0,
+    )
+    return wire.encode(update)
+
+
+def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) -> dict[str, Tensor]:
+    """The weights, in the checkpoint's orientation, that a decision leaves of a block.
+
+    Raises:
+        UpdateError: the message is not the coordinator's decision about this block.
+    """
+    masks = wire.Expectation(
+        run_id=run_id,
+        model_fingerprint=digest,
+        block=block.index,
+        kind="mask",
+        shapes={name: linear.shape for name, linear in block.linears.items()},
+        participant=COORDINATOR,
+    )
+    weights = wire.Expectation(
+        run_id=run_id,
+        model_fingerprint=digest,
+        block=block.index,
+        kind="weights",
+        shapes={name: tuple(block.tensors[name].shape) for name in block.linears},
+        participant=COORDINATOR,
+    )
+    max_bytes = wire.max_message_bytes(weights)
+    kind = wire.decode(message, expect=None, max_bytes=max_bytes).kind
+    expect = {"mask": masks, "weights": weights}.get(kind)
+    if expect is None:
+        raise UpdateError(f"a decision is of kind mask or weights, found {kind}")
+    tensors = wire.decode(message, expect=expect, max_bytes=max_bytes).tensors
+    device = next(iter(block.tensors.values())).device
+    if kind == "mask":
+        return {name: _zeroed(block, name, mask.to(device)) for name, mask in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype != block.tensors[name].dtype:
+            raise UpdateError(
+                f"decision about '{name}': expected {block.tensors[name].dtype}, found {tensor.dtype}"
+            )
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _zeroed(block: Block, name: str, mask: Tensor) -> Tensor:
+    weight = block.tensors[name]
+    return torch.where(block.linears[name].oriented(mask), weight.new_zeros(()), weight)

@@ -1,0 +1,123 @@
+"""What would leave a participant, computed and shown without any connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fedprllm.federation.plan import RunPlan, SiteSettings
+
+__all__ = ["Preview", "TensorPreview", "dry_run"]
+
+_ROWS, _COLUMNS = 4, 48
+
+
+@dataclass(frozen=True)
+class TensorPreview:
+    """One tensor of an update.
+
+    Attributes:
+        name: of the weight.
+        shape: of the tensor.
+        dtype: of its values.
+        payload_bytes: that it takes in the message.
+        rows: the beginning of its first rows as they would be sent: ``#`` is a weight to prune, ``.`` one
+            to keep; other kinds show their numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    payload_bytes: int
+    rows: list[str]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The update of one block.
+
+    Attributes:
+        block: index of the decoder layer.
+        n_blocks: of the model.
+        kind: of the update.
+        n_tokens: number of tokens it is computed from, which is part of the message.
+        message_bytes: of the whole message.
+        tensors: what it holds, all of it.
+    """
+
+    block: int
+    n_blocks: int
+    kind: str
+    n_tokens: int
+    message_bytes: int
+    tensors: list[TensorPreview]
+
+
+def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1) -> Iterator[Preview]:
+    """Compute the updates of the first blocks exactly as in a run, and read them back from their bytes.
+
+    Every block after the first is computed from the participant's own decisions, or from the unpruned
+    blocks if it makes none; in an iterative run it would follow the coordinator's.
+
+    Raises:
+        DataError, ModelError: the text or the model cannot be used.
+    """
+    from fedprllm import wire
+    from fedprllm.core.criteria import CRITERIA
+    from fedprllm.inputs import make_participants
+    from fedprllm.models.blocks import BlockwiseModel
+    from fedprllm.models.source import resolve_model
+    from fedprllm.participant import find_shared_inputs
+    from fedprllm.sharing import SHARING
+
+    config = plan.config.model_copy(update={"device": settings.device or "cpu"})
+    model = BlockwiseModel(resolve_model(settings.model or plan.model), config.dtype, config.device)
+    (participant,), config = make_participants(model, {name: list(settings.data)}, config)
+    uses_inputs = CRITERIA[config.criterion].uses_inputs
+    if uses_inputs:
+        participant.enter(model)
+    sharing = SHARING[config.share]
+    if sharing.by_input:
+        find_shared_inputs(model)
+    for index in range(min(n_blocks, model.n_blocks)):
+        with model.block(index) as block:
+            statistics = None
+            if uses_inputs:
+                walk_densely = not sharing.decides_alone
+                statistics = participant.observe(block, sharing.observation, walk_on=walk_densely)
+            contribution = sharing.contribute(block, statistics, config, participant.fingerprint)
+            update = wire.Update(
+                run_id=bytes(16),
+                participant=name,
+                block=index,
+                kind=config.share,
+                model_fingerprint=bytes(32),
+                tensors=contribution.update,
+                n_tokens=participant.windows.numel(),
+            )
+            message = wire.encode(update)
+            yield _preview(wire.decode(message, expect=None, max_bytes=len(message)), message, model.n_blocks)
+            if uses_inputs and contribution.own is not None:
+                participant.advance(block, contribution.own.weights)
+
+
+def _preview(update: Any, message: bytes, n_blocks: int) -> Preview:
+    tensors = [
+        TensorPreview(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            payload_bytes=(tensor.numel() + 7) // 8 if tensor.dtype.itemsize == 1 else tensor.nbytes,
+            rows=_rows(tensor),
+        )
+        for name, tensor in update.tensors.items()
+    ]
+    return Preview(update.block, n_blocks, update.kind, update.n_tokens, len(message), tensors)
+
+
+def _rows(tensor: Any) -> list[str]:
+    table = tensor.reshape(-1, tensor.shape[-1])[:_ROWS, :_COLUMNS]
+    if tensor.dtype.itemsize == 1:
+        return ["".join("#" if pruned else "." for pruned in row) for row in table.tolist()]
+    return [" ".join(f"{value:.3g}" for value in row[:8]) for row in table.tolist()]

@@ -1,0 +1,1 @@
+"""NVIDIA FLARE carries the messages of a federation; nothing outside this folder knows it."""

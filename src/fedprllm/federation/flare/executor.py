@@ -1,0 +1,58 @@
+"""FLARE's side of a participant: it carries messages, and hands them to `fedprllm.federation.site`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
+from nvflare.apis.utils.fl_context_utils import add_job_audit_event
+
+from fedprllm.federation.flare.controller import MESSAGE, TOPIC
+from fedprllm.federation.site import Site, settings_path, work_folder
+
+__all__ = ["ParticipantExecutor"]
+
+
+class ParticipantExecutor(Executor):  # type: ignore[misc]
+    """Runs in a participant's job process; it takes no arguments, so a job can pass none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._site: Site | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Listen while the job lives."""
+        if event_type == EventType.START_RUN:
+            kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_ROOT))
+            self._site = Site(
+                fl_ctx.get_identity_name(),
+                settings_path(kit),
+                work_folder(kit),
+                sent=lambda what: add_job_audit_event(fl_ctx, msg=f"fedprllm sent {what}"),
+            )
+            fl_ctx.get_engine().register_aux_message_handler(TOPIC, self._answer)
+        elif event_type in (EventType.ABORT_TASK, EventType.END_RUN) and self._site is not None:
+            self._site.close()
+
+    def _answer(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:  # noqa: ARG002
+        message = request.get(MESSAGE)
+        if self._site is None or not isinstance(message, bytes):
+            return make_reply(ReturnCode.BAD_REQUEST_DATA)
+        reply = make_reply(ReturnCode.OK)
+        reply[MESSAGE] = self._site.answer(message)
+        return reply
+
+    def execute(
+        self,
+        task_name: str,  # noqa: ARG002
+        shareable: Shareable,  # noqa: ARG002
+        fl_ctx: FLContext,  # noqa: ARG002
+        abort_signal: Signal,  # noqa: ARG002
+    ) -> Shareable:
+        """No tasks: everything is asked by messages."""
+        return make_reply(ReturnCode.TASK_UNKNOWN)

@@ -1,0 +1,115 @@
+"""Starting and ending FLARE's processes: the server, a participant, and everything below them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from fedprllm.errors import RunError
+from fedprllm.files import read_json, write_json
+
+__all__ = ["end", "participant_name", "running", "start_participant", "start_server"]
+
+_GRACE_S = 5.0
+
+
+def participant_name(kit: Path) -> str:
+    """The name in a participant's kit.
+
+    Raises:
+        RunError: the folder is no kit of a participant.
+    """
+    path = kit / "startup" / "fed_client.json"
+    if not path.exists():
+        raise RunError(
+            f"{kit} is no participant's kit: {path} is missing; unpack the kit and name its folder"
+        )
+    return str(read_json(path)["client"]["fqsn"])
+
+
+def start_server(kit: Path) -> subprocess.Popen[bytes]:
+    """Start the server of a kit in a process group of its own.
+
+    Raises:
+        RunError: the folder is no kit of a server.
+    """
+    if not (kit / "startup" / "fed_server.json").exists():
+        raise RunError(f"{kit} is no server's kit: startup/fed_server.json is missing")
+    _place_storage(kit.resolve())
+    return _start(kit, "nvflare.private.fed.app.server.server_train", "fed_server.json", [])
+
+
+def _place_storage(kit: Path) -> None:
+    """Keep FLARE's jobs in the kit: it wants absolute paths, and a kit may have been moved."""
+    path = kit / "local" / "resources.json"
+    resources = read_json(path)
+    storage = resources["snapshot_persistor"]["args"]["storage"]["args"]
+    storage["root_dir"] = str(kit / "storage" / "snapshots")
+    for component in resources["components"]:
+        if component["id"] == "job_manager":
+            component["args"]["uri_root"] = str(kit / "storage" / "jobs")
+    write_json(path, resources)
+
+
+def start_participant(kit: Path) -> subprocess.Popen[bytes]:
+    """Start the site of a kit in a process group of its own.
+
+    Raises:
+        RunError: the folder is no kit of a participant.
+    """
+    name = participant_name(kit)
+    return _start(kit, "nvflare.private.fed.app.client.client_train", "fed_client.json", [f"uid={name}"])
+
+
+def _start(kit: Path, module: str, config: str, options: list[str]) -> subprocess.Popen[bytes]:
+    kit = kit.resolve()
+    scratch = kit / "scratch"
+    for folder in (scratch, kit / "transfer"):
+        folder.mkdir(exist_ok=True)
+    arguments = ["-m", str(kit), "-s", config, "--set", "secure_train=true", *options]
+    # FLARE leaves files where temporary files go; Python's warnings of a library are nobody's business.
+    environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONWARNINGS": "ignore", "MALLOC_ARENA_MAX": "4"}
+    with (kit / "console.txt").open("ab") as console:
+        return subprocess.Popen(
+            [sys.executable, "-u", "-m", module, *arguments, "org=fedprllm", "config_folder=config"],
+            cwd=kit,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=console,
+            start_new_session=True,
+        )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and everything it started, first politely."""
+    family = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        family = [parent, *parent.children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=_GRACE_S)
+    for member in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(alive, timeout=_GRACE_S)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=_GRACE_S)
+
+
+@contextlib.contextmanager
+def running(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """End the process when the ``with`` block ends, however it ends."""
+    try:
+        yield process
+    finally:
+        end(process)

@@ -1,0 +1,190 @@
+"""What people write for a federation: the coordinator's plan and run, each participant's own settings.
+
+Nothing here imports torch or the engine.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedprllm.config import PruneConfig
+from fedprllm.errors import ConfigError, did_you_mean
+
+__all__ = ["DEFAULT_ALLOWED", "Plan", "RunPlan", "SiteSettings", "read_plan", "read_run_plan"]
+
+DEFAULT_ALLOWED = ("mask",)
+# The strategies that a federation can run: the others need everyone's text in one place, or no one else.
+FEDERATED = ("one-shot", "iterative")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_RESERVED = {"server", "coordinator", "admin"}
+
+
+class _Written(BaseModel):
+    """Something a person wrote: immutable, every mistake named in one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, list(type(self).model_fields))) from None
+
+
+def _explain(error: ValidationError, known: list[str]) -> str:
+    lines = []
+    for defect in error.errors():
+        name = ".".join(str(part) for part in defect["loc"]) or "plan"
+        if defect["type"] == "extra_forbidden":
+            lines.append(f"unknown option {did_you_mean(name, known)}")
+        elif defect["type"] == "missing":
+            lines.append(f"{name} is missing")
+        else:
+            lines.append(f"{name}: {defect['msg'][0].lower()}{defect['msg'][1:]}, found {defect['input']!r}")
+    return "\n".join(lines)
+
+
+class Plan(_Written):
+    """Who takes part and where the server is: what ``fedprllm federation init`` makes kits from.
+
+    Raises:
+        ConfigError: a name cannot be used, or occurs twice.
+    """
+
+    name: Annotated[str, Field(description="of the federation, in its certificates")] = "fedprllm"
+    server: Annotated[str, Field(description="host name at which participants reach the server")]
+    port: Annotated[int, Field(ge=1, le=65535, description="the one port that must be open")] = 8002
+    participants: Annotated[list[str], Field(min_length=1, description="one name for each participant")]
+    scheme: Annotated[str, Field(description="grpc, or http where only a web proxy lets traffic out")] = (
+        "grpc"
+    )
+    valid_days: Annotated[int, Field(ge=1, description="how long the certificates are valid")] = 360
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in (self.name, *self.participants):
+            if not _NAME.fullmatch(name) or name in _RESERVED:
+                raise ConfigError(
+                    f"'{name}' cannot name a federation or a participant: use lower-case letters, digits and "
+                    f"dashes, at most 63, and none of {', '.join(sorted(_RESERVED))}"
+                )
+        twice = {name for name in self.participants if self.participants.count(name) > 1}
+        if twice:
+            raise ConfigError(f"participant '{min(twice)}' is named twice")
+        if self.server in self.participants:
+            raise ConfigError(f"'{self.server}' is the server: give the participant another name")
+        if self.scheme not in ("grpc", "http", "tcp"):
+            raise ConfigError(f"unknown scheme {did_you_mean(self.scheme, ('grpc', 'http', 'tcp'))}")
+        return self
+
+
+class RunPlan(_Written):
+    """One run of a federation: which model, how it is pruned, and what happens when somebody fails.
+
+    Raises:
+        ConfigError: a strategy that needs no federation, a quorum that cannot be reached, a bad name.
+    """
+
+    name: Annotated[str, Field(description="folder of the run below the server's runs folder")]
+    model: Annotated[str, Field(description="hub id, or a path on the server; participants name their own")]
+    prune: Annotated[dict[str, Any], Field(description="options of pruning, as in fedprllm prune")] = {}
+    participants: Annotated[
+        list[str], Field(description="who takes part; everyone in the plan if empty")
+    ] = []
+    quorum: Annotated[int, Field(ge=1, description="participants without whom the run stops")] = 1
+    deadline_s: Annotated[
+        float, Field(gt=0, description="seconds a participant has for a block before it is left out")
+    ] = 3600.0
+    start_s: Annotated[
+        float, Field(gt=0, description="seconds it has, on top, to read model and text before block 0")
+    ] = 3600.0
+    join_s: Annotated[
+        float, Field(gt=0, description="seconds to wait for an absent participant before going on without")
+    ] = 120.0
+    silence_s: Annotated[
+        float, Field(gt=0, description="seconds without any answer after which it counts as gone")
+    ] = 30.0
+    max_ballots: Annotated[
+        int, Field(ge=1, description="invalid updates in a row after which a participant is left out")
+    ] = 3
+    max_attempts: Annotated[
+        int, Field(ge=1, description="jobs in a row without any progress before giving up")
+    ] = 5
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not _RUN_NAME.fullmatch(self.name):
+            raise ConfigError(f"'{self.name}' cannot name a run: use letters, digits, dot, dash, underscore")
+        config = self.config
+        if config.strategy not in FEDERATED:
+            raise ConfigError(
+                f"strategy '{config.strategy}' cannot run in a federation: expected one of "
+                f"{', '.join(FEDERATED)}; 'fedprllm prune' runs the others"
+            )
+        if self.participants and self.quorum > len(self.participants):
+            raise ConfigError(
+                f"a quorum of {self.quorum} cannot be reached by {len(self.participants)} participants"
+            )
+        return self
+
+    @property
+    def config(self) -> PruneConfig:
+        """How to prune."""
+        return PruneConfig(**self.prune)
+
+
+class SiteSettings(_Written):
+    """One participant's own settings: they stay on its machine and no message can change them."""
+
+    data: Annotated[list[str], Field(description="text files of this participant")]
+    model: Annotated[
+        str | None, Field(description="where the model is here, if not the coordinator's id")
+    ] = None
+    device: Annotated[str | None, Field(description="where to compute, whatever the run says")] = None
+    threads: Annotated[int | None, Field(ge=1, description="CPU threads at most")] = None
+    memory_gb: Annotated[float | None, Field(gt=0, description="memory of the computation at most")] = None
+    allow: Annotated[list[str], Field(description="kinds of update that may leave")] = list(DEFAULT_ALLOWED)
+    record: Annotated[str | None, Field(description="folder for a copy of every message that leaves")] = None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def read_plan(path: Path) -> Plan:
+    """Read ``plan.toml``.
+
+    Raises:
+        ConfigError: the file or a value in it cannot be used.
+    """
+    try:
+        return Plan(**_read_toml(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+
+
+def read_run_plan(path: Path) -> RunPlan:
+    """Read the ``config.toml`` of a run; a model path in it is relative to the file.
+
+    Raises:
+        ConfigError: the file or a value in it cannot be used.
+    """
+    values = _read_toml(path)
+    model = values.get("model")
+    if isinstance(model, str) and (path.parent / model).exists():
+        values["model"] = str((path.parent / model).resolve())
+    try:
+        return RunPlan(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,236 @@
+"""The computation of one participant: a process of its own that walks over all blocks of one run.
+
+    python -m fedprllm.federation.worker SPOOL SETTINGS NAME OWNER
+
+It talks through files of its spool only (see `fedprllm.federation.spool`), knows no network, and ends
+when the process that started it does, or when another one owns the spool. Killed at any point, it
+continues where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from fedprllm.errors import DataError, FedprllmError, ModelError
+from fedprllm.federation.plan import SiteSettings
+from fedprllm.federation.spool import Spool, write_bytes
+from fedprllm.files import read_json, save_tensors, write_json
+
+__all__ = ["main"]
+
+_DECISION_POLL_S = 0.05
+
+
+class _Failed(Exception):  # noqa: N818  it carries a status, it is no defect
+    def __init__(self, code: str, tensor: str = "", message: str = "") -> None:
+        super().__init__(message or code)
+        self.code, self.tensor = code, tensor
+
+
+def main(arguments: list[str]) -> int:
+    """Compute every update of a run; 0 when all are there."""
+    folder, settings_file, name, owner = arguments
+    spool = Spool(Path(folder))
+    settings = SiteSettings(**read_json(Path(settings_file)))
+    _end_with_parent()
+    _limit(settings)
+    with FileLock(spool.path(".lock")):
+        return _walk(spool, settings, name, owner)
+
+
+def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
+    spool.set_status("working")
+    try:
+        _Walk(spool, settings, name, owner).run()
+    except _Failed as failure:
+        print(failure, file=sys.stderr)
+        spool.set_status("failed", failure.code, failure.tensor, str(failure))
+    except DataError as error:
+        return _fail(spool, "data", error)
+    except FedprllmError as error:
+        return _fail(spool, "compute", error)
+    except MemoryError as error:
+        return _fail(spool, "memory", error)
+    except RuntimeError as error:
+        # torch reports a failed allocation in its text only, on the CPU.
+        out_of_memory = "alloc" in str(error) or "out of memory" in str(error)
+        return _fail(spool, "memory" if out_of_memory else "internal", error)
+    except Exception as error:  # noqa: BLE001  the coordinator learns the code, the log has the traceback
+        return _fail(spool, "internal", error)
+    else:
+        spool.set_status("done")
+        return 0
+    return 1
+
+
+def _fail(spool: Spool, code: str, error: BaseException) -> int:
+    traceback.print_exception(error)
+    spool.set_status("failed", code, message=f"{type(error).__name__}: {error}")
+    return 1
+
+
+def _end_with_parent() -> None:
+    """End when the other side of standard input is gone, however it went."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(3)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _limit(settings: SiteSettings) -> None:
+    if settings.threads is not None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+    if settings.memory_gb is not None:
+        import resource
+
+        # Data and private mappings: a mapped checkpoint does not count, every tensor does.
+        limit = int(settings.memory_gb * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+class _Walk:
+    """One participant's walk, from its spool into its spool."""
+
+    def __init__(self, spool: Spool, settings: SiteSettings, name: str, owner: str) -> None:
+        from fedprllm.config import PruneConfig
+
+        self.spool, self.settings, self.name, self.owner = spool, settings, name, owner
+        self.job: dict[str, Any] = read_json(spool.path("job.json"))
+        config = PruneConfig(**self.job["config"])
+        self.config = config.model_copy(update={"device": settings.device or "cpu"})
+
+    def run(self) -> None:
+        from fedprllm.core.criteria import CRITERIA
+        from fedprllm.participant import find_shared_inputs
+        from fedprllm.sharing import SHARING
+        from fedprllm.strategies import STRATEGIES
+
+        self._prepare()
+        self.sharing = SHARING[self.config.share]
+        self.follows_server = STRATEGIES[self.config.strategy].follows_server
+        self.uses_inputs = CRITERIA[self.config.criterion].uses_inputs
+        if self.sharing.by_input:
+            find_shared_inputs(self.model)
+        start = self._resume() if self.uses_inputs else self.spool.n_ready
+        for index in range(start, self.model.n_blocks):
+            self._check_owner()
+            self._step(index)
+
+    def _check_owner(self) -> None:
+        """End if a later process, of a later job of the same run, has taken over."""
+        if self.spool.owner != self.owner:
+            os._exit(3)
+
+    def _prepare(self) -> None:
+        """Read the model, compare it with the coordinator's, read the text."""
+        from fedprllm.federation.fingerprints import first_difference, model_digest, tensor_fingerprints
+        from fedprllm.inputs import make_participants
+        from fedprllm.models.blocks import BlockwiseModel
+        from fedprllm.models.source import resolve_model
+
+        named = self.settings.model or self.job["model"]
+        try:
+            folder = resolve_model(named)
+        except ModelError as error:
+            raise _Failed("model missing", message=str(error)) from None
+        self.model = BlockwiseModel(folder, self.config.dtype, self.config.device)
+        expected = read_json(self.spool.path("fingerprints.json"))
+        found = tensor_fingerprints(self.model)
+        different = first_difference(expected, found)
+        if different is not None:
+            raise _Failed(
+                "model differs",
+                different,
+                f"the model at {named} is not the coordinator's: tensor '{different}' has other values; "
+                "get the model from where the coordinator got it, or name it with --model",
+            )
+        self.digest = model_digest(expected)
+        people, self.config = make_participants(
+            self.model, {self.name: list(self.settings.data)}, self.config
+        )
+        (self.participant,) = people
+
+    def _resume(self) -> int:
+        """Bring the hidden states to the first block that is not walked yet."""
+        from safetensors.torch import load_file
+
+        self.participant.enter(self.model)
+        n_walked = self.spool.n_walked
+        if n_walked:
+            kept = load_file(self.spool.hidden_path(n_walked - 1))
+            self.participant.hidden = [
+                kept[str(number)].to(self.model.device) for number in range(len(self.participant.windows))
+            ]
+        return n_walked
+
+    def _step(self, index: int) -> None:
+        walks_on = self.uses_inputs and index + 1 < self.model.n_blocks
+        walk_densely = walks_on and not self.sharing.decides_alone and not self.follows_server
+        with self.model.block(index) as block:
+            statistics = None
+            if self.uses_inputs:
+                statistics = self.participant.observe(block, self.sharing.observation, walk_on=walk_densely)
+            contribution = self.sharing.contribute(
+                block, statistics, self.config, self.participant.fingerprint
+            )
+            self._keep_update(index, contribution.update)
+            if not walks_on:
+                return
+            if self.follows_server:
+                self.participant.advance(block, self._decision(block))
+            elif not walk_densely:
+                assert contribution.own is not None
+                self.participant.advance(block, contribution.own.weights)
+        hidden = {str(number): state.cpu() for number, state in enumerate(self.participant.hidden)}
+        save_tensors(self.spool.hidden_path(index), hidden)
+        if index:
+            self.spool.hidden_path(index - 1).unlink(missing_ok=True)
+
+    def _keep_update(self, index: int, tensors: Any) -> None:
+        """Write what may leave; never again if it is there, for it may have been sent."""
+        from fedprllm import wire
+
+        path = self.spool.update_path(index)
+        if path.exists():
+            return
+        n_tokens = self.participant.windows.numel()
+        update = wire.Update(
+            run_id=bytes.fromhex(self.job["run"]),
+            participant=self.name,
+            block=index,
+            kind=self.config.share,
+            model_fingerprint=self.digest,
+            tensors=tensors,
+            n_tokens=n_tokens,
+        )
+        shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
+        summary = {"kind": self.config.share, "n_tokens": n_tokens, "shapes": shapes}
+        write_json(self.spool.summary_path(index), summary)
+        write_bytes(path, wire.encode(update))
+
+    def _decision(self, block: Any) -> Any:
+        """Wait for the coordinator's decision about a block."""
+        from fedprllm.federation.decisions import decided_weights
+
+        path = self.spool.decision_path(block.index)
+        while not path.exists():
+            self._check_owner()
+            time.sleep(_DECISION_POLL_S)
+        return decided_weights(path.read_bytes(), block, bytes.fromhex(self.job["run"]), self.digest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

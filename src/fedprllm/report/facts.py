@@ -1,0 +1,199 @@
+"""The facts of a run that several sections of the report need, and how they are written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from fedprllm.api import PruneResult
+from fedprllm.report.plots import MAX_NAMED
+from fedprllm.strategies import STRATEGIES, Strategy
+
+__all__ = [
+    "MAX_ROWS",
+    "Cell",
+    "Facts",
+    "Plot",
+    "Section",
+    "Table",
+    "change",
+    "count",
+    "mean_perplexity",
+    "numbered",
+    "percent",
+    "perplexity",
+    "seconds",
+    "size",
+]
+
+# Tables with more rows are folded, and figures number participants instead of naming them.
+MAX_ROWS = MAX_NAMED
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value in a table, and a note beside it."""
+
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of strings or cells; ``align``: ``l`` left, ``r`` right, ``p`` a path, by column."""
+
+    caption: str
+    columns: Sequence[str]
+    align: str
+    rows: Sequence[Sequence[str | Cell]]
+    strong: frozenset[int] = frozenset()
+    wide: bool = False
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is too long to stand open."""
+        return len(self.rows) > MAX_ROWS
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure and what has to be known to read it."""
+
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it, in order."""
+
+    name: str
+    title: str
+    parts: list[str | Table | Plot] = field(default_factory=list)
+
+
+# The run ----------------------------------------------------------------------------------------
+
+
+class Facts:
+    """The record of a run, summed up where several sections need it."""
+
+    def __init__(self, result: PruneResult) -> None:
+        self.details = result.details
+        self.config = result.config
+        self.blocks: list[dict[str, Any]] = self.details["blocks"]
+        self.strategy: Strategy = STRATEGIES[result.config.strategy]
+        self.people: dict[str, dict[str, Any]] = self.details["participants"]
+        self.walkers = ["pooled text"] if self.strategy.pools_text else list(self.people)
+        self.model = Path(self.details["model"]["source"]).name
+        self.evaluation = _named(result.evaluation, result.config.strategy)
+        self.comparison: dict[str, Any] = dict(self.details.get("comparison", {}))
+        self.kinds = list(dict.fromkeys(linear["kind"] for _, linear in self.linears()))
+
+    def linears(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each Linear's record with the number of its block."""
+        for record in self.blocks:
+            for linear in record["linears"].values():
+                yield record["block"], linear
+
+    def total(self, key: str, kind: str | None = None) -> int:
+        """Sum of a number over all Linears, or those of one kind."""
+        return sum(linear[key] for _, linear in self.linears() if kind in (None, linear["kind"]))
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the prunable weights."""
+        return float(self.total("n_zeros") / self.details["n_prunable"])
+
+    @property
+    def pruned_models(self) -> tuple[dict[str, Any], list[str]]:
+        """The table of perplexities to quote from, and the names of this run's models in it."""
+        table = self.evaluation or self.comparison
+        own = [_model_name(name, self.config.strategy) for name in self.details["models"]]
+        found = [name for name in own if name in table]
+        return table, found or [name for name in ("federated",) if name in table]
+
+    @property
+    def has_votes(self) -> bool:
+        """Whether votes were counted one by one: not if sums are shared, or votes count tokens."""
+        return all("vote_histogram" in linear for _, linear in self.linears())
+
+    def votes(self, kind: str | None = None) -> np.ndarray:
+        """Number of weights by number of votes, [n_walkers + 1]."""
+        rows = [linear["vote_histogram"] for _, linear in self.linears() if kind in (None, linear["kind"])]
+        votes: np.ndarray = np.array(rows, dtype=np.int64).sum(axis=0)
+        return votes
+
+    @property
+    def pruned_share(self) -> float:
+        """Share of the prunable weights that a mask prunes."""
+        return float(self.total("n_pruned") / self.details["n_prunable"])
+
+
+def _named(evaluation: Mapping[str, Any], strategy: str) -> dict[str, Any]:
+    return {_model_name(name, strategy): rows for name, rows in evaluation.items()}
+
+
+def _model_name(name: str, strategy: str) -> str:
+    """What a model is called on the page; a participant's own is named after it."""
+    if name == "model":
+        return strategy
+    return name if name == "dense" or strategy != "local-only" else f"local-only: {name}"
+
+
+def percent(share: float) -> str:
+    """A share with one digit after the point."""
+    return f"{share * 100:.1f} %"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in the unit that fits, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            break
+        n_bytes /= 1000
+    return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
+
+
+def seconds(duration: float) -> str:
+    """Seconds, from two minutes on minutes and seconds."""
+    if duration < 120:
+        return f"{duration:.1f} s" if duration >= 1 else f"{duration:.2f} s"
+    return "{} min {} s".format(*divmod(round(duration), 60))
+
+
+def count(number: int, noun: str) -> str:
+    """``3 blocks``, ``1 block``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def perplexity(value: float) -> str:
+    """Two digits after the point; beyond the range of floats, infinity."""
+    return f"{value:,.2f}" if math.isfinite(value) else "∞"
+
+
+def change(value: float, dense: float) -> str:
+    """Relative change against the dense model."""
+    ratio = value / dense
+    if not math.isfinite(ratio):
+        return ""
+    return f"{(ratio - 1) * 100:+.1f} %" if ratio < 10 else f"{ratio:,.0f} times"
+
+
+def mean_perplexity(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Geometric mean over texts: exp of the mean negative log-likelihood."""
+    nll = math.fsum(row["nll"] for row in rows) / len(rows)
+    return math.exp(nll) if nll < 709 else math.inf
+
+
+def numbered(rows: list[list[str | Cell]]) -> list[list[str | Cell]]:
+    """With many participants figures show numbers: say whose they are."""
+    if len(rows) <= MAX_ROWS:
+        return rows
+    return [[Cell(str(row[0]), f"no. {number}"), *row[1:]] for number, row in enumerate(rows, start=1)]

@@ -1,0 +1,139 @@
+"""``write_report``: the record of a complete run becomes a page.
+
+The page is a list of sections, each a few sentences, tables and figures; the template only lays them out.
+What does not apply to a run is said in one line or left out.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from fedprllm.api import PruneResult
+from fedprllm.errors import RunError
+from fedprllm.files import write_text
+from fedprllm.report.facts import Facts, change, count, mean_perplexity, percent, perplexity, seconds, size
+from fedprllm.report.perplexity import compared, evaluated
+from fedprllm.report.pruning import agreement, ties, time, traffic, zeros
+from fedprllm.report.setting import setting
+from fedprllm.runs import Run
+
+__all__ = ["write_report"]
+
+_SHARED = {
+    "mask": "prune masks",
+    "statistics": "sums over the inputs of the Linears",
+    "gram": "sums of products of the inputs of the Linears",
+    "weights": "pruned weights",
+}
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write one self-contained HTML page about a complete run.
+
+    The same record gives the same bytes.
+
+    Args:
+        run: folder of the run.
+        out: HTML file to write; ``report.html`` in the run's folder by default.
+
+    Returns:
+        The file written.
+
+    Raises:
+        RunError: the folder is not that of a complete run, or ``out`` is a folder.
+    """
+    run = Path(run)
+    path = run / "report.html" if out is None else Path(out)
+    _check_complete(run)
+    if path.is_dir():
+        raise RunError(f"{path} is a folder: name the HTML file to write")
+    write_text(path, _render(PruneResult.load(run)))
+    return path
+
+
+def _check_complete(run: Path) -> None:
+    if not (run / "run.json").exists():
+        raise RunError(f"{run} holds no run.json: name the folder that a run was given with --out")
+    if not (run / "result.json").exists():
+        # Shards are named by their number, and there is one more than there are blocks.
+        shards = [*run.glob("**/model*/model-*-of-*.safetensors")]
+        n_blocks = f" of {int(shards[0].stem.rsplit('-', 1)[1]) - 1}" if shards else ""
+        raise RunError(
+            f"{run}: the run is not complete: {Run(run, {}).n_finished}{n_blocks} blocks are finished and "
+            "result.json is missing; run its command again, it continues there"
+        )
+
+
+def _render(result: PruneResult) -> str:
+    template = files("fedprllm.report").joinpath("template.html").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    facts = Facts(result)
+    make = (setting, evaluated, compared, zeros, agreement, ties, traffic, time)
+    sections = [section for section in (one(facts) for one in make) if section is not None]
+    return environment.from_string(template).render(
+        model=facts.model, summary=_summary(facts), tiles=_tiles(facts), sections=sections
+    )
+
+
+# Head ------------------------------------------------------------------------------------------
+
+
+def _quoted_perplexity(facts: Facts) -> tuple[str, str, str] | None:
+    """The perplexity before and after, and how it changed, as text."""
+    table, names = facts.pruned_models
+    if "dense" not in table or not names:
+        return None
+    dense = mean_perplexity(table["dense"])
+    after = sorted(mean_perplexity(table[name]) for name in names)
+    texts = [row["text"] for row in table["dense"]]
+    where = f"on {texts[0]}" if len(texts) == 1 else f"geometric mean over {len(texts)} texts"
+    if len(after) == 1:
+        return perplexity(dense), perplexity(after[0]), f"{change(after[0], dense)}, {where}"
+    return perplexity(dense), f"{perplexity(after[0])} to {perplexity(after[-1])}", where
+
+
+def _summary(facts: Facts) -> str:
+    n = len(facts.people)
+    people = count(n, "participant")
+    who = (
+        f"on the pooled text of {people}"
+        if facts.strategy.pools_text
+        else f"by {people}, {facts.config.strategy}"
+        if facts.strategy.server_votes
+        else f"by {people}, each alone"
+    )
+    text = f"{facts.model} was pruned to {percent(facts.sparsity)} zeros {who}."
+    quoted = _quoted_perplexity(facts)
+    if quoted:
+        text += f" Perplexity: {quoted[0]} dense, {quoted[1]} pruned ({quoted[2].lstrip(', ')})."
+    sent = sum(facts.details["update_bytes_per_block"])
+    if sent:
+        text += f" Each participant would send {size(sent)}: {_SHARED[facts.config.share]}, no text."
+    return text
+
+
+def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
+    """Key figures: name, value, note."""
+    details = facts.details
+    tiles = [
+        (
+            "zeros",
+            percent(facts.sparsity),
+            f"of {details['n_prunable']:,} prunable weights",
+        ),
+        ("participants", f"{len(facts.people)}", facts.config.strategy),
+    ]
+    quoted = _quoted_perplexity(facts)
+    if quoted:
+        tiles.append(("perplexity", f"{quoted[0]} → {quoted[1]}", quoted[2].lstrip(", ")))
+    sent = sum(details["update_bytes_per_block"])
+    if sent:
+        tiles.append(("sent by each", size(sent), f"in {count(details['rounds'], 'round')}"))
+    spent = sum(sum(record["seconds"].values()) for record in facts.blocks)
+    tiles.append(("time to prune", seconds(spent), f"over {count(len(facts.blocks), 'block')}"))
+    return tiles

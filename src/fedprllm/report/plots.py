@@ -1,0 +1,400 @@
+"""Figures of the report as inline SVG: the same bytes for the same numbers, colours left to the page.
+
+Text and lines are drawn in stand-in colours that become CSS variables of the page, so that one figure
+serves its light and its dark form. Text stays text and takes the page's font.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.style import context
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+__all__ = ["MAX_NAMED", "MAX_PRINTED", "bars", "grouped_bars", "heatmap", "lines", "shares"]
+
+# A matrix of at most so many rows has its values printed into it.
+MAX_PRINTED = 12
+# Rows of a heatmap with more than this are numbered, not named.
+MAX_NAMED = 24
+
+_INK, _MUTED, _LINE, _PAGE = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
+_SERIES = tuple(f"#0a0c{number:02x}" for number in range(1, 8))
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _LINE: "var(--line)",
+    _PAGE: "var(--page)",
+    **{colour: f"var(--c{number})" for number, colour in enumerate(_SERIES, start=1)},
+}
+# Cividis without its darkest part, which a dark page would swallow: readable without colour vision.
+_SEQUENTIAL = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 1, 256)), name="report")
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+_MARKERS = "osD^vP*X"
+
+_WIDTH = 7.5
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "axes.labelsize": 9.0,
+    "legend.fontsize": 9.0,
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+    "text.color": _INK,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _LINE,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.04,
+    "figure.constrained_layout.w_pad": 0.02,
+}
+
+
+class _Drawing:
+    """A figure, and its SVG once it is drawn."""
+
+    def __init__(self, height: float, width: float = _WIDTH) -> None:
+        self.figure = Figure(figsize=(width, height))
+        self.axes: Axes = self.figure.add_subplot()
+        self.svg = Markup()
+
+
+@contextmanager
+def _drawing(label: str, height: float, width: float = _WIDTH) -> Iterator[_Drawing]:
+    """Draw in the report's style; ``label`` says in words what the figure shows.
+
+    matplotlib's own defaults come first: a user's matplotlibrc must not change the page.
+    """
+    with context(["default", _STYLE | {"svg.hashsalt": label}]), warnings.catch_warnings():
+        # Names may hold characters that matplotlib's font has no shape for; the page's fonts do.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        drawing = _Drawing(height, width)
+        yield drawing
+        stream = io.StringIO()
+        drawing.figure.savefig(
+            stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    drawing.svg = _inline(stream.getvalue(), label)
+
+
+def _inline(svg: str, label: str) -> Markup:
+    """The SVG as a part of an HTML page: no prolog, no namespaces, no names that nothing refers to."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style type.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s*<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", svg)
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
+    svg = re.sub(r'\sid="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLES.get(found[0], found[0]), svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return Markup(svg.strip())
+
+
+def _short(name: str, length: int = 26) -> str:
+    """A name that fits beside an axis."""
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _no_ticks(axis: Any) -> None:
+    axis.set_tick_params(length=0)
+
+
+def _row_axis(axes: Axes, positions: Sequence[float], names: Sequence[str]) -> None:
+    """Rows from top to bottom, named at the left."""
+    axes.set_yticks(positions, [_short(name) for name in names])
+    axes.set_ylim(max(positions) + 0.6, min(positions) - 0.6)
+    _no_ticks(axes.yaxis)
+    axes.spines["left"].set_visible(False)
+
+
+# Bars ------------------------------------------------------------------------------------------
+
+
+def bars(values: Mapping[str, float], texts: Sequence[str], label: str) -> Markup:
+    """One horizontal bar per name, with a text at its end."""
+    with _drawing(label, 0.25 + 0.27 * len(values)) as drawing:
+        axes = drawing.axes
+        rows = range(len(values))
+        axes.barh(rows, list(values.values()), height=0.66, color=_SERIES[0])
+        longest = max(values.values(), default=0) or 1
+        for row, value, text in zip(rows, values.values(), texts, strict=True):
+            axes.text(value + longest * 0.01, row, text, va="center", fontsize=8.5)
+        axes.set_xlim(0, longest * 1.22)
+        _row_axis(axes, rows, list(values))
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xticks([])
+    return drawing.svg
+
+
+def grouped_bars(
+    groups: Mapping[str, Mapping[str, float]], colours: Mapping[str, int], label: str, axis_label: str
+) -> Markup:
+    """Groups of horizontal bars, each group under its name, values at their ends.
+
+    The axis is linear from 0; or, if values differ by more than ten times, logarithmic from 1.
+
+    Args:
+        groups: value by row by group; an infinite value is drawn to the edge.
+        colours: number of the series colour by row; 0 is muted.
+        label: what the figure shows, in words.
+        axis_label: what the values are.
+    """
+    values = [value for group in groups.values() for value in group.values()]
+    finite = [value for value in values if np.isfinite(value)] or [1.0]
+    logarithmic = max(finite) > 10 * min(finite) >= 10
+    high = max(finite) ** 1.13 if logarithmic else max(finite) * 1.13
+    with _drawing(label, 0.45 + 0.235 * sum(len(group) + 1.25 for group in groups.values())) as drawing:
+        axes = drawing.axes
+        positions, names, position = [], [], 0.0
+        for group, rows in groups.items():
+            axes.annotate(
+                _short(group, 60),
+                (0, position),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                weight="bold",
+            )
+            for name, value in rows.items():
+                position += 1
+                end = value if np.isfinite(value) else high
+                colour = _SERIES[(colours[name] - 1) % len(_SERIES)] if colours[name] else _MUTED
+                axes.barh(position, end, height=0.72, color=colour)
+                text = f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if np.isfinite(value) else "∞"
+                inside = end == high
+                axes.annotate(
+                    text,
+                    (end, position),
+                    xytext=(-4 if inside else 4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    ha="right" if inside else "left",
+                    fontsize=8.5,
+                )
+                positions.append(position)
+                names.append(name)
+            position += 1.35
+        if logarithmic:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.0f}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(1 if logarithmic else 0, high)
+        axes.set_xlabel(f"{axis_label}, logarithmic from 1" if logarithmic else axis_label)
+        axes.xaxis.grid(True)
+        axes.set_axisbelow(True)
+        _no_ticks(axes.xaxis)
+        _row_axis(axes, positions, names)
+        axes.set_ylim(max(positions) + 0.6, -0.7)
+        axes.spines["bottom"].set_visible(False)
+    return drawing.svg
+
+
+def shares(rows: Mapping[str, Sequence[float]], label: str, axis_label: str) -> Markup:
+    """One stacked bar per row, of the shares of 0, 1, 2, ... (adding up to 1), dark to light."""
+    n = max(len(parts) for parts in rows.values())
+    scale = Normalize(0, max(n - 1, 1))
+    with _drawing(label, 1.0 + 0.27 * len(rows)) as drawing:
+        axes = drawing.axes
+        parts = np.array(list(rows.values()))
+        starts = np.cumsum(parts, axis=1) - parts
+        # Each reaches a little under its right neighbour, so that no seam opens between them.
+        under = np.pad(np.minimum(parts[:, 1:], 0.004), ((0, 0), (0, 1)))
+        for number in range(n):
+            colour = _SEQUENTIAL(scale(number))
+            width = parts[:, number] + under[:, number]
+            axes.barh(range(len(rows)), width, left=starts[:, number], height=0.78, color=colour, linewidth=0)
+            for row, part in enumerate(parts[:, number]):
+                if n <= 9 and part >= 0.055:
+                    middle = starts[row, number] + part / 2
+                    ink, text = _readable(colour), f"{part * 100:.0f} %"
+                    axes.text(middle, row, text, ha="center", va="center", color=ink, fontsize=8)
+        axes.set_xlim(0, 1)
+        axes.set_xticks(np.linspace(0, 1, 6), [f"{share * 100:.0f} %" for share in np.linspace(0, 1, 6)])
+        _no_ticks(axes.xaxis)
+        _row_axis(axes, range(len(rows)), list(rows))
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xlabel("share of weights")
+        _steps(drawing, n, axis_label)
+    return drawing.svg
+
+
+def _steps(drawing: _Drawing, n: int, label: str) -> None:
+    """A key above the axes: one swatch per number from 0 to n - 1, or a continuous bar."""
+    key = drawing.figure.colorbar(
+        matplotlib.cm.ScalarMappable(
+            Normalize(-0.5, n - 0.5), ListedColormap(_SEQUENTIAL(np.linspace(0, 1, n)))
+        ),
+        ax=drawing.axes,
+        location="top",
+        fraction=0.05,
+        aspect=40,
+        pad=0.02,
+    )
+    key.outline.set_visible(False)
+    key.ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    key.set_label(label)
+    _no_ticks(key.ax.xaxis)
+
+
+# Heatmaps and lines ----------------------------------------------------------------------------
+
+
+def heatmap(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    *,
+    limits: tuple[float, float],
+    names: tuple[str, str, str],
+) -> Markup:
+    """A matrix in colour; values that are NaN stay blank.
+
+    Args:
+        values: [row, column].
+        rows: name of each row.
+        columns: name of each column.
+        label: what the figure shows, in words.
+        limits: values of the darkest and the lightest colour.
+        names: of the column axis, the row axis and the values.
+    """
+    square = list(rows) == list(columns)
+    height = 0.7 + (0.3 if square else 0.23) * len(rows) if len(rows) <= MAX_NAMED else 6.2
+    with _drawing(label, max(height, 1.8)) as drawing:
+        axes = drawing.axes
+        image = axes.imshow(
+            np.ma.masked_invalid(values),
+            cmap=_SEQUENTIAL,
+            vmin=limits[0],
+            vmax=limits[1],
+            interpolation="none",
+            aspect="equal" if square and len(rows) > MAX_PRINTED else "auto",
+        )
+        _name_cells(axes.yaxis, rows)
+        _name_cells(axes.xaxis, columns)
+        if len(columns) <= MAX_NAMED and len(columns) * max(map(len, columns)) > 80:
+            axes.tick_params(axis="x", labelrotation=90)
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+        axes.spines[:].set_visible(False)
+        if max(len(rows), len(columns)) <= 48:
+            axes.vlines(np.arange(len(columns) - 1) + 0.5, -0.5, len(rows) - 0.5, _PAGE, linewidth=1)
+            axes.hlines(np.arange(len(rows) - 1) + 0.5, -0.5, len(columns) - 0.5, _PAGE, linewidth=1)
+        if square and len(rows) <= MAX_PRINTED:
+            _print_values(axes, values, _SEQUENTIAL, Normalize(*limits))
+        bar = drawing.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.set_label(names[2])
+        _no_ticks(bar.ax.yaxis)
+    return drawing.svg
+
+
+def _name_cells(axis: Any, names: Sequence[str]) -> None:
+    """All names while they are few; numbers from 1 at regular places when they are many."""
+    _no_ticks(axis)
+    if all(name.isdigit() for name in names) or len(names) > MAX_NAMED:
+        step = max(1, -(-len(names) // 16))
+        first = int(names[0]) if names[0].isdigit() else 1
+        places = range(0, len(names), step)
+        axis.set_ticks(places, [str(first + place) for place in places])
+    else:
+        axis.set_ticks(range(len(names)), [_short(name, 20) for name in names])
+
+
+def _print_values(axes: Axes, values: np.ndarray, colours: Colormap, scale: Normalize) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ink = _readable(colours(scale(value)))
+            axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=8)
+
+
+def _readable(colour: Sequence[float]) -> str:
+    """Black or white, whichever has the higher contrast on a colour."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if luminance > 0.179 else "#ffffff"
+
+
+def lines(
+    series: Mapping[str, Sequence[float]], label: str, names: tuple[str, str], reference: tuple[float, str]
+) -> Markup:
+    """One line per name over 0, 1, 2, ..., told apart by colour, dash and mark.
+
+    Args:
+        series: values by name; NaN leaves a gap.
+        label: what the figure shows, in words.
+        names: of the horizontal and the vertical axis.
+        reference: a value drawn as a level line, and its name.
+    """
+    n = max(len(values) for values in series.values())
+    with _drawing(label, 3.4) as drawing:
+        axes = drawing.axes
+        for number, (name, values) in enumerate(series.items()):
+            axes.plot(
+                range(len(values)),
+                values,
+                color=_SERIES[number % len(_SERIES)],
+                linestyle=_DASHES[number % len(_DASHES)],
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=4 if n <= 16 else 3,
+                linewidth=1.4,
+                label=_short(name),
+            )
+        _level(axes, *reference)
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+        axes.set_xlim(-0.4, n - 0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+        axes.yaxis.grid(True)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.spines["left"].set_visible(False)
+        drawing.figure.legend(loc="outside right upper", handlelength=3, borderaxespad=0)
+    return drawing.svg
+
+
+def _level(axes: Axes, value: float, name: str) -> None:
+    """A level line with its name; far from all data only the name, where the line would be."""
+    low, high = axes.get_ylim()
+    span = high - low
+    near = low - 2 * span <= value <= high + 2 * span
+    if not near:
+        axes.set_ylim(low - 0.08 * span * (value < low), high + 0.08 * span * (value > high))
+    if near:
+        axes.axhline(value, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)))
+    axes.annotate(
+        name if near else f"{name}: {value:.3f}, {'below' if value < low else 'above'}",
+        (0, value if near else 0 if value < low else 1),
+        xycoords=("axes fraction", "data" if near else "axes fraction"),
+        xytext=(4, 3 if near or value < low else -10),
+        textcoords="offset points",
+        color=_MUTED,
+        fontsize=8.5,
+    )

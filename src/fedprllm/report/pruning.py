@@ -1,0 +1,272 @@
+"""What the walk recorded of each block: sparsity, votes, agreement, ties, bytes and time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import combinations
+from math import comb
+
+import numpy as np
+
+from fedprllm.report import plots
+from fedprllm.report.facts import Cell, Facts, Plot, Section, Table, count, numbered, percent, seconds, size
+
+__all__ = ["agreement", "ties", "time", "traffic", "zeros"]
+
+# What `fedprllm.federation.agreement` draws from each Linear.
+SAMPLE = 16_384
+_PHASES = {
+    "read": "load the block",
+    "observe": "forward passes that collect statistics",
+    "select": "rank the weights, make each participant's mask",
+    "vote": "count votes, sample the agreement",
+    "advance": "forward passes through the pruned block",
+    "aggregate": "the server's decision",
+    "write": "store the pruned block",
+}
+_CONTENT = {
+    "mask": "One bit for each prunable weight: would I prune it or not.",
+    "statistics": "For each distinct input of the Linears, the sum of squares of each channel.",
+    "gram": "For each distinct input of the Linears, the sum of products of each two channels.",
+    "weights": "The pruned weights, and one bit for each that says whether it was pruned.",
+}
+
+
+# Sparsity --------------------------------------------------------------------------------------
+
+
+def zeros(facts: Facts) -> Section:
+    """Share of zeros by block and kind of Linear."""
+    values = np.full((len(facts.kinds), len(facts.blocks)), np.nan)
+    numbers = [record["block"] for record in facts.blocks]
+    for block, linear in facts.linears():
+        share = linear["n_zeros"] / (linear["shape"][0] * linear["shape"][1])
+        values[facts.kinds.index(linear["kind"]), numbers.index(block)] = share
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    uniform = high - low < 0.01
+    limits = (0.0, 1.0) if uniform else (np.floor(low * 10) / 10, np.ceil(high * 10) / 10)
+    spread = (
+        f"Uniform: every Linear of every block has {percent(low)} zeros"
+        if percent(low) == percent(high)
+        else f"{'Nearly uniform: t' if uniform else 'T'}he Linears have between {percent(low)} and "
+        f"{percent(high)} zeros"
+    )
+    figure = plots.heatmap(
+        values,
+        facts.kinds,
+        [str(number) for number in numbers],
+        f"Heatmap of the sparsity of each Linear of each block. {spread}.",
+        limits=limits,
+        names=("block", "", "share of zeros"),
+    )
+    caption = "Share of zeros by block and kind of Linear, those that the dense model had included."
+    if not (facts.strategy.server_votes or facts.strategy.pools_text) and len(facts.people) > 1:
+        caption += f" Shown is the model of the last participant, {facts.walkers[-1]}."
+    section = Section("sparsity", "Sparsity", [f"{spread}.", Plot(figure, caption)])
+    notes = [[str(record["block"]), note] for record in facts.blocks for note in record.get("notes", ())]
+    if notes:
+        section.parts.append(Table("What went another way than asked for", ("block", "note"), "ll", notes))
+    return section
+
+
+# Agreement -------------------------------------------------------------------------------------
+
+
+def agreement(facts: Facts) -> Section:
+    """How alike the participants' masks are: votes, and pairs."""
+    section = Section("agreement", "How much the participants agree")
+    if len(facts.walkers) < 2:
+        why = "everyone's text was pooled" if facts.strategy.pools_text else "there is one participant"
+        section.parts.append(f"Left out: {why}, so there is one mask only.")
+        return section
+    if not facts.blocks[0]["agreement"]:
+        section.parts.append("Left out: the participants share sums and make no masks of their own.")
+        return section
+    section.parts.extend([*_votes(facts), *_pairs(facts)])
+    return section
+
+
+def _votes(facts: Facts) -> list[str | Plot]:
+    n = len(facts.walkers)
+    own = facts.pruned_share
+    if not facts.has_votes:
+        return ["No histogram of votes: they were not counted one by one in this run."]
+    histograms = {kind: facts.votes(kind) for kind in facts.kinds}
+    rows = {"all Linears": facts.votes(), **histograms}
+    shares = {kind: list(counts / counts.sum()) for kind, counts in rows.items()}
+    shares["random masks"] = [comb(n, v) * own**v * (1 - own) ** (n - v) for v in range(n + 1)]
+    alike = shares["all Linears"][0] + shares["all Linears"][n]
+    by_chance = shares["random masks"][0] + shares["random masks"][n]
+    lead = (
+        f"Of all weights, {percent(shares['all Linears'][n])} would be pruned by every participant and "
+        f"{percent(shares['all Linears'][0])} by none; on the other {percent(1 - alike)} they differ "
+        f"({percent(1 - by_chance)} if masks were random)."
+    )
+    if not facts.strategy.server_votes:
+        lead += " Nobody voted in this run: the masks were counted for this page only."
+    label = "Share of weights by number of votes. " + "; ".join(
+        f"{kind}: none {percent(parts[0])}, all {percent(parts[-1])}" for kind, parts in shares.items()
+    )
+    figure = plots.shares(shares, label, f"votes to prune, of {n} participants")
+    return [
+        lead,
+        Plot(figure, "Share of weights by number of participants who would prune them, by kind of Linear."),
+    ]
+
+
+def _pairs(facts: Facts) -> list[str | Plot]:
+    matrix, lines = _mean_agreement(facts)
+    names = facts.walkers[: len(matrix)]
+    chance = facts.pruned_share**2 + (1 - facts.pruned_share) ** 2
+    pairs = sorted((matrix[a, b], names[a], names[b]) for a, b in combinations(range(len(names)), 2))
+    sampled = f"estimated from a sample of {SAMPLE:,} weights per Linear"
+    if pairs[0][0] == 1:
+        return [f"All masks are the same ({sampled})."]
+    mean = sum(pair[0] for pair in pairs) / len(pairs)
+    lead = f"Two participants treat {percent(mean)} of the weights alike on average"
+    if len(pairs) > 1:
+        (low, *least), (high, *most) = pairs[0], pairs[-1]
+        lead += f"; least {' and '.join(least)} ({percent(low)}), most {' and '.join(most)} ({percent(high)})"
+    np.fill_diagonal(matrix, np.nan)
+    limits = (np.floor(pairs[0][0] * 50) / 50, np.ceil(pairs[-1][0] * 50) / 50)
+    reference = (
+        f"two random masks at sparsity s = {facts.pruned_share:.3g} agree on s² + (1 - s)² = {chance:.3f}"
+    )
+    first = " Participants are numbered as in their table." if len(names) > plots.MAX_NAMED else ""
+    if len(names) < len(facts.walkers):
+        first += f" The first {len(names)} are shown."
+    heatmap = plots.heatmap(
+        matrix,
+        names,
+        names,
+        f"Heatmap of the pairwise agreement of masks. {lead}.",
+        limits=limits,
+        names=("", "", "agreement"),
+    )
+    label = "Mean pairwise agreement by block and kind of Linear. Means over blocks: " + ", ".join(
+        f"{kind} {np.nanmean(values):.3f}" for kind, values in lines.items()
+    )
+    curves = plots.lines(lines, label, ("block", "mean pairwise agreement"), (chance, "random masks"))
+    return [
+        f"{lead}.",
+        Plot(
+            heatmap,
+            f"Pairwise agreement of the masks: share of weights that both prune or both keep, mean over "
+            f"all Linears weighted by their size, {sampled}. For reference: {reference}.{first}",
+        ),
+        Plot(curves, f"The same, mean over all pairs, by block and kind of Linear ({sampled})."),
+    ]
+
+
+def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:
+    """Agreement [participant, participant] weighted by weights, and its mean over pairs by kind and block."""
+    total, n_weights = np.zeros(()), 0
+    lines = {kind: [float("nan")] * len(facts.blocks) for kind in facts.kinds}
+    for place, record in enumerate(facts.blocks):
+        sizes = {
+            linear["kind"]: linear["shape"][0] * linear["shape"][1] for linear in record["linears"].values()
+        }
+        for kind, values in record["agreement"].items():
+            matrix = np.array(values)
+            total = total + sizes[kind] * matrix
+            n_weights += sizes[kind]
+            lines[kind][place] = float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
+    return total / n_weights, lines
+
+
+# Ties ------------------------------------------------------------------------------------------
+
+
+def ties(facts: Facts) -> Section:
+    """How many prunes were chosen among equals, by the server and by each participant."""
+    rule = f"Among weights with equal scores or votes the rule of this run decides: {facts.config.ties}."
+    section = Section("ties", "Prunes that a tie decided", [rule])
+    if facts.strategy.server_votes:
+        rows = [_tie_row(facts, kind, kind) for kind in facts.kinds]
+        rows.append(_tie_row(facts, "all Linears", None))
+        columns = ("kind of Linear", "prunes", "decided by a tie", "share of prunes")
+        strong = frozenset({len(rows) - 1})
+        section.parts.append(Table("The server's decision", columns, "lrrr", rows, strong))
+    own: dict[str, int] = defaultdict(int)
+    for record in facts.blocks:
+        for name, n_ties in record["participant_ties"].items():
+            own[name] += n_ties
+    n_pruned = facts.total("n_pruned")
+    if not own:
+        return section
+    if not any(own.values()):
+        whose = "the mask of the pooled text" if facts.strategy.pools_text else "the participants' own masks"
+        section.parts.append(f"In {whose} no prune was decided by a tie.")
+        return section
+    people: list[list[str | Cell]] = [[name, f"{n:,}", percent(n / n_pruned)] for name, n in own.items()]
+    heads = ("participant", "decided by a tie", "share of prunes")
+    section.parts.append(Table("The participants' own masks", heads, "lrr", numbered(people)))
+    return section
+
+
+def _tie_row(facts: Facts, name: str, kind: str | None) -> list[str | Cell]:
+    n_pruned, n_ties = facts.total("n_pruned", kind), facts.total("n_ties", kind)
+    share = n_ties / n_pruned if n_pruned else 0.0
+    return [name, f"{n_pruned:,}", f"{n_ties:,}", percent(share)]
+
+
+# Bytes and time --------------------------------------------------------------------------------
+
+
+def traffic(facts: Facts) -> Section:
+    """What leaves a participant."""
+    section = Section("bytes", "What each participant would send")
+    per_block = facts.details["update_bytes_per_block"]
+    if not sum(per_block):
+        why = "the text itself was pooled" if facts.strategy.pools_text else "every participant pruned alone"
+        section.parts.append(f"Nothing: {why}.")
+        return section
+    rounds = facts.details["rounds"]
+    how = (
+        "after each block the server returns its decision, and everyone goes on from that"
+        if facts.strategy.follows_server
+        else "everyone walks through all blocks alone and sends all of it at the end"
+    )
+    low, high = min(per_block), max(per_block)
+    each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    rows = [
+        ["per block", f"{each} bytes", size(high) if low == high else f"{size(low)} to {size(high)}"],
+        ["in total", f"{sum(per_block):,} bytes", size(sum(per_block))],
+        ["rounds", f"{rounds:,}", ""],
+    ]
+    section.parts.extend(
+        [
+            f"{_CONTENT[facts.config.share]} Nothing else is shared. {count(rounds, 'round')} of "
+            f"communication: {how}.",
+            Table("Payload of one participant", ("", "exactly", "about"), "lrr", rows),
+            "This run was computed in one process; framing and checksums of a network come on top.",
+        ]
+    )
+    return section
+
+
+def time(facts: Facts) -> Section:
+    """Seconds by phase, summed over blocks."""
+    spent: dict[str, float] = dict.fromkeys(_PHASES, 0.0)
+    for record in facts.blocks:
+        for phase, value in record["seconds"].items():
+            spent[phase] = spent.get(phase, 0.0) + value
+    total = sum(spent.values())
+    texts = [f"{seconds(value)}  ({percent(value / total)})" for value in spent.values()]
+    label = "Seconds by phase. " + ", ".join(
+        f"{phase} {text}" for phase, text in zip(spent, texts, strict=True)
+    )
+    meaning = "; ".join(f"{phase}: {_PHASES[phase]}" for phase in spent if phase in _PHASES)
+    n = len(facts.walkers)
+    whose = f"for {n} participants one after the other" if n > 1 else "for one participant"
+    if facts.strategy.pools_text:
+        whose = "for the pooled text"
+    return Section(
+        "time",
+        "Time",
+        [
+            f"{seconds(total)} for {count(len(facts.blocks), 'block')} on {facts.config.device} in "
+            f"{facts.config.dtype}, {whose}. Reading text and evaluating are not included.",
+            Plot(plots.bars(spent, texts, label), f"Time by phase, summed over blocks. {meaning}."),
+        ],
+    )

@@ -1,0 +1,66 @@
+"""What was run: configuration, participants, model and versions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedprllm.config import PruneConfig
+from fedprllm.report.facts import Cell, Facts, Plot, Section, Table, count, numbered
+
+__all__ = ["setting"]
+
+
+def setting(facts: Facts) -> Section:
+    """Configuration, participants, model and versions."""
+    section = Section("setting", "What was run")
+    options: list[list[str | Cell]] = []
+    for name, value in facts.config.model_dump(mode="json").items():
+        option = PruneConfig.model_fields[name]
+        changed = option.default is not None and value != option.default
+        note = f"default: {_word(option.default)}" if changed else ""
+        options.append([name.replace("_", "-"), Cell(_word(value), note), option.description or ""])
+    section.parts.append(Table("Configuration", ("option", "value", "meaning"), "lll", options))
+    section.parts.extend(_people(facts))
+    details = facts.details
+    software: list[list[str | Cell]] = [
+        ["model", details["model"]["source"]],
+        ["fingerprint", f"{details['model']['fingerprint'][:12]}… (SHA-256 of its weights, shortened)"],
+        ["prunable weights", f"{details['n_prunable']:,} in {count(len(facts.blocks), 'block')}"],
+        *([name, number] for name, number in details["versions"].items()),
+    ]
+    section.parts.append(Table("Model and versions", ("", ""), "lp", software))
+    return section
+
+
+def _people(facts: Facts) -> list[str | Table | Plot]:
+    """The participants; text that was dealt out to all of them is named once."""
+    texts = [person["sources"] for person in facts.people.values()]
+    one_text = len(texts) > 1 and all(sources == texts[0] for sources in texts)
+    rows: list[list[str | Cell]] = [
+        [
+            name,
+            *([] if one_text else [_sources(person["sources"])]),
+            f"{person['n_windows']:,}",
+            f"{person['window_length']:,}",
+            f"{person['n_windows'] * person['window_length']:,}",
+        ]
+        for name, person in facts.people.items()
+    ]
+    columns = ("participant", "text", "windows", "tokens each", "tokens")
+    caption = "Participants and their calibration text"
+    if not one_text:
+        return [Table(caption, columns, "lprrr", numbered(rows))]
+    kept = (columns[0], *columns[2:])
+    return [Table(caption, kept, "lrrr", numbered(rows)), f"Text of every participant: {_sources(texts[0])}."]
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "not set"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _sources(sources: Sequence[str]) -> str:
+    more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+    return ", ".join(sources[:3]) + more

@@ -1,0 +1,168 @@
+"""What a hostile coordinator, server or stranger tries against real sites.
+
+The server of these tests is as hostile as it can be: it allows everything, so whatever is refused, the
+site refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("nvflare")
+
+from fedprllm.federation.flare.kits import write_kits
+from fedprllm.federation.flare.processes import end, start_participant
+from fedprllm.federation.flare.session import job_files
+from fedprllm.federation.plan import Plan, RunPlan
+from fedprllm.files import write_json
+from tests.federation_processes import Federation, wait_until
+
+pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
+
+_SESSION = """
+import json, os, sys, time
+from pathlib import Path
+from fedprllm.federation.flare.session import AdminSession
+kit, what, argument = sys.argv[1:]
+session = AdminSession(Path(kit), timeout_s=30)
+if what == "submit":
+    try:
+        job = session.submit_files(Path(argument), json.loads((Path(argument) / "files.json").read_text()))
+        end = time.monotonic() + 120
+        while time.monotonic() < end and not session.has_ended(job):
+            time.sleep(0.5)
+        answer = session.job_status(job)
+    except Exception as error:
+        answer = repr(error)
+elif what == "command":
+    answer = str(session._session.do_command(argument))
+elif what == "connected":
+    answer = sorted(session.connected())
+else:
+    getattr(session, what)(argument)
+    answer = "done"
+print("ANSWER" + json.dumps(answer), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory, shared):
+    folder = tmp_path_factory.mktemp("attacked")
+    made = Federation(folder, shared / "data" / "models" / "stories260K", ["north"], 50)
+    everything = {"format_version": "1.0", "permissions": {"project_admin": "any"}}
+    local = made.kits / "server" / "local"
+    write_json(local / "authorization.json", everything)
+    resources = json.loads((local / "resources.json").read_text())
+    write_json(local / "resources.json", resources | {"class_allow_list": ["*"]})
+    with made:
+        wait_until(lambda: ask(made, "connected", "") == ["north"], "the site")
+        yield made
+
+
+def ask(federation, what, argument):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _SESSION, str(federation.kits / "admin"), what, argument],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    return json.loads(answers[0].removeprefix("ANSWER")) if answers else done.stderr
+
+
+def submit(federation, tmp_path, files):
+    folder = tmp_path / "attack"
+    folder.mkdir()
+    (folder / "files.json").write_text(json.dumps(files))
+    return ask(federation, "submit", str(folder))
+
+
+def logs(folder):
+    return "\n".join(
+        path.read_text(errors="replace")
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in (".txt", ".log")
+    )
+
+
+def attack_plan(federation):
+    return RunPlan(name="attack", model=str(federation.model), prune={"windows": 2, "window_length": 32})
+
+
+def test_a_job_with_code_is_refused_by_the_site(federation, tmp_path):
+    files = job_files(attack_plan(federation), executor="intruder.Intruder")
+    marker = tmp_path / "was-here"
+    files["app/custom/intruder.py"] = (
+        f"from nvflare.apis.executor import Executor\nopen({str(marker)!r}, 'w').close()\n"
+        "class Intruder(Executor):\n    def execute(self, *a):\n        return None\n"
+    )
+    status = submit(federation, tmp_path, files)
+    assert not marker.exists(), status
+    assert "BYOC not permitted" in status + logs(federation.kits / "server") + logs(federation.kits / "north")
+    assert not list((federation.kits / "north").rglob("intruder.py"))
+
+
+def test_a_job_that_names_another_class_is_refused_by_the_site(federation, tmp_path):
+    other = "nvflare.app_common.executors.statistics.statistics_executor.StatisticsExecutor"
+    submit(federation, tmp_path, job_files(attack_plan(federation), executor=other))
+    wait_until(lambda: "is not in allow_list" in logs(federation.kits / "north"), "the site's refusal", 60)
+    assert not (federation.kits / "north" / "fedprllm" / "ledger.jsonl").exists()
+
+
+def test_our_executor_takes_no_arguments(federation, tmp_path):
+    files = job_files(attack_plan(federation))
+    client = files["app/config/config_fed_client.json"]
+    client["executors"][0]["executor"]["args"] = {"data": "/etc/passwd"}
+    submit(federation, tmp_path, files)
+    assert not (federation.kits / "north" / "fedprllm" / "ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["cat", "ls", "head", "grep Once"])
+def test_the_coordinator_has_no_shell_on_a_site(federation, command):
+    verb, *pattern = command.split()
+    answer = ask(federation, "command", " ".join([verb, "north", *pattern, "local/fedprllm.json"]))
+    assert "not authorized" in answer.lower()
+    assert "north.txt" not in answer
+
+
+@pytest.mark.parametrize("command", ["report_env north", "sys_info client north", "restart client north"])
+def test_the_coordinator_cannot_look_around_or_restart_a_site(federation, command):
+    answer = ask(federation, "command", command)
+    assert "not authorized" in answer.lower()
+    assert federation.processes["north"].poll() is None
+
+
+def test_a_certificate_of_another_authority_is_refused(federation, tmp_path):
+    ours = federation.plan
+    plan = Plan(name=ours.name, server="localhost", port=ours.port, participants=["stranger"])
+    write_kits(plan, tmp_path / "kits")
+    stranger = start_participant(tmp_path / "kits" / "stranger")
+    try:
+        refused = ("handshake", "certificate", "ssl", "cannot connect", "failed to connect")
+        kit = tmp_path / "kits" / "stranger"
+        wait_until(lambda: any(word in logs(kit).lower() for word in refused), "the refusal", 90)
+        assert "stranger" not in ask(federation, "connected", "")
+    finally:
+        end(stranger)
+
+
+def test_a_revoked_certificate_is_refused_until_it_is_let_in_again(federation):
+    assert ask(federation, "disable", "north") == "done"
+    end(federation.processes["north"])
+    federation.start("north")
+    kit = federation.kits / "north"
+    wait_until(
+        lambda: "disabled" in logs(kit).lower() or federation.processes["north"].poll() is not None,
+        "the refusal",
+        90,
+    )
+    assert "north" not in ask(federation, "connected", "")
+    assert ask(federation, "enable", "north") == "done"
+    end(federation.processes["north"])
+    federation.start("north")
+    wait_until(lambda: ask(federation, "connected", "") == ["north"], "the site to be let in again")

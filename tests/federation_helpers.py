@@ -1,0 +1,133 @@
+"""A federation without processes and network: the real `Site`, its computation in a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprllm.federation import site as site_module
+from fedprllm.federation import worker
+from fedprllm.federation.job import conduct_run
+from fedprllm.federation.plan import RunPlan, SiteSettings
+from fedprllm.federation.site import Site, settings_path, work_folder
+from fedprllm.files import write_json
+from fedprllm.models import blocks, source
+
+NAMES = ["north", "south", "west"]
+STORY = "Once upon a time there was a little {who} who saw {n} birds and gave them bread. "
+
+
+class _Thread:
+    """Stands for the computation's process: ``poll`` and ``kill`` are all that a `Site` asks of it."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.returncode: int | None = None
+        self.stdin = self
+        self._arguments = arguments
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.returncode = worker.main(list(self._arguments))
+        except SystemExit as ended:
+            self.returncode = int(ended.code or 0)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        # A thread cannot be killed; it ends at the next block because another one owns the spool.
+        (Path(self._arguments[0]) / "owner").write_text("nobody")
+
+    def wait(self) -> None:
+        self._thread.join(60)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def threads(monkeypatch) -> None:
+    """Compute in threads."""
+
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    # Making a model without weights patches torch for the whole process.
+    lock = threading.RLock()
+
+    def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+        def locked(*arguments: Any, **options: Any) -> Any:
+            with lock:
+                return function(*arguments, **options)
+
+        return locked
+
+    for module in (blocks, source):
+        monkeypatch.setattr(module, "build_skeleton", alone(module.build_skeleton))
+    monkeypatch.setattr(worker.os, "_exit", ended)
+    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(
+        site_module.subprocess, "Popen", lambda command, **_: _Thread([str(word) for word in command[3:]])
+    )
+
+
+class Local:
+    """A channel to sites in this process; ``meddle`` may change or drop an answer."""
+
+    def __init__(self, sites: dict[str, Any]) -> None:
+        self.sites = sites
+        self.sent: list[tuple[str, bytes]] = []
+        self.meddle: Callable[[str, bytes, bytes], bytes | None] = lambda name, request, answer: answer
+
+    def present(self) -> set[str]:
+        return set(self.sites)
+
+    def ask(self, names: Sequence[str], message: bytes, timeout_s: float) -> dict[str, bytes]:
+        answers = {}
+        for name in names:
+            answer = self.meddle(name, message, self.sites[name].answer(message))
+            if answer is not None:
+                self.sent.append((name, answer))
+                answers[name] = answer
+        return answers
+
+
+def texts(folder: Path, names: Sequence[str] = NAMES) -> dict[str, str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name in names:
+        path = folder / f"{name}.txt"
+        path.write_text("".join(STORY.format(who=name, n=n) for n in range(60)))
+        paths[name] = str(path)
+    return paths
+
+
+def make_site(folder: Path, name: str, text: str, model: Path, **settings: Any) -> Site:
+    kit = folder / name
+    values = SiteSettings(data=[text], model=str(model), **settings)
+    write_json(settings_path(kit), values.model_dump(mode="json"))
+    return Site(name, settings_path(kit), work_folder(kit))
+
+
+def make_plan(model: Path, **options: Any) -> RunPlan:
+    prune = {"windows": 2, "window_length": 32, **options.pop("prune", {})}
+    values = {"deadline_s": 120, "join_s": 5, "silence_s": 60, "quorum": 2, **options}
+    return RunPlan(name="run", model=str(model), prune=prune, **values)
+
+
+def conduct(folder: Path, plan: RunPlan, channel: Any, names: Sequence[str] = NAMES) -> str:
+    return conduct_run(plan, names, folder / "runs", "job", channel)
+
+
+def same_model(one: Path, other: Path) -> None:
+    """Two model folders hold the same files with the same bytes; the cards may differ."""
+    files = sorted(path.name for path in one.iterdir() if path.name != "README.md")
+    assert files == sorted(path.name for path in other.iterdir() if path.name != "README.md")
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name

@@ -1,0 +1,143 @@
+"""A federation of real processes for tests: everything it started has ended when it is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedprllm.federation.flare.processes import end, start_participant, start_server
+from fedprllm.federation.flare.rehearsal import rehearsal_kits
+from fedprllm.federation.plan import SiteSettings
+
+STORY = "Once upon a time there was a little {who} who saw {n} birds and gave them bread. "
+PATIENCE_S = 240  # CI may be slow; everything is polled, so a fast machine waits no longer than it must
+_CLI = "from fedprllm.federation_cli import app; app()"
+
+
+def wait_until(what: Callable[[], Any], why: str, seconds: float = PATIENCE_S) -> Any:
+    """The first truthy value of ``what``."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = what()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds:.0f} s in vain for {why}")
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """SIGKILL, no goodbye."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+class Federation:
+    """Server and sites on the loopback, and the runs they make."""
+
+    def __init__(self, folder: Path, model: Path, names: list[str], n_sentences: int) -> None:
+        self.folder, self.model, self.names = folder, model, names
+        self.kits = folder / "kits"
+        self.texts = {name: folder / f"{name}.txt" for name in names}
+        for name, path in self.texts.items():
+            path.write_text("".join(STORY.format(who=name, n=n) for n in range(n_sentences)))
+        people = {
+            name: SiteSettings(
+                data=[str(path)],
+                model=str(model),
+                threads=1,
+                allow=["mask", "statistics"],
+                record=str(folder / "sent" / name),
+            )
+            for name, path in self.texts.items()
+        }
+        self.plan = rehearsal_kits(self.kits, people)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str) -> None:
+        start = start_server if name == "server" else start_participant
+        self.processes[name] = start(self.kits / name)
+
+    def __enter__(self) -> Federation:
+        for name in ("server", *self.names):
+            self.start(name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            end(process)
+
+    # Processes ---------------------------------------------------------------------------------
+
+    def family(self, name: str) -> list[psutil.Process]:
+        parent = psutil.Process(self.processes[name].pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def part(self, name: str, word: str) -> psutil.Process | None:
+        """The process below a site or the server whose command line holds ``word``."""
+        for process in self.family(name)[1:]:
+            with contextlib.suppress(psutil.Error):
+                if any(word in argument for argument in process.cmdline()):
+                    return process
+        return None
+
+    def worker(self, name: str) -> psutil.Process | None:
+        return self.part(name, "fedprllm.federation.worker")
+
+    # Runs --------------------------------------------------------------------------------------
+
+    def run_folder(self, run: str) -> Path:
+        return self.kits / "server" / "runs" / run
+
+    def spool(self, name: str, run: str) -> Path:
+        run_id = (self.run_folder(run) / ".run-id").read_text()
+        return self.kits / name / "fedprllm" / "runs" / run_id
+
+    def n_computed(self, name: str, run: str) -> int:
+        """Updates of one participant that are ready, wherever they are by now."""
+        if not (self.run_folder(run) / ".run-id").exists():
+            return 0
+        return len(list((self.spool(name, run) / "updates").glob("*.update")))
+
+    def events(self, run: str) -> list[dict[str, str]]:
+        path = self.run_folder(run) / "federation" / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def begin(self, run: str, prune: dict[str, Any], **policy: Any) -> subprocess.Popen[str]:
+        """Start ``fedprllm federation run``."""
+        policy = {"quorum": 2, "deadline_s": 120, "start_s": 120, "join_s": 60, "silence_s": 15, **policy}
+        lines = [f'name = "{run}"', f'model = "{self.model}"']
+        lines += [f"{name} = {json.dumps(value)}" for name, value in policy.items()]
+        lines += ["[prune]", *(f"{name} = {json.dumps(value)}" for name, value in prune.items())]
+        config = self.folder / f"{run}.toml"
+        config.write_text("\n".join(lines))
+        return self.command("run", str(config), "--kits", str(self.kits))
+
+    def command(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _CLI, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
+    """Wait for a command and return its output."""
+    try:
+        output, _ = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        end(process)  # type: ignore[arg-type]
+        raise
+    assert process.returncode == expected, output
+    return output

@@ -1,0 +1,75 @@
+"""What a participant can look at: the update before it leaves, the ledger after."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fedprllm import ConfigError
+from fedprllm.federation.dry_run import dry_run
+from fedprllm.federation.plan import RunPlan, SiteSettings
+from fedprllm.federation.spool import append_ledger
+from fedprllm.federation_cli import ledger, participate
+from tests.federation_helpers import texts
+
+app = typer.Typer()
+app.command("participate")(participate)
+app.command("ledger")(ledger)
+
+
+@pytest.fixture
+def model(shared):
+    return shared / "data" / "models" / "stories260K"
+
+
+@pytest.fixture
+def text(tmp_path):
+    return texts(tmp_path)["north"]
+
+
+@pytest.mark.parametrize("share", ["mask", "statistics", "gram", "weights"])
+def test_a_dry_run_shows_every_tensor_of_every_kind(model, text, share):
+    prune = {"windows": 2, "window_length": 32, "share": share}
+    plan = RunPlan(name="run", model=str(model), prune=prune)
+    previews = list(dry_run(SiteSettings(data=[text]), plan, "north", n_blocks=2))
+    assert [preview.block for preview in previews] == [0, 1]
+    for preview in previews:
+        assert (preview.kind, preview.n_tokens, preview.n_blocks) == (share, 64, 5)
+        payload = sum(tensor.payload_bytes for tensor in preview.tensors)
+        assert payload < preview.message_bytes < payload + 2000
+        assert all(tensor.rows for tensor in preview.tensors)
+
+
+def test_a_dry_run_connects_to_nobody_and_leaves_no_ledger(model, text, tmp_path, monkeypatch):
+    import socket
+
+    def refused(*_):
+        raise AssertionError("a dry run must not open a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    kit = tmp_path / "north"
+    config = tmp_path / "config.toml"
+    config.write_text(f'name = "r"\nmodel = "{model}"\n[prune]\nwindows = 2\nwindow_length = 32\n')
+    arguments = ["participate", str(kit), "--data", text, "--dry-run", "--config", str(config)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "nothing was sent" in result.output
+    assert "#" in result.output
+    assert not kit.exists()
+
+
+def test_a_dry_run_needs_a_model_and_text(text, tmp_path):
+    for arguments in ([str(tmp_path), "--dry-run", "--data", text], [str(tmp_path), "--dry-run"]):
+        with pytest.raises(ConfigError):
+            CliRunner().invoke(app, ["participate", *arguments], catch_exceptions=False)
+
+
+def test_the_ledger_is_shown(tmp_path):
+    summary = {"kind": "mask", "n_tokens": 64, "shapes": {"w": [2, 3], "v": [1, 1]}}
+    for block in range(2):
+        append_ledger(tmp_path / "fedprllm" / "ledger.jsonl", "ab" * 16, block, summary, b"x" * 1234)
+    result = CliRunner().invoke(app, ["ledger", str(tmp_path)], catch_exceptions=False)
+    assert "2 updates, 2,468 bytes" in result.output
+    result = CliRunner().invoke(app, ["ledger", str(tmp_path), "--json"], catch_exceptions=False)
+    assert '"block": 1' in result.output

@@ -1,0 +1,380 @@
+"""Participants and coordinator without a network: the same bits as in one process, and every policy."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fedprllm import PruneConfig, UpdateError, prune, wire
+from fedprllm.federation import coordinator as coordinator_module
+from fedprllm.federation.messages import Reply, Request, pack, read_reply, read_request
+from fedprllm.federation.spool import read_ledger
+from fedprllm.files import read_json
+from tests.federation_helpers import (
+    NAMES,
+    Local,
+    conduct,
+    make_plan,
+    make_site,
+    same_model,
+    texts,
+    threads,  # noqa: F401  a fixture
+)
+
+pytestmark = [pytest.mark.usefixtures("threads")]
+# The computation runs in a thread of this process: its prints are the worker's log.
+
+
+@pytest.fixture
+def model(shared):
+    return shared / "data" / "models" / "stories260K"
+
+
+@pytest.fixture
+def federation(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(coordinator_module, "_POLL_S", 0.01)
+    # The order of a sum, and so its last bit, depends on the number of threads; so does speed here.
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    paths = texts(tmp_path / "texts")
+
+    made = []
+
+    def make(names=NAMES, **settings):
+        sites = {name: make_site(tmp_path, name, paths[name], model, threads=1, **settings) for name in names}
+        made.extend(sites.values())
+        return Local(sites)
+
+    make.paths = paths
+    yield make
+    for site in made:
+        site.close()
+    torch.set_num_threads(n_threads)
+
+
+def in_process(tmp_path, model, paths, **options):
+    config = PruneConfig(windows=2, window_length=32, **options)
+    people = {name: [paths[name]] for name in sorted(paths)}
+    return prune(model, people, config, out=tmp_path / "in-process")
+
+
+def outcome(tmp_path):
+    return read_json(tmp_path / "runs" / "run" / "federation" / "outcome.json")
+
+
+def events(tmp_path):
+    path = tmp_path / "runs" / "run" / "federation" / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale_weights": True, "weighting": "tokens"},
+        {"share": "statistics"},
+        {"share": "gram"},
+        {"share": "weights"},
+        {"criterion": "magnitude"},
+        {"pattern": "2:4", "ties": "random", "seed": 3},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "mask",
+)
+def test_the_same_bits_as_in_one_process(tmp_path, model, federation, strategy, options):
+    options = {"strategy": strategy, **options}
+    channel = federation(allow=["mask", "statistics", "gram", "weights"])
+    assert conduct(tmp_path, make_plan(model, prune=options), channel) == "complete", outcome(tmp_path)
+    expected = in_process(tmp_path, model, federation.paths, **options)
+    same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
+    result = read_json(tmp_path / "runs" / "run" / "result.json")
+    assert {name: person["n_blocks"] for name, person in result["participants"].items()} == dict.fromkeys(
+        NAMES, 5
+    )
+    assert result["model"]["fingerprint"]
+    assert not (tmp_path / "runs" / "run" / "federation" / "updates").exists()
+
+
+def test_only_updates_and_states_leave(tmp_path, model, federation):
+    channel = federation()
+    conduct(tmp_path, make_plan(model), channel)
+    fields = set(Reply.model_fields)
+    words = {"little", "birds", "bread", *NAMES}
+    n_updates = 0
+    for name, message in channel.sent:
+        header, payload = read_reply(message)
+        assert set(header.model_dump()) == fields
+        assert header.code == ""
+        assert header.tensor == ""
+        if not len(payload):
+            continue
+        n_updates += 1
+        update = wire.decode(payload, expect=None, max_bytes=len(payload))
+        assert update.participant == name
+        assert update.kind == "mask"
+        assert {tensor.dtype for tensor in update.tensors.values()} == {torch.bool}
+        text = bytes(payload).replace(name.encode(), b"", 1)
+        assert not any(word.encode() in text for word in words)
+    assert n_updates == 15
+
+
+def test_every_update_is_in_the_ledger_before_it_leaves(tmp_path, model, federation):
+    channel = federation()
+    conduct(tmp_path, make_plan(model), channel)
+    for name in NAMES:
+        lines = read_ledger(tmp_path / name / "fedprllm" / "ledger.jsonl")
+        sent = [
+            wire.decode(payload, expect=None, max_bytes=len(payload))
+            for who, message in channel.sent
+            if who == name and len(payload := read_reply(message)[1])
+        ]
+        assert [line["block"] for line in lines] == [update.block for update in sent]
+        assert [line["bytes"] for line in lines] == [len(wire.encode(update)) for update in sent]
+        assert all(
+            line["shapes"] == {n: list(t.shape) for n, t in update.tensors.items()}
+            for line, update in zip(lines, sent, strict=True)
+        )
+
+
+def test_nothing_is_sent_without_the_ledger(tmp_path, model, federation):
+    channel = federation()
+    ledger = tmp_path / "north" / "fedprllm" / "ledger.jsonl"
+    ledger.mkdir(parents=True)  # cannot be written
+    assert conduct(tmp_path, make_plan(model), channel) == "complete"
+    assert [event["reason"] for event in events(tmp_path)] == ["failed: internal"]
+    assert not any(len(read_reply(message)[1]) for name, message in channel.sent if name == "north")
+
+
+def test_an_update_that_never_arrives_is_not_waited_for_forever(tmp_path, model, federation):
+    channel = federation()
+    channel.meddle = lambda name, request, answer: None if name == "north" and is_update(request) else answer
+    assert conduct(tmp_path, make_plan(model), channel) == "complete"
+    assert [event["reason"].split(":")[0] for event in events(tmp_path)] == ["deadline"]
+
+
+def garbled(message):
+    """The same message with one bit of an update's payload flipped."""
+    damaged = bytearray(message)
+    damaged[-40] ^= 1
+    return bytes(damaged)
+
+
+def is_update(request):
+    return read_request(request)[0].op == "fetch"
+
+
+def test_a_damaged_update_is_refused_and_may_be_sent_again(tmp_path, model, federation):
+    channel = federation()
+    damaged = []
+
+    def meddle(name, request, answer):
+        if name == "south" and is_update(request) and len(damaged) < 2:
+            damaged.append(name)
+            return garbled(answer)
+        return answer
+
+    channel.meddle = meddle
+    assert conduct(tmp_path, make_plan(model), channel) == "complete"
+    refused = [event for event in events(tmp_path) if "refused" in event["event"]]
+    assert [event["participant"] for event in refused] == ["south", "south"]
+    assert "checksum" in refused[0]["reason"]
+    same_model(tmp_path / "runs" / "run" / "model", in_process(tmp_path, model, federation.paths).model_dir)
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
+def test_who_keeps_sending_garbage_is_left_out_as_a_whole(tmp_path, model, federation, strategy):
+    channel = federation()
+
+    def meddle(name, request, answer):
+        header = read_request(request)[0]
+        bad = name == "south" and header.op == "fetch" and (header.block >= 2 or strategy == "iterative")
+        return garbled(answer) if bad else answer
+
+    channel.meddle = meddle
+    plan = make_plan(model, prune={"strategy": strategy})
+    assert conduct(tmp_path, plan, channel) == "complete", outcome(tmp_path)
+    assert [event["participant"] for event in events(tmp_path) if event["event"] == "left out"] == ["south"]
+    survivors = {name: path for name, path in federation.paths.items() if name != "south"}
+    expected = in_process(tmp_path, model, survivors, strategy=strategy)
+    same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
+    assert set(read_json(tmp_path / "runs" / "run" / "result.json")["participants"]) == {"north", "west"}
+
+
+def test_an_iterative_run_goes_on_with_the_others_and_counts_them_per_block(tmp_path, model, federation):
+    channel = federation()
+
+    def meddle(name, request, answer):
+        header = read_request(request)[0]
+        return garbled(answer) if (name, header.op, header.block) == ("south", "fetch", 2) else answer
+
+    channel.meddle = meddle
+    plan = make_plan(model, prune={"strategy": "iterative"}, max_ballots=1)
+    assert conduct(tmp_path, plan, channel) == "complete"
+    result = read_json(tmp_path / "runs" / "run" / "result.json")
+    assert [len(record["participants"]) for record in result["blocks"]] == [3, 3, 2, 2, 2]
+    assert result["participants"]["south"]["n_blocks"] == 2
+
+
+def test_who_is_late_is_left_out(tmp_path, model, federation):
+    channel = federation()
+
+    def meddle(name, request, answer):
+        if name == "west" and read_request(request)[0].op == "state":
+            return pack(Reply(state="working", n_ready=1))
+        return answer
+
+    channel.meddle = meddle
+    plan = make_plan(model, deadline_s=2, start_s=10)
+    assert conduct(tmp_path, plan, channel) == "complete"
+    (event,) = events(tmp_path)
+    assert event["participant"] == "west"
+    assert event["reason"].startswith("deadline")
+    survivors = {name: path for name, path in federation.paths.items() if name != "west"}
+    same_model(tmp_path / "runs" / "run" / "model", in_process(tmp_path, model, survivors).model_dir)
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
+def test_a_lost_quorum_keeps_everything_and_the_run_continues(tmp_path, model, federation, strategy):
+    channel = federation()
+
+    def meddle(name, request, answer):
+        header = read_request(request)[0]
+        gone = name != "north" and header.op == "fetch" and header.block >= 2
+        return garbled(answer) if gone else answer
+
+    channel.meddle = meddle
+    plan = make_plan(model, prune={"strategy": strategy}, max_ballots=1)
+    assert conduct(tmp_path, plan, channel) == "quorum lost"
+    assert "the quorum is 2" in outcome(tmp_path)["reason"]
+    assert not (tmp_path / "runs" / "run" / "result.json").exists()
+    channel.meddle = lambda name, request, answer: answer
+    assert conduct(tmp_path, plan, channel) == "complete", outcome(tmp_path)
+    expected = in_process(tmp_path, model, federation.paths, strategy=strategy)
+    same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
+def test_who_falls_silent_interrupts_the_job_and_the_next_one_continues(
+    tmp_path, model, federation, strategy
+):
+    channel = federation()
+    channel.meddle = lambda name, request, answer: (
+        None if name == "west" and read_request(request)[0].op != "start" else answer
+    )
+    plan = make_plan(model, prune={"strategy": strategy}, silence_s=1.0)
+    assert conduct(tmp_path, plan, channel) == "interrupted"
+    assert "'west'" in outcome(tmp_path)["reason"]
+    channel.meddle = lambda name, request, answer: answer
+    assert conduct(tmp_path, plan, channel) == "complete"
+    expected = in_process(tmp_path, model, federation.paths, strategy=strategy)
+    same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
+
+
+def test_who_is_absent_is_left_out(tmp_path, model, federation):
+    channel = federation()
+    channel.meddle = lambda name, request, answer: None if name == "west" else answer
+    assert conduct(tmp_path, make_plan(model, join_s=1), channel) == "complete"
+    (event,) = events(tmp_path)
+    assert (event["participant"], event["reason"].split(":")[0]) == ("west", "absent")
+
+
+def test_other_weights_are_told_by_name(tmp_path, model, federation):
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other-model"
+    other.mkdir()
+    for path in model.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(other / "model.safetensors")
+    name = "model.layers.2.input_layernorm.weight"
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    channel = federation()
+    channel.sites["south"] = make_site(tmp_path, "south", federation.paths["south"], other, threads=1)
+    assert conduct(tmp_path, make_plan(model), channel) == "complete"
+    (event,) = events(tmp_path)
+    assert event["participant"] == "south"
+    assert event["reason"] == f"failed: model differs: '{name}'"
+    (status,) = (tmp_path / "south" / "fedprllm" / "runs").glob("*/status.json")
+    assert f"tensor '{name}' has other values" in read_json(status)["message"]
+
+
+def test_a_participant_does_not_share_what_it_does_not_allow(tmp_path, model, federation):
+    channel = federation(allow=["mask"])
+    plan = make_plan(model, prune={"share": "statistics"})
+    assert conduct(tmp_path, plan, channel) == "quorum lost"
+    assert {event["reason"] for event in events(tmp_path)} == {"failed: kind not allowed"}
+    assert not any(len(read_reply(message)[1]) for _, message in channel.sent)
+
+
+def test_a_bad_ballot_is_refused(tmp_path, model, federation):
+    """A valid message whose mask prunes one weight more in a row, and one that claims other tokens."""
+    channel = federation()
+    told = []
+
+    def meddle(name, request, answer):
+        if not is_update(request) or name == "north" or name in told:
+            return answer
+        told.append(name)
+        header, payload = read_reply(answer)
+        update = wire.decode(payload, expect=None, max_bytes=len(payload))
+        first = min(update.tensors)
+        update.tensors[first][0, update.tensors[first][0].logical_not().nonzero()[0]] = name == "south"
+        n_tokens = update.n_tokens if name == "south" else 10**6
+        forged = wire.Update(**{**vars(update), "n_tokens": n_tokens})
+        return pack(header, wire.encode(forged))
+
+    channel.meddle = meddle
+    assert conduct(tmp_path, make_plan(model), channel) == "complete"
+    reasons = {event["participant"]: event["reason"] for event in events(tmp_path)}
+    assert "expected exactly" in reasons["south"]
+    assert "claims 1000000 tokens" in reasons["west"]
+
+
+def test_nobody_votes_for_another(tmp_path, model, federation):
+    channel = federation()
+    told = []
+
+    def meddle(name, request, answer):
+        if name != "south" or not is_update(request) or told:
+            return answer
+        told.append(name)
+        header, payload = read_reply(answer)
+        update = wire.decode(payload, expect=None, max_bytes=len(payload))
+        return pack(header, wire.encode(wire.Update(**{**vars(update), "participant": "north"})))
+
+    channel.meddle = meddle
+    assert conduct(tmp_path, make_plan(model), channel) == "complete"
+    (refused,) = events(tmp_path)
+    assert refused["participant"] == "south"
+    assert "participant" in refused["reason"]
+
+
+def test_a_request_that_cannot_be_read_is_answered_with_a_code(tmp_path, federation):
+    site = federation().sites["north"]
+    for message in (b"", b"\x00", b"\xff" * 40, pack(Request(op="fetch", run="0" * 32))[:-3]):
+        header, payload = read_reply(site.answer(message))
+        assert header.code == "bad request"
+        assert not len(payload)
+    assert read_reply(site.answer(pack(Request(op="fetch", run="0" * 32))))[0].code == "other run"
+
+
+def test_a_decision_of_somebody_else_is_not_followed(tmp_path, model, federation):
+    from fedprllm.federation.decisions import decided_weights
+    from fedprllm.models.blocks import BlockwiseModel
+
+    walked = BlockwiseModel(model)
+    with walked.block(0) as block:
+        masks = {n: torch.zeros(linear.shape, dtype=torch.bool) for n, linear in block.linears.items()}
+        update = wire.Update(bytes(16), "north", 0, "mask", bytes(32), masks, 0)
+        with pytest.raises(UpdateError, match="participant"):
+            decided_weights(wire.encode(update), block, bytes(16), bytes(32))
+        with pytest.raises(UpdateError, match="run_id"):
+            decided_weights(
+                wire.encode(wire.Update(bytes(16), "coordinator", 0, "mask", bytes(32), masks, 0)),
+                block,
+                b"1" * 16,
+                bytes(32),
+            )

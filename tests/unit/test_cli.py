@@ -1,0 +1,146 @@
+"""The command line: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedprllm.cli import _spread, app
+from fedprllm.config import PruneConfig
+from fedprllm.errors import FedprllmError
+
+
+def run(*words: object) -> str:
+    """Run a command line; a word may hold several, parted by blanks."""
+    result = CliRunner().invoke(app, _spread(" ".join(map(str, words)).split()))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def stories(shared, tmp_path) -> dict[str, Path]:
+    """The really trained small model, and three texts."""
+    text = (shared / "data" / "eval" / "tinystories" / "tinystories_train_head2MB.txt").read_text()
+    paths = {"model": shared / "data" / "models" / "stories260K"}
+    for number, name in enumerate(("a", "b", "c")):
+        paths[name] = tmp_path / f"{name}.txt"
+        paths[name].write_text(text[number * 20_000 : (number + 1) * 20_000])
+    return paths
+
+
+def test_help_names_every_option_with_its_default():
+    output = run("prune", "--help")
+    for name, field in PruneConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in output
+        assert field.description
+    assert "default: one-shot" in " ".join(output.replace("│", " ").split())
+
+
+def test_prune_evaluate_report(stories, tmp_path):
+    out = tmp_path / "run"
+    output = run(
+        "prune", stories["model"], "--participant", stories["a"], stories["b"], "--windows 4",
+        "--window-length 128 --sparsity 0.3 --eval", stories["c"], "--out", out,
+    )  # fmt: skip
+    assert "30.0" in output
+    measured = json.loads((out / "result.json").read_text())["evaluation"]
+    assert set(measured) == {"dense", "model"}
+    output = run(
+        "evaluate", out / "model", "--text", stories["c"], stories["a"], "--window-length", 128, "--json"
+    )
+    rows = json.loads(output[output.index("{") :])["perplexity"]
+    assert [row["text"] for row in rows] == ["c", "a"]
+    assert rows[0]["perplexity"] == pytest.approx(measured["model"][0]["perplexity"], rel=1e-6)
+    assert rows[0]["perplexity"] > measured["dense"][0]["perplexity"] > 1
+    run("report", out)
+    assert (out / "report.html").read_text().startswith("<!")
+
+
+def test_configuration_file_gives_the_same_run(stories, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'model = "{stories["model"]}"\nparticipant = ["{stories["a"]}", "{stories["b"]}"]\n'
+        f'out = "{tmp_path / "from-file"}"\nwindows = 2\nwindow-length = 64\n'
+        'sparsity = 0.4\nties = "random"\n'
+    )
+    run("prune", "--config", config, "--sparsity", 0.2)
+    run(
+        "prune", stories["model"], "--participant", stories["a"], "--participant", stories["b"],
+        "--windows 2 --window-length 64 --sparsity 0.2 --ties random --out", tmp_path / "from-words",
+    )  # fmt: skip
+    one, other = (
+        json.loads((tmp_path / name / "run.json").read_text()) for name in ("from-file", "from-words")
+    )
+    assert one == other
+    assert one["config"]["sparsity"] == 0.2
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "file"])
+def test_data_dealt_out(stories, tmp_path, partition):
+    run(
+        "prune", stories["model"], "--data", stories["a"], stories["b"], "--participants", 2, "--partition",
+        partition, "--windows", 3, "--window-length", 64, "--out", tmp_path / "run",
+    )  # fmt: skip
+    people = json.loads((tmp_path / "run" / "run.json").read_text())["participants"]
+    assert len(people) == 2
+    assert sum(person["n_windows"] for person in people.values()) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["prune"], "no model"),
+        (["prune", "m"], "no out"),
+        (["prune", "m", "--out", "o", "--participants", "3"], "--participants deals out --data"),
+        (["prune", "m", "--out", "o", "--data", "d"], "needs --participants"),
+        (["prune", "m", "--out", "o", "--data", "d", "--participant", "p"], "not both"),
+        (["prune", "m", "--out", "o", "--strategy", "oneshot"], "did you mean 'one-shot'"),
+        (["prune", "--config", "nowhere.toml"], "cannot read nowhere.toml"),
+        (["evaluate", "m"], "nothing to evaluate on"),
+        (["report", "nowhere"], "no folder nowhere"),
+    ],
+)
+def test_mistakes(words, pattern, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FedprllmError, match=pattern):
+        run(*words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("sparsty = 0.5", "unknown option 'sparsty'; did you mean 'sparsity'"),
+        ("sparsity = ", "not valid TOML"),
+        ('participant = "a.txt"', "participant must be a list"),
+    ],
+)
+def test_mistakes_in_a_configuration_file(tmp_path, text, pattern):
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(FedprllmError, match=pattern):
+        run("prune", "--config", tmp_path / "run.toml")
+
+
+def test_a_mistake_is_one_message_without_a_traceback(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "fedprllm.cli",
+        "prune",
+        "nowhere/model",
+        "--participant",
+        "a.txt",
+        "--out",
+        "o",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr

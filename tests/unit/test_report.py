@@ -1,0 +1,468 @@
+"""The report: what it says is what the record says, and the page needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+from fedprllm import PruneConfig, RunError, prune
+from fedprllm.federation import agreement
+from fedprllm.report import pruning
+from fedprllm.report.page import write_report
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+LINKS = {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}
+
+
+class Page(HTMLParser):
+    """What a page holds: tags with attributes, text, tables by caption."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.html = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._open: list[str] = []
+        self._caption, self._cell = "", ""
+        self._rows: list[list[str]] = []
+        self.feed(self.html)
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "table":
+            self._rows, self._caption = [], ""
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._cell = ""
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag in ("td", "th"):
+            self._rows[-1].append(" ".join(self._cell.split()))
+        elif tag == "table":
+            self.tables[self._caption.strip()] = self._rows
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self._open:
+            return
+        self.texts.append(data)
+        if "caption" in self._open:
+            self._caption += data
+        self._cell += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    @property
+    def headings(self) -> list[str]:
+        return re.findall(r"<h2[^>]*>([^<]*)</h2>", self.html)
+
+
+def report(run: Path) -> Page:
+    return Page(write_report(run))
+
+
+def people(n: int, n_windows: int = 2) -> dict[str, torch.Tensor]:
+    return {
+        f"site-{number}": torch.randint(
+            4, 128, (n_windows, 16), generator=torch.Generator().manual_seed(number)
+        )
+        for number in range(n)
+    }
+
+
+@pytest.fixture(scope="module")
+def run_once(tiny, tmp_path_factory):
+    """``run_once(n, **options)`` is the folder of a run, made once."""
+    made: dict[str, Path] = {}
+
+    def get(n: int = 3, architecture: str = "llama", n_windows: int = 2, **options: Any) -> Path:
+        key = repr((n, architecture, n_windows, sorted(options.items())))
+        if key not in made:
+            out = tmp_path_factory.mktemp("runs") / "run"
+            prune(tiny(architecture), people(n, n_windows), PruneConfig(**options), out=out)
+            made[key] = out
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """``edited(run, change)`` is a copy of a run whose result was changed."""
+
+    def get(run: Path, change: Any) -> Path:
+        out = tmp_path / "edited"
+        out.mkdir()
+        shutil.copyfile(run / "run.json", out / "run.json")
+        result = json.loads((run / "result.json").read_text())
+        change(result)
+        (out / "result.json").write_text(json.dumps(result))
+        return out
+
+    return get
+
+
+def measured(**perplexities: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "text": text,
+            "perplexity": value if math.isfinite(value) else "inf",
+            "nll": math.log(value) if math.isfinite(value) else 800.0,
+            "n_tokens": 4321,
+            "n_windows": 9,
+        }
+        for text, value in perplexities.items()
+    ]
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "result.json").read_text())
+
+
+# What it says ----------------------------------------------------------------------------------
+
+
+def test_page_holds_the_figures_of_the_record(run_once, edited):
+    def evaluate(result):
+        result["evaluation"] = {
+            "dense": measured(notes=10.0, letters=40.0),
+            "model": measured(notes=12.5, letters=48.0),
+        }
+
+    run = edited(run_once(), evaluate)
+    page, result = report(run), result_of(run)
+    configuration = {row[0]: row[1:] for row in page.tables["Configuration"]}
+    for name, value in result["config"].items():
+        shown, meaning = configuration[name.replace("_", "-")]
+        assert meaning == PruneConfig.model_fields[name].description
+        words = {"True": "yes", "False": "no", "None": "not set"}
+        assert shown.split(" default: ")[0] == words.get(str(value), str(value))
+    assert page.tables["Participants and their calibration text"][1:] == [
+        [f"site-{number}", "2", "16", "32"] for number in range(3)
+    ]
+    assert ["torch", result["versions"]["torch"]] in page.tables["Model and versions"]
+    assert result["model"]["fingerprint"][:12] in page.text
+    assert page.tables["Perplexity by model and text"] == [
+        ["model", "notes", "letters"],
+        ["dense", "10.00", "40.00"],
+        ["one-shot", "12.50 +25.0 %", "48.00 +20.0 %"],
+    ]
+    assert "20.00 dense, 24.49 pruned (+22.5 %, geometric mean over 2 texts)" in page.text
+    per_block = result["update_bytes_per_block"]
+    assert page.tables["Payload of one participant"][1:] == [
+        ["per block", f"{per_block[0]:,} bytes", f"{per_block[0] / 1000:.1f} kB"],
+        ["in total", f"{sum(per_block):,} bytes", f"{sum(per_block) / 1000:.1f} kB"],
+        ["rounds", "1", ""],
+    ]
+    assert page.headings == [
+        "What was run",
+        "Perplexity",
+        "Sparsity",
+        "How much the participants agree",
+        "Prunes that a tie decided",
+        "What each participant would send",
+        "Time",
+    ]
+
+
+def test_sparsity_ties_and_seconds_are_sums_over_blocks(run_once):
+    run = run_once()
+    page, blocks = report(run), result_of(run)["blocks"]
+    linears = [linear for record in blocks for linear in record["linears"].values()]
+    n_zeros = sum(linear["n_zeros"] for linear in linears)
+    n_weights = sum(math.prod(linear["shape"]) for linear in linears)
+    assert f"pruned to {n_zeros / n_weights * 100:.1f} % zeros by 3 participants, one-shot." in page.text
+    assert "Uniform: every Linear of every block has 50.0 % zeros." in page.text
+    rows = page.tables["The server's decision"]
+    for kind, n_pruned, n_ties, share in rows[1:]:
+        chosen = [linear for linear in linears if kind in (linear["kind"], "all Linears")]
+        prunes, tied = (sum(linear[key] for linear in chosen) for key in ("n_pruned", "n_ties"))
+        assert (n_pruned, n_ties, share) == (f"{prunes:,}", f"{tied:,}", f"{tied / prunes * 100:.1f} %")
+    assert len(rows) == 1 + 7 + 1
+    observed = sum(record["seconds"]["observe"] for record in blocks)
+    shown = f"{observed:.1f} s" if observed >= 1 else f"{observed:.2f} s"
+    assert f"observe {shown}" in " ".join(tag[1].get("aria-label", "") for tag in page.tags)
+
+
+def test_agreement_is_the_mean_weighted_by_weights(run_once):
+    run = run_once(3, sparsity=0.25)
+    page, blocks = report(run), result_of(run)["blocks"]
+    total, n_weights, alike = np.zeros((3, 3)), 0, 0
+    for record in blocks:
+        for linear in record["linears"].values():
+            size = math.prod(linear["shape"])
+            total += size * np.array(record["agreement"][linear["kind"]])
+            n_weights += size
+            alike += linear["vote_histogram"][0] + linear["vote_histogram"][3]
+    matrix = total / n_weights
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert page.html.count(f">{matrix[a, b]:.3f}</text>") >= 2
+    mean = (matrix.sum() - 3) / 6
+    assert (
+        f"Two participants treat {mean * 100:.1f} % of the weights alike on average; least site-" in page.text
+    )
+    assert f"on the other {(1 - alike / n_weights) * 100:.1f} % they differ" in page.text
+    # s = 1/4: 1/16 + 9/16; all or none of three: 1/64 + 27/64.
+    assert "sparsity s = 0.25 agree on s² + (1 - s)² = 0.625" in page.text
+    assert "(56.2 % if masks were random)" in page.text
+    assert "estimated from a sample of 16,384 weights per Linear" in page.text
+    assert agreement._SAMPLE == pruning.SAMPLE == 16_384
+
+
+def test_participants_own_ties(run_once, edited):
+    def tie(result):
+        for record in result["blocks"]:
+            record["participant_ties"]["site-1"] = 7
+
+    page = report(edited(run_once(), tie))
+    own = page.tables["The participants' own masks"]
+    assert [row[:2] for row in own[1:]] == [["site-0", "0"], ["site-1", "21"], ["site-2", "0"]]
+
+
+def test_sparsity_that_differs_is_said_and_notes_are_listed(run_once, edited):
+    def differ(result):
+        first = next(iter(result["blocks"][1]["linears"].values()))
+        first["n_zeros"] = first["shape"][0] * first["shape"][1] * 3 // 4
+        result["blocks"][1]["notes"] = ["damping raised to 0.1"]
+
+    page = report(edited(run_once(), differ))
+    assert "The Linears have between 50.0 % and 75.0 % zeros." in page.text
+    assert page.tables["What went another way than asked for"][1:] == [["1", "damping raised to 0.1"]]
+
+
+# What it leaves out ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "said", "absent"),
+    [
+        (3, {}, "Not measured: the run was given no text to evaluate on.", "Compared with"),
+        (1, {}, "Left out: there is one participant", "votes to prune"),
+        (3, {"strategy": "centralized"}, "Left out: everyone's text was pooled", "The server's decision"),
+        (3, {"strategy": "centralized"}, "Nothing: the text itself was pooled.", "would send 0"),
+        (3, {"strategy": "local-only"}, "Nothing: every participant pruned alone.", "The server's decision"),
+        (3, {"strategy": "local-only"}, "Nobody voted in this run", "Each participant would send"),
+        (3, {"strategy": "iterative"}, "3 rounds of communication", "Left out"),
+        (3, {"criterion": "magnitude"}, "All masks are the same", "Pairwise agreement of the masks:"),
+        (3, {"share": "statistics"}, "make no masks of their own", "votes to prune"),
+        (3, {"weighting": "tokens"}, "No histogram of votes", "votes to prune"),
+    ],
+)
+def test_what_does_not_apply_is_left_out(run_once, n, options, said, absent):
+    page = report(run_once(n, **options))
+    assert said in page.text
+    assert absent not in page.html
+
+
+def test_two_participants_have_one_pair(run_once):
+    page = report(run_once(2))
+    assert re.search(r"Two participants treat [\d.]+ % of the weights alike on average\. ", page.text)
+
+
+def test_gpt2_and_patterns(run_once):
+    page = report(run_once(2, "gpt2", pattern="2:4"))
+    assert "attn.c_attn" in page.text
+
+
+# Other models ----------------------------------------------------------------------------------
+
+
+def test_comparison_has_its_own_table(run_once, edited):
+    def compare(result):
+        result["comparison"] = {
+            "dense": measured(a=10.0, b=20.0),
+            "local-only: north": measured(a=15.0, b=40.0),
+            "local-only: south": measured(a=math.inf, b=200.0),
+            "federated": measured(a=12.0, b=24.0),
+        }
+
+    page = report(edited(run_once(), compare))
+    assert page.tables["Perplexity by model and text"] == [
+        ["model", "a", "b"],
+        ["dense", "10.00", "20.00"],
+        ["local-only: north", "15.00 +50.0 %", "40.00 +100.0 %"],
+        ["local-only: south", "∞", "200.00 10 times"],
+        ["federated", "12.00 +20.0 %", "24.00 +20.0 %"],
+    ]
+    assert "Compared with" in page.headings
+    assert "Perplexity" not in page.headings
+    # The head quotes the comparison when the run itself measured nothing.
+    assert "14.14 dense, 16.97 pruned (+20.0 %" in page.text
+
+
+def test_many_models_are_summed_up_in_the_figure_only(run_once, edited):
+    def evaluate(result):
+        result["config"]["strategy"] = "local-only"
+        result["models"] = {f"m{number}": f"participants/m{number}/model" for number in range(30)}
+        result["evaluation"] = {"dense": measured(a=10.0)} | {
+            name: measured(a=20.0 + number) for number, name in enumerate(result["models"])
+        }
+
+    page = report(edited(run_once(), evaluate))
+    assert len(page.tables["Perplexity by model and text"]) == 1 + 31
+    labels = " ".join(attributes["aria-label"] for tag, attributes in page.tags if tag == "svg")
+    assert "dense 10.00, lowest of 30 models 20.00, median of 30 models 34.00" in labels
+    assert "10.00 dense, 20.00 to 49.00 pruned (on a)" in page.text
+
+
+# The page itself -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "n_windows"), [(3, 2), (64, 1)])
+def test_page_needs_nothing_but_itself(run_once, n, n_windows):
+    page = report(run_once(n, n_windows=n_windows))
+    assert len(page.html) < 3_000_000
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "img", "base"}
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in LINKS & attributes.keys():
+            assert attributes[name].startswith(("#", "data:image/png;base64,")), attributes[name]
+    for forbidden in ("http:", "https:", "//www", "@import", "javascript:"):
+        assert forbidden not in page.html.replace("data:image/png;base64,", ""), forbidden
+    assert not re.search(r"url\((?!#)", page.html)
+
+
+def test_page_is_accessible(run_once):
+    page = report(run_once())
+    names = [tag for tag, _ in page.tags]
+    figures = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(figures) == 5
+    assert all(figure["role"] == "img" and len(figure["aria-label"]) > 40 for figure in figures)
+    assert all(attributes["scope"] in ("row", "col") for tag, attributes in page.tags if tag == "th")
+    assert names.count("table") == names.count("caption") > 0
+    assert names.count("h1") == 1
+    assert names.count("figure") == names.count("figcaption") == 5
+    assert dict(page.tags)["html"]["lang"] == "en"
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = [attributes["href"][1:] for tag, attributes in page.tags if tag == "a"]
+    assert set(targets) <= set(ids)
+    assert "$" not in page.text
+    assert "prefers-color-scheme: dark" in page.html
+    assert "@media print" in page.html
+    assert not re.search(r"#0a0[bc]\d\d", page.html), "a stand-in colour was left"
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_colours_have_contrast_in_light_and_dark():
+    """WCAG 2.1: 4.5 for text, 3 for what is drawn."""
+    css = files("fedprllm.report").joinpath("template.html").read_text(encoding="utf-8")
+    schemes = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", scheme))
+
+        def contrast(one: str, other: str, colours: dict[str, str] = colours) -> float:
+            dark, light = sorted((_luminance(colours[one]), _luminance(colours[other])))
+            return (light + 0.05) / (dark + 0.05)
+
+        for ground in ("page", "soft"):
+            assert contrast("ink", ground) >= 7
+            assert contrast("muted", ground) >= 4.5
+        assert contrast("c1", "page") >= 4.5, "links"
+        assert all(contrast(f"c{number}", "page") >= 3 for number in range(1, 8))
+
+
+HOSTILE = '<script>alert("x")</script>&\'$a_b$'
+
+
+def test_names_are_escaped(run_once, edited):
+    def rename(result):
+        result["participants"][HOSTILE] = result["participants"].pop("site-2") | {"sources": [HOSTILE]}
+        for record in result["blocks"]:
+            record["participant_ties"][HOSTILE] = record["participant_ties"].pop("site-2") + 1
+        result["evaluation"] = {
+            name: [row | {"text": HOSTILE} for row in measured(a=9.0)] for name in ("dense", HOSTILE)
+        }
+        result["model"]["source"] = HOSTILE.replace("/", "")
+
+    page = report(edited(run_once(), rename))
+    assert "<script" not in page.html
+    assert page.text.count(HOSTILE) >= 5
+    rows = page.tables["Participants and their calibration text"]
+    assert rows[-1][:2] == [HOSTILE, HOSTILE]
+
+
+def test_names_outside_latin_draw_without_a_warning(run_once, edited):
+    def rename(result):
+        result["participants"]["東京病院"] = result["participants"].pop("site-2")
+
+    assert report(edited(run_once(), rename)).text.count("東京病院") >= 2
+
+
+def test_same_record_same_bytes(run_once, tmp_path):
+    run = run_once()
+    first = write_report(run, tmp_path / "a" / "one.html").read_bytes()
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": True}):
+        assert write_report(run, tmp_path / "two.html").read_bytes() == first
+
+
+def test_default_place_is_the_run_itself(run_once):
+    run = run_once()
+    assert write_report(run) == run / "report.html"
+
+
+# Errors ----------------------------------------------------------------------------------------
+
+
+def test_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match=r"no run\.json"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_incomplete_run_is_refused(tiny, tmp_path, monkeypatch):
+    from fedprllm.federation.in_process import _Walk
+
+    step = _Walk.step
+
+    def stop(self, index, advance):
+        if index == 2:
+            raise KeyboardInterrupt
+        step(self, index, advance)
+
+    monkeypatch.setattr(_Walk, "step", stop)
+    for strategy in ("one-shot", "local-only"):
+        run = tmp_path / strategy
+        with pytest.raises(KeyboardInterrupt):
+            prune(tiny("llama"), people(2), PruneConfig(strategy=strategy), out=run)
+        with pytest.raises(RunError, match=r"not complete: 2 of 3 blocks .*run its command again"):
+            write_report(run)
+        assert not (run / "report.html").exists()
+
+
+def test_run_that_did_not_start_a_block(run_once, tmp_path):
+    shutil.copyfile(run_once() / "run.json", tmp_path / "run.json")
+    with pytest.raises(RunError, match="not complete: 0 blocks are finished"):
+        write_report(tmp_path)
+
+
+def test_out_must_be_a_file(run_once, tmp_path):
+    with pytest.raises(RunError, match="is a folder: name the HTML file"):
+        write_report(run_once(), tmp_path)
