@@ -70,11 +70,11 @@ def train(folder: Path) -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     data = [split(windows_of(text))[0] for text in texts().values()]
-    n_steps = 260
+    n_steps = 160
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=n_steps)
     for _ in range(n_steps):
-        batch = torch.cat([windows[torch.randint(len(windows), (8,))] for windows in data])
+        batch = torch.cat([windows[torch.randint(len(windows), (6,))] for windows in data])
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

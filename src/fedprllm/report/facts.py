@@ -94,7 +94,14 @@ class Facts:
         self.model = Path(self.details["model"]["source"]).name
         self.evaluation = _named(result.evaluation, result.config.strategy)
         self.comparison: dict[str, Any] = dict(self.details.get("comparison", {}))
+        # A run over the network has an identity of its own, and records what really was sent.
+        self.networked = "run_id" in self.details
+        self.dropouts = any(len(self.voters(record)) < len(self.walkers) for record in self.blocks)
         self.kinds = list(dict.fromkeys(linear["kind"] for _, linear in self.linears()))
+
+    def voters(self, record: dict[str, Any]) -> list[str]:
+        """Who took part in a block, in the order of its agreement matrix."""
+        return list(record.get("participants", self.walkers))
 
     def linears(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Each Linear's record with the number of its block."""
@@ -126,8 +133,12 @@ class Facts:
 
     def votes(self, kind: str | None = None) -> np.ndarray:
         """Number of weights by number of votes, [n_walkers + 1]."""
-        rows = [linear["vote_histogram"] for _, linear in self.linears() if kind in (None, linear["kind"])]
-        votes: np.ndarray = np.array(rows, dtype=np.int64).sum(axis=0)
+        # Where participants dropped out, a block has fewer possible numbers of votes.
+        votes = np.zeros(len(self.walkers) + 1, dtype=np.int64)
+        for _, linear in self.linears():
+            if kind in (None, linear["kind"]):
+                histogram = linear["vote_histogram"]
+                votes[: len(histogram)] += np.array(histogram, dtype=np.int64)
         return votes
 
     @property

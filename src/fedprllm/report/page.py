@@ -112,8 +112,9 @@ def _summary(facts: Facts) -> str:
     if quoted:
         text += f" Perplexity: {quoted[0]} dense, {quoted[1]} pruned ({quoted[2].lstrip(', ')})."
     sent = sum(facts.details["update_bytes_per_block"])
+    verb = "sent" if facts.networked else "would send"
     if sent:
-        text += f" Each participant would send {size(sent)}: {_SHARED[facts.config.share]}, no text."
+        text += f" Each participant {verb} {size(sent)}: {_SHARED[facts.config.share]}, no text."
     return text
 
 

@@ -30,6 +30,8 @@ _CONTENT = {
     "gram": "For each distinct input of the Linears, the sum of products of each two channels.",
     "weights": "The pruned weights, and one bit for each that says whether it was pruned.",
 }
+_MEASURED = "Counted from the updates that the coordinator received; where participants differ, the largest."
+_COMPUTED = "This run was computed in one process; framing and checksums of a network come on top."
 
 
 # Sparsity --------------------------------------------------------------------------------------
@@ -102,6 +104,8 @@ def _votes(facts: Facts) -> list[str | Plot]:
         f"{percent(shares['all Linears'][0])} by none; on the other {percent(1 - alike)} they differ "
         f"({percent(1 - by_chance)} if masks were random)."
     )
+    if facts.dropouts:
+        lead += " Not everyone took part in every block: fewer votes were possible there."
     if not facts.strategy.server_votes:
         lead += " Nobody voted in this run: the masks were counted for this page only."
     label = "Share of weights by number of votes. " + "; ".join(
@@ -118,7 +122,13 @@ def _pairs(facts: Facts) -> list[str | Plot]:
     matrix, lines = _mean_agreement(facts)
     names = facts.walkers[: len(matrix)]
     chance = facts.pruned_share**2 + (1 - facts.pruned_share) ** 2
-    pairs = sorted((matrix[a, b], names[a], names[b]) for a, b in combinations(range(len(names)), 2))
+    pairs = sorted(
+        (matrix[a, b], names[a], names[b])
+        for a, b in combinations(range(len(names)), 2)
+        if np.isfinite(matrix[a, b])
+    )
+    if not pairs:
+        return ["No two participants took part in the same block."]
     sampled = f"estimated from a sample of {SAMPLE:,} weights per Linear"
     if pairs[0][0] == 1:
         return [f"All masks are the same ({sampled})."]
@@ -160,18 +170,24 @@ def _pairs(facts: Facts) -> list[str | Plot]:
 
 def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:
     """Agreement [participant, participant] weighted by weights, and its mean over pairs by kind and block."""
-    total, n_weights = np.zeros(()), 0
+    n = min(len(facts.walkers), max(len(m) for r in facts.blocks for m in r["agreement"].values()))
+    total, n_weights = np.zeros((n, n)), np.zeros((n, n))
     lines = {kind: [float("nan")] * len(facts.blocks) for kind in facts.kinds}
-    for place, record in enumerate(facts.blocks):
+    places = {name: place for place, name in enumerate(facts.walkers[:n])}
+    for number, record in enumerate(facts.blocks):
         sizes = {
             linear["kind"]: linear["shape"][0] * linear["shape"][1] for linear in record["linears"].values()
         }
         for kind, values in record["agreement"].items():
             matrix = np.array(values)
-            total = total + sizes[kind] * matrix
-            n_weights += sizes[kind]
-            lines[kind][place] = float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
-    return total / n_weights, lines
+            voters = facts.voters(record)[: len(matrix)]
+            known = [place for place, name in enumerate(voters) if name in places]
+            rows = [places[voters[place]] for place in known]
+            total[np.ix_(rows, rows)] += sizes[kind] * matrix[np.ix_(known, known)]
+            n_weights[np.ix_(rows, rows)] += sizes[kind]
+            pairs = matrix[~np.eye(len(matrix), dtype=bool)]
+            lines[kind][number] = float(pairs.mean()) if len(pairs) else float("nan")
+    return np.divide(total, n_weights, out=np.full((n, n), np.nan), where=n_weights > 0), lines
 
 
 # Ties ------------------------------------------------------------------------------------------
@@ -215,7 +231,7 @@ def _tie_row(facts: Facts, name: str, kind: str | None) -> list[str | Cell]:
 
 def traffic(facts: Facts) -> Section:
     """What leaves a participant."""
-    section = Section("bytes", "What each participant would send")
+    section = Section("bytes", f"What each participant {'sent' if facts.networked else 'would send'}")
     per_block = facts.details["update_bytes_per_block"]
     if not sum(per_block):
         why = "the text itself was pooled" if facts.strategy.pools_text else "every participant pruned alone"
@@ -239,7 +255,7 @@ def traffic(facts: Facts) -> Section:
             f"{_CONTENT[facts.config.share]} Nothing else is shared. {count(rounds, 'round')} of "
             f"communication: {how}.",
             Table("Payload of one participant", ("", "exactly", "about"), "lrr", rows),
-            "This run was computed in one process; framing and checksums of a network come on top.",
+            _MEASURED if facts.networked else _COMPUTED,
         ]
     )
     return section
@@ -247,7 +263,8 @@ def traffic(facts: Facts) -> Section:
 
 def time(facts: Facts) -> Section:
     """Seconds by phase, summed over blocks."""
-    spent: dict[str, float] = dict.fromkeys(_PHASES, 0.0)
+    recorded = {phase for record in facts.blocks for phase in record["seconds"]}
+    spent = dict.fromkeys((phase for phase in _PHASES if phase in recorded), 0.0)
     for record in facts.blocks:
         for phase, value in record["seconds"].items():
             spent[phase] = spent.get(phase, 0.0) + value
@@ -261,6 +278,8 @@ def time(facts: Facts) -> Section:
     whose = f"for {n} participants one after the other" if n > 1 else "for one participant"
     if facts.strategy.pools_text:
         whose = "for the pooled text"
+    if facts.networked:
+        whose = "by the coordinator; the participants' own time is not recorded here"
     return Section(
         "time",
         "Time",

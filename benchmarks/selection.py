@@ -1,0 +1,109 @@
+"""The k lowest of every row: ours against sort, top-k, k-th value and partition.
+
+    python -m benchmarks.selection [--quick]
+
+Scores are absolute values of normal numbers at sparsity 0.5, at the shapes of the Linears of LLaMA-7B and of
+SmolLM2-135M. Every contender makes a mask. Those that only compare with the k-th value prune too much where
+scores are equal; ours prunes exactly k and counts the ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks._harness import SEED, Timing, alternate, arguments, machine, print_json, print_table
+from fedprllm.core.selection import select_lowest
+
+LLAMA_7B = [(4096, 4096), (11008, 4096), (4096, 11008)]
+SMOLLM2_135M = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
+
+
+def ours(scores: Tensor, k: int) -> Tensor:
+    return select_lowest(scores, k)[0]
+
+
+def torch_sort(scores: Tensor, k: int) -> Tensor:
+    return _marked(scores, scores.sort(dim=1).indices[:, :k])
+
+
+def torch_topk(scores: Tensor, k: int) -> Tensor:
+    return _marked(scores, scores.topk(k, dim=1, largest=False, sorted=False).indices)
+
+
+def torch_kthvalue(scores: Tensor, k: int) -> Tensor:
+    return scores <= scores.kthvalue(k, dim=1, keepdim=True).values
+
+
+def numpy_partition(scores: Tensor, k: int) -> Tensor:
+    values = scores.numpy()
+    return torch.from_numpy(values <= np.partition(values, k - 1, axis=1)[:, k - 1 : k])
+
+
+def _marked(scores: Tensor, index: Tensor) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, index, True)
+
+
+CONTENDERS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "select_lowest": ours,
+    "torch.sort": torch_sort,
+    "torch.topk": torch_topk,
+    "torch.kthvalue": torch_kthvalue,
+    "numpy.partition": numpy_partition,
+}
+
+
+def bench_shape(shape: tuple[int, int], repeats: int) -> dict[str, Any]:
+    """Seconds of every contender, and the bits in which its mask differs from ours (equal scores)."""
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).abs()
+    k = shape[1] // 2
+    timings = alternate({name: partial(run, scores, k) for name, run in CONTENDERS.items()}, repeats)
+    expected = ours(scores, k)
+    assert all(np.count_nonzero(expected.numpy(), axis=1) == k)
+    differing = {name: int((run(scores, k) != expected).sum()) for name, run in CONTENDERS.items()}
+    return {"shape": shape, "k": k} | {
+        "contenders": {
+            name: timing.as_json()
+            | _ratios(timing, timings["select_lowest"])
+            | {"differing_bits": differing[name]}
+            for name, timing in timings.items()
+        }
+    }
+
+
+def _ratios(timing: Timing, ours_timing: Timing) -> dict[str, float]:
+    return {
+        "times_ours": timing.seconds / ours_timing.seconds,
+        "times_ours_cpu": timing.cpu_seconds / ours_timing.cpu_seconds,
+    }
+
+
+def main() -> None:
+    options = arguments("The k lowest of every row.", repeats=5)
+    about = machine()
+    shapes = SMOLLM2_135M if options.quick else LLAMA_7B + SMOLLM2_135M
+    results = [bench_shape(shape, options.repeats) for shape in shapes]
+    rows = [
+        {
+            "shape": "{} x {}".format(*result["shape"]),
+            "": name,
+            "ms": row["seconds"] * 1e3,
+            "CPU ms": row["cpu_seconds"] * 1e3,
+            "times ours": row["times_ours"],
+            "times ours, CPU": row["times_ours_cpu"],
+            "differing bits": row["differing_bits"],
+        }
+        for result in results
+        for name, row in result["contenders"].items()
+    ]
+    print_table("The lowest half of every row", rows)
+    print_json("selection", options, about, shapes=results)
+
+
+if __name__ == "__main__":
+    main()
