@@ -94,7 +94,7 @@ def make_participants(
     """Read everyone's text into token windows.
 
     Returns:
-        The participants, and the configuration with its window length resolved.
+        The participants in the order of their names, and the configuration with its window length resolved.
 
     Raises:
         DataError: a text or a tensor cannot be used; fewer windows than participants.
@@ -115,7 +115,8 @@ def make_participants(
             sources = [item] if isinstance(item, (str, Path)) else list(item)
             windows = _windows(sources, tokenizer, config, config.windows)
             people.append(Participant(name, windows, [str(source) for source in sources]))
-    return people, config
+    # In the order of names, as in a federation over the network: sums of floats depend on it.
+    return sorted(people, key=lambda person: person.name), config
 
 
 def _windows(sources: Sequence[Source], tokenizer: Any, config: PruneConfig, n_windows: int) -> Tensor:

@@ -21,7 +21,11 @@ from fedprllm.federation.plan import Plan, RunPlan
 from fedprllm.files import write_json
 from tests.federation_processes import Federation, wait_until
 
-pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.federation,
+    pytest.mark.xdist_group("federation"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 _SESSION = """
 import json, os, sys, time

@@ -21,7 +21,11 @@ from fedprllm.files import read_json
 from tests.federation_helpers import same_model
 from tests.federation_processes import Federation, finish, kill, wait_until
 
-pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.federation,
+    pytest.mark.xdist_group("federation"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 NAMES = ["north", "south", "west"]
 # Enough text that a block takes long enough to be interrupted.

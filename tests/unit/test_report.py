@@ -171,7 +171,7 @@ def test_page_holds_the_figures_of_the_record(run_once, edited):
     assert "20.00 dense, 24.49 pruned (+22.5 %, geometric mean over 2 texts)" in page.text
     per_block = result["update_bytes_per_block"]
     assert page.tables["Payload of one participant"][1:] == [
-        ["per block", f"{per_block[0]:,} bytes", f"{per_block[0] / 1000:.1f} kB"],
+        ["per block", f"{per_block[0]:,} bytes", f"{per_block[0]} bytes"],
         ["in total", f"{sum(per_block):,} bytes", f"{sum(per_block) / 1000:.1f} kB"],
         ["rounds", "1", ""],
     ]
