@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks._harness import machine
 from transformers import AutoModelForCausalLM
 
+from benchmarks._harness import machine
 from fedprllm import PruneConfig, prune
 from fedprllm.demo import demo_model
 from fedprllm.models.blocks import DTYPES

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
 from benchmarks._harness import (
     SEED,
     alternate,
@@ -27,8 +29,6 @@ from benchmarks._harness import (
     print_table,
     rss_bytes,
 )
-from numpy.typing import NDArray
-
 from fedprllm.core.bitplanes import PackedVotes, pack
 from fedprllm.core.groups import Grouping
 from fedprllm.core.masks import most_voted
