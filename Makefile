@@ -39,7 +39,7 @@ demo: $(VENV)/.demo
 	$(BIN)/fedprllm demo --out demo
 
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

@@ -23,7 +23,6 @@ from tests.federation_processes import Federation, wait_until
 
 pytestmark = [
     pytest.mark.federation,
-    pytest.mark.xdist_group("federation"),
     pytest.mark.filterwarnings("ignore"),
 ]
 

@@ -23,7 +23,6 @@ from tests.federation_processes import Federation, finish, kill, wait_until
 
 pytestmark = [
     pytest.mark.federation,
-    pytest.mark.xdist_group("federation"),
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -179,7 +178,7 @@ def test_what_left_was_answers_and_updates_and_no_word_of_the_text(federation):
                 n_updates += 1
     ledgers = [federation.kits / name / "fedprllm" / "ledger.jsonl" for name in NAMES]
     n_lines = sum(len(path.read_text().splitlines()) for path in ledgers)
-    assert 0 < n_updates < n_lines  # the garbage is a line too; a killed process may leave one more
+    assert 0 < n_updates <= n_lines  # garbage is a line too, and a killed process may leave one more
 
 
 def test_logs_hold_no_text(federation):

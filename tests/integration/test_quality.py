@@ -22,7 +22,6 @@ from fedprllm.evaluation import perplexities
 from fedprllm.models.blocks import BlockwiseModel
 
 LENGTH = 128
-pytestmark = pytest.mark.xdist_group("trained")
 
 
 def texts() -> dict[str, bytes]:
