@@ -19,7 +19,7 @@ from fedprllm.core.criteria import CRITERIA
 from fedprllm.errors import UpdateError
 from fedprllm.federation.agreement import Agreement
 from fedprllm.federation.decisions import encode_decision
-from fedprllm.federation.in_process import _record, _stored
+from fedprllm.federation.in_process import block_record, stored_votes
 from fedprllm.federation.spool import write_bytes
 from fedprllm.models.blocks import Block, BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
@@ -154,7 +154,7 @@ class BlockAggregator:
                 agreement.add(update.tensors)
             decided = self.sharing.decide(totals, block, self.config)
             self.writer.write(index, block.tensors | decided.weights)
-            record: dict[str, Any] = _record(block, totals, decided, {}, agreement) | {
+            record: dict[str, Any] = block_record(block, totals, decided, {}, agreement) | {
                 "participants": sorted(names),
                 "update_bytes": n_bytes,
                 "n_tokens": n_tokens,
@@ -163,7 +163,7 @@ class BlockAggregator:
             message = encode_decision(decided, block, self._run_id, self._digest)
             write_bytes(self._decision_path(index), message)
             self._decision_path(index - 1).unlink(missing_ok=True)
-            self.run.finish_block(index, record, _stored(block, totals.sums), {})
+            self.run.finish_block(index, record, stored_votes(block, totals.sums), {})
 
     def _decision_path(self, index: int) -> Path:
         return self.run.folder / "federation" / f"decision-{index:04d}"

@@ -35,6 +35,8 @@ def check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
 def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
     """Refuse to share more than the user allows, before anything is computed.
 
+    Notes in the model which Linears read the same input, where the way of sharing depends on it.
+
     Raises:
         ConfigError: names the first block, its megabytes and the limit.
     """

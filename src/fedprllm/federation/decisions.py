@@ -8,7 +8,7 @@ from torch import Tensor
 from fedprllm import wire
 from fedprllm.errors import UpdateError
 from fedprllm.models.blocks import Block
-from fedprllm.sharing import BlockDecision
+from fedprllm.sharing import BlockDecision, without
 
 __all__ = ["COORDINATOR", "decided_weights", "encode_decision"]
 
@@ -77,5 +77,4 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
 
 
 def _zeroed(block: Block, name: str, mask: Tensor) -> Tensor:
-    weight = block.tensors[name]
-    return torch.where(block.linears[name].oriented(mask), weight.new_zeros(()), weight)
+    return without(block.tensors[name], block.linears[name].oriented(mask))

@@ -26,7 +26,7 @@ from fedprllm.runs import Run
 from fedprllm.sharing import SHARING, BlockDecision, Contribution, Totals
 from fedprllm.strategies import STRATEGIES
 
-__all__ = ["prune_in_process"]
+__all__ = ["block_record", "prune_in_process", "stored_votes"]
 
 
 class _Clock(defaultdict[str, float]):
@@ -158,8 +158,10 @@ class _Walk:
             for number, state in enumerate(participant.hidden)
             if walks_on
         }
-        record = _record(block, totals, decided, own_ties, agreement)
-        self.run.finish_block(block.index, record | {"seconds": clock}, _stored(block, totals.sums), hidden)
+        record = block_record(block, totals, decided, own_ties, agreement)
+        self.run.finish_block(
+            block.index, record | {"seconds": clock}, stored_votes(block, totals.sums), hidden
+        )
 
     def _weight_of(self, participants: Sequence[Participant]) -> int:
         """What these participants' votes count together."""
@@ -172,9 +174,7 @@ class _Walk:
     ) -> Contribution:
         statistics = None
         if self.uses_inputs:
-            # Who neither decides alone nor waits for the server walks on with the unpruned block.
-            decides_alone = self.sharing.decides_alone or not self.strategy.server_votes
-            walk_densely = walks_on and not decides_alone and not self.strategy.follows_server
+            walk_densely = walks_on and self.sharing.walks_densely(self.strategy)
             with clock.phase("observe"):
                 statistics = participant.observe(block, self.sharing.observation, walk_on=walk_densely)
         with clock.phase("select"):
@@ -198,7 +198,7 @@ def _hidden_name(participant: Participant, window: int) -> str:
     return f"{participant.fingerprint}.{window}"
 
 
-def _stored(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stored_votes(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The votes among some sums, in the orientation of the checkpoint."""
     return {
         name: block.linears[name].oriented(tensor)
@@ -207,9 +207,10 @@ def _stored(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _record(
+def block_record(
     block: Block, votes: Totals, decided: BlockDecision, own_ties: dict[str, int], agreement: Agreement
 ) -> dict[str, Any]:
+    """What a run keeps of a finished block, as JSON values: counts, never text."""
     linears: dict[str, Any] = {}
     for name, linear in block.linears.items():
         linears[name] = {

@@ -120,7 +120,7 @@ class _Walk:
 
         self._prepare()
         self.sharing = SHARING[self.config.share]
-        self.follows_server = STRATEGIES[self.config.strategy].follows_server
+        self.strategy = STRATEGIES[self.config.strategy]
         self.uses_inputs = CRITERIA[self.config.criterion].uses_inputs
         if self.sharing.by_input:
             find_shared_inputs(self.model)
@@ -178,7 +178,7 @@ class _Walk:
 
     def _step(self, index: int) -> None:
         walks_on = self.uses_inputs and index + 1 < self.model.n_blocks
-        walk_densely = walks_on and not self.sharing.decides_alone and not self.follows_server
+        walk_densely = walks_on and self.sharing.walks_densely(self.strategy)
         with self.model.block(index) as block:
             statistics = None
             if self.uses_inputs:
@@ -189,7 +189,7 @@ class _Walk:
             self._keep_update(index, contribution.update)
             if not walks_on:
                 return
-            if self.follows_server:
+            if self.strategy.follows_server:
                 self.participant.advance(block, self._decision(block))
             elif not walk_densely:
                 assert contribution.own is not None

@@ -120,9 +120,10 @@ class BlockwiseModel:
             _find_linears(block, name) for name, block in zip(self.block_names, blocks, strict=True)
         ]
         self._refuse_what_cannot_be_pruned()
+        dtypes = self.checkpoint.dtypes(name for of_block in self.linears for name in of_block)
         for of_block in self.linears:
             for name, linear in of_block.items():
-                of_block[name] = replace(linear, dtype=self.checkpoint.dtype(name))
+                of_block[name] = replace(linear, dtype=dtypes[name])
         self._contexts: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._returns_tuple = False
         for module in self.skeleton.modules():

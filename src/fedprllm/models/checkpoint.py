@@ -65,31 +65,35 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return self._stored_name(name) is not None
 
-    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read some tensors, in the precision of the file, into memory of their own.
-
-        The copy matters: without it the tensors would keep the whole file mapped.
-        """
+    def _by_file(self, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+        """Pairs of a tensor's name and its name in the file, by file."""
         by_file: dict[str, list[tuple[str, str]]] = {}
         for name in names:
             stored = self._stored_name(name)
             if stored is None:
                 raise ModelError(f"{self.folder} has no tensor '{name}'")
             by_file.setdefault(self._file_of[stored], []).append((name, stored))
+        return by_file
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read some tensors, in the precision of the file, into memory of their own.
+
+        The copy matters: without it the tensors would keep the whole file mapped.
+        """
         tensors: dict[str, Tensor] = {}
-        for file, wanted in by_file.items():
+        for file, wanted in self._by_file(names).items():
             with self._open(file) as opened:
                 tensors |= {name: opened.get_tensor(stored).clone() for name, stored in wanted}
         return tensors
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Precision in which a tensor is stored."""
-        stored = self._stored_name(name)
-        assert stored is not None, name
-        with self._open(self._file_of[stored]) as opened:
-            # An empty slice costs nothing and knows its type.
-            dtype: torch.dtype = opened.get_slice(stored)[:0].dtype
-        return dtype
+    def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
+        """Precisions in which some tensors are stored; reads no values."""
+        found: dict[str, torch.dtype] = {}
+        for file, wanted in self._by_file(names).items():
+            with self._open(file) as opened:
+                # An empty slice costs nothing and knows its type.
+                found |= {name: opened.get_slice(stored)[:0].dtype for name, stored in wanted}
+        return found
 
     @property
     def n_bytes(self) -> int:

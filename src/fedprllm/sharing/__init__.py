@@ -20,6 +20,7 @@ from fedprllm.sharing.base import (
     Totals,
     local_decision,
     update_bytes,
+    without,
 )
 from fedprllm.sharing.masks import MASKS
 from fedprllm.sharing.statistics import GRAM, STATISTICS
@@ -33,6 +34,7 @@ __all__ = [
     "Totals",
     "local_decision",
     "update_bytes",
+    "without",
 ]
 
 SHARING: dict[str, Sharing] = {

@@ -16,6 +16,7 @@ from fedprllm.core.masks import PruneMask, prune_lowest
 from fedprllm.core.statistics import InputStatistics
 from fedprllm.models.blocks import Block, Linear
 from fedprllm.participant import BlockStatistics, Observation
+from fedprllm.strategies import Strategy
 
 __all__ = [
     "BlockDecision",
@@ -109,6 +110,13 @@ class Sharing:
     decides_alone: bool = False
     observation: Observation = InputStatistics.zeros
     by_input: bool = False
+
+    def walks_densely(self, strategy: Strategy) -> bool:
+        """Whether participants walk on with the unpruned block.
+
+        So does who neither decides alone nor waits for the server.
+        """
+        return strategy.server_votes and not (self.decides_alone or strategy.follows_server)
 
 
 def update_bytes(shapes: Shapes) -> int:
