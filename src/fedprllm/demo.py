@@ -59,7 +59,8 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
         The federated run, whose ``details["comparison"]`` holds the perplexities of all models.
     """
     texts = demo_texts(out / "texts")
-    model = resolve_model(demo_model(), progress=progress)
+    source = demo_model()
+    model = resolve_model(source, progress=progress)
     calibration = {name: files[0] for name, files in texts.items()}
     tokenizer = load_tokenizer(model)
     held_out = {
@@ -75,14 +76,14 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
         if not measurements.exists():
             run = out / strategy
             config = PruneConfig(strategy=strategy, **options)
-            result = prune(model, calibration, config, out=run, progress=progress)
+            result = prune(source, calibration, config, out=run, progress=progress)
             names = {f"{strategy}: {name}": folder for name, folder in result.model_dirs.items()}
             named = names if strategy == "local-only" else {strategy: result.model_dir}
             _measured(measurements, named, held_out, progress)
             shutil.rmtree(run)  # models for comparison only, half a gigabyte each
         comparison |= read_json(measurements)
     config = PruneConfig(**options)
-    result = prune(model, calibration, config, out=out / "federated", progress=progress)
+    result = prune(source, calibration, config, out=out / "federated", progress=progress)
     comparison |= _measured(out / "federated.json", {"federated": result.model_dir}, held_out, progress)
     write_json(result.out / "result.json", result.details | {"comparison": comparison})
     return PruneResult.load(result.out)
