@@ -13,14 +13,14 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.config import PruneConfig
+from fedprllm.config import PruneConfig, choices_of
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
 from fedprllm.federation_cli import app as federation_app
 from fedprllm.federation_cli import ledger, participate
@@ -150,7 +150,7 @@ def _field_option(name: str) -> tuple[Any, Any]:
     """The option of a field of `PruneConfig`; unset means the file's value or the field's default."""
     field = PruneConfig.model_fields[name]
     kind = field.annotation
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    choices = choices_of(kind)
     help_text = field.description or ""
     if choices:
         help_text += f": {', '.join(choices)}"
