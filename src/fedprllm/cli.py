@@ -24,6 +24,7 @@ from fedprllm.config import PruneConfig, choices_of
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
 from fedprllm.federation_cli import app as federation_app
 from fedprllm.federation_cli import ledger, participate
+from fedprllm.study_cli import study_command
 
 __all__ = ["main"]
 
@@ -51,7 +52,7 @@ def main() -> None:
         sys.exit(130)
 
 
-_REPEATABLE = ("--participant", "--data", "--eval", "--text")
+_REPEATABLE = ("--participant", "--data", "--domains", "--eval", "--text")
 _FLAGS = ("--json", "--scale-weights", "--no-scale-weights")
 
 
@@ -378,6 +379,11 @@ def _report(
     from fedprllm.report.page import write_report
 
     console.print(f"report   {write_report(run, out)}", soft_wrap=True)
+
+
+# study -----------------------------------------------------------------------------------------
+
+app.command("study")(study_command(bars, console))
 
 
 # federation ------------------------------------------------------------------------------------

@@ -103,11 +103,10 @@ def perplexities(
     with progress("evaluating", model.n_blocks * len(windows) + len(windows)) as advance:
         hidden = model.embed(windows)
         for index in range(model.n_blocks):
-            with model.block(index) as block:
-                with block.replaced(weights_of(block)):
-                    for number, state in enumerate(hidden):
-                        hidden[number] = block.forward(state)
-                        advance(1)
+            with model.block(index) as block, block.replaced(weights_of(block)):
+                for number, state in enumerate(hidden):
+                    hidden[number] = block.forward(state)
+                    advance(1)
         losses = []
         with model.head():
             for state, window in zip(hidden, windows, strict=True):
