@@ -25,6 +25,7 @@ PARTITIONS = ("iid", "domain", "dirichlet")
 _Values = dict[str, Sequence[Any]]
 # What a grid may vary besides the fields of `PruneConfig`.
 _OWN_AXES = ("participants", "partition")
+_TIES = ("index", "random", "magnitude")
 
 
 class StudyConfig(BaseModel):
@@ -124,12 +125,14 @@ class Question:
         paper: what the paper finds, or that it does not ask.
         grids: made from the study's own lists of values.
         pairs: comparisons that answer it: ``(axis, value, other value)``, everything else being equal.
+        by: an axis for each of whose values the comparisons are made apart.
     """
 
     title: str
     paper: str
     grids: Any
     pairs: tuple[tuple[str, Any, Any], ...] = ()
+    by: str = ""
 
 
 def _domains(**values: Sequence[Any]) -> _Values:
@@ -140,8 +143,9 @@ QUESTIONS: dict[str, Question] = {
     "methods": Question(
         "Together, alone, or with pooled text",
         "Finding 4: pruning together beats pruning alone and comes close to pooled text.",
-        lambda s: [{"strategy": ["one-shot", "local-only", "centralized"], "sparsity": s.sparsity}],
+        lambda s: [{"sparsity": s.sparsity, "strategy": ["one-shot", "local-only", "centralized"]}],
         (("strategy", "local-only", "one-shot"), ("strategy", "centralized", "one-shot")),
+        "sparsity",
     ),
     "groups": Question(
         "What is compared with what",
@@ -151,34 +155,40 @@ QUESTIONS: dict[str, Question] = {
             {"local_group": ["row", "layer", "column"], "server_group": ["layer", "row", "column"]},
         ],
         (("server_group", "layer", "row"), ("server_group", "layer", "column")),
+        "local_group",
     ),
     "ties": Question(
-        "How much of the column collapse is the tie rule",
+        "What the tie rule does",
         "The paper's code draws ties at random for layer and takes the lowest index for row and column.",
-        lambda _: [
-            {"server_group": ["layer", "row", "column"], "server_ties": ["index", "random", "magnitude"]}
+        lambda s: [
+            {"server_group": ["layer", "row", "column"], "server_ties": list(_TIES)},
+            {"sparsity": s.sparsity, "server_ties": list(_TIES)},
         ],
         (("server_ties", "index", "random"), ("server_ties", "index", "magnitude")),
+        "server_group",
     ),
     "scaling": Question(
         "Scaling what stays by the votes",
         "Finding 2: weight scaling hurts.",
-        lambda s: [{"scale_weights": [False, True], "sparsity": s.sparsity}],
+        lambda s: [{"sparsity": s.sparsity, "scale_weights": [False, True]}],
         (("scale_weights", False, True),),
+        "sparsity",
     ),
     "rounds": Question(
         "One round, or one for every block",
         "Finding 3: iterative is no better than one-shot.",
-        lambda s: [{"strategy": ["one-shot", "iterative"], "sparsity": s.sparsity}],
+        lambda s: [{"sparsity": s.sparsity, "strategy": ["one-shot", "iterative"]}],
         (("strategy", "one-shot", "iterative"),),
+        "sparsity",
     ),
     "participants": Question(
         "Number of participants",
         "Finding 4: pruning together beats pruning alone at every number of participants from 2 to 64.",
         lambda s: [
-            {"participants": s.participants, "strategy": ["one-shot", "local-only", "centralized"]},
+            {"strategy": ["one-shot", "local-only", "centralized"], "participants": s.participants},
         ],
         (("strategy", "local-only", "one-shot"), ("strategy", "centralized", "one-shot")),
+        "participants",
     ),
     "windows": Question(
         "How much text each has",
@@ -190,7 +200,7 @@ QUESTIONS: dict[str, Question] = {
         "What is shared",
         "Not asked: the paper shares masks only.",
         lambda s: [
-            {"share": ["mask", "statistics"], "sparsity": s.sparsity},
+            {"sparsity": s.sparsity, "share": ["mask", "statistics"]},
             {"share": ["weights", "gram"]},
         ],
         (("share", "mask", "statistics"), ("share", "mask", "weights"), ("share", "mask", "gram")),

@@ -62,7 +62,7 @@ def write_page(results: Results, out: Path) -> None:
 
 
 def _summary(results: Results, model: str) -> str:
-    dense = ", ".join(f"{row['text']} {float(row['perplexity']):.2f}" for row in results.dense)
+    dense = ", ".join(f"{row['text']} {float(row['perplexity']):.2f}" for row in results.dense[:_MAX_PANELS])
     settings = len({json.dumps(cell.setting, sort_keys=True) for cell, _ in results.cells})
     return (
         f"{count(settings, 'setting')} on {model}, each under {count(len(results.config.seeds), 'seed')}. "
@@ -94,7 +94,8 @@ def _section(results: Results, question: str) -> Section:
     section.parts.append(_table(cells, spreads))
     dense = {row["text"]: float(row["perplexity"]) for row in results.dense}
     section.parts.extend(_figures(cells, spreads, dense))
-    section.parts.extend(_agreement(cells))
+    if question in ("methods", "domains"):
+        section.parts.extend(_agreement(cells))
     return section
 
 
@@ -174,7 +175,7 @@ def _without(cell: Cell, axis: str) -> Cell:
 def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
     """A map of who agrees with whom, of the setting with the most participants under the first seed."""
     shared = [(cell, found) for cell, found in cells if found.get("agreement")]
-    if not shared or shared[0][0].questions[0] not in ("methods", "domains"):
+    if not shared:
         return []
     cell, found = max(shared, key=lambda one: (one[0].participants, -one[0].config.seed))
     matrix = found["agreement"]

@@ -285,9 +285,17 @@ def answers(results: Results, question: str) -> list[str]:
     cells, known = results.of(question), QUESTIONS.get(question)
     if known is None:
         return []
-    found = [paired(cells, *pair) for pair in known.pairs]
-    sentences = [str(difference) for difference in found if difference is not None]
-    gap = closed_gap(cells)
-    if gap is not None:
-        sentences.append(f"One-shot goes {gap:.0%} of the way from local-only to centralized.")
+    parts: dict[str, list[Measured]] = {}
+    for cell, found in cells:
+        parts.setdefault(_word(known.by, cell.setting[known.by]) if known.by else "", []).append(
+            (cell, found)
+        )
+    sentences = []
+    for name, part in parts.items():
+        differences = [paired(part, *pair) for pair in known.pairs]
+        where = f"At {name}: " if len(parts) > 1 else ""
+        sentences += [where + str(difference) for difference in differences if difference is not None]
+        gap = closed_gap(part)
+        if gap is not None:
+            sentences.append(f"{where}one-shot goes {gap:.0%} of the way from local-only to centralized.")
     return sentences
