@@ -1,0 +1,91 @@
+"""Means, spreads and paired comparisons, on numbers made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fedprllm import PruneConfig
+from fedprllm.study.config import Cell
+from fedprllm.study.domains import own_and_others
+from fedprllm.study.results import Spread, closed_gap, name_of, paired, spread_by_text
+
+
+def row(text: str, perplexity: float) -> dict:
+    return {"text": text, "perplexity": perplexity, "nll": math.log(perplexity), "n_tokens": 10}
+
+
+def measured(models: dict[str, dict[str, float]], partition: str = "iid", **options):
+    cell = Cell(PruneConfig(**options), 2, partition)
+    found = {name: [row(text, value) for text, value in texts.items()] for name, texts in models.items()}
+    return cell, {"models": found, "n_ties": 1, "n_pruned": 4}
+
+
+def test_models_made_alone_count_as_their_mean_and_seeds_spread():
+    cells = [
+        measured({"a": {"t": 10.0}, "b": {"t": 14.0}}, strategy="local-only", seed=0),
+        measured({"a": {"t": 20.0}, "b": {"t": 16.0}}, strategy="local-only", seed=1),
+        measured({"model": {"t": 9.0}}, seed=0),
+    ]
+    found = spread_by_text(cells)
+    assert found["local-only"]["t"].values == (12.0, 18.0)
+    assert found["local-only"]["t"].sd == pytest.approx(math.sqrt(18))
+    assert str(found["local-only"]["t"]) == "15.00 ± 4.24"
+    assert str(found["one-shot"]["t"]) == "9.00"
+
+
+def test_pairs_are_equal_in_everything_else():
+    cells = [
+        measured({"model": {"t": 10.0, "u": 10.0}}, scale_weights=False, seed=0),
+        measured({"model": {"t": 20.0, "u": 5.0}}, scale_weights=True, seed=0),
+        measured({"model": {"t": 10.0}}, scale_weights=True, seed=1),  # no partner
+        measured({"model": {"t": 10.0}}, scale_weights=True, sparsity=0.2),  # none either
+    ]
+    difference = paired(cells, "scale_weights", False, True)
+    assert difference.values == pytest.approx((math.log(2), -math.log(2)))
+    assert "worse in 1 of 2 pairs" in str(difference)
+    assert paired(cells, "strategy", "one-shot", "iterative") is None
+
+
+def test_the_tie_rule_that_is_not_named_is_the_participants():
+    cells = [
+        measured({"model": {"t": 10.0}}),
+        measured({"model": {"t": 20.0}}, server_ties="magnitude"),
+    ]
+    assert paired(cells, "server_ties", "index", "magnitude").values == pytest.approx((math.log(2),))
+
+
+def test_the_gap_that_one_shot_closes():
+    cells = [
+        measured({"a": {"t": math.exp(3.0)}}, strategy="local-only"),
+        measured({"model": {"t": math.exp(2.25)}}),
+        measured({"model": {"t": math.exp(2.0)}}, strategy="centralized"),
+    ]
+    assert closed_gap(cells) == pytest.approx(0.75)
+    assert closed_gap(cells[:2]) is None
+
+
+def test_own_text_and_the_others():
+    alone = {"x": {"x": 10.0, "y": 40.0}, "y": {"x": 30.0, "y": 20.0}}
+    cells = [
+        measured(alone, "domain", strategy="local-only"),
+        measured({"model": {"x": 12.0, "y": 24.0}}, "domain"),
+    ]
+    found = own_and_others(cells)
+    assert (found["local-only"][0].mean, found["local-only"][1].mean) == (15.0, 35.0)
+    assert (found["one-shot"][0].mean, found["one-shot"][1].mean) == (18.0, 18.0)
+
+
+def test_settings_are_named_by_what_varies():
+    cells = [
+        Cell(PruneConfig(sparsity=s, server_group=g), 2, "iid") for s in (0.3, 0.5) for g in ("row", "layer")
+    ]
+    assert name_of(cells[0], cells) == "30%, server row"
+    assert name_of(cells[0], cells[:2]) == "server row"
+    assert name_of(cells[0], cells[:1]) == "one-shot"
+
+
+def test_a_collapse_is_infinite_and_has_no_spread():
+    assert str(Spread((math.inf, 5.0))) == "∞"
+    assert Spread((math.inf, 5.0)).sd == 0.0
