@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from math import prod
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +28,12 @@ __all__ = [
     "decision_by_score",
     "grouping_of",
     "local_decision",
+    "sparsity_of",
     "update_bytes",
     "without",
 ]
 
+_Decision = TypeVar("_Decision")
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -87,26 +91,28 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Sharing(Generic[_Decision]):
     """A way of sharing.
 
     Attributes:
+        kind: of its updates, as in `fedprllm.wire`.
         contribute: ``(block, statistics, config, fingerprint)`` to what a participant shares; the
             fingerprint of its text seeds random ties, so that order and names change nothing.
         shapes: shape and type of every tensor of a valid update, from the Linears of a block.
         check: refuses an update that has the right shapes but cannot come from an honest participant.
         zeros: empty sums for a total weight of at most so much.
-        decide: the server's decision from the sums.
+        decide: the server's decision from the sums: what the block loses, or of a survey its outliers.
         decides_alone: a contribution holds a decision of the participant's own.
         observation: what a participant sums up of the inputs.
         by_input: updates hold one tensor for each distinct input of the block, not for each Linear.
     """
 
+    kind: str
     contribute: Callable[[Block, BlockStatistics | None, PruneConfig, str], Contribution]
     shapes: Callable[[Mapping[str, Linear]], Shapes]
     check: Callable[[Block, Mapping[str, Tensor], PruneConfig], None]
     zeros: Callable[[Block, int], Totals]
-    decide: Callable[[Totals, Block, PruneConfig], BlockDecision]
+    decide: Callable[[Totals, Block, PruneConfig], _Decision]
     decides_alone: bool = False
     observation: Observation = InputStatistics.zeros
     by_input: bool = False
@@ -127,9 +133,14 @@ def update_bytes(shapes: Shapes) -> int:
     )
 
 
-def grouping_of(config: PruneConfig, group: GroupName) -> Grouping:
-    """A comparison group under the configuration's sparsity or N:M pattern."""
-    return Grouping(group, config.sparsity, config.n_m)
+def grouping_of(config: PruneConfig, group: GroupName, linear: Linear) -> Grouping:
+    """A comparison group of a Linear, under its own sparsity, the configuration's, or an N:M pattern."""
+    return Grouping(group, sparsity_of(config, linear), config.n_m)
+
+
+def sparsity_of(config: PruneConfig, linear: Linear) -> float | Fraction:
+    """What a Linear loses: its own share where the blocks do not all lose the same."""
+    return config.sparsity if linear.sparsity is None else linear.sparsity
 
 
 def without(weight: Tensor, mask: Tensor) -> Tensor:
@@ -149,10 +160,10 @@ def decision_by_score(
         seed_parts: what random ties are drawn for, besides the weight.
     """
     score = CRITERIA[config.criterion].score
-    grouping = grouping_of(config, config.local_group)
     decision = BlockDecision({})
     for name, linear in block.linears.items():
         weight = block.matrix(name)
+        grouping = grouping_of(config, config.local_group, linear)
         norm = torch.ones(linear.shape[1]) if norms is None else norms[name]
         scores = score(weight, norm.to(weight.device))
         pruned = prune_lowest(scores, weight, grouping, config.ties, (config.seed, *seed_parts, name))
