@@ -247,6 +247,8 @@ def block_record(
             "n_pruned": int(decided.masks[name].mask.sum()),
             "n_ties": decided.masks[name].n_ties,
         }
+        if decided.masks[name].n_close is not None:
+            linears[name]["n_close"] = decided.masks[name].n_close
         counts = votes.sums.get(name)
         # Votes that count tokens have too many values for a histogram.
         if counts is not None and not counts.is_floating_point() and votes.weight == votes.n_participants:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import prod
 from typing import Generic, TypeVar
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.groups import Grouping, GroupName
-from fedprllm.core.masks import PruneMask, prune_lowest
+from fedprllm.core.masks import PruneMask, count_close, prune_lowest
 from fedprllm.core.statistics import InputStatistics
 from fedprllm.models.blocks import Block, Linear
 from fedprllm.participant import BlockStatistics, Observation
@@ -149,7 +149,12 @@ def without(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def decision_by_score(
-    block: Block, norms: Mapping[str, Tensor] | None, config: PruneConfig, seed_parts: tuple[object, ...]
+    block: Block,
+    norms: Mapping[str, Tensor] | None,
+    config: PruneConfig,
+    seed_parts: tuple[object, ...],
+    *,
+    counts_close: bool = False,
 ) -> BlockDecision:
     """Prune the lowest scores of every local comparison group.
 
@@ -158,6 +163,7 @@ def decision_by_score(
         norms: ``||X_j||_2`` of the input of each Linear; None for a criterion that uses no text.
         config: criterion, local group, ties.
         seed_parts: what random ties are drawn for, besides the weight.
+        counts_close: count the prunes that rounding may decide.
     """
     score = CRITERIA[config.criterion].score
     decision = BlockDecision({})
@@ -167,6 +173,8 @@ def decision_by_score(
         norm = torch.ones(linear.shape[1]) if norms is None else norms[name]
         scores = score(weight, norm.to(weight.device))
         pruned = prune_lowest(scores, weight, grouping, config.ties, (config.seed, *seed_parts, name))
+        if counts_close:
+            pruned = replace(pruned, n_close=count_close(scores, pruned.mask, grouping))
         decision.masks[name] = pruned
         decision.weights[name] = without(block.tensors[name], linear.oriented(pruned.mask))
     return decision

@@ -73,7 +73,8 @@ def _zeros(block: Block, max_weight: int) -> Totals:  # noqa: ARG001  sums weigh
 
 def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     """Prune as if all text were in one place: the local group is what scores are compared in."""
-    return decision_by_score(block, pooled_norms(totals, block), config, ("server",))
+    norms = pooled_norms(totals, block)
+    return decision_by_score(block, norms, config, ("server",), counts_close=True)
 
 
 def pooled_norms(totals: Totals, block: Block) -> dict[str, Tensor]:
