@@ -42,6 +42,7 @@ _CONTENT = {
     "gram": "For each distinct input of the Linears, the sum of products of each two channels.",
     "weights": "The pruned weights, and one bit for each that says whether it was pruned.",
 }
+_SURVEYED = "Before that, for OWL, the outliers of each block or the sums to find them. "
 _MEASURED = "Counted from the updates that the coordinator received; where participants differ, the largest."
 _COMPUTED = "This run was computed in one process; framing and checksums of a network come on top."
 
@@ -301,8 +302,8 @@ def traffic(facts: Facts) -> Section:
     unequal = [Table("By participant", ("", "blocks", "in total"), "lrr", numbered(people))]
     section.parts.extend(
         [
-            f"{_CONTENT[facts.config.share]} Nothing else is shared. {count(rounds, 'round')} of "
-            f"communication: {how}.",
+            f"{_CONTENT[facts.config.share]} {_SURVEYED if survey else ''}Nothing else is shared. "
+            f"{count(rounds, 'round')} of communication: {how}.",
             Table("Payload of one participant", ("", "exactly", "about"), "lrr", rows),
             *(unequal if least != most else []),
             _MEASURED if facts.networked else _COMPUTED,
