@@ -13,17 +13,18 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.config import PruneConfig
+from fedprllm.config import PruneConfig, choices_of
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
 from fedprllm.federation_cli import app as federation_app
 from fedprllm.federation_cli import ledger, participate
+from fedprllm.study_cli import study_command
 
 __all__ = ["main"]
 
@@ -51,7 +52,7 @@ def main() -> None:
         sys.exit(130)
 
 
-_REPEATABLE = ("--participant", "--data", "--eval", "--text")
+_REPEATABLE = ("--participant", "--data", "--domains", "--eval", "--text")
 _FLAGS = ("--json", "--scale-weights", "--no-scale-weights")
 
 
@@ -150,7 +151,7 @@ def _field_option(name: str) -> tuple[Any, Any]:
     """The option of a field of `PruneConfig`; unset means the file's value or the field's default."""
     field = PruneConfig.model_fields[name]
     kind = field.annotation
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    choices = choices_of(kind)
     help_text = field.description or ""
     if choices:
         help_text += f": {', '.join(choices)}"
@@ -378,6 +379,11 @@ def _report(
     from fedprllm.report.page import write_report
 
     console.print(f"report   {write_report(run, out)}", soft_wrap=True)
+
+
+# study -----------------------------------------------------------------------------------------
+
+app.command("study")(study_command(bars, console))
 
 
 # federation ------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedprllm.errors import ConfigError, did_you_mean
 
-__all__ = ["PruneConfig"]
+__all__ = ["PruneConfig", "choices_of"]
 
 Group = Literal["layer", "row", "column"]
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
@@ -92,6 +92,10 @@ class PruneConfig(BaseModel):
         Literal["index", "random", "magnitude"],
         Field(description="who goes first among equals: lowest index, seeded draw, smallest weight"),
     ] = "index"
+    server_ties: Annotated[
+        Literal["index", "random", "magnitude"] | None,
+        Field(description="the same among equal votes, where it is to differ from --ties"),
+    ] = None
     windows: Annotated[
         int, Field(ge=0, description="calibration windows per participant; 0 takes all of its text")
     ] = 16
@@ -188,6 +192,8 @@ class PruneConfig(BaseModel):
                     raise ConfigError(
                         f"{option} concerns votes: it needs share mask, found share {self.share}"
                     )
+        if self.server_ties is not None and self.share not in ("mask", "weights"):
+            raise ConfigError(f"server_ties concerns votes: share {self.share} has none; leave it out")
         if self.share in ("statistics", "gram") and self.criterion == "magnitude":
             raise ConfigError(f"criterion magnitude uses no text: nothing to share as {self.share}")
 
@@ -208,10 +214,23 @@ class PruneConfig(BaseModel):
         object.__setattr__(self, "sparsity", float(implied))
 
     @property
+    def vote_ties(self) -> str:
+        """The tie rule among equal votes."""
+        return self.server_ties or self.ties
+
+    @property
     def n_m(self) -> tuple[int, int] | None:
         """``(N, M)`` of an N:M pattern, or None for an unstructured one."""
         match = _PATTERN.fullmatch(self.pattern)
         return (int(match[1]), int(match[2])) if match else None
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The words that an option takes; none if it takes anything else."""
+    for kind in (annotation, *get_args(annotation)):
+        if get_origin(kind) is Literal:
+            return get_args(kind)
+    return ()
 
 
 def _explain(error: ValidationError) -> str:
@@ -223,7 +242,7 @@ def _explain(error: ValidationError) -> str:
         if defect["type"] == "extra_forbidden":
             lines.append(f"unknown option {did_you_mean(name, PruneConfig.model_fields)}")
         elif defect["type"] == "literal_error":
-            choices = get_args(PruneConfig.model_fields[name].annotation)
+            choices = choices_of(PruneConfig.model_fields[name].annotation)
             lines.append(f"unknown value of {name}: {did_you_mean(found, choices)}")
         else:
             lines.append(f"{name}: {defect['msg'][0].lower()}{defect['msg'][1:]}, found {found!r}")

@@ -9,7 +9,7 @@ every window, because some models (Gemma) fail without it; ``bos="start"`` is th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from fedprllm.calibration import Bos, evaluation_windows
 from fedprllm.errors import DataError, ModelError
 from fedprllm.files import names_of
-from fedprllm.models.blocks import BlockwiseModel
+from fedprllm.models.blocks import Block, BlockwiseModel
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
 
@@ -85,14 +85,25 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def perplexities(
-    model: BlockwiseModel, texts: Mapping[str, Sequence[Int[Tensor, " tokens"]]], progress: Progress = silent
+    model: BlockwiseModel,
+    texts: Mapping[str, Sequence[Int[Tensor, " tokens"]]],
+    progress: Progress = silent,
+    weights_of: Callable[[Block], Mapping[str, Tensor]] = lambda _: {},
 ) -> list[Perplexity]:
-    """Perplexity of a model on several texts, given as token windows, in one walk over its blocks."""
+    """Perplexity of a model on several texts, in one walk over its blocks.
+
+    Args:
+        model: the model.
+        texts: token windows by name of the text.
+        progress: told of every window and block.
+        weights_of: weights to take in place of the model's own, by name: a pruned model need not be written
+            to be measured.
+    """
     windows = [window for text in texts.values() for window in text]
     with progress("evaluating", model.n_blocks * len(windows) + len(windows)) as advance:
         hidden = model.embed(windows)
         for index in range(model.n_blocks):
-            with model.block(index) as block:
+            with model.block(index) as block, block.replaced(weights_of(block)):
                 for number, state in enumerate(hidden):
                     hidden[number] = block.forward(state)
                     advance(1)

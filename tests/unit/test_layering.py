@@ -24,7 +24,7 @@ LAYERS = [
     ["federation"],
     ["api", "zero_shot"],
     ["demo", "report", "study"],
-    ["federation_cli"],
+    ["federation_cli", "study_cli"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -85,7 +85,11 @@ def _render(result: PruneResult) -> str:
     make = (setting, evaluated, compared, zeros, agreement, ties, traffic, time)
     sections = [section for section in (one(facts) for one in make) if section is not None]
     return environment.from_string(template).render(
-        model=facts.model, summary=_summary(facts), tiles=_tiles(facts), sections=sections
+        title=f"{facts.model}: pruning report",
+        source="the record of the run (result.json beside this page)",
+        summary=_summary(facts),
+        tiles=_tiles(facts),
+        sections=sections,
     )
 
 

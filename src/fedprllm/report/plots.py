@@ -1,26 +1,18 @@
-"""Figures of the report as inline SVG: the same bytes for the same numbers, colours left to the page.
-
-Text and lines are drawn in stand-in colours that become CSS variables of the page, so that one figure
-serves its light and its dark form. Text stays text and takes the page's font.
-"""
+"""Figures of the report as inline SVG: the same bytes for the same numbers, colours left to the page."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.style import context
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from fedprllm.report.drawing import DASHES, MARKERS, MUTED, PAGE, SEQUENTIAL, SERIES, Drawing, drawing
 
 __all__ = ["MAX_NAMED", "MAX_PRINTED", "bars", "grouped_bars", "heatmap", "lines", "shares"]
 
@@ -28,92 +20,6 @@ __all__ = ["MAX_NAMED", "MAX_PRINTED", "bars", "grouped_bars", "heatmap", "lines
 MAX_PRINTED = 12
 # Rows of a heatmap with more than this are numbered, not named.
 MAX_NAMED = 24
-
-_INK, _MUTED, _LINE, _PAGE = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
-_SERIES = tuple(f"#0a0c{number:02x}" for number in range(1, 8))
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _LINE: "var(--line)",
-    _PAGE: "var(--page)",
-    **{colour: f"var(--c{number})" for number, colour in enumerate(_SERIES, start=1)},
-}
-# Cividis without its darkest part, which a dark page would swallow: readable without colour vision.
-_SEQUENTIAL = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 1, 256)), name="report")
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-_MARKERS = "osD^vP*X"
-
-_WIDTH = 7.5
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "axes.labelsize": 9.0,
-    "legend.fontsize": 9.0,
-    "text.parse_math": False,
-    "axes.unicode_minus": True,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _LINE,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.h_pad": 0.04,
-    "figure.constrained_layout.w_pad": 0.02,
-}
-
-
-class _Drawing:
-    """A figure, and its SVG once it is drawn."""
-
-    def __init__(self, height: float, width: float = _WIDTH) -> None:
-        self.figure = Figure(figsize=(width, height))
-        self.axes: Axes = self.figure.add_subplot()
-        self.svg = Markup()
-
-
-@contextmanager
-def _drawing(label: str, height: float, width: float = _WIDTH) -> Iterator[_Drawing]:
-    """Draw in the report's style; ``label`` says in words what the figure shows.
-
-    matplotlib's own defaults come first: a user's matplotlibrc must not change the page.
-    """
-    with context(["default", _STYLE | {"svg.hashsalt": label}]), warnings.catch_warnings():
-        # Names may hold characters that matplotlib's font has no shape for; the page's fonts do.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        drawing = _Drawing(height, width)
-        yield drawing
-        stream = io.StringIO()
-        drawing.figure.savefig(
-            stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    drawing.svg = _inline(stream.getvalue(), label)
-
-
-def _inline(svg: str, label: str) -> Markup:
-    """The SVG as a part of an HTML page: no prolog, no namespaces, no names that nothing refers to."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style type.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"\s*<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", svg)
-    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
-    svg = re.sub(r'\sid="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-    svg = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLES.get(found[0], found[0]), svg)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    return Markup(svg.strip())
 
 
 def _short(name: str, length: int = 26) -> str:
@@ -138,10 +44,10 @@ def _row_axis(axes: Axes, positions: Sequence[float], names: Sequence[str]) -> N
 
 def bars(values: Mapping[str, float], texts: Sequence[str], label: str) -> Markup:
     """One horizontal bar per name, with a text at its end."""
-    with _drawing(label, 0.25 + 0.27 * len(values)) as drawing:
-        axes = drawing.axes
+    with drawing(label, 0.25 + 0.27 * len(values)) as drawn:
+        axes = drawn.axes
         rows = range(len(values))
-        axes.barh(rows, list(values.values()), height=0.66, color=_SERIES[0])
+        axes.barh(rows, list(values.values()), height=0.66, color=SERIES[0])
         longest = max(values.values(), default=0) or 1
         for row, value, text in zip(rows, values.values(), texts, strict=True):
             axes.text(value + longest * 0.01, row, text, va="center", fontsize=8.5)
@@ -149,7 +55,7 @@ def bars(values: Mapping[str, float], texts: Sequence[str], label: str) -> Marku
         _row_axis(axes, rows, list(values))
         axes.spines["bottom"].set_visible(False)
         axes.set_xticks([])
-    return drawing.svg
+    return drawn.svg
 
 
 def grouped_bars(
@@ -169,8 +75,8 @@ def grouped_bars(
     finite = [value for value in values if np.isfinite(value)] or [1.0]
     logarithmic = max(finite) > 10 * min(finite) >= 10
     high = max(finite) ** 1.13 if logarithmic else max(finite) * 1.13
-    with _drawing(label, 0.45 + 0.235 * sum(len(group) + 1.25 for group in groups.values())) as drawing:
-        axes = drawing.axes
+    with drawing(label, 0.45 + 0.235 * sum(len(group) + 1.25 for group in groups.values())) as drawn:
+        axes = drawn.axes
         positions, names, position = [], [], 0.0
         for group, rows in groups.items():
             axes.annotate(
@@ -185,7 +91,7 @@ def grouped_bars(
             for name, value in rows.items():
                 position += 1
                 end = value if np.isfinite(value) else high
-                colour = _SERIES[(colours[name] - 1) % len(_SERIES)] if colours[name] else _MUTED
+                colour = SERIES[(colours[name] - 1) % len(SERIES)] if colours[name] else MUTED
                 axes.barh(position, end, height=0.72, color=colour)
                 text = f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if np.isfinite(value) else "∞"
                 inside = end == high
@@ -213,21 +119,21 @@ def grouped_bars(
         _row_axis(axes, positions, names)
         axes.set_ylim(max(positions) + 0.6, -0.7)
         axes.spines["bottom"].set_visible(False)
-    return drawing.svg
+    return drawn.svg
 
 
 def shares(rows: Mapping[str, Sequence[float]], label: str, axis_label: str) -> Markup:
     """One stacked bar per row, of the shares of 0, 1, 2, ... (adding up to 1), dark to light."""
     n = max(len(parts) for parts in rows.values())
     scale = Normalize(0, max(n - 1, 1))
-    with _drawing(label, 1.0 + 0.27 * len(rows)) as drawing:
-        axes = drawing.axes
+    with drawing(label, 1.0 + 0.27 * len(rows)) as drawn:
+        axes = drawn.axes
         parts = np.array(list(rows.values()))
         starts = np.cumsum(parts, axis=1) - parts
         # Each reaches a little under its right neighbour, so that no seam opens between them.
         under = np.pad(np.minimum(parts[:, 1:], 0.004), ((0, 0), (0, 1)))
         for number in range(n):
-            colour = _SEQUENTIAL(scale(number))
+            colour = SEQUENTIAL(scale(number))
             width = parts[:, number] + under[:, number]
             axes.barh(range(len(rows)), width, left=starts[:, number], height=0.78, color=colour, linewidth=0)
             for row, part in enumerate(parts[:, number]):
@@ -241,17 +147,17 @@ def shares(rows: Mapping[str, Sequence[float]], label: str, axis_label: str) -> 
         _row_axis(axes, range(len(rows)), list(rows))
         axes.spines["bottom"].set_visible(False)
         axes.set_xlabel("share of weights")
-        _steps(drawing, n, axis_label)
-    return drawing.svg
+        _steps(drawn, n, axis_label)
+    return drawn.svg
 
 
-def _steps(drawing: _Drawing, n: int, label: str) -> None:
+def _steps(drawn: Drawing, n: int, label: str) -> None:
     """A key above the axes: one swatch per number from 0 to n - 1, or a continuous bar."""
-    key = drawing.figure.colorbar(
+    key = drawn.figure.colorbar(
         matplotlib.cm.ScalarMappable(
-            Normalize(-0.5, n - 0.5), ListedColormap(_SEQUENTIAL(np.linspace(0, 1, n)))
+            Normalize(-0.5, n - 0.5), ListedColormap(SEQUENTIAL(np.linspace(0, 1, n)))
         ),
-        ax=drawing.axes,
+        ax=drawn.axes,
         location="top",
         fraction=0.05,
         aspect=40,
@@ -287,11 +193,11 @@ def heatmap(
     """
     square = list(rows) == list(columns)
     height = 0.7 + (0.3 if square else 0.23) * len(rows) if len(rows) <= MAX_NAMED else 6.2
-    with _drawing(label, max(height, 1.8)) as drawing:
-        axes = drawing.axes
+    with drawing(label, max(height, 1.8)) as drawn:
+        axes = drawn.axes
         image = axes.imshow(
             np.ma.masked_invalid(values),
-            cmap=_SEQUENTIAL,
+            cmap=SEQUENTIAL,
             vmin=limits[0],
             vmax=limits[1],
             interpolation="none",
@@ -305,15 +211,15 @@ def heatmap(
         axes.set_ylabel(names[1])
         axes.spines[:].set_visible(False)
         if max(len(rows), len(columns)) <= 48:
-            axes.vlines(np.arange(len(columns) - 1) + 0.5, -0.5, len(rows) - 0.5, _PAGE, linewidth=1)
-            axes.hlines(np.arange(len(rows) - 1) + 0.5, -0.5, len(columns) - 0.5, _PAGE, linewidth=1)
+            axes.vlines(np.arange(len(columns) - 1) + 0.5, -0.5, len(rows) - 0.5, PAGE, linewidth=1)
+            axes.hlines(np.arange(len(rows) - 1) + 0.5, -0.5, len(columns) - 0.5, PAGE, linewidth=1)
         if square and len(rows) <= MAX_PRINTED:
-            _print_values(axes, values, _SEQUENTIAL, Normalize(*limits))
-        bar = drawing.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
+            _print_values(axes, values, SEQUENTIAL, Normalize(*limits))
+        bar = drawn.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
         bar.outline.set_visible(False)
         bar.set_label(names[2])
         _no_ticks(bar.ax.yaxis)
-    return drawing.svg
+    return drawn.svg
 
 
 def _name_cells(axis: Any, names: Sequence[str]) -> None:
@@ -354,15 +260,15 @@ def lines(
         reference: a value drawn as a level line, and its name.
     """
     n = max(len(values) for values in series.values())
-    with _drawing(label, 3.4) as drawing:
-        axes = drawing.axes
+    with drawing(label, 3.4) as drawn:
+        axes = drawn.axes
         for number, (name, values) in enumerate(series.items()):
             axes.plot(
                 range(len(values)),
                 values,
-                color=_SERIES[number % len(_SERIES)],
-                linestyle=_DASHES[number % len(_DASHES)],
-                marker=_MARKERS[number % len(_MARKERS)],
+                color=SERIES[number % len(SERIES)],
+                linestyle=DASHES[number % len(DASHES)],
+                marker=MARKERS[number % len(MARKERS)],
                 markersize=4 if n <= 16 else 3,
                 linewidth=1.4,
                 label=_short(name),
@@ -376,8 +282,8 @@ def lines(
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
-        drawing.figure.legend(loc="outside right upper", handlelength=3, borderaxespad=0)
-    return drawing.svg
+        drawn.figure.legend(loc="outside right upper", handlelength=3, borderaxespad=0)
+    return drawn.svg
 
 
 def _level(axes: Axes, value: float, name: str) -> None:
@@ -388,13 +294,13 @@ def _level(axes: Axes, value: float, name: str) -> None:
     if not near:
         axes.set_ylim(low - 0.08 * span * (value < low), high + 0.08 * span * (value > high))
     if near:
-        axes.axhline(value, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)))
+        axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
     axes.annotate(
         name if near else f"{name}: {value:.3f}, {'below' if value < low else 'above'}",
         (0, value if near else 0 if value < low else 1),
         xycoords=("axes fraction", "data" if near else "axes fraction"),
         xytext=(4, 3 if near or value < low else -10),
         textcoords="offset points",
-        color=_MUTED,
+        color=MUTED,
         fontsize=8.5,
     )

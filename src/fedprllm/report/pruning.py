@@ -229,6 +229,8 @@ def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:
 def ties(facts: Facts) -> Section:
     """How many prunes were chosen among equals, by the server and by each participant."""
     rule = f"Among weights with equal scores or votes the rule of this run decides: {facts.config.ties}."
+    if facts.config.vote_ties != facts.config.ties:
+        rule += f" Among equal votes it is {facts.config.vote_ties}."
     section = Section("ties", "Prunes that a tie decided", [rule])
     if facts.strategy.server_votes:
         rows = [_tie_row(facts, kind, kind) for kind in facts.kinds]

@@ -80,7 +80,7 @@ def _decide(votes: Totals, block: Block, config: PruneConfig) -> BlockDecision:
         counts, weight = votes.sums[name], block.tensors[name]
         grouping = grouping_of(config, config.server_group, linear)
         seed_parts = (config.seed, "server", name)
-        pruned = most_voted(counts, block.matrix(name), grouping, config.ties, seed_parts)
+        pruned = most_voted(counts, block.matrix(name), grouping, config.vote_ties, seed_parts)
         if config.scale_weights:
             weight = scale_kept(weight, linear.oriented(counts), votes.weight)
         decision.masks[name] = pruned

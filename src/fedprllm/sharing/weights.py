@@ -70,7 +70,7 @@ def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
             totals.n_participants,
             block.matrix(name),
             grouping_of(config, config.server_group, linear),
-            config.ties,
+            config.vote_ties,
             (config.seed, "server", name),
         )
         decision.weights[name] = linear.oriented(weights).to(block.tensors[name].dtype).contiguous()

@@ -1,0 +1,146 @@
+"""The style of all figures, and how a figure becomes SVG: inside a page, or a file of its own.
+
+Text and lines are drawn in stand-in colours that become CSS variables of the page, so that one figure
+serves its light and its dark form. Text stays text and takes the page's font.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.style import context
+
+__all__ = [
+    "DASHES",
+    "INK",
+    "LINE",
+    "MARKERS",
+    "MUTED",
+    "PAGE",
+    "SEQUENTIAL",
+    "SERIES",
+    "Drawing",
+    "drawing",
+    "standalone",
+]
+
+INK, MUTED, LINE, PAGE = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
+SERIES = tuple(f"#0a0c{number:02x}" for number in range(1, 8))
+_VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    PAGE: "var(--page)",
+    **{colour: f"var(--c{number})" for number, colour in enumerate(SERIES, start=1)},
+}
+# Cividis without its darkest part, which a dark page would swallow: readable without colour vision.
+SEQUENTIAL = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 1, 256)), name="report")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+MARKERS = "osD^vP*X"
+
+_WIDTH = 7.5
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "axes.labelsize": 9.0,
+    "legend.fontsize": 9.0,
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.04,
+    "figure.constrained_layout.w_pad": 0.02,
+}
+
+
+class Drawing:
+    """A figure, and its SVG once it is drawn."""
+
+    def __init__(self, height: float, width: float = _WIDTH) -> None:
+        self.figure = Figure(figsize=(width, height))
+        self.axes: Axes = self.figure.add_subplot()
+        self.svg = Markup()
+
+
+@contextmanager
+def drawing(label: str, height: float, width: float = _WIDTH) -> Iterator[Drawing]:
+    """Draw in the report's style; ``label`` says in words what the figure shows.
+
+    matplotlib's own defaults come first: a user's matplotlibrc must not change the page.
+    """
+    with context(["default", _STYLE | {"svg.hashsalt": label}]), warnings.catch_warnings():
+        # Names may hold characters that matplotlib's font has no shape for; the page's fonts do.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        drawn = Drawing(height, width)
+        yield drawn
+        stream = io.StringIO()
+        drawn.figure.savefig(
+            stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    drawn.svg = _inline(stream.getvalue(), label)
+
+
+def _inline(svg: str, label: str) -> Markup:
+    """The SVG as a part of an HTML page: no prolog, no namespaces, no names that nothing refers to."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style type.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s*<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", svg)
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
+    svg = re.sub(r'\sid="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLES.get(found[0], found[0]), svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return Markup(svg.strip())
+
+
+# The page's light colours, for a figure outside of a page.
+_LIGHT = {
+    "--ink": "#1a1e23",
+    "--muted": "#565f69",
+    "--line": "#d3d9df",
+    "--page": "#ffffff",
+    "--c1": "#0072b2",
+    "--c2": "#c75400",
+    "--c3": "#00805f",
+    "--c4": "#a8508b",
+    "--c5": "#8a6d00",
+    "--c6": "#5a5fc4",
+    "--c7": "#6b6f75",
+}
+
+
+def standalone(svg: Markup) -> str:
+    """An SVG of a page as a file of its own: light colours, white ground."""
+    text = re.sub(r"var\((--\w+)\)", lambda found: _LIGHT[found[1]], str(svg))
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    text = text.replace("<svg", f"<svg {names}", 1)
+    end = text.index(">") + 1
+    return f'{text[:end]}<rect width="100%" height="100%" fill="#ffffff"/>{text[end:]}\n'

@@ -1,0 +1,32 @@
+"""Different text: what a model is worth on one's own text, and on the others'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from fedprllm.study.results import Measured, Spread, models_on, name_of, texts_of
+
+__all__ = ["own_and_others"]
+
+
+def own_and_others(cells: Sequence[Measured]) -> dict[str, tuple[Spread, Spread]]:
+    """Perplexity on one's own text and on the others', mean over participants, by way of pruning.
+
+    A model that was made together serves everyone: it has the same mean over all texts in both columns.
+    """
+    all_cells = [cell for cell, _ in cells]
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for cell, measured in cells:
+        texts = texts_of([(cell, measured)])
+        own, others = [], []
+        for text in texts:
+            by_model = models_on(measured, text)
+            alone = text in by_model
+            own.append(by_model[text] if alone else mean(by_model.values()))
+            rest = [value for name, value in by_model.items() if name != text]
+            others.append(mean(rest) if alone and rest else own[-1])
+        row = found.setdefault(name_of(cell, all_cells), ([], []))
+        row[0].append(mean(own))
+        row[1].append(mean(others))
+    return {name: (Spread(tuple(own)), Spread(tuple(others))) for name, (own, others) in found.items()}

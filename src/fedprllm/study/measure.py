@@ -1,0 +1,256 @@
+"""From a cell to its numbers: perplexities, bytes, and what decided the prunes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedprllm.api import prune
+from fedprllm.core.criteria import CRITERIA
+from fedprllm.evaluation import perplexities
+from fedprllm.federation.agreement import Agreement
+from fedprllm.inputs import pool
+from fedprllm.models.blocks import Block, BlockwiseModel
+from fedprllm.participant import Participant
+from fedprllm.progress import Progress
+from fedprllm.sharing import SHARING, update_bytes, without
+from fedprllm.strategies import STRATEGIES
+from fedprllm.study.config import Cell
+from fedprllm.study.walks import Walk, Walks, is_served
+
+__all__ = ["Lab", "n_alone", "passes"]
+
+Advance = Callable[[int], None]
+Texts = Mapping[str, Sequence[Tensor]]
+
+
+class Lab:
+    """Measures cells on one model.
+
+    Args:
+        model: the dense model.
+        walks: of participants, kept.
+        scratch: where runs that are computed whole are written, and removed once measured.
+    """
+
+    def __init__(self, model: BlockwiseModel, walks: Walks, scratch: Path) -> None:
+        self._model, self._walks, self._scratch = model, walks, scratch
+
+    def dense(self, texts: Texts, advance: Advance) -> list[dict[str, Any]]:
+        """Perplexities of the model as it is."""
+        return [row.as_dict() for row in perplexities(self._model, texts, _forwarded(advance))]
+
+    def measure(
+        self, cell: Cell, people: list[Participant], texts: Texts, n_models: int, advance: Advance
+    ) -> dict[str, Any]:
+        """Everything a study keeps of a cell, as JSON values.
+
+        Args:
+            cell: what to measure.
+            people: its participants.
+            texts: token windows to measure on, by name.
+            n_models: of how many participants the models made alone are measured, at most.
+            advance: told how many windows went through a block.
+        """
+        start = time.perf_counter()
+        method = self._from_walks if is_served(cell.config) else self._from_run
+        found = method(cell, people, texts, n_models, advance)
+        strategy = STRATEGIES[cell.config.strategy]
+        shapes = [SHARING[cell.config.share].shapes(linears) for linears in self._model.linears]
+        sent = [update_bytes(block) for block in shapes] if strategy.server_votes else [0]
+        return {
+            "setting": cell.setting,
+            "seed": cell.config.seed,
+            "n_participants": len(people),
+            "n_tokens": sum(person.windows.numel() for person in people),
+            "update_bytes": sum(sent),
+            "update_bytes_per_block": max(sent),
+            **found,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+
+    # Computed whole ----------------------------------------------------------------------------
+
+    def _from_run(
+        self, cell: Cell, people: list[Participant], texts: Texts, n_models: int, advance: Advance
+    ) -> dict[str, Any]:
+        """An ordinary run: whatever it can do, a study can compare."""
+        folder = self._scratch / cell.key
+        windows = {person.name: person.windows for person in people}
+        each = _passes_each(cell) * (sum(map(len, windows.values())) // len(windows))
+        result = prune(
+            self._model.folder,
+            windows,
+            cell.config,
+            out=folder,
+            progress=_forwarded(advance, "pruning", each),
+        )
+        models = {}
+        for name, model_dir in list(result.model_dirs.items())[:n_models]:
+            pruned = BlockwiseModel(model_dir, cell.config.dtype, cell.config.device)
+            models[name] = [row.as_dict() for row in perplexities(pruned, texts, _forwarded(advance))]
+        linears = [linear for record in result.details["blocks"] for linear in record["linears"].values()]
+        shutil.rmtree(folder)
+        return {
+            "models": models,
+            "n_prunable": result.details["n_prunable"],
+            "n_zeros": sum(linear["n_zeros"] for linear in linears),
+            "n_pruned": sum(linear["n_pruned"] for linear in linears),
+            "n_ties": sum(linear["n_ties"] for linear in linears),
+        }
+
+    # From walks --------------------------------------------------------------------------------
+
+    def _from_walks(
+        self, cell: Cell, people: list[Participant], texts: Texts, n_models: int, advance: Advance
+    ) -> dict[str, Any]:
+        strategy = STRATEGIES[cell.config.strategy]
+        walkers = [pool(people)] if strategy.pools_text else people
+        if not strategy.server_votes:
+            walkers = walkers[:n_models]
+        walks = {person.name: self._walks.of(person, cell.config, advance) for person in walkers}
+        counts: Counter[str] = Counter()
+        voted: Counter[int] = Counter()
+        if strategy.server_votes:
+            agreement = _MeanAgreement()
+            decide = self._server(cell, walkers, walks, counts, voted, agreement)
+            rows = perplexities(self._model, texts, _forwarded(advance), decide)
+            models = {"model": [row.as_dict() for row in rows]}
+            extra = {
+                "pruned_by_votes": [voted[n] for n in range(len(walkers) + 1)] if voted else None,
+                "agreement": agreement.mean(),
+            }
+        else:
+            models, extra = {}, {}
+            for name, walk in walks.items():
+                rows = perplexities(self._model, texts, _forwarded(advance), self._own(cell, walk, counts))
+                models[name] = [row.as_dict() for row in rows]
+            counts = Counter({key: value // len(walks) for key, value in counts.items()})
+            counts["n_ties"] = sum(walk.record["n_ties"] for walk in walks.values()) // len(walks)
+        return {"models": models, "n_prunable": self._model.n_prunable, **counts, **extra}
+
+    def _server(
+        self,
+        cell: Cell,
+        people: Sequence[Participant],
+        walks: Mapping[str, Walk],
+        counts: Counter[str],
+        voted: Counter[int],
+        agreement: _MeanAgreement,
+    ) -> Callable[[Block], Mapping[str, Tensor]]:
+        """The server's decision about a block, from what was kept."""
+        config, sharing = cell.config, SHARING[cell.config.share]
+        by_tokens = config.weighting == "tokens"
+
+        def weigh(person: Participant) -> int:
+            return person.windows.numel() if by_tokens else 1
+
+        def decide(block: Block) -> Mapping[str, Tensor]:
+            totals = sharing.zeros(block, sum(map(weigh, people)))
+            shapes = sharing.shapes(block.linears)
+            plain = {name: torch.zeros(shape, dtype=torch.int32) for name, (shape, _) in shapes.items()}
+            one = Agreement(block, config.seed)
+            for person in people:
+                update = walks[person.name].update(block, shapes)
+                totals.add(update, weigh(person))
+                one.add(update)
+                if sharing.decides_alone:
+                    for name, votes in plain.items():
+                        votes += update[name]
+            agreement.add(one.summary(), block)
+            decision = sharing.decide(totals, block, config)
+            for name, pruned in decision.masks.items():
+                counts["n_pruned"] += int(pruned.mask.sum())
+                counts["n_ties"] += pruned.n_ties
+                counts["n_zeros"] += int((decision.weights[name] == 0).sum())
+                if sharing.decides_alone:
+                    times = torch.bincount(plain[name][pruned.mask.cpu()])
+                    voted.update(dict(enumerate(times.tolist())))
+            return decision.weights
+
+        return decide
+
+    def _own(self, cell: Cell, walk: Walk, counts: Counter[str]) -> Callable[[Block], Mapping[str, Tensor]]:
+        """One participant's own decision about a block."""
+        sharing = SHARING[cell.config.share]
+
+        def decide(block: Block) -> Mapping[str, Tensor]:
+            masks = walk.update(block, sharing.shapes(block.linears))
+            weights = {}
+            for name, mask in masks.items():
+                stored = block.linears[name].oriented(mask.to(block.tensors[name].device))
+                weights[name] = without(block.tensors[name], stored)
+                counts["n_pruned"] += int(mask.sum())
+                counts["n_zeros"] += int((weights[name] == 0).sum())
+            return weights
+
+        return decide
+
+
+class _MeanAgreement:
+    """Agreement of masks [participant, participant], mean over all Linears weighted by their size."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._n_weights = 0
+
+    def add(self, by_kind: Mapping[str, list[list[float]]], block: Block) -> None:
+        for linear in block.linears.values():
+            if linear.kind in by_kind:
+                size = linear.shape[0] * linear.shape[1]
+                matrix = torch.tensor(by_kind[linear.kind], dtype=torch.float64) * size
+                self._sum = matrix if self._sum is None else self._sum + matrix
+                self._n_weights += size
+
+    def mean(self) -> list[list[float]] | None:
+        """The matrix; None where nobody shared a mask."""
+        if self._sum is None:
+            return None
+        return [[round(value, 5) for value in row] for row in (self._sum / self._n_weights).tolist()]
+
+
+def n_alone(cell: Cell, n_people: int, at_most: int) -> int:
+    """How many of the models made alone are measured: a sample, unless everyone's text is different."""
+    return min(n_people, at_most) if cell.partition == "iid" else n_people
+
+
+def passes(cell: Cell, people: Sequence[Participant], walks: Walks) -> dict[str, int]:
+    """Windows that have to go through the model to prune, by walk: what is computed once counts once."""
+    config, each = cell.config, _passes_each(cell)
+    if not each:
+        return {}
+    walkers = [pool(people)] if STRATEGIES[config.strategy].pools_text else people
+    if not is_served(config):
+        return {cell.key: sum(each * len(person.windows) for person in walkers)}
+    return {
+        walks.key(person, config): each * len(person.windows)
+        for person in walkers
+        if not walks.has(person, config)
+    }
+
+
+def _passes_each(cell: Cell) -> int:
+    """How often a window goes through each block to prune: observed, and fed on from the pruned block."""
+    if not CRITERIA[cell.config.criterion].uses_inputs:
+        return 0
+    strategy = STRATEGIES[cell.config.strategy]
+    return 2 if SHARING[cell.config.share].decides_alone or strategy.follows_server else 1
+
+
+def _forwarded(advance: Advance, only: str = "", each: int = 1) -> Progress:
+    """Steps of an inner piece of work, or of one part of it, as ``each`` steps of the whole."""
+
+    @contextmanager
+    def progress(description: str, total: int) -> Iterator[Advance]:  # noqa: ARG001  the signature of Progress
+        counted = not only or description == only
+        yield lambda n_steps: advance(n_steps * each if counted else 0)
+
+    return progress

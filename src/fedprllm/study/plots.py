@@ -1,0 +1,141 @@
+"""Figures of a study: settings with their spread over seeds, curves over a number, agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from fedprllm.report.drawing import DASHES, MARKERS, MUTED, SERIES, drawing
+from fedprllm.study.results import Spread
+
+__all__ = ["curves", "dots"]
+
+Panels = Mapping[str, Mapping[str, Spread]]
+
+
+def dots(panels: Panels, dense: Mapping[str, float], label: str) -> Markup:
+    """One panel per text, one row per setting: each seed a dot, the mean a bar.
+
+    Args:
+        panels: perplexity by setting by text; every text has the same settings.
+        dense: perplexity of the dense model by text.
+        label: what the figure shows, in words.
+    """
+    names = list(next(iter(panels.values())))
+    with drawing(label, 0.9 + 0.25 * len(names)) as drawn:
+        all_axes = _panels(drawn.figure, drawn.axes, len(panels))
+        for column, (axes, (text, rows)) in enumerate(zip(all_axes, panels.items(), strict=True)):
+            _limit(axes, [value for spread in rows.values() for value in spread.values], "x")
+            low, high = axes.get_xlim()
+            for row, name in enumerate(names):
+                values = np.clip(rows[name].values, low, high)
+                axes.plot(values, [row] * len(values), "o", color=SERIES[0], markersize=4, alpha=0.55)
+                mean = min(rows[name].mean, high)
+                axes.plot([mean, mean], [row - 0.32, row + 0.32], color=SERIES[1], linewidth=1.8)
+                if not rows[name].mean < high:
+                    axes.annotate("→", (high, row), ha="right", va="center", color=SERIES[1])
+            if text in dense and low <= dense[text] <= high:
+                axes.axvline(dense[text], color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+            axes.set_title(text, loc="left")
+            axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.tick_params(length=0)
+            axes.xaxis.grid(True)
+            axes.set_axisbelow(True)
+            axes.spines["left"].set_visible(False)
+            axes.set_xlabel("perplexity")
+    return drawn.svg
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, Mapping[float, Spread]]],
+    dense: Mapping[str, float],
+    label: str,
+    axis_label: str,
+    *,
+    doubling: bool,
+) -> Markup:
+    """One panel per text, one curve per method over a number, bars of one standard deviation.
+
+    Args:
+        panels: perplexity by number by method by text.
+        dense: perplexity of the dense model by text.
+        label: what the figure shows, in words.
+        axis_label: what the number is.
+        doubling: the horizontal axis is logarithmic to base 2.
+    """
+    with drawing(label, 3.2) as drawn:
+        all_axes = _panels(drawn.figure, drawn.axes, len(panels))
+        for column, (axes, (text, methods)) in enumerate(zip(all_axes, panels.items(), strict=True)):
+            for number, (name, points) in enumerate(methods.items()):
+                axes.errorbar(
+                    list(points),
+                    [spread.mean for spread in points.values()],
+                    [spread.sd for spread in points.values()],
+                    color=SERIES[number % len(SERIES)],
+                    linestyle=DASHES[number % len(DASHES)],
+                    marker=MARKERS[number % len(MARKERS)],
+                    markersize=4,
+                    linewidth=1.4,
+                    capsize=2,
+                    label=name if column == 0 else None,
+                )
+            _limit(axes, [s.mean for points in methods.values() for s in points.values()], "y")
+            low, high = axes.get_ylim()
+            if text in dense and low <= dense[text] <= high:
+                axes.axhline(dense[text], color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+            numbers = sorted({number for points in methods.values() for number in points})
+            if doubling:
+                axes.set_xscale("log", base=2)
+            axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_title(text, loc="left")
+            axes.set_xlabel(axis_label)
+            axes.yaxis.grid(True)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0)
+        all_axes[0].set_ylabel("perplexity")
+        drawn.figure.legend(loc="outside upper right", ncols=3, handlelength=3, borderaxespad=0)
+    return drawn.svg
+
+
+def _panels(figure: object, first: Axes, n: int) -> list[Axes]:
+    """Axes side by side in place of the one that a drawing has."""
+    first.remove()
+    made: list[Axes] = [figure.add_subplot(1, n, number + 1) for number in range(n)]  # type: ignore[attr-defined]
+    return made
+
+
+def _limit(axes: Axes, values: Sequence[float], axis: str) -> None:
+    """Linear, or logarithmic where values differ by more than ten times; infinite ones lie at the edge."""
+    finite = [value for value in values if np.isfinite(value)] or [1.0]
+    low, high = min(finite), max(finite)
+    logarithmic = high > 10 * low
+    if logarithmic:
+        getattr(axes, f"set_{axis}scale")("log")
+        getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.0f}"))
+        getattr(axes, f"{axis}axis").set_minor_locator(NullLocator())
+        limits = (low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+    else:
+        room = (high - low) * 0.08 or low * 0.05
+        limits = (low - room, high + room)
+    getattr(axes, f"set_{axis}lim")(*limits)
+
+
+def describe(rows: Mapping[str, Mapping[str, Spread]]) -> str:
+    """The numbers of a figure in words."""
+    return "; ".join(
+        f"{name}: " + ", ".join(f"{text} {spread}" for text, spread in row.items())
+        for name, row in rows.items()
+    )
+
+
+def agreement_limits(matrix: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Round values that enclose all but the diagonal."""
+    values = np.array(matrix)
+    pairs = values[~np.eye(len(values), dtype=bool)]
+    return float(np.floor(pairs.min() * 50) / 50), float(np.ceil(pairs.max() * 50) / 50)

@@ -1,0 +1,301 @@
+"""What a study found, as numbers: means over seeds, paired comparisons, and files of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from fedprllm.config import PruneConfig
+from fedprllm.files import write_json, write_text
+from fedprllm.study.config import QUESTIONS, Cell, StudyConfig
+
+__all__ = ["Difference", "Results", "Spread", "name_of", "paired", "spread_by_text", "write_results"]
+
+Measured = tuple[Cell, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A complete study.
+
+    Attributes:
+        config: what was asked.
+        cells: each with what was measured of it.
+        dense: perplexities of the model as it was.
+        about: model and versions.
+    """
+
+    config: StudyConfig
+    cells: list[Measured]
+    dense: list[dict[str, Any]]
+    about: dict[str, Any]
+
+    def of(self, question: str) -> list[Measured]:
+        """The cells that answer a question."""
+        return [(cell, found) for cell, found in self.cells if question in cell.questions]
+
+    @property
+    def questions(self) -> list[str]:
+        """The questions that were asked: those of the table, then the study's own grids."""
+        return list(dict.fromkeys(question for cell, _ in self.cells for question in cell.questions))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A perplexity over seeds: each is the mean over the models that a seed gave.
+
+    Attributes:
+        values: one for each seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return mean(self.values)
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation over seeds; 0 with one seed."""
+        return stdev(self.values) if len(self.values) > 1 and all(map(math.isfinite, self.values)) else 0.0
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.mean):
+            return "∞"
+        digits = 2 if self.mean < 1000 else 0
+        spread = f" ± {self.sd:,.{digits}f}" if len(self.values) > 1 else ""
+        return f"{self.mean:,.{digits}f}{spread}"
+
+
+def perplexity_of(rows: Sequence[Mapping[str, Any]], text: str) -> float:
+    """Perplexity of one model on one text."""
+    return next(float(row["perplexity"]) for row in rows if row["text"] == text)
+
+
+def models_on(found: Mapping[str, Any], text: str) -> dict[str, float]:
+    """Perplexity of each model of a cell on a text; the mean over clients is what the paper reports."""
+    return {name: perplexity_of(rows, text) for name, rows in found["models"].items()}
+
+
+def texts_of(cells: Sequence[Measured]) -> list[str]:
+    """Names of the texts that cells were measured on."""
+    return list(
+        dict.fromkeys(row["text"] for _, found in cells for rows in found["models"].values() for row in rows)
+    )
+
+
+def name_of(cell: Cell, among: Sequence[Cell]) -> str:
+    """A setting by what tells it from others: ``one-shot`` or ``local row, server column``."""
+    varying = [axis for axis in cell.setting if len({json.dumps(other.setting[axis]) for other in among}) > 1]
+    words = [_word(axis, cell.setting[axis]) for axis in varying]
+    return ", ".join(words) or cell.config.strategy
+
+
+def _word(axis: str, value: Any) -> str:
+    short = {
+        "strategy": "{}",
+        "sparsity": "{:.0%}",
+        "local_group": "local {}",
+        "server_group": "server {}",
+        "server_ties": "ties {}",
+        "share": "{}",
+        "criterion": "{}",
+        "participants": "{} participants",
+        "windows": "{} windows",
+        "partition": "{}",
+        "pattern": "{}",
+        "allocation": "{}",
+    }
+    if axis == "scale_weights":
+        return "scaled" if value else "not scaled"
+    if axis == "server_ties" and value is None:
+        return "ties index"
+    return short.get(axis, axis.replace("_", " ") + " {}").format(value)
+
+
+def spread_by_text(cells: Sequence[Measured]) -> dict[str, dict[str, Spread]]:
+    """Mean and spread over seeds, by setting and text."""
+    all_cells = [cell for cell, _ in cells]
+    values: dict[str, dict[str, list[float]]] = {}
+    for cell, found in cells:
+        row = values.setdefault(name_of(cell, all_cells), {})
+        for text in texts_of([(cell, found)]):
+            row.setdefault(text, []).append(mean(models_on(found, text).values()))
+    return {name: {text: Spread(tuple(found)) for text, found in row.items()} for name, row in values.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One setting against another with everything else equal, seed and text included.
+
+    Attributes:
+        axis, base, other: what differs.
+        values: ``nll(other) - nll(base)`` of each pair, in nats per token.
+    """
+
+    axis: str
+    base: Any
+    other: Any
+    values: tuple[float, ...]
+
+    def __str__(self) -> str:
+        worse = sum(value > 0 for value in self.values)
+        ratio = math.exp(mean(self.values)) if mean(self.values) < 700 else math.inf
+        base, other = (_word(self.axis, value) for value in (self.base, self.other))
+        spread = f", from {min(self.values):+.4f} to {max(self.values):+.4f}" if len(self.values) > 1 else ""
+        return (
+            f"{other} against {base}: {mean(self.values):+.4f} nats per token{spread} (perplexity times "
+            f"{ratio:,.3f}); worse in {worse} of {len(self.values)} pairs."
+        )
+
+
+def paired(cells: Sequence[Measured], axis: str, base: Any, other: Any) -> Difference | None:
+    """Compare two values of an axis over all pairs of cells that are equal in everything else."""
+    found: dict[str, dict[Any, dict[str, float]]] = {}
+    for cell, measured in cells:
+        rest = {name: value for name, value in cell.setting.items() if name != axis}
+        value = cell.setting[axis]
+        if axis == "server_ties" and value is None:
+            value = cell.config.ties
+        losses = {
+            text: mean(
+                row["nll"] for rows in measured["models"].values() for row in rows if row["text"] == text
+            )
+            for text in texts_of([(cell, measured)])
+        }
+        found.setdefault(json.dumps([rest, cell.config.seed], sort_keys=True), {})[value] = losses
+    values = [
+        pair[other][text] - pair[base][text]
+        for pair in found.values()
+        if base in pair and other in pair
+        for text in pair[base]
+    ]
+    return Difference(axis, base, other, tuple(values)) if values else None
+
+
+def closed_gap(cells: Sequence[Measured]) -> float | None:
+    """How much of the way from local-only to centralized one-shot goes: 1 is centralized.
+
+    From mean losses over seeds, texts and settings that all three have.
+    """
+    alone = paired(cells, "strategy", "local-only", "one-shot")
+    pooled = paired(cells, "strategy", "local-only", "centralized")
+    if alone is None or pooled is None or mean(pooled.values) >= 0:
+        return None
+    return mean(alone.values) / mean(pooled.values)
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def write_results(results: Results, out: Path) -> None:
+    """Write ``results.json``, ``results.csv``, ``results.md``, ``report.html`` and ``plots/``."""
+    from fedprllm.study.page import write_page
+
+    rows = list(_rows(results))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / "results.csv", stream.getvalue())
+    write_text(out / "results.md", _markdown(results))
+    write_page(results, out)
+    value = {
+        **results.about,
+        "config": results.config.model_dump(mode="json"),
+        "dense": results.dense,
+        "cells": [{"questions": cell.questions, **found} for cell, found in results.cells],
+    }
+    write_json(out / "results.json", value)
+
+
+def _rows(results: Results) -> Iterator[dict[str, Any]]:
+    """One row for each model and text."""
+    changing = [*PruneConfig.model_fields, "participants", "partition"]
+    for row in results.dense:
+        yield {"questions": "", "model": "dense", "text": row["text"], **_losses(row)}
+    for cell, found in results.cells:
+        for model, rows in found["models"].items():
+            for row in rows:
+                yield {
+                    "questions": " ".join(cell.questions),
+                    "model": model,
+                    "text": row["text"],
+                    **_losses(row),
+                    "seed": cell.config.seed,
+                    **{name: found["setting"][name] for name in changing if name in found["setting"]},
+                    "zeros": found["n_zeros"] / found["n_prunable"],
+                    "ties": found["n_ties"] / found["n_pruned"] if found["n_pruned"] else 0.0,
+                    "update_bytes": found["update_bytes"],
+                    "update_bytes_per_block": found["update_bytes_per_block"],
+                    "seconds": found["seconds"],
+                }
+
+
+def _losses(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"perplexity": row["perplexity"], "nll": row["nll"], "n_tokens": row["n_tokens"]}
+
+
+def _markdown(results: Results) -> str:
+    lines = [
+        "# Study",
+        "",
+        f"Perplexity, mean ± standard deviation over seeds {list(results.config.seeds)}.",
+        "",
+    ]
+    dense = ", ".join(f"{row['text']} {float(row['perplexity']):.2f}" for row in results.dense)
+    lines += [f"Dense: {dense}.", ""]
+    for question in results.questions:
+        cells = results.of(question)
+        known = QUESTIONS.get(question)
+        lines += [f"## {known.title if known else question}", ""]
+        if known:
+            lines += [f"{known.paper}", ""]
+        texts = texts_of(cells)
+        lines += ["| | " + " | ".join(texts) + " | prunes decided by a tie |"]
+        lines += ["|---|" + "---:|" * (len(texts) + 1)]
+        shares = tie_shares(cells)
+        for name, row in spread_by_text(cells).items():
+            values = " | ".join(str(row[text]) if text in row else "" for text in texts)
+            lines.append(f"| {name} | {values} | {shares[name]:.1%} |")
+        lines += [""] + [f"* {sentence}" for sentence in answers(results, question)] + [""]
+    return "\n".join(lines)
+
+
+def tie_shares(cells: Sequence[Measured]) -> dict[str, float]:
+    """Share of the prunes that a tie rule chose, by setting: mean over seeds."""
+    all_cells = [cell for cell, _ in cells]
+    values: dict[str, list[float]] = {}
+    for cell, found in cells:
+        share = found["n_ties"] / found["n_pruned"] if found["n_pruned"] else 0.0
+        values.setdefault(name_of(cell, all_cells), []).append(share)
+    return {name: mean(shares) for name, shares in values.items()}
+
+
+def answers(results: Results, question: str) -> list[str]:
+    """The paired comparisons of a question, in words."""
+    cells, known = results.of(question), QUESTIONS.get(question)
+    if known is None:
+        return []
+    parts: dict[str, list[Measured]] = {}
+    for cell, found in cells:
+        parts.setdefault(_word(known.by, cell.setting[known.by]) if known.by else "", []).append(
+            (cell, found)
+        )
+    sentences = []
+    for name, part in parts.items():
+        differences = [paired(part, *pair) for pair in known.pairs]
+        where = f"At {name}: " if len(parts) > 1 else ""
+        sentences += [where + str(difference) for difference in differences if difference is not None]
+        gap = closed_gap(part)
+        if gap is not None:
+            sentences.append(f"{where}one-shot goes {gap:.0%} of the way from local-only to centralized.")
+    return sentences

@@ -1,0 +1,179 @@
+"""``study``: measure every cell once, keep it, and write what was found.
+
+OUT/
+  cells/KEY.json     one measured cell; a study that was stopped goes on with those that are missing
+  walks/KEY/         what participants shared, for cells to come; may be deleted
+  texts/             domains, in a part for calibration and a part held out
+  results.json .csv .md, report.html, plots/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from fedprllm.calibration import fingerprint
+from fedprllm.errors import RunError
+from fedprllm.federation.checks import check_pattern_divides, check_update_size
+from fedprllm.federation.fingerprints import model_digest, tensor_fingerprints
+from fedprllm.files import free_bytes, read_json, write_json
+from fedprllm.models.blocks import BlockwiseModel
+from fedprllm.models.source import resolve_model
+from fedprllm.participant import Participant
+from fedprllm.progress import Progress, silent
+from fedprllm.runs import versions
+from fedprllm.study.config import Cell, StudyConfig, cells_of
+from fedprllm.study.measure import Lab, n_alone, passes
+from fedprllm.study.people import People
+from fedprllm.study.results import Results, write_results
+from fedprllm.study.walks import Walks, is_served
+
+__all__ = ["study"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A cell with everything it needs, and the file it is kept in."""
+
+    cell: Cell
+    people: list[Participant]
+    texts: dict[str, list[Tensor]]
+    file: Path
+
+
+def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> Results:
+    """Measure all cells of a study that are not measured yet, and write tables, plots and a page.
+
+    Args:
+        config: what to compare, on which model and texts.
+        out: folder of the study; a study that was stopped, or asked for more, goes on there.
+        progress: told of every window that went through a block.
+
+    Returns:
+        The results that were written.
+
+    Raises:
+        ConfigError, DataError, ModelError: bad input, found before anything is computed.
+        RunError: another process works on the folder, or the disk has too little space.
+    """
+    out = Path(out)
+    cells = cells_of(config)
+    model = BlockwiseModel(resolve_model(config.model, progress=progress), config.dtype, config.device)
+    for cell in cells:
+        check_pattern_divides(model, cell.config)
+        check_update_size(model, cell.config)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"another process works on {out}: wait for it, or use another --out") from None
+    with lock:
+        return _study(config, cells, model, out, progress)
+
+
+def _study(
+    config: StudyConfig, cells: list[Cell], model: BlockwiseModel, out: Path, progress: Progress
+) -> Results:
+    people = People(model, config, out / "texts")
+    digest = model_digest(tensor_fingerprints(model, progress)).hex()
+    walks = Walks(model, digest, out / "walks")
+    jobs = [_job(cell, people, digest, out) for cell in cells]
+    dense_texts = {job.cell.partition == "iid": job.texts for job in jobs}
+    dense = {
+        is_iid: out / "cells" / f"dense-{_hash([digest, _fingerprints(texts)])}.json"
+        for is_iid, texts in dense_texts.items()
+    }
+    left = [job for job in jobs if not job.file.exists()]
+    dense_left = [is_iid for is_iid, file in dense.items() if not file.exists()]
+    _check_space(left, model, walks, out)
+    total = sum(_n_steps(dense_texts[is_iid], 1, model.n_blocks) for is_iid in dense_left)
+    lab = Lab(model, walks, out / "unfinished")
+    with progress(f"studying {len(left)} cells", total + _planned(left, config, model, walks)) as advance:
+        for is_iid in dense_left:
+            write_json(dense[is_iid], lab.dense(dense_texts[is_iid], advance))
+        for job in left:
+            measured = lab.measure(job.cell, job.people, job.texts, _n_models(job, config), advance)
+            write_json(job.file, measured)
+    shutil.rmtree(out / "unfinished", ignore_errors=True)
+    results = Results(
+        config=config,
+        cells=[(job.cell, read_json(job.file)) for job in jobs],
+        dense=[row for file in dense.values() for row in read_json(file)],
+        about={
+            "model": {"source": config.model, "fingerprint": digest, "n_prunable": model.n_prunable},
+            "versions": versions(),
+        },
+    )
+    write_results(results, out)
+    return results
+
+
+def _job(cell: Cell, people: People, digest: str, out: Path) -> _Job:
+    everyone, texts = people.of(cell), people.texts(cell)
+    name = _hash([digest, cell.key, [person.fingerprint for person in everyone], _fingerprints(texts)])
+    return _Job(cell, everyone, texts, out / "cells" / f"{name}.json")
+
+
+def _fingerprints(texts: dict[str, list[Tensor]]) -> dict[str, str]:
+    return {name: fingerprint(torch.cat(windows)) for name, windows in texts.items()}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _n_steps(texts: dict[str, list[Tensor]], n_models: int, n_blocks: int) -> int:
+    """Windows through a block, or the head, to measure some models."""
+    return n_models * (n_blocks + 1) * sum(map(len, texts.values()))
+
+
+def _planned(left: Sequence[_Job], config: StudyConfig, model: BlockwiseModel, walks: Walks) -> int:
+    """Windows through a block that are still to come: the estimate of the time left stands on it."""
+    pruning: dict[str, int] = {}
+    total = 0
+    for job in left:
+        pruning |= passes(job.cell, _walkers(job, config), walks)
+        total += _n_steps(job.texts, _n_models(job, config), model.n_blocks)
+    return total + model.n_blocks * sum(pruning.values())
+
+
+def _walkers(job: _Job, config: StudyConfig) -> list[Participant]:
+    if job.cell.config.strategy == "local-only" and is_served(job.cell.config):
+        return job.people[: _n_models(job, config)]
+    return job.people
+
+
+def _n_models(job: _Job, config: StudyConfig) -> int:
+    """How many models the cell makes that are measured."""
+    alone = job.cell.config.strategy == "local-only"
+    return n_alone(job.cell, len(job.people), config.local_models) if alone else 1
+
+
+def _check_space(left: Sequence[_Job], model: BlockwiseModel, walks: Walks, out: Path) -> None:
+    """Refuse to start what the disk cannot hold."""
+    needed: dict[str, int] = {}
+    for job in left:
+        if is_served(job.cell.config):
+            each = walks.bytes_of(job.cell.config)
+            needed |= {
+                walks.key(person, job.cell.config): each
+                for person in job.people
+                if not walks.has(person, job.cell.config)
+            }
+    n_bytes = sum(needed.values()) + model.checkpoint.n_bytes
+    free = free_bytes(out)
+    if free < n_bytes:
+        raise RunError(
+            f"the disk of {out} has {free / 1e9:.1f} GB free, the study needs up to {n_bytes / 1e9:.1f} GB: "
+            "free some, choose another disk with --out, or ask for fewer seeds or participants"
+        )
