@@ -483,3 +483,16 @@ def test_blocks_that_a_participant_does_not_prune_are_never_sent(tmp_path, model
     own = [record["block"] for record in result["blocks"] if "north" in record["participants"]]
     assert len(own) == 2
     assert [line["block"] for line in lines] == own
+
+
+def test_a_participant_limits_the_blocks_it_prunes(tmp_path, model, federation):
+    channel = federation(["north", "west"], allow=["mask"])
+    channel.sites |= federation(["south"], allow=["mask"], block_fraction=0.4).sites
+    assert conduct(tmp_path, make_plan(model), channel) == "complete"
+    assert [(event["participant"], event["reason"]) for event in events(tmp_path)] == [
+        ("south", "failed: too many blocks")
+    ]
+    plan = make_plan(model, prune={"block_fraction": "south=0.4"}).model_copy(update={"name": "other"})
+    assert conduct(tmp_path, plan, channel) == "complete"
+    result = read_json(tmp_path / "runs" / "other" / "result.json")
+    assert result["participants"]["south"]["n_blocks"] == 2

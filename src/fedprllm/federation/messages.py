@@ -40,6 +40,7 @@ Code = Literal[
     "compute",  # model, configuration or activations cannot be used
     "memory",  # more than this participant grants
     "crashed",  # the computation died several times
+    "too many blocks",  # more than this participant prunes
     "kind not allowed",  # the participant does not share what the run asks for
     "not ready",  # no such update yet
     "other run",

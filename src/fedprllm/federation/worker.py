@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ class _Walk:
         except ModelError as error:
             raise _Failed("model missing", message=str(error)) from None
         self.model = BlockwiseModel(folder, self.config.dtype, self.config.device)
+        self._check_blocks(self.model.n_blocks)
         expected = read_json(self.spool.path("fingerprints.json"))
         found = tensor_fingerprints(self.model)
         different = first_difference(expected, found)
@@ -171,6 +173,17 @@ class _Walk:
             self.model, {self.name: list(self.settings.data)}, self.config
         )
         (self.participant,) = people
+
+    def _check_blocks(self, n_blocks: int) -> None:
+        """Refuse to prune more blocks than this participant's own settings grant."""
+        most = max(1, int(n_blocks * Fraction(str(self.settings.block_fraction))))
+        asked = len(self.job["blocks"])
+        if asked > most:
+            raise _Failed(
+                "too many blocks",
+                message=f"the run asks for {asked} of {n_blocks} blocks, this participant prunes {most}: "
+                f"the run's block_fraction has to say {self.name}={self.settings.block_fraction:g} or less",
+            )
 
     def _resume(self) -> int:
         """Bring the hidden states to the first block that is not walked yet."""
