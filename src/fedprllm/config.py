@@ -239,7 +239,9 @@ def _explain(error: ValidationError) -> str:
     for defect in error.errors():
         name = ".".join(str(part) for part in defect["loc"]) or "configuration"
         found = defect["input"]
-        if defect["type"] == "extra_forbidden":
+        if isinstance(defect.get("ctx", {}).get("error"), ConfigError):
+            lines.append(str(defect["ctx"]["error"]))
+        elif defect["type"] == "extra_forbidden":
             lines.append(f"unknown option {did_you_mean(name, PruneConfig.model_fields)}")
         elif defect["type"] == "literal_error":
             choices = choices_of(PruneConfig.model_fields[name].annotation)
