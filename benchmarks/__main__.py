@@ -34,6 +34,12 @@ BENCHMARKS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
         ["benchmarks.memory"],
         ("peak_mb_by_participants", "block_mb", "model_mb"),
     ),
+    "statistics-exact": (
+        "Weights of SmolLM2-135M that shared sums treat otherwise than pooled text: 4 participants, 2 "
+        "windows of 256 tokens each (goal: at most one in a million)",
+        ["benchmarks.statistics_exact"],
+        ("n_prunable", "differing", "differing_per_million", "close"),
+    ),
 }
 
 

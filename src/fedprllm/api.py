@@ -14,6 +14,7 @@ from torch import Tensor
 from fedprllm.calibration import fingerprint
 from fedprllm.config import PruneConfig
 from fedprllm.evaluation import Perplexity, perplexities
+from fedprllm.federation.allocation import allocated, allocation_record, sampled, survey_in_process
 from fedprllm.federation.checks import check_pattern_divides, check_update_size, needed_bytes
 from fedprllm.federation.fingerprints import model_digest, tensor_fingerprints
 from fedprllm.federation.in_process import prune_in_process
@@ -32,7 +33,7 @@ from fedprllm.models.source import resolve_model
 from fedprllm.participant import Participant
 from fedprllm.progress import Progress, silent
 from fedprllm.runs import Run, versions
-from fedprllm.sharing import SHARING, update_bytes
+from fedprllm.sharing import SHARING, SURVEYS, update_bytes
 from fedprllm.strategies import STRATEGIES
 
 __all__ = ["PooledData", "PruneResult", "prune"]
@@ -160,6 +161,7 @@ def prune(
     check_pattern_divides(walked, config)
     check_update_size(walked, config)
     people, config = make_participants(walked, named, config)
+    samples = sampled(config, [person.name for person in people], walked.n_blocks)
     tests = evaluation_texts(walked, eval_texts, config)
     identity = {
         "config": config.model_dump(mode="json"),
@@ -173,13 +175,14 @@ def prune(
     }
     with Run(Path(out), identity, needed_bytes(walked, people, config)) as run:
         if run.result is None:
-            _run(walked, people, config, run, tests, identity, progress)
+            _run(walked, people, samples, config, run, tests, identity, progress)
     return PruneResult.load(out)
 
 
 def _run(
     model: BlockwiseModel,
     people: list[Participant],
+    samples: dict[str, list[int]],
     config: PruneConfig,
     run: Run,
     tests: Mapping[str, Sequence[Tensor]],
@@ -188,7 +191,12 @@ def _run(
 ) -> None:
     strategy = STRATEGIES[config.strategy]
     walkers = [pool(people)] if strategy.pools_text else people
-    prune_in_process(model, walkers, config, run, progress)
+    samples = {walker.name: samples.get(walker.name, list(range(model.n_blocks))) for walker in walkers}
+    outliers = survey_in_process(model, walkers, config, samples, run, progress)
+    linears = {name: allocated(model, counts, config) for name, counts in outliers.items()}
+    model.linears = linears.pop(None, model.linears)
+    own = {name: of_blocks for name, of_blocks in linears.items() if name}
+    prune_in_process(model, walkers, config, run, progress, samples, own)
     if strategy.server_votes or strategy.pools_text:
         models = {"model": run.model_dir()}
     else:
@@ -204,14 +212,42 @@ def _run(
         "models": {name: str(folder.relative_to(run.folder)) for name, folder in models.items()},
         "n_prunable": model.n_prunable,
         "n_participants": len(walkers),
-        "rounds": model.n_blocks if strategy.follows_server else int(strategy.server_votes),
-        "update_bytes_per_block": [
-            update_bytes(SHARING[config.share].shapes(linears)) if strategy.server_votes else 0
-            for linears in model.linears
-        ],
+        **_traffic(model, samples, config, identity["participants"]),
+        "outlier_ratios": allocation_record(outliers),
         "evaluation": {name: [p.as_dict() for p in values] for name, values in evaluation.items()},
         "blocks": run.records(),
     }
     for folder in models.values():
         write_model_card(folder, result)
     run.finish(result)
+
+
+def _traffic(
+    model: BlockwiseModel,
+    samples: Mapping[str, Sequence[int]],
+    config: PruneConfig,
+    people: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The payload of what each participant shares, block by block and in total."""
+    strategy = STRATEGIES[config.strategy]
+    surveys = [SURVEYS[config.share].shapes] if config.allocation != "uniform" else []
+    shapes = SHARING[config.share].shapes
+    per_block = [update_bytes(shapes(linears)) * strategy.server_votes for linears in model.linears]
+    survey = [
+        sum(update_bytes(of(linears)) for of in surveys) * strategy.server_votes for linears in model.linears
+    ]
+    shared = {name: samples[name] if strategy.server_votes else [] for name in samples if name in people}
+    sent = {
+        name: {
+            "n_blocks": len(blocks),
+            "update_bytes": sum(per_block[block] + survey[block] for block in blocks),
+        }
+        for name, blocks in shared.items()
+    }
+    n_rounds = model.n_blocks if strategy.follows_server else 1
+    return {
+        "participants": {name: {**person, **sent.get(name, {})} for name, person in people.items()},
+        "rounds": (n_rounds + len(surveys)) * strategy.server_votes,
+        "update_bytes_per_block": per_block,
+        "survey_bytes_per_block": survey,
+    }

@@ -7,10 +7,11 @@ here and nowhere else. Nothing in this module imports torch: ``fedprllm --help``
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedprllm.errors import ConfigError, did_you_mean
 
@@ -18,6 +19,13 @@ __all__ = ["PruneConfig", "choices_of"]
 
 Group = Literal["layer", "row", "column"]
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
+
+
+def _spell_fractions(value: Any) -> Any:
+    """Numbers and mappings of `block_fraction` in its one spelling."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={fraction}" for name, fraction in value.items())
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 class PruneConfig(BaseModel):
@@ -60,6 +68,21 @@ class PruneConfig(BaseModel):
     max_update_mb: Annotated[
         float | None, Field(gt=0, description="refuse to share more than this per block, in MB")
     ] = None
+    allocation: Annotated[
+        Literal["uniform", "owl"],
+        Field(description="sparsity of the blocks: all alike, or the less the more outliers (OWL)"),
+    ] = "uniform"
+    owl_m: Annotated[
+        float, Field(gt=0, description="OWL: an outlier exceeds so many times its block's mean score")
+    ] = 5.0
+    owl_lambda: Annotated[
+        float, Field(ge=0, lt=1, description="OWL: how far a block's sparsity may lie from the model's")
+    ] = 0.08
+    block_fraction: Annotated[
+        str,
+        BeforeValidator(_spell_fractions),
+        Field(description="share of the blocks a participant prunes: F for all, or NAME=F,NAME=F"),
+    ] = "1"
     weighting: Annotated[
         Literal["participants", "tokens"],
         Field(description="what a vote counts: 1, or the participant's calibration tokens"),
@@ -107,7 +130,60 @@ class PruneConfig(BaseModel):
         if self.pattern != "unstructured":
             self._check_pattern()
         self._check_sharing()
+        self._check_blocks()
         return self
+
+    def _check_blocks(self) -> None:
+        if self.allocation == "owl" and self.n_m is not None:
+            raise ConfigError(
+                f"pattern {self.pattern} fixes the sparsity of every block: allocation owl needs pattern "
+                "unstructured"
+            )
+        fractions = self._fractions()
+        for name, fraction in fractions.items():
+            if not 0 < fraction <= 1:
+                raise ConfigError(
+                    f"block_fraction must lie in (0, 1], found {float(fraction):g}"
+                    + (f" of participant '{name}'" if name else "")
+                )
+        if set(fractions.values()) != {1} and self.strategy in ("centralized", "local-only"):
+            raise ConfigError(
+                f"block_fraction shares the blocks out among participants: strategy {self.strategy} has "
+                "nobody to prune the others"
+            )
+
+    def _fractions(self) -> dict[str, Fraction]:
+        """Fractions by participant; the one for everybody under the empty name."""
+        fractions: dict[str, Fraction] = {}
+        for part in self.block_fraction.split(","):
+            name, _, fraction = part.rpartition("=")
+            try:
+                fractions[name.strip()] = Fraction(fraction.strip())
+            except (ValueError, ZeroDivisionError):
+                raise ConfigError(
+                    f"block_fraction must be a number or NAME=F,NAME=F, found '{self.block_fraction}'"
+                ) from None
+        return fractions
+
+    def block_fractions(self, names: Sequence[str]) -> dict[str, Fraction]:
+        """The share of the blocks that each participant prunes: who is not named prunes all.
+
+        Raises:
+            ConfigError: somebody is named who does not take part.
+        """
+        fractions = self._fractions()
+        everybody = fractions.pop("", Fraction(1))
+        for name in fractions:
+            if name not in names:
+                raise ConfigError(f"block_fraction: unknown participant {did_you_mean(name, names)}")
+        return {name: fractions.get(name, everybody) for name in names}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every kind of update that a participant of such a run sends."""
+        sums = self.share in ("statistics", "gram")
+        survey = () if self.allocation == "uniform" else ("statistics" if sums else "outliers",)
+        return tuple(dict.fromkeys((*survey, self.share)))
 
     def _check_sharing(self) -> None:
         if self.share != "mask":
@@ -163,7 +239,9 @@ def _explain(error: ValidationError) -> str:
     for defect in error.errors():
         name = ".".join(str(part) for part in defect["loc"]) or "configuration"
         found = defect["input"]
-        if defect["type"] == "extra_forbidden":
+        if isinstance(defect.get("ctx", {}).get("error"), ConfigError):
+            lines.append(str(defect["ctx"]["error"]))
+        elif defect["type"] == "extra_forbidden":
             lines.append(f"unknown option {did_you_mean(name, PruneConfig.model_fields)}")
         elif defect["type"] == "literal_error":
             choices = choices_of(PruneConfig.model_fields[name].annotation)

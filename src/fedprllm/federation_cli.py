@@ -382,6 +382,7 @@ def participate(
     threads: Annotated[int | None, typer.Option(help="CPU threads at most")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="memory of the computation at most, in GB")] = None,
     allow: Annotated[list[str] | None, typer.Option(help="kind of update that may leave [mask]")] = None,
+    block_fraction: Annotated[float, typer.Option(help="share of the blocks to prune at most")] = 1.0,
     record: Annotated[Path | None, typer.Option(help="keep a copy of every message that leaves here")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="compute and show what would be sent; connect to nobody")
@@ -399,6 +400,7 @@ def participate(
         threads=threads,
         memory_gb=memory_gb,
         allow=allow or list(DEFAULT_ALLOWED),
+        block_fraction=block_fraction,
         record=None if record is None else str(record.resolve()),
     )
     if dry_run:

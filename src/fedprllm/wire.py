@@ -81,7 +81,9 @@ _KINDS: dict[str, _Kind] = {
     "statistics": _Kind(2, _SUMS, _SUMS),
     "gram": _Kind(3, _SUMS, _SUMS),
     "weights": _Kind(4, (torch.float32, torch.float16, torch.bfloat16), _BITS),
+    "outliers": _Kind(5, (torch.float64,), (torch.float64,)),
 }
+_NOT_NEGATIVE = {"statistics": "sums of squares", "outliers": "counts"}
 _KIND_NAMES = {kind.code: name for name, kind in _KINDS.items()}
 
 
@@ -93,8 +95,8 @@ class Update:
         run_id: 16 bytes, those of the run's UUID.
         participant: 1 to 128 bytes of UTF-8 without control characters.
         block: index of the decoder layer.
-        kind: ``mask`` (True = pruned), ``statistics`` (sums of squares per input), ``gram`` or
-            ``weights``.
+        kind: ``mask`` (True = pruned), ``statistics`` (sums of squares per input), ``gram``,
+            ``weights`` or ``outliers`` (how many scores stand out).
         model_fingerprint: 32 bytes that name the weights the update was computed from.
         tensors: the content, by name. Their order does not matter.
         n_tokens: number of calibration tokens behind the update.
@@ -378,8 +380,10 @@ def _check_values(kind: str, name: str, values: torch.Tensor) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
         found = next(value for value in (low, high) if not math.isfinite(value))
         raise _refuse(f"values of {name!r}", "finite numbers", found, "the calibration overflowed")
-    if kind == "statistics" and low < 0:
-        raise _refuse(f"values of {name!r}", "sums of squares, 0 or more", low, "send the sums themselves")
+    if kind in _NOT_NEGATIVE and low < 0:
+        raise _refuse(
+            f"values of {name!r}", f"{_NOT_NEGATIVE[kind]}, 0 or more", low, "send them as they are"
+        )
 
 
 def _check_entry(kind: str, entry: _Entry) -> None:

@@ -1,4 +1,4 @@
-"""100,000 broken messages: the reader accepts exactly the valid ones, and fails in one way only.
+"""125,000 broken messages: the reader accepts exactly the valid ones, and fails in one way only.
 
 What is valid is decided by a second reader in this file, written from docs/wire-format.md alone, slow
 and obvious. Most messages get a new checksum after they are broken, so that every check is reached.
@@ -19,7 +19,7 @@ import torch
 from fedprllm.errors import UpdateError
 from fedprllm.wire import Expectation, Update, decode, encode, max_message_bytes
 
-N_PER_KIND = 25_000  # four kinds
+N_PER_KIND = 25_000  # five kinds
 MAX_BYTES = 2**16  # of a message, and of the memory a refusal may take
 RUN_ID = bytes(range(16))
 FINGERPRINT = bytes(range(32))
@@ -43,6 +43,8 @@ def _tensors(kind: str, n_rows: int = 5) -> dict[str, torch.Tensor]:
         return {"attn.q": q.square(), "mlp.up": up[0].square().double()}
     if kind == "gram":
         return {"attn.q": q @ q.T, "mlp.up": (up @ up.T).double()}
+    if kind == "outliers":
+        return {"outliers": (q[:, 0] > 0).sum()[None].double(), "more": (up > 0).sum(dim=1).double()}
     return {"q": q.bfloat16(), "q.mask": q > 0, "up": up.half(), "v": q[0]}
 
 
@@ -85,7 +87,7 @@ def _text(raw: bytes) -> str:
 def _codes_of(kind: int, name: bytes) -> set[int]:
     if kind == 4:
         return {1} if name.endswith(b".mask") else {2, 4, 5}
-    return {1} if kind == 1 else {2, 3}
+    return {1: {1}, 5: {3}}.get(kind, {2, 3})
 
 
 def is_valid(data: bytes, expect: Expectation | None) -> bool:
@@ -114,7 +116,7 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
     _require(take(8) == b"FEDPRLLM" and number(2) == 1 and number(2) == 0 and number(8) == len(data))
     run_id, fingerprint, block, n_tokens, kind = take(16), take(32), number(4), number(8), number(1)
     participant_bytes, n_tensors = number(1), number(2)
-    _require(n_tokens < 2**63 and 1 <= kind <= 4)
+    _require(n_tokens < 2**63 and 1 <= kind <= 5)
     _require(1 <= participant_bytes <= 128 and 1 <= n_tensors <= 4096)
     participant = _text(take(participant_bytes))
     table: list[tuple[bytes, int, tuple[int, ...]]] = []
@@ -135,11 +137,11 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
             _require(int.from_bytes(raw, "little") < 2**n_values)
         else:
             values = _values(code, raw)
-            _require(all(map(math.isfinite, values)) and (kind != 2 or min(values) >= 0))
+            _require(all(map(math.isfinite, values)) and (kind not in (2, 5) or min(values) >= 0))
         tensors.append((name, code, shape, raw))
     _require(not rest)
     if expect is not None:
-        names = [None, "mask", "statistics", "gram", "weights"]
+        names = [None, "mask", "statistics", "gram", "weights", "outliers"]
         found = (run_id, fingerprint, block, names[kind], participant)
         _require(found == (RUN_ID, FINGERPRINT, expect.block, expect.kind, expect.participant))
         _require({name.decode(): shape for name, _, shape in table} == expect.shapes)
@@ -294,7 +296,7 @@ REACHED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["mask", "statistics", "gram", "weights"])
+@pytest.mark.parametrize("kind", ["mask", "statistics", "gram", "weights", "outliers"])
 def test_exactly_the_valid_messages_are_accepted(kind: str) -> None:
     update = _update(kind, _tensors(kind))
     message, asked = encode(update), _expectation(update)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,20 +81,32 @@ def events(tmp_path):
         {"share": "gram"},
         {"share": "weights"},
         {"criterion": "magnitude"},
+        {"allocation": "owl"},
+        {"allocation": "owl", "criterion": "magnitude", "sparsity": 0.6},
+        {"allocation": "owl", "share": "statistics"},
+        {"block_fraction": 0.5},
+        {"block_fraction": "north=0.4,west=0.2", "share": "weights", "allocation": "owl"},
         {"pattern": "2:4", "ties": "random", "seed": 3},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "mask",
 )
 def test_the_same_bits_as_in_one_process(tmp_path, model, federation, strategy, options):
     options = {"strategy": strategy, **options}
-    channel = federation(allow=["mask", "statistics", "gram", "weights"])
+    channel = federation(allow=["mask", "statistics", "gram", "weights", "outliers"])
     assert conduct(tmp_path, make_plan(model, prune=options), channel) == "complete", outcome(tmp_path)
     expected = in_process(tmp_path, model, federation.paths, **options)
     same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
     result = read_json(tmp_path / "runs" / "run" / "result.json")
-    assert {name: person["n_blocks"] for name, person in result["participants"].items()} == dict.fromkeys(
-        NAMES, 5
-    )
+    ours, theirs = result, expected.details
+    for name in NAMES:
+        assert ours["participants"][name]["n_blocks"] == theirs["participants"][name]["n_blocks"]
+        in_messages, payload = (r["participants"][name]["update_bytes"] for r in (ours, theirs))
+        assert payload <= in_messages <= payload + 10 * 800, "a message holds little more than its values"
+    for key in ("outlier_ratios", "rounds"):
+        assert ours[key] == theirs[key]
+    for one, other in zip(ours["blocks"], theirs["blocks"], strict=True):
+        assert one["participants"] == other["participants"]
+        assert one["sparsity"] == other["sparsity"]
     assert result["model"]["fingerprint"]
     assert not (tmp_path / "runs" / "run" / "federation" / "updates").exists()
 
@@ -378,3 +392,107 @@ def test_a_decision_of_somebody_else_is_not_followed(tmp_path, model, federation
                 b"1" * 16,
                 bytes(32),
             )
+
+
+def test_an_update_that_would_be_too_large_is_refused_before_anything_is_asked(tmp_path, model, federation):
+    channel = federation(allow=["gram"])
+    plan = make_plan(model, prune={"share": "gram", "max_update_mb": 0.05})
+    assert conduct(tmp_path, plan, channel) == "error"
+    reason = outcome(tmp_path)["reason"]
+    assert re.search(r"share gram would send 0\.\d+ MB of block 0, allowed are 0\.05 MB", reason)
+    assert not channel.sent
+
+
+def test_a_survey_is_in_the_ledger_and_has_to_be_allowed(tmp_path, model, federation):
+    plan = make_plan(model, prune={"allocation": "owl"})
+    assert conduct(tmp_path, plan, federation(["north", "south"], allow=["mask"]), ["north", "south"]) != (
+        "complete"
+    )
+    assert {event["reason"] for event in events(tmp_path)} == {"failed: kind not allowed"}
+    channel = federation(allow=["mask", "outliers"])
+    assert conduct(tmp_path, plan.model_copy(update={"name": "other"}), channel) == "complete"
+    lines = read_ledger(tmp_path / "north" / "fedprllm" / "ledger.jsonl")
+    assert [line["kind"] for line in lines] == ["outliers"] * 5 + ["mask"] * 5
+    assert all(line["shapes"] == {"outliers": [1]} and line["bytes"] < 200 for line in lines[:5])
+
+
+def test_counts_that_cannot_be_are_refused(tmp_path, model, federation):
+    channel = federation(allow=["mask", "outliers"])
+
+    def meddle(name, request, answer):
+        header, payload = read_reply(answer)
+        if name != "south" or not len(payload):
+            return answer
+        update = wire.decode(payload, expect=None, max_bytes=len(payload))
+        if update.kind != "outliers":
+            return answer
+        more = {"outliers": torch.tensor([1e9], dtype=torch.float64)}
+        return pack(header, wire.encode(replace(update, tensors=more)))
+
+    channel.meddle = meddle
+    plan = make_plan(model, prune={"allocation": "owl"}, max_ballots=1)
+    assert conduct(tmp_path, plan, channel) == "complete"
+    refused = events(tmp_path)[0]
+    assert refused["participant"] == "south"
+    assert "must be a whole number up to" in refused["reason"]
+    result = read_json(tmp_path / "runs" / "run" / "result.json")
+    # It was left out of the survey only: pruning asks everyone anew.
+    assert set(result["participants"]) == set(NAMES)
+
+
+def test_a_survey_that_is_complete_is_not_repeated(tmp_path, model, federation):
+    channel = federation(allow=["mask", "outliers"])
+    seen = []
+
+    def meddle(name, request, answer):
+        header, payload = read_request(request)[0], read_reply(answer)[1]
+        if header.op == "start":
+            seen.append(header.survey)
+        return garbled(answer) if len(payload) and not header.survey and len(payload) > 200 else answer
+
+    channel.meddle = meddle
+    plan = make_plan(model, prune={"allocation": "owl"}, max_ballots=1)
+    assert conduct(tmp_path, plan, channel) == "quorum lost"
+    assert seen.count(True) == 3
+    channel.meddle = lambda name, request, answer: answer
+    seen.clear()
+    assert conduct(tmp_path, plan, channel) == "complete"
+    assert not any(seen)
+    expected = in_process(tmp_path, model, federation.paths, allocation="owl")
+    same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
+
+
+def test_a_block_whose_only_participant_is_gone_stops_the_run(tmp_path, model, federation):
+    channel = federation(allow=["mask"])
+    channel.meddle = lambda name, request, answer: (
+        garbled(answer) if name == "west" and is_update(request) else answer
+    )
+    plan = make_plan(model, prune={"block_fraction": 0.4}, max_ballots=1)
+    assert conduct(tmp_path, plan, channel) == "quorum lost"
+    assert "nobody is left who prunes block" in outcome(tmp_path)["reason"]
+    channel.meddle = lambda name, request, answer: answer
+    assert conduct(tmp_path, plan, channel) == "complete"
+
+
+def test_blocks_that_a_participant_does_not_prune_are_never_sent(tmp_path, model, federation):
+    channel = federation(allow=["mask"])
+    plan = make_plan(model, prune={"block_fraction": "north=0.4", "strategy": "iterative"})
+    assert conduct(tmp_path, plan, channel) == "complete"
+    lines = read_ledger(tmp_path / "north" / "fedprllm" / "ledger.jsonl")
+    result = read_json(tmp_path / "runs" / "run" / "result.json")
+    own = [record["block"] for record in result["blocks"] if "north" in record["participants"]]
+    assert len(own) == 2
+    assert [line["block"] for line in lines] == own
+
+
+def test_a_participant_limits_the_blocks_it_prunes(tmp_path, model, federation):
+    channel = federation(["north", "west"], allow=["mask"])
+    channel.sites |= federation(["south"], allow=["mask"], block_fraction=0.4).sites
+    assert conduct(tmp_path, make_plan(model), channel) == "complete"
+    assert [(event["participant"], event["reason"]) for event in events(tmp_path)] == [
+        ("south", "failed: too many blocks")
+    ]
+    plan = make_plan(model, prune={"block_fraction": "south=0.4"}).model_copy(update={"name": "other"})
+    assert conduct(tmp_path, plan, channel) == "complete"
+    result = read_json(tmp_path / "runs" / "other" / "result.json")
+    assert result["participants"]["south"]["n_blocks"] == 2

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedprllm.core.groups import Grouping
 from fedprllm.core.masks import most_voted, prune_lowest
 from fedprllm.core.ties import TIES
-from fedprllm.core.weights import fedspallm, sampled_blocks
+from fedprllm.core.weights import fedspallm, sample_blocks, sampled_blocks
 from tests.oracles.test_selection_oracle import groups_of
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -141,3 +141,41 @@ def test_blocks_are_drawn_evenly_and_differently_for_each_participant() -> None:
     assert all(60 < count < 140 for count in counts)  # 100 expected, sigma 9
     assert sampled_blocks(0.25, 8, 0, "a" * 64) != sampled_blocks(0.25, 8, 1, "a" * 64)
     assert sampled_blocks(1.0, 8, 0, "any") == list(range(8))
+
+
+def covering(fractions: dict[str, float], n_blocks: int, seed: int) -> dict[str, list[int]]:
+    """The rule in words: draw; whoever comes first of those who share the most drawn block exchanges it."""
+    drawn = {name: sampled_blocks(fractions[name], n_blocks, seed, name) for name in sorted(fractions)}
+    for block in range(n_blocks):
+        everything = [number for own in drawn.values() for number in own]
+        if block not in everything:
+            spare = max(range(n_blocks), key=lambda number: (everything.count(number), -number))
+            first = min(name for name, own in drawn.items() if spare in own)
+            drawn[first] = sorted([number for number in drawn[first] if number != spare] + [block])
+    return drawn
+
+
+@unhurried
+@given(
+    st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.integers(1, 100), min_size=1, max_size=6),
+    st.integers(1, 24),
+    st.integers(0, 5),
+)
+def test_every_block_has_somebody_and_nobody_more_than_it_declared(percents, n_blocks, seed) -> None:
+    fractions = {name: percent / 100 for name, percent in percents.items()}
+    declared = {name: max(1, percent * n_blocks // 100) for name, percent in percents.items()}
+    found = sample_blocks(fractions, n_blocks, seed)
+    if sum(declared.values()) < n_blocks:
+        assert found is None
+        return
+    assert found is not None
+    assert {name: len(set(own)) for name, own in found.items()} == declared
+    assert {block for own in found.values() for block in own} == set(range(n_blocks))
+    assert found == sample_blocks(dict(reversed(fractions.items())), n_blocks, seed)
+    assert found == covering(fractions, n_blocks, seed)
+
+
+def test_who_has_all_blocks_keeps_what_it_drew() -> None:
+    fractions = {"a": 1.0, "b": 0.25, "c": 0.5}
+    found = sample_blocks(fractions, 8, 3)
+    assert found == {name: sampled_blocks(fraction, 8, 3, name) for name, fraction in fractions.items()}

@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fedprllm.core.allocation import Outliers, outliers, owl, split_exactly
+from fedprllm.core.allocation import Outliers, allocate, outliers, owl, split_exactly
+from fedprllm.core.groups import Grouping
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -131,3 +132,55 @@ def test_largest_remainder(parts: list[tuple[int, int]], percent: int) -> None:
 def test_among_equal_remainders_the_first_is_rounded_up() -> None:
     assert split_exactly(5, [3, 3, 3, 3], [0.5] * 4) == [2, 1, 1, 1]
     assert split_exactly(0, [3, 3], [0.0, 0.0]) == [0, 0]
+
+
+@st.composite
+def shaped_models(draw: st.DrawFn):
+    """Ratios of blocks that all hold Linears of the same few shapes, a group, sparsity and lambda."""
+    n_blocks = draw(st.integers(1, 6))
+    sizes = st.integers(1, 40)
+    of_block = draw(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=4))
+    ratios = draw(st.lists(st.integers(0, 100), min_size=n_blocks, max_size=n_blocks))
+    group = draw(st.sampled_from(["layer", "row", "column"]))
+    percents = draw(st.integers(0, 99)), draw(st.integers(0, 30))
+    return [ratio / 1000 for ratio in ratios], [of_block] * n_blocks, group, *(p / 100 for p in percents)
+
+
+@unhurried
+@given(shaped_models())
+def test_the_model_loses_what_it_would_lose_if_all_blocks_were_alike(model) -> None:
+    ratios, shapes, group, sparsity, lam = model
+    shares = allocate(ratios, shapes, group, sparsity, lam)
+    total = found = 0
+    smallest = []
+    for of_block, of_shares in zip(shapes, shares, strict=True):
+        for (n_out, n_in), share in zip(of_block, of_shares, strict=True):
+            size = Grouping(group, sparsity).group_size((n_out, n_in))
+            n_groups = n_out * n_in // size
+            total += n_groups * Grouping(group, sparsity).n_pruned((n_out, n_in))
+            k = Grouping(group, share).n_pruned((n_out, n_in))
+            assert k == size * share, "every group loses whole weights"
+            assert 0 <= k <= size
+            found += n_groups * k
+            smallest.append(n_groups)
+    assert total - max(smallest) < found <= total
+    if group == "layer":
+        assert found == total
+
+
+@pytest.mark.parametrize(("group", "step"), [("layer", 1 / 50_000), ("row", 1 / 500), ("column", 1 / 100)])
+def test_each_block_is_where_the_formula_puts_it_but_for_rounding(group: str, step: float) -> None:
+    ratios = [0.1, 0.2, 0.3, 0.4]
+    found = allocate(ratios, [[(100, 500), (100, 500)]] * 4, group, 0.7, 0.08)
+    for of_block, wanted in zip(found, papers_sparsities(ratios, 0.7, 0.08), strict=True):
+        assert [float(share) for share in of_block] == pytest.approx([wanted, wanted], abs=step + 1e-12)
+
+
+@pytest.mark.parametrize("group", ["layer", "row", "column"])
+def test_blocks_that_are_alike_lose_exactly_what_uniform_takes(group: str) -> None:
+    shapes = [[(6, 10), (9, 7)]] * 3
+    for ratios, lam in (([0.2, 0.2, 0.2], 0.08), ([0.1, 0.4, 0.2], 0.0)):
+        for of_block in allocate(ratios, shapes, group, 0.55, lam):
+            for shape, share in zip(shapes[0], of_block, strict=True):
+                found = Grouping(group, share).n_pruned(shape)
+                assert found == Grouping(group, 0.55).n_pruned(shape)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedprllm.core.groups import Grouping
-from fedprllm.core.masks import most_voted, prune_lowest
+from fedprllm.core.masks import count_close, most_voted, prune_lowest
 from fedprllm.core.selection import select_lowest
 from fedprllm.core.ties import TIES
 
@@ -112,3 +112,25 @@ def test_the_tie_rule_is_called_only_if_a_tie_has_to_be_decided() -> None:
     assert n_ties == 0
     for k in (0, 4):
         assert int(select_lowest(torch.zeros(1, 4), k, refuse)[0].sum()) == k
+
+
+@pytest.mark.parametrize("group", ["layer", "row", "column"])
+def test_prunes_that_rounding_may_decide_by_loops(group: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(6, 40, generator=generator)
+    # Many of them a hair or a little away from another one of their row or column.
+    scores[3:] = scores[:3] * (1 + 2.0**-22)
+    scores[:, 10:20] = scores[:, :10] * (1 + 2.0**-22)
+    scores[:, 20:30] = scores[:, :10] * (1 + 2.0**-12)
+    grouping = Grouping(group, 0.5)
+    mask = prune_lowest(scores, scores, grouping, "index").mask
+    expected = 0
+    for values, pruned in zip(grouping.split(scores).tolist(), grouping.split(mask).tolist(), strict=True):
+        lowest_kept = min(value for value, gone in zip(values, pruned, strict=True) if not gone)
+        expected += sum(
+            gone and value >= lowest_kept * (1 - 2.0**-21) for value, gone in zip(values, pruned, strict=True)
+        )
+    assert count_close(scores, mask, grouping) == expected
+    assert group == "layer" or 0 < expected < mask.sum()
+    assert count_close(scores, torch.zeros_like(mask), grouping) == 0
+    assert count_close(scores, torch.ones_like(mask), grouping) == 0

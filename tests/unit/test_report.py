@@ -396,6 +396,7 @@ def test_names_are_escaped(run_once, edited):
     def rename(result):
         result["participants"][HOSTILE] = result["participants"].pop("site-2") | {"sources": [HOSTILE]}
         for record in result["blocks"]:
+            record["participants"][2] = HOSTILE
             record["participant_ties"][HOSTILE] = record["participant_ties"].pop("site-2") + 1
         result["evaluation"] = {
             name: [row | {"text": HOSTILE} for row in measured(a=9.0)] for name in ("dense", HOSTILE)
@@ -412,6 +413,8 @@ def test_names_are_escaped(run_once, edited):
 def test_names_outside_latin_draw_without_a_warning(run_once, edited):
     def rename(result):
         result["participants"]["東京病院"] = result["participants"].pop("site-2")
+        for record in result["blocks"]:
+            record["participants"][2] = "東京病院"
 
     assert report(edited(run_once(), rename)).text.count("東京病院") >= 2
 
@@ -466,3 +469,43 @@ def test_run_that_did_not_start_a_block(run_once, tmp_path):
 def test_out_must_be_a_file(run_once, tmp_path):
     with pytest.raises(RunError, match="is a folder: name the HTML file"):
         write_report(run_once(), tmp_path)
+
+
+def test_allocation_and_unequal_shares_are_shown(run_once):
+    run = run_once(allocation="owl", owl_m=3.0, block_fraction="site-1=0.4")
+    page, result = report(run), result_of(run)
+    ratios = result["outlier_ratios"]["model"]
+    assert page.tables["Allocation of the sparsity"][1:] == [
+        [str(record["block"]), f"{ratio * 100:.3f} %", f"{record['sparsity'] * 100:.1f} %"]
+        for record, ratio in zip(result["blocks"], ratios, strict=True)
+    ]
+    sent = {name: person["update_bytes"] for name, person in result["participants"].items()}
+    assert sent["site-1"] < sent["site-0"] == sent["site-2"]
+    rows = page.tables["Payload of one participant"]
+    assert rows[1][:2] == ["before pruning, to find outliers", f"{8 * len(ratios)} bytes"]
+    assert rows[3][1] == f"{sent['site-1']:,} to {sent['site-0']:,} bytes"
+    assert page.tables["By participant"][2] == ["site-1", "1", f"{sent['site-1']:,} bytes"]
+    assert "Not everyone took part in every block" in page.text
+
+
+@pytest.mark.parametrize("share", ["mask", "statistics", "gram", "weights"])
+def test_bytes_are_said_for_every_way_of_sharing(run_once, share):
+    run = run_once(share=share)
+    page, result = report(run), result_of(run)
+    per_block = result["update_bytes_per_block"]
+    n_weights = sum(math.prod(linear["shape"]) for linear in result["blocks"][0]["linears"].values())
+    bits = (n_weights + 7) // 8
+    assert (
+        per_block[0]
+        == {
+            "mask": bits,
+            "statistics": 4 * (3 * 32 + 48),
+            "gram": 4 * (3 * 32**2 + 48**2),
+            "weights": bits + 4 * n_weights,
+        }[share]
+    )
+    rows = page.tables["Payload of one participant"]
+    assert rows[1][1] == f"{per_block[0]:,} bytes"
+    assert rows[2][1] == f"{sum(per_block):,} bytes"
+    assert {person["update_bytes"] for person in result["participants"].values()} == {sum(per_block)}
+    assert ("float rounding may decide" in page.text) == (share == "statistics")

@@ -45,7 +45,7 @@ GOLDEN_VALUES = {
     "bfloat16": (torch.bfloat16, [1.0, -2.0], "803f 00c0"),
 }
 CODES = {torch.bool: 1, torch.float32: 2, torch.float64: 3, torch.float16: 4, torch.bfloat16: 5}
-KINDS = {"mask": 1, "statistics": 2, "gram": 3, "weights": 4}
+KINDS = {"mask": 1, "statistics": 2, "gram": 3, "weights": 4, "outliers": 5}
 
 SMOLLM2_BLOCK = {
     "self_attn.q_proj": (576, 576),
@@ -163,6 +163,7 @@ DTYPES_OF_KIND = {
     "statistics": [torch.float32, torch.float64],
     "gram": [torch.float32, torch.float64],
     "weights": [torch.float32, torch.float16, torch.bfloat16],
+    "outliers": [torch.float64],
 }
 names = st.text(st.sampled_from("abz._é語😀 "), min_size=1, max_size=12)
 
@@ -177,7 +178,7 @@ def updates(draw: st.DrawFn) -> Update:
         shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
         values = torch.randn(shape, generator=generator)
-        values = values.square() if kind == "statistics" else values
+        values = values.square() if kind in ("statistics", "outliers") else values
         tensors[f"{name}.mask" if masks else name] = values > 0 if dtype == torch.bool else values.to(dtype)
     block, n_tokens = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2**63 - 1))
     ids = draw(st.binary(min_size=48, max_size=48))
@@ -373,7 +374,7 @@ UNREADABLE = {
     "flags": (edited(10, b"\0\1"), "flags: expected 0, found 256"),
     "tokens": (edited(72, b"\0" * 7 + b"\x80"), "n_tokens: expected"),
     "kind 0": (edited(80, b"\0"), r"kind: expected 1 \(mask\) or .*, found 0"),
-    "kind 5": (edited(80, b"\5"), "kind: expected .*, found 5"),
+    "kind 6": (edited(80, b"\6"), "kind: expected .*, found 6"),
     "no participant": (edited(81, b"\0"), "length of participant: .* from 1 to 128, found 0"),
     "long participant": (edited(81, b"\x81"), "length of participant: .*found 129"),
     "participant beyond the end": (edited(81, b"\x50"), "participant: expected 80 bytes, found 39"),

@@ -9,7 +9,9 @@ from fractions import Fraction
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Outliers", "outliers", "owl", "split_exactly"]
+from fedprllm.core.groups import Grouping, GroupName
+
+__all__ = ["Outliers", "allocate", "outliers", "owl", "split_exactly"]
 
 Scores = Iterable[Float[Tensor, "out in"]]
 
@@ -112,4 +114,61 @@ def split_exactly(total_k: int, sizes: Sequence[int], ratios: Sequence[float]) -
         counts[part] += 1
     for part, (count, size) in enumerate(zip(counts, sizes, strict=True)):
         assert count <= size, f"part {part} cannot lose {count} of its {size} weights"
+    return counts
+
+
+def allocate(
+    outlier_ratios: Sequence[float],
+    shapes: Sequence[Sequence[tuple[int, int]]],
+    group: GroupName,
+    sparsity: float,
+    lam: float = 0.08,
+) -> list[list[Fraction]]:
+    """Sparsity of every Linear of every block by OWL, so that every comparison group loses whole weights.
+
+    The model loses in total what it would lose if all blocks were pruned alike, exactly when groups are
+    whole Linears (``layer``). With ``row`` and ``column`` a Linear loses a multiple of its number of groups:
+    the total then falls short by less than one weight for each group of a Linear.
+
+    Args:
+        outlier_ratios: ``D`` of each block.
+        shapes: (out, in) of the Linears of each block.
+        group: the comparison group that decides what the model loses.
+        sparsity: of the whole model, in [0, 1).
+        lam: the largest deviation from it.
+
+    Returns:
+        For each block and Linear a share ``k / n`` of the ``n`` weights of one of its groups.
+    """
+    sizes = [sum(n_out * n_in for n_out, n_in in of_block) for of_block in shapes]
+    ratios = owl(outlier_ratios, sizes, sparsity, lam)
+    flat = [shape for of_block in shapes for shape in of_block]
+    uniform = Grouping(group, sparsity)
+    group_sizes = [uniform.group_size(shape) for shape in flat]
+    counts = [uniform.n_pruned(shape) for shape in flat]
+    if len(set(ratios)) > 1:
+        by_linear = [ratio for ratio, of_block in zip(ratios, shapes, strict=True) for _ in of_block]
+        weights = [n_out * n_in for n_out, n_in in flat]
+        n_groups = [weight // size for weight, size in zip(weights, group_sizes, strict=True)]
+        total = sum(n * count for n, count in zip(n_groups, counts, strict=True))
+        counts = _whole_groups(split_exactly(total, weights, by_linear), n_groups)
+    shares = iter(Fraction(count, size) for count, size in zip(counts, group_sizes, strict=True))
+    return [[next(shares) for _ in of_block] for of_block in shapes]
+
+
+def _whole_groups(quotas: Sequence[int], n_groups: Sequence[int]) -> list[int]:
+    """What each group of a part loses, when all groups of a part lose the same.
+
+    Args:
+        quotas: what the parts are to lose.
+        n_groups: groups of each part.
+    """
+    counts = [quota // n for quota, n in zip(quotas, n_groups, strict=True)]
+    remainders = [quota % n for quota, n in zip(quotas, n_groups, strict=True)]
+    left = sum(remainders)
+    # Whom rounding down spared most is the first to lose one weight more of each group.
+    for part in sorted(range(len(counts)), key=lambda part: -Fraction(remainders[part], n_groups[part])):
+        if remainders[part] and n_groups[part] <= left:
+            counts[part] += 1
+            left -= n_groups[part]
     return counts

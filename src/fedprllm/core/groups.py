@@ -31,12 +31,12 @@ class Grouping:
 
     Attributes:
         group: ``layer``, ``row`` or ``column``; an N:M pattern takes precedence over it.
-        sparsity: fraction of each group that is pruned, in [0, 1).
+        sparsity: fraction of each group that is pruned, in [0, 1]; a `Fraction` where it must be exact.
         n_m: ``(N, M)`` keeps at most N non-zeros in M consecutive inputs; None for unstructured.
     """
 
     group: GroupName
-    sparsity: float
+    sparsity: float | Fraction
     n_m: tuple[int, int] | None = None
 
     def group_size(self, shape: tuple[int, int]) -> int:

@@ -12,15 +12,16 @@ from fedprllm.core.groups import Grouping
 from fedprllm.core.selection import select_lowest
 from fedprllm.core.ties import TIES
 
-__all__ = ["PruneMask", "most_voted", "prune_lowest", "scale_kept", "vote_dtype"]
+__all__ = ["PruneMask", "count_close", "most_voted", "prune_lowest", "scale_kept", "vote_dtype"]
 
 
 @dataclass(frozen=True)
 class PruneMask:
-    """The weights to prune, and how many of them a tie decided."""
+    """The weights to prune, how many of them a tie decided, and how many rounding may (`count_close`)."""
 
     mask: Bool[Tensor, "out in"]
     n_ties: int
+    n_close: int | None = None
 
 
 def prune_lowest(
@@ -44,6 +45,23 @@ def prune_lowest(
     tie_key = None if rule is None else lambda: grouping.split(rule(weight, seed_parts))
     selected, n_ties = select_lowest(grouping.split(scores), grouping.n_pruned(shape), tie_key)
     return PruneMask(grouping.join(selected, shape), n_ties)
+
+
+def count_close(scores: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], grouping: Grouping) -> int:
+    """Prunes that float rounding may decide: of scores that the lowest kept one hardly exceeds.
+
+    A score of float32 sums, roots and products is within 2.5 units of its last place; so an order of two
+    scores is certain if they differ by more than five, here rounded up to a relative 2^-21. Of equal scores
+    the tie rule decides; they count too.
+
+    Args:
+        scores: as ranked; not negative.
+        mask: what was pruned.
+        grouping: what was compared with what.
+    """
+    groups, pruned = grouping.split(scores), grouping.split(mask)
+    lowest_kept = groups.masked_fill(pruned, torch.inf).amin(dim=1, keepdim=True)
+    return int((pruned & (groups >= lowest_kept * (1 - 2.0**-21))).sum())
 
 
 def most_voted(

@@ -9,6 +9,7 @@ triangular) all these inverses are at hand: ``[H_F^-1]_j,: = U_jj * U_j,:``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,7 +47,7 @@ class Reconstruction:
 def sparsegpt(
     weight: Float[Tensor, "out in"],
     gram: Float[Tensor, "in in"],
-    sparsity: float,
+    sparsity: float | Fraction,
     n_m: tuple[int, int] | None = None,
     *,
     block_size: int = 128,

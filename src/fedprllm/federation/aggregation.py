@@ -25,7 +25,7 @@ from fedprllm.models.blocks import Block, BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.participant import find_shared_inputs
 from fedprllm.runs import Run
-from fedprllm.sharing import SHARING
+from fedprllm.sharing import SHARING, SURVEYS, Sharing, Totals
 
 __all__ = ["BlockAggregator"]
 
@@ -56,6 +56,7 @@ class BlockAggregator:
         run_id: 16 bytes.
         digest: 32 bytes that name the model's weights.
         updates_folder: block to the folder with its updates, one file ``NAME.update`` each.
+        survey: count outliers instead of pruning.
     """
 
     def __init__(
@@ -66,13 +67,15 @@ class BlockAggregator:
         run_id: bytes,
         digest: bytes,
         updates_folder: Callable[[int], Path],
+        survey: bool = False,
     ) -> None:
         self.model, self.config, self.run = model, config, run
         self._run_id, self._digest, self._updates_folder = run_id, digest, updates_folder
-        self.sharing = SHARING[config.share]
+        self._survey = SURVEYS[config.share] if survey else None
+        self.sharing: Sharing[Any] = self._survey or SHARING[config.share]
         if self.sharing.by_input:
             find_shared_inputs(model)
-        self.writer = CheckpointWriter(run.unfinished_model_dir(), model.n_blocks)
+        self.writer = None if survey else CheckpointWriter(run.unfinished_model_dir(), model.n_blocks)
 
     @property
     def walks_on(self) -> bool:
@@ -85,7 +88,7 @@ class BlockAggregator:
             run_id=self._run_id,
             model_fingerprint=self._digest,
             block=block.index,
-            kind=self.config.share,
+            kind=self.sharing.kind,
             shapes={tensor: shape for tensor, (shape, _) in shapes.items()},
             participant=name,
         )
@@ -136,8 +139,14 @@ class BlockAggregator:
         update = self._read(block, name, message)
         self.sharing.check(block, update.tensors, self.config)
 
-    def decide(self, index: int, names: Sequence[str]) -> None:
-        """Add up the updates of a block, prune it, and keep the result: the block is finished."""
+    def decide(self, index: int, names: Sequence[str], still_in: Sequence[str]) -> None:
+        """Add up the updates of a block, decide about it, and keep the result: the block is finished.
+
+        Args:
+            index: of the block.
+            names: whose updates are there.
+            still_in: who takes part in what follows.
+        """
         begin = time.perf_counter()
         folder = self._updates_folder(index)
         n_bytes: dict[str, int] = {}
@@ -152,18 +161,27 @@ class BlockAggregator:
                 del message
                 totals.add(update.tensors, self._weight(update.n_tokens))
                 agreement.add(update.tensors)
-            decided = self.sharing.decide(totals, block, self.config)
-            self.writer.write(index, block.tensors | decided.weights)
-            record: dict[str, Any] = block_record(block, totals, decided, {}, agreement) | {
-                "participants": sorted(names),
-                "update_bytes": n_bytes,
-                "n_tokens": n_tokens,
-                "seconds": {"aggregate": time.perf_counter() - begin},
-            }
-            message = encode_decision(decided, block, self._run_id, self._digest)
-            write_bytes(self._decision_path(index), message)
-            self._decision_path(index - 1).unlink(missing_ok=True)
+            about = {"participants": sorted(names), "still_in": sorted(still_in)}
+            sent = {"update_bytes": n_bytes, "n_tokens": n_tokens}
+            if self._survey is not None:
+                found = self._survey.decide(totals, block, self.config)
+                counts = {"block": index, "outliers": [found.n_outliers, found.n_scores]}
+                self.run.finish_block(index, counts | about | sent, {}, {})
+                return
+            record = self._prune(block, totals, agreement)
+            seconds = {"aggregate": time.perf_counter() - begin}
+            record |= about | sent | {"seconds": seconds}
             self.run.finish_block(index, record, stored_votes(block, totals.sums), {})
+
+    def _prune(self, block: Block, totals: Totals, agreement: Agreement) -> dict[str, Any]:
+        """Write the pruned block, and the message for those who wait for it."""
+        assert self.writer is not None
+        decided = self.sharing.decide(totals, block, self.config)
+        self.writer.write(block.index, block.tensors | decided.weights)
+        message = encode_decision(decided, block, self._run_id, self._digest)
+        write_bytes(self._decision_path(block.index), message)
+        self._decision_path(block.index - 1).unlink(missing_ok=True)
+        return block_record(block, totals, decided, {}, agreement)
 
     def _decision_path(self, index: int) -> Path:
         return self.run.folder / "federation" / f"decision-{index:04d}"
@@ -174,6 +192,7 @@ class BlockAggregator:
 
     def finish(self) -> None:
         """Write what is outside the blocks and move the complete model to its place."""
+        assert self.writer is not None
         if not self.run.model_dir().exists():
             self.writer.write(None, self.model.checkpoint.load(self.model.names_outside_blocks()))
             self.writer.finish(self.model.folder)

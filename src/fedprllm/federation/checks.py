@@ -49,7 +49,7 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
         megabytes = update_bytes(sharing.shapes(linears)) / 1e6
         if megabytes > config.max_update_mb:
             raise ConfigError(
-                f"share {config.share} would send {megabytes:.1f} MB of block {index}, allowed are "
+                f"share {config.share} would send {megabytes:.3g} MB of block {index}, allowed are "
                 f"{config.max_update_mb:g} MB (max_update_mb): share statistics or mask, or allow more"
             )
 

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from fedprllm.config import PruneConfig
+from fedprllm.core.allocation import Outliers
 from fedprllm.errors import RunError, UpdateError
 from fedprllm.federation.aggregation import BlockAggregator
+from fedprllm.federation.allocation import sampled
 from fedprllm.federation.fingerprints import model_digest
 from fedprllm.federation.messages import Reply, Request, pack, read_reply
 from fedprllm.federation.plan import RunPlan
@@ -93,6 +95,9 @@ class Coordinator:
         channel: how to reach them.
         stopped: asked between steps; True ends the job.
         clock: seconds, for deadlines.
+        folder: for its files; that of the run if left out.
+        survey: count outliers of the unpruned model instead of pruning it.
+        outliers: what a survey found, for the participants.
     """
 
     def __init__(
@@ -107,20 +112,24 @@ class Coordinator:
         channel: Channel,
         stopped: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
+        folder: Path | None = None,
+        survey: bool = False,
+        outliers: Sequence[Outliers] = (),
     ) -> None:
         self.model, self.config, self.plan, self.run = model, config, plan, run
         self.run_id, self.channel = run_id, channel
         self._fingerprints = dict(fingerprints)
         self.digest = model_digest(fingerprints)
         self._stopped, self._clock = stopped, clock
-        self.aggregator = BlockAggregator(model, config, run, run_id, self.digest, self.updates_folder)
+        self._folder = folder or run.folder / "federation"
+        self._survey, self._outliers = survey, outliers
+        self._samples = sampled(config, sorted(names), model.n_blocks)
+        self.aggregator = BlockAggregator(
+            model, config, run, run_id, self.digest, self.updates_folder, survey
+        )
         self.people = {name: _Person() for name in sorted(self._still_in(names))}
 
     # Files -------------------------------------------------------------------------------------
-
-    @property
-    def _folder(self) -> Path:
-        return self.run.folder / "federation"
 
     def updates_folder(self, block: int) -> Path:
         """Where the updates of a block wait for its decision."""
@@ -129,7 +138,7 @@ class Coordinator:
     def _still_in(self, names: Sequence[str]) -> Sequence[str]:
         """Who may still take part: everyone before the first block is decided, then who counted in it."""
         records = self.run.records()
-        return records[-1]["participants"] if records else names
+        return records[-1]["still_in"] if records else names
 
     def _note(self, name: str, event: str, reason: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -196,18 +205,12 @@ class Coordinator:
     def _start(self, blocks: Sequence[int]) -> None:
         """Tell everyone what is to be done; leave out who is not there in time."""
         self._show("waiting for participants")
-        request = Request(
-            op="start",
-            run=self.run_id.hex(),
-            model=self.plan.model,
-            config=self.config.model_dump(mode="json"),
-        )
         payload = json.dumps(self._fingerprints).encode()
         begin = self._clock()
         waiting = set(self._missing(blocks))
         while waiting and self._clock() - begin < self.plan.join_s:
             self._check_stopped()
-            for name, (reply, _) in self._ask(sorted(waiting), request, payload).items():
+            for name, (reply, _) in self._ask_to_start(sorted(waiting), payload).items():
                 self._heard(name, reply)
                 waiting.discard(name)
             if waiting:
@@ -219,6 +222,23 @@ class Coordinator:
             person.last_answer = now
             person.deadline = now + self.plan.start_s + self.plan.deadline_s
         self._check_quorum()
+
+    def _ask_to_start(self, names: Sequence[str], payload: bytes) -> dict[str, tuple[Reply, memoryview]]:
+        """Give each its own blocks; who has the same is asked at once."""
+        answers: dict[str, tuple[Reply, memoryview]] = {}
+        for blocks in {tuple(self._samples[name]) for name in names}:
+            request = Request(
+                op="start",
+                run=self.run_id.hex(),
+                model=self.plan.model,
+                config=self.config.model_dump(mode="json"),
+                survey=self._survey,
+                blocks=list(blocks),
+                outliers=[(found.n_outliers, found.n_scores) for found in self._outliers],
+            )
+            alike = [name for name in names if tuple(self._samples[name]) == blocks]
+            answers |= self._ask(alike, request, payload)
+        return answers
 
     def _collect(self, blocks: Sequence[int]) -> None:
         """Get the updates of some blocks from everyone who is left."""
@@ -248,7 +268,13 @@ class Coordinator:
     def _decide(self, block: int) -> None:
         self._check_stopped()
         self._show(f"deciding block {block}")
-        self.aggregator.decide(block, list(self.people))
+        names = [name for name in self.people if block in self._samples[name]]
+        if not names:
+            raise QuorumLost(
+                f"nobody is left who prunes block {block}: {self._folder / 'events.jsonl'} says why; what "
+                "was decided is kept, run it again when they are back"
+            )
+        self.aggregator.decide(block, names, list(self.people))
         shutil.rmtree(self.updates_folder(block))
         now = self._clock()
         for person in self.people.values():
@@ -321,6 +347,9 @@ class Coordinator:
 
     def _fetch(self, name: str, block: int) -> None:
         """Get one update; keep it if it is valid, otherwise have it computed again."""
+        if block not in self._samples[name]:
+            write_bytes(self._update_path(block, name), b"")
+            return
         person = self.people[name]
         request = Request(op="fetch", run=self.run_id.hex(), block=block)
         answers = self._ask([name], request, timeout_s=min(_FETCH_S, self.plan.deadline_s + _ANSWER_S))

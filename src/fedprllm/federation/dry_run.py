@@ -59,6 +59,7 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
 
     Every block after the first is computed from the participant's own decisions, or from the unpruned
     blocks if it makes none; in an iterative run it would follow the coordinator's.
+    Allocation and layer sampling depend on everyone: shown is every block at the sparsity of the model.
 
     Raises:
         DataError, ModelError: the text or the model cannot be used.

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.federation.agreement import Agreement
-from fedprllm.models.blocks import Block, BlockwiseModel
+from fedprllm.models.blocks import Block, BlockwiseModel, Linear
 from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.participant import Participant
 from fedprllm.progress import Progress
@@ -48,6 +49,8 @@ def prune_in_process(
     config: PruneConfig,
     run: Run,
     progress: Progress,
+    samples: Mapping[str, Sequence[int]] | None = None,
+    own_linears: Mapping[str, Sequence[dict[str, Linear]]] | None = None,
 ) -> None:
     """Walk all blocks that are not finished yet, and leave the complete model(s) in the run's folder.
 
@@ -57,6 +60,8 @@ def prune_in_process(
         config: the resolved configuration.
         run: an open run.
         progress: told of every participant's step.
+        samples: the blocks that each participant prunes, by name; all of them if left out.
+        own_linears: the Linears as each participant prunes them, where it allocates sparsity for itself.
 
     Raises:
         ModelError: activations that are not finite.
@@ -69,7 +74,8 @@ def prune_in_process(
         for name in outputs
         if not run.model_dir(name).exists()
     }
-    walk = _Walk(model, participants, config, run, writers)
+    every = {person.name: range(model.n_blocks) for person in participants}
+    walk = _Walk(model, participants, config, run, writers, samples or every, own_linears or {})
     with progress("pruning", model.n_blocks * len(participants)) as advance:
         advance(run.n_finished * len(participants))
         walk.resume(run.n_finished)
@@ -92,9 +98,12 @@ class _Walk:
         config: PruneConfig,
         run: Run,
         writers: Mapping[str | None, CheckpointWriter],
+        samples: Mapping[str, Sequence[int]],
+        own_linears: Mapping[str, Sequence[dict[str, Linear]]],
     ) -> None:
         self.model, self.participants, self.config = model, participants, config
         self.run, self.writers = run, writers
+        self.samples, self.own_linears = samples, own_linears
         self.strategy, self.sharing = STRATEGIES[config.strategy], SHARING[config.share]
         self.uses_inputs = CRITERIA[config.criterion].uses_inputs
 
@@ -121,11 +130,17 @@ class _Walk:
             self._step(block, clock, advance)
 
     def _step(self, block: Block, clock: _Clock, advance: Any) -> None:
-        totals = self.sharing.zeros(block, self._weight_of(self.participants))
+        sampled = [person for person in self.participants if block.index in self.samples[person.name]]
+        totals = self.sharing.zeros(block, self._weight_of(sampled))
         agreement = Agreement(block, self.config.seed)
         own_ties: dict[str, int] = {}
         walks_on = self.uses_inputs and block.index + 1 < self.model.n_blocks
         for participant in self.participants:
+            if participant not in sampled:
+                self._pass_by(participant, block, clock, walks_on)
+                advance(1)
+                continue
+            block = self._as_pruned_by(participant, block)
             contribution = self._contribute(participant, block, clock, walks_on)
             own = contribution.own
             with clock.phase("vote"):
@@ -159,9 +174,21 @@ class _Walk:
             if walks_on
         }
         record = block_record(block, totals, decided, own_ties, agreement)
+        record["participants"] = [person.name for person in sampled]
         self.run.finish_block(
             block.index, record | {"seconds": clock}, stored_votes(block, totals.sums), hidden
         )
+
+    def _pass_by(self, participant: Participant, block: Block, clock: _Clock, walks_on: bool) -> None:
+        """Walk on with the unpruned block, unless the server's decision is waited for."""
+        if walks_on and not self.strategy.follows_server:
+            with clock.phase("advance"):
+                participant.advance(block, {})
+
+    def _as_pruned_by(self, participant: Participant, block: Block) -> Block:
+        """The block with the sparsity that a participant has allocated for itself, if it did."""
+        own = self.own_linears.get(participant.name)
+        return block if own is None else replace(block, linears=own[block.index])
 
     def _weight_of(self, participants: Sequence[Participant]) -> int:
         """What these participants' votes count together."""
@@ -220,6 +247,8 @@ def block_record(
             "n_pruned": int(decided.masks[name].mask.sum()),
             "n_ties": decided.masks[name].n_ties,
         }
+        if decided.masks[name].n_close is not None:
+            linears[name]["n_close"] = decided.masks[name].n_close
         counts = votes.sums.get(name)
         # Votes that count tokens have too many values for a histogram.
         if counts is not None and not counts.is_floating_point() and votes.weight == votes.n_participants:
@@ -228,7 +257,14 @@ def block_record(
     return {
         "block": block.index,
         "linears": linears,
+        "sparsity": _share_pruned(linears),
         "participant_ties": own_ties,
         "agreement": agreement.summary(),
         "notes": decided.notes,
     }
+
+
+def _share_pruned(linears: Mapping[str, Any]) -> float:
+    """Share of a block's prunable weights that its mask prunes."""
+    n_weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears.values())
+    return float(sum(linear["n_pruned"] for linear in linears.values()) / n_weights)

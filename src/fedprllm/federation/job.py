@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedprllm.config import PruneConfig
+from fedprllm.core.allocation import Outliers
 from fedprllm.errors import ConfigError, FedprllmError, RunError
 from fedprllm.federation.aggregation import people_of
+from fedprllm.federation.allocation import allocated, allocation_record, sampled, survey_config
 from fedprllm.federation.coordinator import Channel, Coordinator, Interrupted, QuorumLost
 from fedprllm.federation.fingerprints import model_digest, tensor_fingerprints
 from fedprllm.federation.plan import RunPlan
 from fedprllm.files import write_json, write_text
+from fedprllm.models.blocks import BlockwiseModel
 from fedprllm.runs import Run, versions
 from fedprllm.strategies import STRATEGIES
 
@@ -74,7 +79,6 @@ def _conduct(
 ) -> None:
     from fedprllm.evaluation import window_length_for
     from fedprllm.federation.checks import check_pattern_divides, check_update_size, needed_bytes
-    from fedprllm.models.blocks import BlockwiseModel
     from fedprllm.models.source import resolve_model
 
     taking_part = _taking_part(plan, names)
@@ -83,6 +87,7 @@ def _conduct(
     check_pattern_divides(model, config)
     check_update_size(model, config)
     config = config.model_copy(update={"window_length": window_length_for(model, config.window_length)})
+    sampled(config, taking_part, model.n_blocks)
     fingerprints = tensor_fingerprints(model)
     run_id = run_id_of(folder)
     identity: dict[str, Any] = {
@@ -97,15 +102,64 @@ def _conduct(
     _enter_when_free(run)
     try:
         if run.result is None:
-            coordinator = Coordinator(
-                model, fingerprints, config, plan, taking_part, run, run_id, channel, stopped
-            )
+            conducting = _Conducting(model, fingerprints, plan, taking_part, channel, stopped)
+            outliers = conducting.survey(run, config, identity)
+            if outliers:
+                model.linears = allocated(model, outliers, config)
+            coordinator = conducting.coordinator(run, config, run_id, outliers=outliers)
             coordinator.conduct()
             coordinator.aggregator.finish()
-            _finish(run, model, identity)
+            _finish(run, model, identity, outliers)
             coordinator.finish()
     finally:
         run.__exit__(None, None, None)
+
+
+@dataclass
+class _Conducting:
+    """What a run and the survey before it have in common."""
+
+    model: BlockwiseModel
+    fingerprints: Mapping[str, str]
+    plan: RunPlan
+    names: Sequence[str]
+    channel: Channel
+    stopped: Callable[[], bool]
+
+    def coordinator(self, run: Run, config: PruneConfig, run_id: bytes, **options: Any) -> Coordinator:
+        """A coordinator of one of the two."""
+        return Coordinator(
+            self.model,
+            self.fingerprints,
+            config,
+            self.plan,
+            self.names,
+            run,
+            run_id,
+            self.channel,
+            self.stopped,
+            **options,
+        )
+
+    def survey(self, run: Run, config: PruneConfig, identity: Mapping[str, Any]) -> list[Outliers]:
+        """Outliers by block, counted in a run of its own in the run's folder; none if not asked for."""
+        if config.allocation == "uniform":
+            return []
+        folder = run.folder / "survey"
+        run_id = run_id_of(folder)
+        with Run(folder, {**identity, "run_id": run_id.hex()}) as counting:
+            if counting.result is None:
+                coordinator = self.coordinator(
+                    counting,
+                    survey_config(config),
+                    run_id,
+                    folder=run.folder / "federation",
+                    survey=True,
+                )
+                coordinator.conduct()
+                counting.finish({"blocks": counting.records()})
+                coordinator.finish()
+            return [Outliers(*record["outliers"]) for record in counting.records()]
 
 
 def _taking_part(plan: RunPlan, names: Sequence[str]) -> list[str]:
@@ -134,13 +188,18 @@ def _enter_when_free(run: Run) -> None:
             return
 
 
-def _finish(run: Run, model: Any, identity: dict[str, Any]) -> None:
+def _finish(run: Run, model: Any, identity: dict[str, Any], outliers: Sequence[Outliers]) -> None:
     """Write the result, in the same form as a run in one process."""
     from fedprllm.model_card import write_model_card
 
     records = run.records()
     config = identity["config"]
     people = people_of(records, config["window_length"])
+    surveyed = Run(run.folder / "survey", {}).records()
+    for record in surveyed:
+        for name, n_bytes in record["update_bytes"].items():
+            if name in people:
+                people[name]["update_bytes"] += n_bytes
     follows_server = STRATEGIES[config["strategy"]].follows_server
     result = {
         **identity,
@@ -148,8 +207,11 @@ def _finish(run: Run, model: Any, identity: dict[str, Any]) -> None:
         "models": {"model": str(run.model_dir().relative_to(run.folder))},
         "n_prunable": model.n_prunable,
         "n_participants": len(people),
-        "rounds": model.n_blocks if follows_server else 1,
+        "rounds": (model.n_blocks if follows_server else 1) + bool(surveyed),
         "update_bytes_per_block": [max(record["update_bytes"].values(), default=0) for record in records],
+        "survey_bytes_per_block": [max(record["update_bytes"].values(), default=0) for record in surveyed]
+        or [0] * len(records),
+        "outlier_ratios": allocation_record({None: outliers} if outliers else {}),
         "evaluation": {},
         "blocks": records,
     }

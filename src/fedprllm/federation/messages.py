@@ -40,6 +40,7 @@ Code = Literal[
     "compute",  # model, configuration or activations cannot be used
     "memory",  # more than this participant grants
     "crashed",  # the computation died several times
+    "too many blocks",  # more than this participant prunes
     "kind not allowed",  # the participant does not share what the run asks for
     "not ready",  # no such update yet
     "other run",
@@ -63,6 +64,9 @@ class Request(_Header):
         block: for fetch, refused and decision.
         model: what the coordinator calls the model.
         config: the resolved `PruneConfig`.
+        survey: count outliers of the unpruned model instead of pruning (OWL).
+        blocks: numbers of the blocks that this participant prunes; the others it only walks through.
+        outliers: of each block, how many scores stand out and of how many: what a survey found.
     """
 
     op: Operation
@@ -70,6 +74,9 @@ class Request(_Header):
     block: Annotated[int, Field(ge=0, lt=2**31)] = 0
     model: Annotated[str, Field(max_length=4096)] = ""
     config: dict[str, Any] = {}
+    survey: bool = False
+    blocks: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
+    outliers: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]] = []
 
 
 class Reply(_Header):

@@ -150,6 +150,9 @@ class SiteSettings(_Written):
     threads: Annotated[int | None, Field(ge=1, description="CPU threads at most")] = None
     memory_gb: Annotated[float | None, Field(gt=0, description="memory of the computation at most")] = None
     allow: Annotated[list[str], Field(description="kinds of update that may leave")] = list(DEFAULT_ALLOWED)
+    block_fraction: Annotated[
+        float, Field(gt=0, le=1, description="share of the blocks that this participant prunes at most")
+    ] = 1.0
     record: Annotated[str | None, Field(description="folder for a copy of every message that leaves")] = None
 
 

@@ -112,9 +112,9 @@ class Site:
     def _start(self, request: Request, payload: memoryview) -> Reply:
         from fedprllm.config import PruneConfig
 
-        if PruneConfig(**request.config).share not in self.settings.allow:
+        if not set(PruneConfig(**request.config).kinds) <= set(self.settings.allow):
             return Reply(state="failed", code="kind not allowed")
-        job = {"run": request.run, "model": request.model, "config": request.config}
+        job = request.model_dump(mode="json", exclude={"op", "block"})
         fingerprints = json.loads(bytes(payload))
         if self._run and self._run != request.run:
             self._stop_worker()
@@ -204,6 +204,8 @@ class Site:
             code: Code = "not ready"
             return pack(Reply(state="working", code=code))
         data = path.read_bytes()
+        if not data:  # of a block that this participant only walks through
+            return pack(Reply(state="failed", code="bad request"))
         summary = read_json(self.spool.summary_path(block))
         append_ledger(self.folder / LEDGER, self._run, block, summary, data)
         self._sent(f"{summary['kind']} of block {block}, run {self._run}, {len(data)} bytes")

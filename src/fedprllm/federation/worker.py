@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -115,19 +116,28 @@ class _Walk:
     def run(self) -> None:
         from fedprllm.core.criteria import CRITERIA
         from fedprllm.participant import find_shared_inputs
-        from fedprllm.sharing import SHARING
+        from fedprllm.sharing import SHARING, SURVEYS
         from fedprllm.strategies import STRATEGIES
 
         self._prepare()
-        self.sharing = SHARING[self.config.share]
+        self.sharing = (SURVEYS if self.job["survey"] else SHARING)[self.config.share]
         self.strategy = STRATEGIES[self.config.strategy]
         self.uses_inputs = CRITERIA[self.config.criterion].uses_inputs
         if self.sharing.by_input:
             find_shared_inputs(self.model)
+        self._allocate()
         start = self._resume() if self.uses_inputs else self.spool.n_ready
         for index in range(start, self.model.n_blocks):
             self._check_owner()
             self._step(index)
+
+    def _allocate(self) -> None:
+        from fedprllm.core.allocation import Outliers
+        from fedprllm.federation.allocation import allocated
+
+        if self.job["outliers"]:
+            found = [Outliers(*counts) for counts in self.job["outliers"]]
+            self.model.linears = allocated(self.model, found, self.config)
 
     def _check_owner(self) -> None:
         """End if a later process, of a later job of the same run, has taken over."""
@@ -147,6 +157,7 @@ class _Walk:
         except ModelError as error:
             raise _Failed("model missing", message=str(error)) from None
         self.model = BlockwiseModel(folder, self.config.dtype, self.config.device)
+        self._check_blocks(self.model.n_blocks)
         expected = read_json(self.spool.path("fingerprints.json"))
         found = tensor_fingerprints(self.model)
         different = first_difference(expected, found)
@@ -162,6 +173,17 @@ class _Walk:
             self.model, {self.name: list(self.settings.data)}, self.config
         )
         (self.participant,) = people
+
+    def _check_blocks(self, n_blocks: int) -> None:
+        """Refuse to prune more blocks than this participant's own settings grant."""
+        most = max(1, int(n_blocks * Fraction(str(self.settings.block_fraction))))
+        asked = len(self.job["blocks"])
+        if asked > most:
+            raise _Failed(
+                "too many blocks",
+                message=f"the run asks for {asked} of {n_blocks} blocks, this participant prunes {most}: "
+                f"the run's block_fraction has to say {self.name}={self.settings.block_fraction:g} or less",
+            )
 
     def _resume(self) -> int:
         """Bring the hidden states to the first block that is not walked yet."""
@@ -180,24 +202,32 @@ class _Walk:
         walks_on = self.uses_inputs and index + 1 < self.model.n_blocks
         walk_densely = walks_on and self.sharing.walks_densely(self.strategy)
         with self.model.block(index) as block:
-            statistics = None
-            if self.uses_inputs:
-                statistics = self.participant.observe(block, self.sharing.observation, walk_on=walk_densely)
-            contribution = self.sharing.contribute(
-                block, statistics, self.config, self.participant.fingerprint
-            )
-            self._keep_update(index, contribution.update)
+            own = self._share(block, walk_densely) if index in self.job["blocks"] else self._pass_by(index)
             if not walks_on:
                 return
             if self.strategy.follows_server:
                 self.participant.advance(block, self._decision(block))
-            elif not walk_densely:
-                assert contribution.own is not None
-                self.participant.advance(block, contribution.own.weights)
+            elif own is not None:
+                self.participant.advance(block, own)
         hidden = {str(number): state.cpu() for number, state in enumerate(self.participant.hidden)}
         save_tensors(self.spool.hidden_path(index), hidden)
         if index:
             self.spool.hidden_path(index - 1).unlink(missing_ok=True)
+
+    def _share(self, block: Any, walk_densely: bool) -> Any:
+        """Make the update of a block; the weights to walk on with, or None if that is done or decided."""
+        statistics = None
+        if self.uses_inputs:
+            statistics = self.participant.observe(block, self.sharing.observation, walk_on=walk_densely)
+        contribution = self.sharing.contribute(block, statistics, self.config, self.participant.fingerprint)
+        self._keep_update(block.index, contribution.update)
+        return None if contribution.own is None else contribution.own.weights
+
+    def _pass_by(self, index: int) -> Any:
+        """Share nothing of a block, and walk on through it unpruned."""
+        write_json(self.spool.summary_path(index), {"kind": "none"})
+        write_bytes(self.spool.update_path(index), b"")
+        return {}
 
     def _keep_update(self, index: int, tensors: Any) -> None:
         """Write what may leave; never again if it is there, for it may have been sent."""
@@ -211,13 +241,13 @@ class _Walk:
             run_id=bytes.fromhex(self.job["run"]),
             participant=self.name,
             block=index,
-            kind=self.config.share,
+            kind=self.sharing.kind,
             model_fingerprint=self.digest,
             tensors=tensors,
             n_tokens=n_tokens,
         )
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
-        summary = {"kind": self.config.share, "n_tokens": n_tokens, "shapes": shapes}
+        summary = {"kind": self.sharing.kind, "n_tokens": n_tokens, "shapes": shapes}
         write_json(self.spool.summary_path(index), summary)
         write_bytes(path, wire.encode(update))
 

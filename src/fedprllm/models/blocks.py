@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Linear:
         dtype: precision in the checkpoint.
         source: name of the first Linear that reads the same input (query, for key and value); its own
             name until `fedprllm.participant.find_shared_inputs` was called.
+        sparsity: the share it loses, where the blocks do not all lose the configuration's.
         module: the module that holds it.
     """
 
@@ -51,6 +53,7 @@ class Linear:
     transposed: bool
     dtype: torch.dtype
     source: str
+    sparsity: Fraction | None
     module: nn.Module = field(repr=False, compare=False)
 
     def oriented(self, tensor: Tensor) -> Tensor:
@@ -364,7 +367,7 @@ def _find_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
             shape = tuple(module.weight.T.shape if transposed else module.weight.shape)
             name = f"{prefix}.{kind}.weight"
             linears[name] = Linear(
-                name, kind, (shape[0], shape[1]), transposed, module.weight.dtype, name, module
+                name, kind, (shape[0], shape[1]), transposed, module.weight.dtype, name, None, module
             )
     return linears
 

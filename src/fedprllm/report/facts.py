@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "perplexity",
     "seconds",
     "size",
+    "size_range",
 ]
 
 # Tables with more rows are folded, and figures number participants instead of naming them.
@@ -127,6 +128,12 @@ class Facts:
         return table, found or [name for name in ("federated",) if name in table]
 
     @property
+    def sent(self) -> dict[str, int]:
+        """Bytes that each participant shares in the whole run, by name."""
+        all_blocks = sum(self.details["update_bytes_per_block"])
+        return {name: person.get("update_bytes", all_blocks) for name, person in self.people.items()}
+
+    @property
     def has_votes(self) -> bool:
         """Whether votes were counted one by one: not if sums are shared, or votes count tokens."""
         return all("vote_histogram" in linear for _, linear in self.linears())
@@ -170,6 +177,12 @@ def size(n_bytes: float) -> str:
             break
         n_bytes /= 1000
     return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
+
+
+def size_range(numbers: Iterable[int]) -> str:
+    """Bytes from the least to the most."""
+    low, high = size(min(numbers := list(numbers))), size(max(numbers))
+    return low if low == high else f"{low} to {high}"
 
 
 def seconds(duration: float) -> str:

@@ -14,7 +14,16 @@ from jinja2 import Environment, StrictUndefined
 from fedprllm.api import PruneResult
 from fedprllm.errors import RunError
 from fedprllm.files import write_text
-from fedprllm.report.facts import Facts, change, count, mean_perplexity, percent, perplexity, seconds, size
+from fedprllm.report.facts import (
+    Facts,
+    change,
+    count,
+    mean_perplexity,
+    percent,
+    perplexity,
+    seconds,
+    size_range,
+)
 from fedprllm.report.perplexity import compared, evaluated
 from fedprllm.report.pruning import agreement, ties, time, traffic, zeros
 from fedprllm.report.setting import setting
@@ -115,10 +124,10 @@ def _summary(facts: Facts) -> str:
     quoted = _quoted_perplexity(facts)
     if quoted:
         text += f" Perplexity: {quoted[0]} dense, {quoted[1]} pruned ({quoted[2].lstrip(', ')})."
-    sent = sum(facts.details["update_bytes_per_block"])
+    sent = facts.sent.values()
     verb = "sent" if facts.networked else "would send"
-    if sent:
-        text += f" Each participant {verb} {size(sent)}: {_SHARED[facts.config.share]}, no text."
+    if any(sent):
+        text += f" Each participant {verb} {size_range(sent)}: {_SHARED[facts.config.share]}, no text."
     return text
 
 
@@ -136,9 +145,9 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
     quoted = _quoted_perplexity(facts)
     if quoted:
         tiles.append(("perplexity", f"{quoted[0]} → {quoted[1]}", quoted[2].lstrip(", ")))
-    sent = sum(details["update_bytes_per_block"])
-    if sent:
-        tiles.append(("sent by each", size(sent), f"in {count(details['rounds'], 'round')}"))
+    sent = facts.sent.values()
+    if any(sent):
+        tiles.append(("sent by each", size_range(sent), f"in {count(details['rounds'], 'round')}"))
     spent = sum(sum(record["seconds"].values()) for record in facts.blocks)
     tiles.append(("time to prune", seconds(spent), f"over {count(len(facts.blocks), 'block')}"))
     return tiles

@@ -9,7 +9,19 @@ from math import comb
 import numpy as np
 
 from fedprllm.report import plots
-from fedprllm.report.facts import Cell, Facts, Plot, Section, Table, count, numbered, percent, seconds, size
+from fedprllm.report.facts import (
+    Cell,
+    Facts,
+    Plot,
+    Section,
+    Table,
+    count,
+    numbered,
+    percent,
+    seconds,
+    size,
+    size_range,
+)
 
 __all__ = ["agreement", "ties", "time", "traffic", "zeros"]
 
@@ -30,6 +42,7 @@ _CONTENT = {
     "gram": "For each distinct input of the Linears, the sum of products of each two channels.",
     "weights": "The pruned weights, and one bit for each that says whether it was pruned.",
 }
+_SURVEYED = "Before that, for OWL, the outliers of each block or the sums to find them. "
 _MEASURED = "Counted from the updates that the coordinator received; where participants differ, the largest."
 _COMPUTED = "This run was computed in one process; framing and checksums of a network come on top."
 
@@ -64,11 +77,29 @@ def zeros(facts: Facts) -> Section:
     caption = "Share of zeros by block and kind of Linear, those that the dense model had included."
     if not (facts.strategy.server_votes or facts.strategy.pools_text) and len(facts.people) > 1:
         caption += f" Shown is the model of the last participant, {facts.walkers[-1]}."
-    section = Section("sparsity", "Sparsity", [f"{spread}.", Plot(figure, caption)])
+    section = Section("sparsity", "Sparsity", [f"{spread}.", Plot(figure, caption), *_allocation(facts)])
     notes = [[str(record["block"]), note] for record in facts.blocks for note in record.get("notes", ())]
     if notes:
         section.parts.append(Table("What went another way than asked for", ("block", "note"), "ll", notes))
     return section
+
+
+def _allocation(facts: Facts) -> list[str | Table | Plot]:
+    """What each block was given to lose, and the outliers it was given for."""
+    ratios: dict[str, list[float]] = facts.details.get("outlier_ratios", {})
+    if not ratios:
+        return []
+    shown = ratios.get("model") or ratios[facts.walkers[-1]]
+    rows = [
+        [str(record["block"]), f"{ratio * 100:.3f} %", percent(record["sparsity"])]
+        for record, ratio in zip(facts.blocks, shown, strict=True)
+    ]
+    text = (
+        f"Blocks with more outliers lose less (OWL): an outlier is a score above {facts.config.owl_m:g} "
+        f"times the mean of its block, and a block lies at most {facts.config.owl_lambda:g} from the "
+        "sparsity of the model."
+    )
+    return [text, Table("Allocation of the sparsity", ("block", "outliers", "sparsity"), "lrr", rows)]
 
 
 # Agreement -------------------------------------------------------------------------------------
@@ -170,7 +201,9 @@ def _pairs(facts: Facts) -> list[str | Plot]:
 
 def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:
     """Agreement [participant, participant] weighted by weights, and its mean over pairs by kind and block."""
-    n = min(len(facts.walkers), max(len(m) for r in facts.blocks for m in r["agreement"].values()))
+    numbers = {name: number for number, name in enumerate(facts.walkers)}
+    seen = (facts.voters(r)[: len(m)] for r in facts.blocks for m in r["agreement"].values())
+    n = 1 + max(numbers.get(name, 0) for names in seen for name in names)
     total, n_weights = np.zeros((n, n)), np.zeros((n, n))
     lines = {kind: [float("nan")] * len(facts.blocks) for kind in facts.kinds}
     places = {name: place for place, name in enumerate(facts.walkers[:n])}
@@ -205,6 +238,12 @@ def ties(facts: Facts) -> Section:
         columns = ("kind of Linear", "prunes", "decided by a tie", "share of prunes")
         strong = frozenset({len(rows) - 1})
         section.parts.append(Table("The server's decision", columns, "lrrr", rows, strong))
+    close = [linear["n_close"] for _, linear in facts.linears() if "n_close" in linear]
+    if close:
+        section.parts.append(
+            f"Of {count(sum(close), 'prune')} the score lies so close to one that was kept that float "
+            "rounding may decide: there pooled text could give another mask."
+        )
     own: dict[str, int] = defaultdict(int)
     for record in facts.blocks:
         for name, n_ties in record["participant_ties"].items():
@@ -235,7 +274,8 @@ def traffic(facts: Facts) -> Section:
     """What leaves a participant."""
     section = Section("bytes", f"What each participant {'sent' if facts.networked else 'would send'}")
     per_block = facts.details["update_bytes_per_block"]
-    if not sum(per_block):
+    sent = facts.sent
+    if not any(sent.values()):
         why = "the text itself was pooled" if facts.strategy.pools_text else "every participant pruned alone"
         section.parts.append(f"Nothing: {why}.")
         return section
@@ -247,16 +287,27 @@ def traffic(facts: Facts) -> Section:
     )
     low, high = min(per_block), max(per_block)
     each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    least, most = min(sent.values()), max(sent.values())
+    total = f"{most:,}" if least == most else f"{least:,} to {most:,}"
     rows = [
-        ["per block", f"{each} bytes", size(high) if low == high else f"{size(low)} to {size(high)}"],
-        ["in total", f"{sum(per_block):,} bytes", size(sum(per_block))],
+        ["per block", f"{each} bytes", size_range(per_block)],
+        ["in total", f"{total} bytes", size_range(sent.values())],
         ["rounds", f"{rounds:,}", ""],
     ]
+    survey = sum(facts.details.get("survey_bytes_per_block", ()))
+    if survey:
+        rows.insert(0, ["before pruning, to find outliers", f"{survey:,} bytes", size(survey)])
+    n_blocks = {name: person.get("n_blocks", len(facts.blocks)) for name, person in facts.people.items()}
+    people: list[list[str | Cell]] = [
+        [name, f"{n_blocks[name]:,}", f"{n:,} bytes"] for name, n in sent.items()
+    ]
+    unequal = [Table("By participant", ("", "blocks", "in total"), "lrr", numbered(people))]
     section.parts.extend(
         [
-            f"{_CONTENT[facts.config.share]} Nothing else is shared. {count(rounds, 'round')} of "
-            f"communication: {how}.",
+            f"{_CONTENT[facts.config.share]} {_SURVEYED if survey else ''}Nothing else is shared. "
+            f"{count(rounds, 'round')} of communication: {how}.",
             Table("Payload of one participant", ("", "exactly", "about"), "lrr", rows),
+            *(unequal if least != most else []),
             _MEASURED if facts.networked else _COMPUTED,
         ]
     )

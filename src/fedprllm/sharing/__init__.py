@@ -23,11 +23,13 @@ from fedprllm.sharing.base import (
     without,
 )
 from fedprllm.sharing.masks import MASKS
+from fedprllm.sharing.outliers import SURVEYS
 from fedprllm.sharing.statistics import GRAM, STATISTICS
 from fedprllm.sharing.weights import WEIGHTS
 
 __all__ = [
     "SHARING",
+    "SURVEYS",
     "BlockDecision",
     "Contribution",
     "Sharing",
@@ -37,7 +39,7 @@ __all__ = [
     "without",
 ]
 
-SHARING: dict[str, Sharing] = {
+SHARING: dict[str, Sharing[BlockDecision]] = {
     "mask": MASKS,
     "statistics": STATISTICS,
     "gram": GRAM,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from math import prod
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.groups import Grouping, GroupName
-from fedprllm.core.masks import PruneMask, prune_lowest
+from fedprllm.core.masks import PruneMask, count_close, prune_lowest
 from fedprllm.core.statistics import InputStatistics
 from fedprllm.models.blocks import Block, Linear
 from fedprllm.participant import BlockStatistics, Observation
@@ -26,10 +28,12 @@ __all__ = [
     "decision_by_score",
     "grouping_of",
     "local_decision",
+    "sparsity_of",
     "update_bytes",
     "without",
 ]
 
+_Decision = TypeVar("_Decision")
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -87,26 +91,28 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Sharing(Generic[_Decision]):
     """A way of sharing.
 
     Attributes:
+        kind: of its updates, as in `fedprllm.wire`.
         contribute: ``(block, statistics, config, fingerprint)`` to what a participant shares; the
             fingerprint of its text seeds random ties, so that order and names change nothing.
         shapes: shape and type of every tensor of a valid update, from the Linears of a block.
         check: refuses an update that has the right shapes but cannot come from an honest participant.
         zeros: empty sums for a total weight of at most so much.
-        decide: the server's decision from the sums.
+        decide: the server's decision from the sums: what the block loses, or of a survey its outliers.
         decides_alone: a contribution holds a decision of the participant's own.
         observation: what a participant sums up of the inputs.
         by_input: updates hold one tensor for each distinct input of the block, not for each Linear.
     """
 
+    kind: str
     contribute: Callable[[Block, BlockStatistics | None, PruneConfig, str], Contribution]
     shapes: Callable[[Mapping[str, Linear]], Shapes]
     check: Callable[[Block, Mapping[str, Tensor], PruneConfig], None]
     zeros: Callable[[Block, int], Totals]
-    decide: Callable[[Totals, Block, PruneConfig], BlockDecision]
+    decide: Callable[[Totals, Block, PruneConfig], _Decision]
     decides_alone: bool = False
     observation: Observation = InputStatistics.zeros
     by_input: bool = False
@@ -127,9 +133,14 @@ def update_bytes(shapes: Shapes) -> int:
     )
 
 
-def grouping_of(config: PruneConfig, group: GroupName) -> Grouping:
-    """A comparison group under the configuration's sparsity or N:M pattern."""
-    return Grouping(group, config.sparsity, config.n_m)
+def grouping_of(config: PruneConfig, group: GroupName, linear: Linear) -> Grouping:
+    """A comparison group of a Linear, under its own sparsity, the configuration's, or an N:M pattern."""
+    return Grouping(group, sparsity_of(config, linear), config.n_m)
+
+
+def sparsity_of(config: PruneConfig, linear: Linear) -> float | Fraction:
+    """What a Linear loses: its own share where the blocks do not all lose the same."""
+    return config.sparsity if linear.sparsity is None else linear.sparsity
 
 
 def without(weight: Tensor, mask: Tensor) -> Tensor:
@@ -138,7 +149,12 @@ def without(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def decision_by_score(
-    block: Block, norms: Mapping[str, Tensor] | None, config: PruneConfig, seed_parts: tuple[object, ...]
+    block: Block,
+    norms: Mapping[str, Tensor] | None,
+    config: PruneConfig,
+    seed_parts: tuple[object, ...],
+    *,
+    counts_close: bool = False,
 ) -> BlockDecision:
     """Prune the lowest scores of every local comparison group.
 
@@ -147,15 +163,18 @@ def decision_by_score(
         norms: ``||X_j||_2`` of the input of each Linear; None for a criterion that uses no text.
         config: criterion, local group, ties.
         seed_parts: what random ties are drawn for, besides the weight.
+        counts_close: count the prunes that rounding may decide.
     """
     score = CRITERIA[config.criterion].score
-    grouping = grouping_of(config, config.local_group)
     decision = BlockDecision({})
     for name, linear in block.linears.items():
         weight = block.matrix(name)
+        grouping = grouping_of(config, config.local_group, linear)
         norm = torch.ones(linear.shape[1]) if norms is None else norms[name]
         scores = score(weight, norm.to(weight.device))
         pruned = prune_lowest(scores, weight, grouping, config.ties, (config.seed, *seed_parts, name))
+        if counts_close:
+            pruned = replace(pruned, n_close=count_close(scores, pruned.mask, grouping))
         decision.masks[name] = pruned
         decision.weights[name] = without(block.tensors[name], linear.oriented(pruned.mask))
     return decision

@@ -48,7 +48,7 @@ def check_mask(linear: Linear, mask: Tensor, config: PruneConfig) -> None:
     Raises:
         UpdateError: names the weight and the first group that differs.
     """
-    grouping = grouping_of(config, config.local_group)
+    grouping = grouping_of(config, config.local_group, linear)
     counts = grouping.split(mask).sum(dim=1)
     k = grouping.n_pruned(linear.shape)
     wrong = (counts != k).nonzero()
@@ -56,7 +56,7 @@ def check_mask(linear: Linear, mask: Tensor, config: PruneConfig) -> None:
         first = int(wrong[0])
         raise UpdateError(
             f"the mask of '{linear.name}' prunes {int(counts[first])} weights in comparison group {first} "
-            f"({config.local_group}): expected exactly {k} at sparsity {config.sparsity:g}"
+            f"({config.local_group}): expected exactly {k} at sparsity {float(grouping.sparsity):g}"
         )
 
 
@@ -75,10 +75,10 @@ def _zeros(block: Block, max_weight: int) -> Totals:
 
 def _decide(votes: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     """Prune the most-voted weights of every server comparison group, and scale if asked to."""
-    grouping = grouping_of(config, config.server_group)
     decision = BlockDecision({})
     for name, linear in block.linears.items():
         counts, weight = votes.sums[name], block.tensors[name]
+        grouping = grouping_of(config, config.server_group, linear)
         seed_parts = (config.seed, "server", name)
         pruned = most_voted(counts, block.matrix(name), grouping, config.vote_ties, seed_parts)
         if config.scale_weights:
@@ -88,4 +88,4 @@ def _decide(votes: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     return decision
 
 
-MASKS = Sharing(_contribute, _shapes, _check, _zeros, _decide, decides_alone=True)
+MASKS = Sharing("mask", _contribute, _shapes, _check, _zeros, _decide, decides_alone=True)

@@ -25,9 +25,10 @@ from fedprllm.sharing.base import (
     Sharing,
     Totals,
     decision_by_score,
+    sparsity_of,
 )
 
-__all__ = ["GRAM", "STATISTICS"]
+__all__ = ["GRAM", "STATISTICS", "pooled_norms"]
 
 
 def _inputs(linears: Mapping[str, Linear]) -> dict[str, int]:
@@ -72,13 +73,18 @@ def _zeros(block: Block, max_weight: int) -> Totals:  # noqa: ARG001  sums weigh
 
 def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     """Prune as if all text were in one place: the local group is what scores are compared in."""
-    norms = {
+    norms = pooled_norms(totals, block)
+    return decision_by_score(block, norms, config, ("server",), counts_close=True)
+
+
+def pooled_norms(totals: Totals, block: Block) -> dict[str, Tensor]:
+    """``||X_j||_2`` of the input of each Linear over everyone's tokens, float32."""
+    return {
         name: totals.sums[linear.source].sqrt().to(torch.float32) for name, linear in block.linears.items()
     }
-    return decision_by_score(block, norms, config, ("server",))
 
 
-STATISTICS = Sharing(_contribute, _shapes, _check, _zeros, _decide, by_input=True)
+STATISTICS = Sharing("statistics", _contribute, _shapes, _check, _zeros, _decide, by_input=True)
 
 
 # Gram matrices --------------------------------------------------------------------------------------
@@ -131,7 +137,7 @@ def _decide_by_sparsegpt(totals: Totals, block: Block, config: PruneConfig) -> B
             result = sparsegpt(
                 block.matrix(name),
                 totals.sums[linear.source],
-                config.sparsity,
+                sparsity_of(config, linear),
                 config.n_m,
                 ties=config.ties,
                 seed_parts=seed_parts,
@@ -149,6 +155,7 @@ def _decide_by_sparsegpt(totals: Totals, block: Block, config: PruneConfig) -> B
 
 
 GRAM = Sharing(
+    "gram",
     _contribute_gram,
     _gram_shapes,
     _check_gram,

@@ -62,7 +62,6 @@ def _zeros(block: Block, max_weight: int) -> Totals:
 
 
 def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
-    grouping = grouping_of(config, config.server_group)
     decision = BlockDecision({})
     for name, linear in block.linears.items():
         weights, decision.masks[name] = fedspallm(
@@ -70,7 +69,7 @@ def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
             totals.n_participants - totals.sums[name + _MASK].to(torch.int32),
             totals.n_participants,
             block.matrix(name),
-            grouping,
+            grouping_of(config, config.server_group, linear),
             config.vote_ties,
             (config.seed, "server", name),
         )
@@ -78,4 +77,4 @@ def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     return decision
 
 
-WEIGHTS = Sharing(_contribute, _shapes, _check, _zeros, _decide, decides_alone=True)
+WEIGHTS = Sharing("weights", _contribute, _shapes, _check, _zeros, _decide, decides_alone=True)

@@ -66,7 +66,7 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
 
 def _achieved(folder: Path) -> int:
     """Grows with every block decided and every update received."""
-    n_blocks = len(list(folder.glob("blocks/block-*.json")))
+    n_blocks = len(list(folder.glob("**/blocks/block-*.json")))
     return 1_000_000 * n_blocks + len(list(folder.glob("federation/updates/*/*.update")))
 
 
