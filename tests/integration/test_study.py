@@ -118,7 +118,13 @@ def test_a_cell_from_kept_walks_is_an_ordinary_run(architecture, options, tiny, 
 
 @pytest.mark.parametrize(
     "options",
-    [{"strategy": "iterative"}, {"share": "gram"}, {"share": "weights"}],
+    [
+        {"strategy": "iterative"},
+        {"share": "gram"},
+        {"share": "weights"},
+        {"allocation": "owl"},
+        {"block_fraction": "0.5"},
+    ],
     ids=str,
 )
 def test_what_walks_cannot_serve_is_run(options):

@@ -214,6 +214,13 @@ QUESTIONS: dict[str, Question] = {
         ],
         (("criterion", "wanda", "magnitude"), ("criterion", "wanda", "ria")),
     ),
+    "allocation": Question(
+        "The same share of every block, or more of those that bear it",
+        "Not asked; OWL's paper finds that it matters more than the criterion at high sparsity.",
+        lambda s: [{"sparsity": s.sparsity, "allocation": ["uniform", "owl"]}],
+        (("allocation", "uniform", "owl"),),
+        "sparsity",
+    ),
     "domains": Question(
         "When participants hold different text",
         "Not asked: the paper deals one corpus out at random.",

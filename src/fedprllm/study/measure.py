@@ -105,6 +105,9 @@ class Lab:
             "n_zeros": sum(linear["n_zeros"] for linear in linears),
             "n_pruned": sum(linear["n_pruned"] for linear in linears),
             "n_ties": sum(linear["n_ties"] for linear in linears),
+            # What was really sent: some blocks may be somebody else's.
+            "update_bytes": sum(result.details["update_bytes_per_block"]),
+            "update_bytes_per_block": max(result.details["update_bytes_per_block"]),
         }
 
     # From walks --------------------------------------------------------------------------------
