@@ -16,6 +16,19 @@ from fedprllm.files import write_json, write_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "benchmarks"
 
+_FEDERATION = (
+    "same_bits",
+    "payload_bytes",
+    "update_overhead_percent",
+    "wire_overhead_percent",
+    "in_process_s_per_block",
+    "in_process_one_thread_s_per_block",
+    "federated_s_per_block",
+    "until_first_update_s",
+    "peak_resident_mb",
+    "peak_anonymous_mb",
+)
+
 # What each command measures, and the figures of its JSON that the page shows.
 BENCHMARKS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "one-shot-2048": (
@@ -39,6 +52,17 @@ BENCHMARKS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
         "windows of 256 tokens each (goal: at most one in a million)",
         ["benchmarks.statistics_exact"],
         ("n_prunable", "differing", "differing_per_million", "close"),
+    ),
+    "federation": (
+        "A federated run on one machine's loopback against the same run in one process: SmolLM2-135M, masks, "
+        "4 participants with 2 windows of 256 tokens",
+        ["benchmarks.federation"],
+        _FEDERATION,
+    ),
+    "federation-large": (
+        "The same with updates of 238 MB (weights and masks of two wide random blocks), 2 and 4 participants",
+        ["benchmarks.federation", "--large-updates"],
+        _FEDERATION,
     ),
 }
 

@@ -1,11 +1,11 @@
 """What the network costs: a federated run against the same run in one process.
 
-    python benchmarks/federation.py                    SmolLM2-135M, 4 participants, masks
-    python benchmarks/federation.py --large-updates    one wide random block, Gram matrices, over 200 MB each
+    python -m benchmarks.federation                    SmolLM2-135M, masks
+    python -m benchmarks.federation --large-updates    two wide random blocks, weights and masks, 238 MB each
 
-Server, sites and computations are real processes on the loopback. Traffic is what the loopback carried, so
-every message counts once for each process it passes (computation's site, site's parent, server, job).
-The last line is JSON.
+Server, sites and computations are real processes on the loopback, and all traffic between sites and server
+goes through a relay that counts it: TLS, the engine's own messages and all. Memory is that of the largest
+process of each part. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,74 +13,87 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from benchmarks._harness import SEED, machine, print_table
+from benchmarks._relay import Relay
 from fedprllm import PruneConfig, prune
+from fedprllm.api import PruneResult
 from fedprllm.federation.flare.processes import running, start_participant, start_server
-from fedprllm.federation.flare.rehearsal import rehearsal_kits
+from fedprllm.federation.flare.rehearsal import free_port, rehearsal_kits
 from fedprllm.federation.flare.supervisor import supervise
 from fedprllm.federation.plan import RunPlan, SiteSettings
-from fedprllm.files import read_json
+from fedprllm.files import read_json, write_json
+
+# Processes by a word of their command line, and what they are.
+PARTS = {
+    "federation.worker": "computation",
+    "client.worker_process": "site_job",
+    "server.runner_process": "coordinator_job",
+    "client.client_train": "site",
+    "server.server_train": "server",
+}
 
 
 class Watch:
-    """Peak memory by role, sampled five times a second, and the bytes of the loopback."""
+    """Peak memory in MB by part, of the processes below this one, looked at ten times a second.
 
-    def __init__(self, roots: dict[str, int]) -> None:
-        self.peaks: dict[str, float] = {}
-        self._roots, self._stop = roots, threading.Event()
+    Attributes:
+        resident: the kernel's own high-water mark, mapped files included (a mapped checkpoint is given back
+            when somebody needs the room).
+        anonymous: without mapped files, at the moments we looked.
+    """
+
+    def __init__(self) -> None:
+        self.resident: dict[str, float] = {}
+        self.anonymous: dict[str, float] = {}
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Watch:
-        self._before, self._begin = loopback_bytes(), time.perf_counter()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.seconds = time.perf_counter() - self._begin
-        self.loopback = loopback_bytes() - self._before
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.2):
-            for root, pid in self._roots.items():
-                try:
-                    parent = psutil.Process(pid)
-                    family = [(parent, f"{root} parent"), *self._children(parent, root)]
-                    for process, role in family:
-                        megabytes = process.memory_info().rss / 1e6
-                        self.peaks[role] = max(self.peaks.get(role, 0.0), round(megabytes))
-                except psutil.NoSuchProcess:
-                    continue
-
-    def _children(self, parent: psutil.Process, root: str) -> list[tuple[psutil.Process, str]]:
-        children = []
-        for child in parent.children(recursive=True):
-            is_worker = any("federation.worker" in word for word in child.cmdline())
-            children.append((child, f"{root} {'computation' if is_worker else 'job'}"))
-        return children
-
-
-def loopback_bytes() -> int:
-    return psutil.net_io_counters(pernic=True)["lo"].bytes_sent
+        while not self._stop.wait(0.1):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, OSError, StopIteration, KeyError):
+                    command = " ".join(process.cmdline())
+                    part = next(part for word, part in PARTS.items() if word in command)
+                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                    status = dict(line.split(":", 1) for line in lines)
+                    for peaks, field in ((self.resident, "VmHWM"), (self.anonymous, "RssAnon")):
+                        megabytes = round(int(status[field].split()[0]) * 1024 / 1e6)
+                        peaks[part] = max(peaks.get(part, 0), megabytes)
 
 
 def large_model(folder: Path) -> Path:
-    """A random Llama of two wide blocks, whose Gram matrices are 228 MB a block."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    """A random Llama of two wide blocks of 231 MB; a token is a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    shared = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K"
-    tokenizer = AutoTokenizer.from_pretrained(shared)
-    torch.manual_seed(0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(alphabet),
         hidden_size=2048,
         intermediate_size=6656,
         num_hidden_layers=2,
@@ -89,87 +102,152 @@ def large_model(folder: Path) -> Path:
         max_position_embeddings=256,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
+def texts(folder: Path, n_participants: int) -> dict[str, str]:
+    """One text for each participant: the demonstration's, or sentences where there are more participants."""
+    from fedprllm.demo_texts import demo_texts
+
+    paths = [path.resolve() for path, _ in demo_texts(folder).values()]
+    for number in range(len(paths), n_participants):
+        paths.append(folder / f"{number}.txt")
+        paths[-1].write_text(f"Participant {number} saw a bird and ran home to tell the others. " * 2000)
+    return {f"site-{number:02d}": str(path) for number, path in enumerate(paths[:n_participants], 1)}
+
+
+def in_process(
+    model: str, data: dict[str, str], options: dict[str, Any], out: Path
+) -> tuple[PruneResult, float]:
+    """The same run in this process, and its seconds."""
+    begin = time.perf_counter()
+    result = prune(model, {n: [d] for n, d in data.items()}, PruneConfig(**options), out=out)
+    return result, time.perf_counter() - begin
+
+
+def federated(
+    model: str, data: dict[str, str], options: dict[str, Any], folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """A run over a fresh federation: its folder, and what was measured of it."""
+    people = {
+        name: SiteSettings(data=[path], model=model, threads=1, allow=["mask", "weights"])
+        for name, path in data.items()
+    }
+    kits, port = folder / "kits", free_port()
+    federation = rehearsal_kits(kits, people)
+    _let_the_server_listen_on(kits, port)
+    relay = Relay(federation.port, port)
+    first: list[float] = []
+
+    def tell(what: str, details: dict[str, Any]) -> None:
+        if what == "progress" and not first and any(p["n_ready"] for p in details["participants"].values()):
+            first.append(time.perf_counter())
+
+    plan = RunPlan(name="benchmark", model=model, prune=options, quorum=len(data))
+    with ExitStack() as stack:
+        stack.callback(relay.close)
+        watch = stack.enter_context(Watch())
+        stack.enter_context(running(start_server(kits / "server")))
+        for name in data:
+            stack.enter_context(running(start_participant(kits / name)))
+        begin = time.perf_counter()
+        run = supervise(plan, federation, kits / "admin", kits / "server" / "runs", tell)
+        end = time.perf_counter()
+    result = read_json(run / "result.json")
+    n_blocks = len(result["blocks"])
+    return run, {
+        "update_bytes": sum(person["update_bytes"] for person in result["participants"].values()),
+        "wire_up_bytes": relay.up,
+        "wire_down_bytes": relay.down,
+        "until_first_update_s": round(first[0] - begin, 1),
+        # Where all blocks but the first one were computed, sent, checked and decided.
+        "federated_s_per_block": round((end - first[0]) / max(1, n_blocks - 1), 3),
+        "peak_resident_mb": watch.resident,
+        "peak_anonymous_mb": watch.anonymous,
+    }
+
+
+def _let_the_server_listen_on(kits: Path, port: int) -> None:
+    """Leave the port of the kits to the relay; the coordinator talks to the server without it."""
+    path = kits / "server" / "startup" / "fed_server.json"
+    config = read_json(path)
+    config["servers"][0]["service"]["target"] = f"localhost:{port}"
+    config["servers"][0]["admin_port"] = port
+    write_json(path, config)
+    path = kits / "admin" / "startup" / "fed_admin.json"
+    config = read_json(path)
+    config["admin"]["port"] = port
+    write_json(path, config)
+
+
+def measure(folder: Path, model: str, options: dict[str, Any], n_participants: int) -> dict[str, Any]:
+    """One row: the run in one process with all threads, with one, and federated with one each."""
+    data = texts(folder / "texts", n_participants)
+    torch.set_num_threads(os.cpu_count() or 1)
+    _, seconds = in_process(model, data, options, folder / "warm")
+    torch.set_num_threads(1)  # as at the sites: the order of a sum, and so its last bit, depends on it
+    alone, one_thread_s = in_process(model, data, options, folder / "alone")
+    run, measured = federated(model, data, options, folder)
+    shards = sorted(alone.model_dir.glob("*.safetensors"))
+    same = all((run / "model" / shard.name).read_bytes() == shard.read_bytes() for shard in shards)
+    payload = n_participants * sum(alone.details["update_bytes_per_block"])
+    n_blocks = len(alone.details["blocks"])
+    return {
+        "participants": n_participants,
+        "same_bits": bool(shards) and same,
+        "payload_bytes": payload,
+        "update_overhead_percent": round(100 * (measured["update_bytes"] / payload - 1), 4),
+        "wire_overhead_percent": round(100 * (measured["wire_up_bytes"] / payload - 1), 2),
+        "in_process_s_per_block": round(seconds / n_blocks, 3),
+        "in_process_one_thread_s_per_block": round(one_thread_s / n_blocks, 3),
+        **measured,
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--participants", type=int, default=4)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--participants", type=int, nargs="+", help="[4; with --large-updates 2 4]")
     parser.add_argument("--windows", type=int, default=2)
-    parser.add_argument("--window-length", type=int, default=256)
+    parser.add_argument("--window-length", type=int, help="tokens [256; with --large-updates 64]")
     parser.add_argument("--strategy", default="one-shot")
     parser.add_argument("--large-updates", action="store_true")
-    arguments = parser.parse_args()
+    chosen = parser.parse_args()
+    large = chosen.large_updates
+    about = machine()
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        print(json.dumps(measure(Path(temporary), arguments)), flush=True)
+        folder = Path(temporary)
+        options = {
+            "share": "weights" if large else "mask",
+            "strategy": chosen.strategy,
+            "windows": chosen.windows,
+            "window_length": chosen.window_length or (64 if large else 256),
+        }
+        model = str(large_model(folder / "wide") if large else _smollm2())
+        for n_participants in chosen.participants or ([2, 4] if large else [4]):
+            rows.append(measure(folder / str(n_participants), model, options, n_participants))
+            print(json.dumps(rows[-1]), file=sys.stderr)
+        _show(rows)
+    figures = {name: {row["participants"]: row[name] for row in rows} for name in rows[0]}
+    figures = {name: next(iter(by.values())) if len(rows) == 1 else by for name, by in figures.items()}
+    settings = {"benchmark": "federation", "model": Path(model).name, "seed": SEED, **options}
+    print(json.dumps({**settings, **figures, "machine": about}), flush=True)
     os._exit(0)  # FLARE's session threads would keep Python alive
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
-    if arguments.large_updates:
-        model, share = str(large_model(folder / "wide")), "gram"
-        texts = [folder / f"{number}.txt" for number in range(arguments.participants)]
-        for number, path in enumerate(texts):
-            path.write_text(f"Participant {number} saw a bird and ran home to tell the others. " * 400)
-    else:
-        from fedprllm.demo import demo_model
-        from fedprllm.demo_texts import demo_texts
+def _smollm2() -> Path:
+    from fedprllm.demo import demo_model
 
-        model, share = str(demo_model()), "mask"
-        texts = [path.resolve() for path, _ in demo_texts(folder / "texts").values()]
-    options = {
-        "share": share,
-        "strategy": arguments.strategy,
-        "windows": arguments.windows,
-        "window_length": arguments.window_length,
-    }
-    names = [f"site-{number}" for number in range(1, arguments.participants + 1)]
-    data = {name: str(path) for name, path in zip(names, texts, strict=False)}
-    torch.set_num_threads(1)
-    begin = time.perf_counter()
-    alone = prune(model, {n: [d] for n, d in data.items()}, PruneConfig(**options), out=folder / "alone")
-    in_process_s = time.perf_counter() - begin
+    return demo_model()
 
-    people = {
-        name: SiteSettings(data=[path], model=model, threads=1, allow=["mask", "gram"])
-        for name, path in data.items()
-    }
-    kits = folder / "kits"
-    federation = rehearsal_kits(kits, people)
-    plan = RunPlan(name="benchmark", model=model, prune=options, quorum=len(names))
-    with running(start_server(kits / "server")) as server:
-        sites = [start_participant(kits / name) for name in names]
-        try:
-            roots = {"server": server.pid, "site": sites[0].pid}
-            with Watch(roots) as watch:
-                run = supervise(plan, federation, kits / "admin", kits / "server" / "runs")
-        finally:
-            for site in sites:
-                with running(site):
-                    pass
-    result = read_json(run / "result.json")
-    same = all(
-        (run / "model" / path.name).read_bytes() == path.read_bytes()
-        for path in alone.model_dir.glob("*.safetensors")
-    )
-    sent = sum(person["update_bytes"] for person in result["participants"].values())
-    n_blocks = len(result["blocks"])
-    payload = len(names) * sum(alone.details["update_bytes_per_block"])
-    return {
-        "model": Path(model).name,
-        "share": share,
-        "strategy": arguments.strategy,
-        "participants": len(names),
-        "same_bits": same,
-        "payload_bytes": payload,
-        "update_bytes": sent,
-        "update_overhead": round(sent / payload - 1, 6),
-        "loopback_bytes": watch.loopback,
-        "in_process_s_per_block": round(in_process_s / n_blocks, 3),
-        "federated_s_per_block": round(watch.seconds / n_blocks, 3),
-        "peak_mb": watch.peaks,
-    }
+
+def _show(rows: Sequence[dict[str, Any]]) -> None:
+    names = [name for name in rows[0] if name != "participants"]
+    table = [
+        {"figure": name, **{f"{row['participants']} participants": str(row[name]) for row in rows}}
+        for name in names
+    ]
+    print_table("a federated run against the same run in one process", table)
 
 
 if __name__ == "__main__":

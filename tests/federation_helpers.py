@@ -108,9 +108,9 @@ def texts(folder: Path, names: Sequence[str] = NAMES) -> dict[str, str]:
     return paths
 
 
-def make_site(folder: Path, name: str, text: str, model: Path, **settings: Any) -> Site:
+def make_site(folder: Path, name: str, text: str, model: Path | None, **settings: Any) -> Site:
     kit = folder / name
-    values = SiteSettings(data=[text], model=str(model), **settings)
+    values = SiteSettings(data=[text], model=None if model is None else str(model), **settings)
     write_json(settings_path(kit), values.model_dump(mode="json"))
     return Site(name, settings_path(kit), work_folder(kit))
 

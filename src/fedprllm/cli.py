@@ -23,7 +23,7 @@ from rich.table import Table
 from fedprllm.config import PruneConfig, choices_of
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
 from fedprllm.federation_cli import app as federation_app
-from fedprllm.federation_cli import ledger, participate
+from fedprllm.participant_cli import ledger, participate
 from fedprllm.study_cli import study_command
 
 __all__ = ["main"]

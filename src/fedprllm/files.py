@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from fedprllm.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["atomic_path", "free_bytes", "names_of", "read_json", "save_tensors", "write_json", "write_text"]
 
@@ -56,6 +57,9 @@ def _is_full(error: Exception) -> bool:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
+    # The processes of a site that only carry bytes write files too, and have no use for torch.
+    from safetensors.torch import save_file
+
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode

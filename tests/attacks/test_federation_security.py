@@ -19,7 +19,7 @@ from fedprllm.federation.flare.processes import end, start_participant
 from fedprllm.federation.flare.session import job_files
 from fedprllm.federation.plan import Plan, RunPlan
 from fedprllm.files import write_json
-from tests.federation_processes import Federation, wait_until
+from tests.federation_processes import Federation, finish, wait_until
 
 pytestmark = [
     pytest.mark.federation,
@@ -169,3 +169,21 @@ def test_a_revoked_certificate_is_refused_until_it_is_let_in_again(federation):
     end(federation.processes["north"])
     federation.start("north")
     wait_until(lambda: ask(federation, "connected", "") == ["north"], "the site to be let in again")
+
+
+def test_a_message_over_the_limit_is_refused_by_the_server_before_it_is_received(tmp_path, shared):
+    """The update of a block has 5,963 bytes; everything else the site sends is far shorter."""
+    model = shared / "data" / "models" / "stories260K"
+    with Federation(tmp_path, model, ["north"], 50) as federation:
+        wait_until(lambda: ask(federation, "connected", "") == ["north"], "the site")
+        # The server has read its limit by now; its process for the run, which starts below, has not.
+        limit = federation.kits / "server" / "local" / "comm_config.json"
+        assert json.loads(limit.read_text())["streaming_max_blob_size"] == 1024 * 10**6
+        write_json(limit, {"streaming_max_blob_size": 5000})
+        options = {"windows": 2, "window_length": 32}
+        running = federation.begin("long", options, quorum=1, silence_s=2, max_ballots=1, join_s=60)
+        output = finish(running, expected=2)
+        assert "the quorum is 1" in " ".join(output.split())
+        (event,) = federation.events("long")
+        assert event["reason"] == "deadline: the update of block 0 did not arrive"
+        assert "exceeds configured limit 5000" in logs(federation.kits / "north")  # it is told

@@ -10,7 +10,7 @@ from fedprllm import ConfigError
 from fedprllm.federation.dry_run import dry_run
 from fedprllm.federation.plan import RunPlan, SiteSettings
 from fedprllm.federation.spool import append_ledger
-from fedprllm.federation_cli import ledger, participate
+from fedprllm.participant_cli import ledger, participate
 from tests.federation_helpers import texts
 
 app = typer.Typer()
@@ -73,3 +73,15 @@ def test_the_ledger_is_shown(tmp_path):
     assert "2 updates, 2,468 bytes" in result.output
     result = CliRunner().invoke(app, ["ledger", str(tmp_path), "--json"], catch_exceptions=False)
     assert '"block": 1' in result.output
+
+
+def test_what_is_not_there_is_refused_before_anybody_is_connected_to(model, text, tmp_path):
+    pytest.importorskip("nvflare")
+    kit = str(tmp_path / "north")
+    for options, complaint in [
+        (["--data", f"{text}.gone"], "there is no text at"),
+        (["--data", text, "--model", str(tmp_path / "gone")], "there is no model at"),
+        (["--data", text, "--model", str(tmp_path)], "expected a Hugging Face folder"),
+    ]:
+        with pytest.raises(ConfigError, match=complaint):
+            CliRunner().invoke(app, ["participate", kit, *options], catch_exceptions=False)

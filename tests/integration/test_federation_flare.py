@@ -10,6 +10,7 @@ import json
 import subprocess
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -87,7 +88,11 @@ def test_a_job_process_is_killed(federation, expected):
     options = {**SLOW, "strategy": "iterative"}
     running = federation.begin("job-killed", options)
     wait_until(lambda: federation.n_computed("south", "job-killed"), "the first update of south")
-    kill([wait_until(lambda: federation.part("south", "worker_process"), "the job process of south")])
+    job = wait_until(lambda: federation.part("south", "worker_process"), "the job process of south")
+    for process in (psutil.Process(federation.processes["south"].pid), job):
+        # Only the computation holds the model, and only it has torch, 200 MB.
+        assert not any("libtorch" in library.path for library in process.memory_maps())
+    kill([job])
     output = finish(running)
     assert "again" in output
     check(federation, expected, "job-killed", NAMES, options)
@@ -190,8 +195,9 @@ def test_logs_hold_no_text(federation):
                 assert b"birds" not in content, path
 
 
-def test_status_lists_participants_and_runs(federation):
-    output = finish(federation.command("status", "--kits", str(federation.kits), "--json"))
+def test_status_lists_participants_and_runs(federation, monkeypatch):
+    monkeypatch.chdir(federation.folder)  # where the default folder of the kits is found
+    output = finish(federation.command("status", "--json"))
     status = json.loads(output[output.index("{") :])
     assert status["connected"] == NAMES
     assert status["runs"]["plain-one-shot"][2] == "complete"

@@ -11,6 +11,7 @@ import torch
 
 from fedprllm import PruneConfig, UpdateError, prune, wire
 from fedprllm.federation import coordinator as coordinator_module
+from fedprllm.federation.job import conduct_run
 from fedprllm.federation.messages import Reply, Request, pack, read_reply, read_request
 from fedprllm.federation.spool import read_ledger
 from fedprllm.files import read_json
@@ -44,7 +45,7 @@ def federation(tmp_path, model, monkeypatch):
 
     made = []
 
-    def make(names=NAMES, **settings):
+    def make(names=NAMES, model=model, **settings):
         sites = {name: make_site(tmp_path, name, paths[name], model, threads=1, **settings) for name in names}
         made.extend(sites.values())
         return Local(sites)
@@ -231,6 +232,36 @@ def test_an_iterative_run_goes_on_with_the_others_and_counts_them_per_block(tmp_
     assert result["participants"]["south"]["n_blocks"] == 2
 
 
+def test_scaling_counts_who_took_part_in_the_block(tmp_path, model, federation):
+    from safetensors.torch import load_file
+
+    from fedprllm.core.masks import scale_kept
+
+    channel = federation()
+
+    def meddle(name, request, answer):
+        header = read_request(request)[0]
+        return garbled(answer) if (name, header.op, header.block) == ("south", "fetch", 2) else answer
+
+    channel.meddle = meddle
+    plan = make_plan(model, prune={"strategy": "iterative", "scale_weights": True}, max_ballots=1)
+    assert conduct(tmp_path, plan, channel) == "complete"
+    dense = load_file(model / "model.safetensors")
+    for block, n_participants in ((1, 3), (3, 2)):
+        (pruned,) = (
+            tensors
+            for path in (tmp_path / "runs" / "run" / "model").glob("*.safetensors")
+            if f"model.layers.{block}.mlp.up_proj.weight" in (tensors := load_file(path))
+        )
+        votes = load_file(tmp_path / "runs" / "run" / "votes" / f"block-{block:04d}.safetensors")
+        assert max(int(count.max()) for count in votes.values()) <= n_participants
+        for name, count in votes.items():
+            scaled = scale_kept(dense[name], count, n_participants)
+            kept = pruned[name] != 0
+            assert torch.equal(pruned[name][kept], scaled[kept])
+            assert not torch.equal(pruned[name][kept], dense[name][kept])
+
+
 def test_who_is_late_is_left_out(tmp_path, model, federation):
     channel = federation()
 
@@ -286,6 +317,25 @@ def test_who_falls_silent_interrupts_the_job_and_the_next_one_continues(
     same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
 
 
+def test_who_is_gone_with_updates_to_fetch_is_waited_for_and_not_left_out(tmp_path, model, federation):
+    """A dead machine delivers nothing, but that is no reason to do without it before it was called back."""
+    channel = federation()
+    gone = []
+
+    def meddle(name, request, answer):
+        if name == "west" and read_request(request)[0].op == "fetch":
+            gone.append(name)
+        return None if name in gone else answer
+
+    channel.meddle = meddle
+    assert conduct(tmp_path, make_plan(model, silence_s=1.0, max_ballots=2), channel) == "interrupted"
+    assert "'west'" in outcome(tmp_path)["reason"]
+    assert not events(tmp_path)
+    channel.meddle = lambda name, request, answer: answer
+    assert conduct(tmp_path, make_plan(model), channel) == "complete"
+    same_model(tmp_path / "runs" / "run" / "model", in_process(tmp_path, model, federation.paths).model_dir)
+
+
 def test_who_is_absent_is_left_out(tmp_path, model, federation):
     channel = federation()
     channel.meddle = lambda name, request, answer: None if name == "west" else answer
@@ -313,6 +363,15 @@ def test_other_weights_are_told_by_name(tmp_path, model, federation):
     assert event["reason"] == f"failed: model differs: '{name}'"
     (status,) = (tmp_path / "south" / "fedprllm" / "runs").glob("*/status.json")
     assert f"tensor '{name}' has other values" in read_json(status)["message"]
+
+
+def test_a_path_of_the_coordinator_is_not_opened_at_a_participant(tmp_path, model, federation):
+    """It exists here too, but what is read at a participant is for the participant to say."""
+    channel = federation(model=None)
+    assert conduct(tmp_path, make_plan(model), channel) == "quorum lost"
+    assert {event["reason"] for event in events(tmp_path)} == {"failed: model missing"}
+    (status,) = (tmp_path / "south" / "fedprllm" / "runs").glob("*/status.json")
+    assert "name where it is here with --model" in read_json(status)["message"]
 
 
 def test_a_participant_does_not_share_what_it_does_not_allow(tmp_path, model, federation):
@@ -364,6 +423,61 @@ def test_nobody_votes_for_another(tmp_path, model, federation):
     (refused,) = events(tmp_path)
     assert refused["participant"] == "south"
     assert "participant" in refused["reason"]
+
+
+def test_masks_take_one_bit_per_weight_and_at_most_a_thousandth_more(tmp_path, model, federation):
+    """A run over a block of SmolLM2-135M's shape, by a participant with the longest name allowed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "one-block"
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "vocab_size": 512}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_key_value_heads=3, **sizes)).save_pretrained(folder)
+    for path in model.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    name = "n" * 63
+    channel = Local({name: make_site(tmp_path, name, federation.paths["north"], folder, threads=1)})
+    assert conduct(tmp_path, make_plan(folder, quorum=1), channel, [name]) == "complete", outcome(tmp_path)
+    (message,) = (payload for _, answer in channel.sent if len(payload := read_reply(answer)[1]))
+    one_bit_each = 442_368
+    assert one_bit_each < len(message) <= 1.001 * one_bit_each
+    names = set(wire.decode(message, expect=None, max_bytes=len(message)).tensors)
+    projections = ["mlp.down", "mlp.gate", "mlp.up", *(f"self_attn.{letter}" for letter in "qkvo")]
+    assert names == {f"{name}_proj" for name in projections}
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [{"share": "gram"}, {"strategy": "iterative", "scale_weights": True}],
+    ids=["updates", "decisions"],
+)
+def test_a_run_whose_messages_could_not_arrive_is_refused_at_once(tmp_path, model, federation, prune):
+    channel = federation(allow=["mask", "gram"])
+    plan = make_plan(model, prune=prune)
+    ended = conduct_run(plan, NAMES, tmp_path / "runs", "job", channel, max_message_mb=0.05)
+    assert ended == "error"
+    assert "allow 0.05 MB" in outcome(tmp_path)["reason"]
+    assert not channel.sent
+
+
+def test_the_coordinator_holds_one_update_at_a_time(tmp_path, model, federation, monkeypatch):
+    """However many participants there are: what was read of one is gone before the next one is read."""
+    import gc
+    import weakref
+
+    alive, most = weakref.WeakSet(), []
+    decode = wire.decode
+
+    def watched(*arguments, **options):
+        gc.collect()
+        most.append(len({id(tensor) for tensor in alive}))
+        update = decode(*arguments, **options)
+        alive.update(update.tensors.values())
+        return update
+
+    monkeypatch.setattr("fedprllm.federation.aggregation.wire.decode", watched)
+    assert conduct(tmp_path, make_plan(model), federation()) == "complete"
+    assert len(most) == 2 * 15  # checked when it arrives, read again for the decision
+    assert max(most) == 0
 
 
 def test_a_request_that_cannot_be_read_is_answered_with_a_code(tmp_path, federation):

@@ -150,7 +150,7 @@ def test_the_ledger_has_a_line_for_each_update(tmp_path):
 
 def test_help_imports_neither_torch_nor_the_engine():
     code = (
-        "import sys; from fedprllm.federation_cli import app, participate, ledger; "
+        "import sys, fedprllm.federation_cli, fedprllm.participant_cli; "
         "assert not {'torch', 'nvflare', 'transformers'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,8 +23,8 @@ LAYERS = [
     ["inputs"],
     ["federation"],
     ["api", "zero_shot"],
-    ["demo", "report", "study"],
-    ["federation_cli", "study_cli"],
+    ["demo", "report", "study", "console"],
+    ["federation_cli", "participant_cli", "study_cli"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -102,3 +102,21 @@ def test_help_imports_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--sparsity" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["federation.site", "federation.worker", "federation_cli", "participant_cli"]
+    + [
+        f"federation.flare.{name}"
+        for name in ("executor", "controller", "kits", "processes", "rehearsal", "session", "supervisor")
+    ],
+)
+def test_who_only_carries_bytes_never_imports_torch(module):
+    """A participant has two processes of the engine beside its computation; torch is 200 MB in each."""
+    if ".flare." in module:
+        pytest.importorskip("nvflare")
+    heavy = "{'torch', 'transformers', 'numpy'}"
+    code = f"import sys, fedprllm.{module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedprllm.errors import UpdateError
 from fedprllm.federation.agreement import Agreement
 from fedprllm.federation.decisions import encode_decision
 from fedprllm.federation.in_process import block_record, stored_votes
+from fedprllm.federation.naming import from_wire, to_wire
 from fedprllm.federation.spool import write_bytes
 from fedprllm.models.blocks import Block, BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
@@ -82,21 +84,23 @@ class BlockAggregator:
         """Participants need each decision for the next block."""
         return CRITERIA[self.config.criterion].uses_inputs
 
-    def _expectation(self, block: Block, name: str) -> tuple[wire.Expectation, int]:
-        shapes = self.sharing.shapes(block.linears)
+    def _expectation(self, index: int, name: str) -> tuple[wire.Expectation, int]:
+        linears = self.model.linears[index]
+        shapes = self.sharing.shapes(linears)
         expect = wire.Expectation(
             run_id=self._run_id,
             model_fingerprint=self._digest,
-            block=block.index,
+            block=index,
             kind=self.sharing.kind,
-            shapes={tensor: shape for tensor, (shape, _) in shapes.items()},
+            shapes=to_wire({tensor: shape for tensor, (shape, _) in shapes.items()}, linears),
             participant=name,
         )
         return expect, wire.max_message_bytes(expect)
 
     def _read(self, block: Block, name: str, message: bytes | memoryview) -> wire.Update:
-        expect, max_bytes = self._expectation(block, name)
+        expect, max_bytes = self._expectation(block.index, name)
         update = wire.decode(message, expect=expect, max_bytes=max_bytes)
+        update = replace(update, tensors=from_wire(update.tensors, block.linears))
         for tensor, (_, dtype) in self.sharing.shapes(block.linears).items():
             if update.tensors[tensor].dtype != dtype:
                 raise UpdateError(
@@ -127,6 +131,10 @@ class BlockAggregator:
         return sum(
             self._read(block, name, (folder / f"{name}.update").read_bytes()).n_tokens for name in names
         )
+
+    def max_update_bytes(self, index: int, name: str) -> int:
+        """Length of the longest valid update of a block by a participant."""
+        return self._expectation(index, name)[1]
 
     def check(self, index: int, name: str, message: bytes | memoryview) -> None:
         """Refuse an update that is not exactly what was asked for.
@@ -161,6 +169,7 @@ class BlockAggregator:
                 del message
                 totals.add(update.tensors, self._weight(update.n_tokens))
                 agreement.add(update.tensors)
+                del update  # before the next one is read: one at a time
             about = {"participants": sorted(names), "still_in": sorted(still_in)}
             sent = {"update_bytes": n_bytes, "n_tokens": n_tokens}
             if self._survey is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
@@ -12,7 +13,11 @@ from fedprllm.participant import Participant, find_shared_inputs
 from fedprllm.sharing import SHARING, update_bytes
 from fedprllm.strategies import STRATEGIES
 
-__all__ = ["check_pattern_divides", "check_update_size", "needed_bytes"]
+__all__ = ["check_message_size", "check_pattern_divides", "check_update_size", "needed_bytes"]
+
+
+# What names, headers and the engine add to the values of an update, at most.
+_ENVELOPE = 1.02
 
 
 def check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
@@ -51,6 +56,25 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
             raise ConfigError(
                 f"share {config.share} would send {megabytes:.3g} MB of block {index}, allowed are "
                 f"{config.max_update_mb:g} MB (max_update_mb): share statistics or mask, or allow more"
+            )
+
+
+def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_mb: float) -> None:
+    """Refuse a run whose updates, or whose decisions where participants wait for them, could not arrive.
+
+    Raises:
+        ConfigError: names the first block, its megabytes and the limit.
+    """
+    for index, linears in enumerate(model.linears):
+        n_bytes = update_bytes(SHARING[config.share].shapes(linears))
+        if STRATEGIES[config.strategy].follows_server and (config.share != "mask" or config.scale_weights):
+            weights = sum(prod(linear.shape) * linear.dtype.itemsize for linear in linears.values())
+            n_bytes = max(n_bytes, weights)
+        if n_bytes * _ENVELOPE > max_message_mb * 1e6:
+            raise ConfigError(
+                f"block {index} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, the kits of this "
+                f"federation allow {max_message_mb:g} MB: share masks, or allow more in every kit's "
+                "local/comm_config.json and as max_message_mb in federation.json"
             )
 
 

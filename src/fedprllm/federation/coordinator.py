@@ -37,9 +37,11 @@ from fedprllm.strategies import STRATEGIES
 
 __all__ = ["Channel", "Coordinator", "Interrupted", "QuorumLost"]
 
-_POLL_S = 0.2
+_POLL_S = 0.2  # between two questions at least
+_MAX_POLL_S = 5.0
+_PATIENT = 20  # a question in so many parts of the time since the last news: what is late is 5 % late
 _ANSWER_S = 5.0  # for a small question; who is slower is asked again
-_FETCH_S = 600.0  # for one update to arrive
+_SLOWEST_BYTES_PER_S = 250_000  # 2 Mbit/s: a slower line counts as none
 
 Reason = Literal["absent", "deadline", "failed", "invalid updates"]
 
@@ -70,7 +72,8 @@ class _Person:
         n_ready: number of updates it says it has.
         last_answer: when it answered last.
         deadline: until when its next update must be there.
-        n_invalid: invalid updates in a row.
+        n_invalid: updates in a row that were invalid or did not arrive.
+        lost_at: when it last failed to deliver an update.
         n_decisions: it has the decisions about so many blocks.
     """
 
@@ -78,6 +81,7 @@ class _Person:
     last_answer: float = 0.0
     deadline: float = 0.0
     n_invalid: int = 0
+    lost_at: float = -1.0
     n_decisions: int = 0
 
 
@@ -121,6 +125,7 @@ class Coordinator:
         self._fingerprints = dict(fingerprints)
         self.digest = model_digest(fingerprints)
         self._stopped, self._clock = stopped, clock
+        self._news = clock()
         self._folder = folder or run.folder / "federation"
         self._survey, self._outliers = survey, outliers
         self._samples = sampled(config, sorted(names), model.n_blocks)
@@ -248,14 +253,19 @@ class Coordinator:
             ready = [
                 (name, wanted[0])
                 for name, wanted in missing.items()
-                if name in self.people and self.people[name].n_ready > wanted[0]
+                if name in self.people and self._may_be_asked(self.people[name], wanted[0])
             ]
             for name, block in ready:
                 self._fetch(name, block)
             self._check_quorum()
             self._show(f"block {blocks[0]}" if len(blocks) == 1 else "collecting")
             if not ready:
-                time.sleep(_POLL_S)
+                time.sleep(self._pause_s())
+
+    def _pause_s(self) -> float:
+        """Seconds until the next question: more while nothing happens, for every question is traffic."""
+        since_news = self._clock() - self._news
+        return min(max(_POLL_S, since_news / _PATIENT), _MAX_POLL_S, self.plan.silence_s / 4)
 
     def _missing(self, blocks: Sequence[int]) -> dict[str, list[int]]:
         """Blocks whose update is not here yet, by participant; nobody who has sent them all."""
@@ -276,7 +286,7 @@ class Coordinator:
             )
         self.aggregator.decide(block, names, list(self.people))
         shutil.rmtree(self.updates_folder(block))
-        now = self._clock()
+        now = self._news = self._clock()
         for person in self.people.values():
             person.last_answer = now
             person.deadline = max(person.deadline, now + self.plan.deadline_s)
@@ -308,11 +318,11 @@ class Coordinator:
         now = self._clock()
         for name, block in waited_for.items():
             person = self.people.get(name)
-            if person is None or person.n_ready > block:
+            if person is None:
                 continue
             if now - person.last_answer > self.plan.silence_s:
                 raise Interrupted(f"participant '{name}' has not answered for {self.plan.silence_s:.0f} s")
-            if now > person.deadline:
+            if person.n_ready <= block and now > person.deadline:
                 self._leave_out(name, "deadline", f"block {person.n_ready} took more than its time")
 
     def _deliver_decision(self, waited_for: Mapping[str, int]) -> None:
@@ -326,9 +336,12 @@ class Coordinator:
             return
         request = Request(op="decision", run=self.run_id.hex(), block=n_decided - 1)
         message = self.aggregator.decision(n_decided - 1)
-        for name, (reply, _) in self._ask(without, request, message, _FETCH_S).items():
-            self.people[name].n_decisions = n_decided
-            self._heard(name, reply)
+        # One at a time: the engine keeps a copy of a message for each participant it is on its way to.
+        for asked in without:
+            answers = self._ask([asked], request, message, self._patience_s(len(message)))
+            for name, (reply, _) in answers.items():
+                self.people[name].n_decisions = n_decided
+                self._heard(name, reply)
 
     def _heard(self, name: str, reply: Reply) -> None:
         person = self.people[name]
@@ -339,11 +352,23 @@ class Coordinator:
         elif reply.n_ready > person.n_ready:
             person.n_ready = min(reply.n_ready, self.model.n_blocks)
             person.deadline = now + self.plan.deadline_s
+            self._news = now
 
     def _words(self, reply: Reply) -> str:
         """A participant's trouble in the coordinator's words: nothing of what it sends is repeated."""
         tensor = f": '{reply.tensor}'" if reply.tensor in self._fingerprints else ""
         return f"{reply.code}{tensor}"
+
+    def _patience_s(self, n_bytes: int) -> float:
+        """How long a message of this size may take."""
+        return self.plan.silence_s + n_bytes / _SLOWEST_BYTES_PER_S
+
+    def _may_be_asked(self, person: _Person, block: int) -> bool:
+        """It says it has the update, and has said anything since it last failed to deliver one.
+
+        So who is gone is not left out for what it does not deliver, but counts as silent.
+        """
+        return person.n_ready > block and person.last_answer > person.lost_at
 
     def _fetch(self, name: str, block: int) -> None:
         """Get one update; keep it if it is valid, otherwise have it computed again."""
@@ -352,8 +377,10 @@ class Coordinator:
             return
         person = self.people[name]
         request = Request(op="fetch", run=self.run_id.hex(), block=block)
-        answers = self._ask([name], request, timeout_s=min(_FETCH_S, self.plan.deadline_s + _ANSWER_S))
+        patience_s = self._patience_s(self.aggregator.max_update_bytes(block, name))
+        answers = self._ask([name], request, timeout_s=patience_s)
         if name not in answers:
+            person.lost_at = self._clock()
             person.n_invalid += 1
             if person.n_invalid >= self.plan.max_ballots:
                 self._leave_out(name, "deadline", f"the update of block {block} did not arrive")

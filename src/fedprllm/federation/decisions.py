@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedprllm import wire
 from fedprllm.errors import UpdateError
+from fedprllm.federation.naming import from_wire, to_wire
 from fedprllm.models.blocks import Block
 from fedprllm.sharing import BlockDecision, without
 
@@ -31,7 +32,7 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
         block=block.index,
         kind="mask" if only_zeroes else "weights",
         model_fingerprint=digest,
-        tensors=masks if only_zeroes else decision.weights,
+        tensors=to_wire(masks if only_zeroes else decision.weights, block.linears),
         n_tokens=0,
     )
     return wire.encode(update)
@@ -48,7 +49,7 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
         model_fingerprint=digest,
         block=block.index,
         kind="mask",
-        shapes={name: linear.shape for name, linear in block.linears.items()},
+        shapes={linear.kind: linear.shape for linear in block.linears.values()},
         participant=COORDINATOR,
     )
     weights = wire.Expectation(
@@ -56,7 +57,7 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
         model_fingerprint=digest,
         block=block.index,
         kind="weights",
-        shapes={name: tuple(block.tensors[name].shape) for name in block.linears},
+        shapes={linear.kind: tuple(block.tensors[name].shape) for name, linear in block.linears.items()},
         participant=COORDINATOR,
     )
     max_bytes = wire.max_message_bytes(weights)
@@ -64,7 +65,7 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     expect = {"mask": masks, "weights": weights}.get(kind)
     if expect is None:
         raise UpdateError(f"a decision is of kind mask or weights, found {kind}")
-    tensors = wire.decode(message, expect=expect, max_bytes=max_bytes).tensors
+    tensors = from_wire(wire.decode(message, expect=expect, max_bytes=max_bytes).tensors, block.linears)
     device = next(iter(block.tensors.values())).device
     if kind == "mask":
         return {name: _zeroed(block, name, mask.to(device)) for name, mask in tensors.items()}

@@ -18,7 +18,7 @@ class TensorPreview:
     """One tensor of an update.
 
     Attributes:
-        name: of the weight.
+        name: of the Linear inside its block, as it is in the message.
         shape: of the tensor.
         dtype: of its values.
         payload_bytes: that it takes in the message.
@@ -66,6 +66,7 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
     """
     from fedprllm import wire
     from fedprllm.core.criteria import CRITERIA
+    from fedprllm.federation.naming import to_wire
     from fedprllm.inputs import make_participants
     from fedprllm.models.blocks import BlockwiseModel
     from fedprllm.models.source import resolve_model
@@ -94,7 +95,7 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
                 block=index,
                 kind=config.share,
                 model_fingerprint=bytes(32),
-                tensors=contribution.update,
+                tensors=to_wire(contribution.update, block.linears),
                 n_tokens=participant.windows.numel(),
             )
             message = wire.encode(update)

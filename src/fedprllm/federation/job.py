@@ -46,6 +46,7 @@ def conduct_run(
     job: str,
     channel: Channel,
     stopped: Callable[[], bool] = lambda: False,
+    max_message_mb: float | None = None,
 ) -> str:
     """Work on a run until it is complete or cannot go on, and write down how it ended.
 
@@ -56,13 +57,14 @@ def conduct_run(
         job: name of this job, for the outcome.
         channel: how to reach the participants.
         stopped: asked between steps; True ends the job.
+        max_message_mb: what the sites and the server receive at most; no limit by default.
 
     Returns:
         ``complete``, ``interrupted``, ``quorum lost`` or ``error``: what the outcome says.
     """
     folder = runs / plan.name
     try:
-        _conduct(plan, names, folder, channel, stopped)
+        _conduct(plan, names, folder, channel, stopped, max_message_mb)
         outcome, reason = "complete", ""
     except Interrupted as interruption:
         outcome, reason = "interrupted", str(interruption)
@@ -75,10 +77,20 @@ def conduct_run(
 
 
 def _conduct(
-    plan: RunPlan, names: Sequence[str], folder: Path, channel: Channel, stopped: Callable[[], bool]
+    plan: RunPlan,
+    names: Sequence[str],
+    folder: Path,
+    channel: Channel,
+    stopped: Callable[[], bool],
+    max_message_mb: float | None,
 ) -> None:
     from fedprllm.evaluation import window_length_for
-    from fedprllm.federation.checks import check_pattern_divides, check_update_size, needed_bytes
+    from fedprllm.federation.checks import (
+        check_message_size,
+        check_pattern_divides,
+        check_update_size,
+        needed_bytes,
+    )
     from fedprllm.models.source import resolve_model
 
     taking_part = _taking_part(plan, names)
@@ -86,6 +98,8 @@ def _conduct(
     model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device)
     check_pattern_divides(model, config)
     check_update_size(model, config)
+    if max_message_mb is not None:
+        check_message_size(model, config, max_message_mb)
     config = config.model_copy(update={"window_length": window_length_for(model, config.window_length)})
     sampled(config, taking_part, model.n_blocks)
     fingerprints = tensor_fingerprints(model)

@@ -65,6 +65,9 @@ class Plan(_Written):
         "grpc"
     )
     valid_days: Annotated[int, Field(ge=1, description="how long the certificates are valid")] = 360
+    max_message_mb: Annotated[
+        int, Field(ge=1, description="longest message that server and sites receive, in MB (10^6 bytes)")
+    ] = 1024
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -149,9 +149,16 @@ class _Walk:
         from fedprllm.federation.fingerprints import first_difference, model_digest, tensor_fingerprints
         from fedprllm.inputs import make_participants
         from fedprllm.models.blocks import BlockwiseModel
-        from fedprllm.models.source import resolve_model
+        from fedprllm.models.source import is_hub_id, resolve_model
 
         named = self.settings.model or self.job["model"]
+        if self.settings.model is None and not is_hub_id(named):
+            # Whatever lies at a path of the coordinator's here is not for it to choose.
+            raise _Failed(
+                "model missing",
+                message=f"the coordinator keeps the model at {named}, a path on its own machine: get the "
+                "same model, and name where it is here with --model",
+            )
         try:
             folder = resolve_model(named)
         except ModelError as error:
@@ -220,7 +227,7 @@ class _Walk:
         if self.uses_inputs:
             statistics = self.participant.observe(block, self.sharing.observation, walk_on=walk_densely)
         contribution = self.sharing.contribute(block, statistics, self.config, self.participant.fingerprint)
-        self._keep_update(block.index, contribution.update)
+        self._keep_update(block, contribution.update)
         return None if contribution.own is None else contribution.own.weights
 
     def _pass_by(self, index: int) -> Any:
@@ -229,15 +236,17 @@ class _Walk:
         write_bytes(self.spool.update_path(index), b"")
         return {}
 
-    def _keep_update(self, index: int, tensors: Any) -> None:
+    def _keep_update(self, block: Any, update: Any) -> None:
         """Write what may leave; never again if it is there, for it may have been sent."""
         from fedprllm import wire
+        from fedprllm.federation.naming import to_wire
 
+        index, tensors = block.index, to_wire(update, block.linears)
         path = self.spool.update_path(index)
         if path.exists():
             return
         n_tokens = self.participant.windows.numel()
-        update = wire.Update(
+        message = wire.Update(
             run_id=bytes.fromhex(self.job["run"]),
             participant=self.name,
             block=index,
@@ -249,7 +258,7 @@ class _Walk:
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
         summary = {"kind": self.sharing.kind, "n_tokens": n_tokens, "shapes": shapes}
         write_json(self.spool.summary_path(index), summary)
-        write_bytes(path, wire.encode(update))
+        write_bytes(path, wire.encode(message))
 
     def _decision(self, block: Any) -> Any:
         """Wait for the coordinator's decision about a block."""

@@ -26,7 +26,7 @@ from typing import Any
 from fedprllm.errors import ModelError, RunError, did_you_mean
 from fedprllm.progress import Progress, silent
 
-__all__ = ["build_skeleton", "resolve_model"]
+__all__ = ["build_skeleton", "is_hub_id", "resolve_model"]
 
 _CONVERTER_VERSION = 1  # raise it when a conversion writes something else than before
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -69,13 +69,17 @@ def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress:
     return _converted(path, [*weight_files, *_side_files(path)], _convert_folder, cache_dir, progress)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be an id on the hub, and so the same model everywhere; a path cannot."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith(".gguf")
+
+
 def _local_path(model: str | Path) -> Path | None:
     """The existing file or folder; None if the text can only be an id on the hub."""
     path = Path(model).expanduser()
     if path.exists():
         return path
-    is_hub_id = isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix.lower() != ".gguf"
-    if is_hub_id and (path.parent == Path() or not path.parent.is_dir()):
+    if isinstance(model, str) and is_hub_id(model) and (path.parent == Path() or not path.parent.is_dir()):
         return None
     raise ModelError(f"there is no model at {path}: {_neighbours(path)}")
 

@@ -89,6 +89,7 @@ class CoordinatorController(Controller):  # type: ignore[misc]
             fl_ctx.get_job_id(),
             _FlareChannel(fl_ctx.get_engine(), fl_ctx),
             stopped=lambda: abort_signal.triggered,
+            max_message_mb=federation.max_message_mb,
         )
         log.info("the job ended: %s", outcome)
 

@@ -4,7 +4,8 @@ FLARE's provisioning makes the certificates; what a site lets in and out is writ
 
 * no code from outside (``byoc: none``), and of the installed classes only ours;
 * no shell, no logs, no environment: the coordinator can start and stop a run and see that a site is up;
-* nothing is streamed to the server.
+* nothing is streamed to the server;
+* a message longer than the plan allows is refused before room is made for it.
 """
 
 from __future__ import annotations
@@ -88,6 +89,9 @@ def write_kits(plan: Plan, folder: Path) -> list[Path]:
             _configure_server(kit, plan)
         elif kit.name != "admin":
             _configure_site(kit)
+        if kit.name != "admin":
+            limit = {"streaming_max_blob_size": plan.max_message_mb * 1_000_000}
+            write_json(kit / "local" / "comm_config.json", limit)
     for kit in (folder / "server", folder / "admin"):
         write_json(kit / "local" / FEDERATION_FILE, plan.model_dump(mode="json"))
     write_json(known, plan.model_dump(mode="json"))

@@ -1,4 +1,10 @@
-"""The whole federation on one machine's loopback: real server, real sites, real certificates."""
+"""The whole federation on one machine's loopback: real server, real sites, real certificates.
+
+FOLDER/
+  run/             the run, as a coordinator has it
+  ledgers/         what each participant sent
+  kits/, texts/    while it lasts, after a failure, or on request
+"""
 
 from __future__ import annotations
 
@@ -8,14 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from fedprllm.errors import ConfigError
 from fedprllm.federation.flare.kits import write_kits
 from fedprllm.federation.flare.processes import running, start_participant, start_server
 from fedprllm.federation.flare.supervisor import Tell, silent, supervise
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings
-from fedprllm.federation.site import settings_path
+from fedprllm.federation.site import LEDGER, settings_path, work_folder
 from fedprllm.files import write_json
 
-__all__ = ["free_port", "rehearsal_kits", "rehearse"]
+__all__ = ["empty_folder", "free_port", "rehearsal_kits", "rehearse"]
+
+_MARK = ".rehearsal"
 
 
 def free_port() -> int:
@@ -23,6 +32,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def empty_folder(folder: Path) -> Path:
+    """Make the folder of a rehearsal, or empty that of an earlier one; returns it.
+
+    Raises:
+        ConfigError: the folder holds something else, which would be lost.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
+        raise ConfigError(f"{folder} is not empty and not of a rehearsal: name another folder with --out")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / _MARK).touch()
+    return folder
 
 
 def rehearsal_kits(folder: Path, people: Mapping[str, SiteSettings]) -> Plan:
@@ -43,14 +66,22 @@ def _everyone(kits: Path, names: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def rehearse(folder: Path, people: Mapping[str, SiteSettings], plan: RunPlan, tell: Tell = silent) -> Path:
+def rehearse(
+    folder: Path,
+    people: Mapping[str, SiteSettings],
+    plan: RunPlan,
+    tell: Tell = silent,
+    *,
+    keep_kits: bool = False,
+) -> Path:
     """Run a federation from nothing to the pruned model; every process has ended when it returns.
 
     Args:
-        folder: for the kits and the run; the kits of an earlier rehearsal in it are replaced.
+        folder: from `empty_folder`.
         people: settings by name of participant.
         plan: what to run.
         tell: told of progress, as in `fedprllm.federation.flare.supervisor.supervise`.
+        keep_kits: leave the kits; a rehearsal that fails always does, for their logs.
 
     Returns:
         The folder of the run.
@@ -59,7 +90,14 @@ def rehearse(folder: Path, people: Mapping[str, SiteSettings], plan: RunPlan, te
         RunError: the run could not be completed.
     """
     kits = folder / "kits"
-    shutil.rmtree(kits, ignore_errors=True)
     federation = rehearsal_kits(kits, people)
     with _everyone(kits, federation.participants):
-        return supervise(plan, federation, kits / "admin", kits / "server" / "runs", tell)
+        run = supervise(plan, federation, kits / "admin", kits / "server" / "runs", tell)
+    kept = run.rename(folder / plan.name)
+    (folder / "ledgers").mkdir()
+    for name in people:
+        shutil.copy(work_folder(kits / name) / LEDGER, folder / "ledgers" / f"{name}.jsonl")
+    if not keep_kits:
+        shutil.rmtree(kits)
+        shutil.rmtree(folder / "texts", ignore_errors=True)
+    return kept

