@@ -140,7 +140,7 @@ def prune(
     Args:
         model: hub id, local Hugging Face folder, or GGUF file.
         participants: one item for each participant, by name or in any order: a path, a list of paths
-            (see `fedprllm.calibration.read_documents`), or token ids, int [n_windows, window_length], all
+            (see `fedprllm.documents.read_documents`), or token ids, int [n_windows, window_length], all
             of which are used; or `PooledData`, text to be dealt out.
         config: how to prune; the paper's best by default.
         out: folder of the run; made if it does not exist.

@@ -137,7 +137,7 @@ def evaluate(
 
     Args:
         model: hub id, local folder or GGUF file.
-        texts: paths of texts (see `fedprllm.calibration.read_documents`), named or not.
+        texts: paths of texts (see `fedprllm.documents.read_documents`), named or not.
         window_length: tokens per window; 2048 or the model's limit by default.
         max_tokens: evaluate at most this many tokens of each text.
         bos: where to put a beginning-of-sequence token.

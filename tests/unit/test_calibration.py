@@ -25,9 +25,9 @@ from fedprllm.calibration import (
     evaluation_windows,
     fingerprint,
     partition,
-    read_documents,
     token_windows,
 )
+from fedprllm.documents import read_documents
 from fedprllm.errors import ConfigError, DataError
 
 SENTENCES = [

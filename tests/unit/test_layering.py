@@ -16,7 +16,7 @@ ROOT = Path(fedprllm.__file__).parent
 # but for the modules that are named apart.
 LAYERS = [
     ["errors"],
-    ["core", "config", "files", "progress"],
+    ["core", "config", "files", "progress", "documents"],
     ["models", "calibration", "wire", "demo_texts"],
     ["participant"],
     ["sharing", "strategies", "runs", "evaluation", "model_card"],

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedprllm.calibration import evaluation_windows, read_documents
+from fedprllm.calibration import evaluation_windows
 from fedprllm.config import PruneConfig
 from fedprllm.core.ties import generator
+from fedprllm.documents import read_documents
 from fedprllm.errors import DataError
 from fedprllm.evaluation import load_tokenizer
 from fedprllm.files import names_of, write_text
