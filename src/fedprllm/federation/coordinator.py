@@ -19,13 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.allocation import Outliers
-from fedprllm.errors import RunError, UpdateError
+from fedprllm.errors import UpdateError
 from fedprllm.federation.aggregation import BlockAggregator
 from fedprllm.federation.allocation import sampled
+from fedprllm.federation.channel import Channel, Interrupted, QuorumLost
 from fedprllm.federation.fingerprints import model_digest
 from fedprllm.federation.messages import Reply, Request, pack, read_reply
 from fedprllm.federation.plan import RunPlan
@@ -35,7 +36,7 @@ from fedprllm.models.blocks import BlockwiseModel
 from fedprllm.runs import Run
 from fedprllm.strategies import STRATEGIES
 
-__all__ = ["Channel", "Coordinator", "Interrupted", "QuorumLost"]
+__all__ = ["Coordinator"]
 
 _POLL_S = 0.2  # between two questions at least
 _MAX_POLL_S = 5.0
@@ -44,24 +45,6 @@ _ANSWER_S = 5.0  # for a small question; who is slower is asked again
 _SLOWEST_BYTES_PER_S = 250_000  # 2 Mbit/s: a slower line counts as none
 
 Reason = Literal["absent", "deadline", "failed", "invalid updates"]
-
-
-class Channel(Protocol):
-    """How messages reach participants; the engine's part."""
-
-    def present(self) -> set[str]:
-        """Names of the participants that can be asked at all."""
-
-    def ask(self, names: Sequence[str], message: bytes, timeout_s: float) -> dict[str, bytes]:
-        """Answers of those that answered in time, by name; the name is authenticated."""
-
-
-class QuorumLost(RunError):  # noqa: N818  what happened, not a defect
-    """Too few participants are left; everything is kept, and the run can be continued."""
-
-
-class Interrupted(Exception):  # noqa: N818
-    """Somebody is gone who may come back: to be continued with another job."""
 
 
 @dataclass

@@ -17,7 +17,8 @@ from fedprllm.core.allocation import Outliers
 from fedprllm.errors import ConfigError, FedprllmError, RunError
 from fedprllm.federation.aggregation import people_of
 from fedprllm.federation.allocation import allocated, allocation_record, sampled, survey_config
-from fedprllm.federation.coordinator import Channel, Coordinator, Interrupted, QuorumLost
+from fedprllm.federation.channel import Channel, Interrupted, QuorumLost
+from fedprllm.federation.coordinator import Coordinator
 from fedprllm.federation.fingerprints import model_digest, tensor_fingerprints
 from fedprllm.federation.plan import RunPlan
 from fedprllm.files import write_json, write_text
