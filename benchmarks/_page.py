@@ -86,7 +86,7 @@ def _slowest_mask(result: Json) -> float:
 
 
 def _spare_bits(result: Json) -> float:
-    """Growth in bits per weight from the fewest to the most participants, beyond that of ceil(log2(m + 1))."""
+    """Growth in bits per weight with the participants, beyond that of ceil(log2(m + 1))."""
     rows = sorted(result["participants"], key=lambda row: row["n_participants"])
     beyond = [row["votes_bits_per_weight"] - row["n_participants"].bit_length() for row in rows]
     return float(beyond[-1] - beyond[0])
