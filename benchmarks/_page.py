@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import selection, votes
+from benchmarks import llm_compressor, selection, sweeps, votes
 from benchmarks._harness import shown
+from benchmarks._plots import plots
 from fedprllm.files import read_json, write_text
+from fedprllm.report.drawing import standalone
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "benchmarks"
@@ -92,6 +94,17 @@ def _spare_bits(result: Json) -> float:
     return float(beyond[-1] - beyond[0])
 
 
+def _of_theirs(figure: str, *dtypes: str) -> Callable[[Json], float]:
+    """Our part of llm-compressor's figure, in the precision where it is largest."""
+    return lambda result: max(result["smollm2"][dtype]["ours_of_theirs"][figure] for dtype in dtypes)
+
+
+def _straightness(sweep: str) -> Goal:
+    return Goal(
+        f"cost against {sweep}: r² of a straight line", lambda r: r["sweeps"][sweep]["r2"], at_least=0.99
+    )
+
+
 _FEDERATION = _figures(
     "same_bits",
     "payload_bytes",
@@ -119,6 +132,25 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("benchmarks.one_shot", "--participants", "4", "--length", "512", "--repeats", "2"),
         _ONE_SHOT,
         (Goal("the same, 512 tokens", lambda r: r["ratio"], 2.0),),
+    ),
+    "llm-compressor": Benchmark(
+        "Centralized Wanda against llm-compressor's WandaPruningModifier",
+        ("benchmarks.llm_compressor",),
+        llm_compressor.tables,
+        (
+            Goal("time of the process / llm-compressor's, float32", _of_theirs("process_s", "float32"), 0.75),
+            Goal("the same, bfloat16", _of_theirs("process_s", "bfloat16"), 0.4),
+            Goal(
+                "peak resident memory / llm-compressor's, the worse precision",
+                _of_theirs("peak_resident_mb", "float32", "bfloat16"),
+                0.5,
+            ),
+            Goal(
+                "peak anonymous memory / llm-compressor's, the worse precision",
+                _of_theirs("peak_anonymous_mb", "float32", "bfloat16"),
+                0.5,
+            ),
+        ),
     ),
     "selection": Benchmark(
         "Selection of the k lowest per row against sort, top-k, k-th value and partition",
@@ -149,6 +181,12 @@ BENCHMARKS: dict[str, Benchmark] = {
                 0.1,
             ),
         ),
+    ),
+    "sweeps": Benchmark(
+        "Cost of a one-shot federation of SmolLM2-135M against its windows, its participants and its blocks",
+        ("benchmarks.sweeps",),
+        sweeps.tables,
+        tuple(_straightness(sweep) for sweep in ("windows", "participants", "blocks")),
     ),
     "memory": Benchmark(
         "Peak memory of the process against the number of participants (1 window of 512 tokens each)",
@@ -184,6 +222,7 @@ def write_page() -> None:
         "# Benchmarks",
         "Written by `make bench`; each section by the command it names. Ratios are measured side by side in "
         "one run; the JSON behind them is in [benchmarks/](benchmarks/).",
+        "## Goals",
         _summary(results),
         *(_section(name, results[name]) for name in BENCHMARKS if name in results),
         *([notes.read_text(encoding="utf-8").strip()] if notes.exists() else []),
@@ -219,6 +258,10 @@ def _section(name: str, result: Json) -> str:
         parts.append("**Small sizes: this shows that it runs, not how fast.**")
     for heading, rows in benchmark.tables(result).items():
         parts += [*([f"### {heading}"] if heading else []), _table(rows)]
+    for number, (label, svg) in enumerate(plots(name, result).items(), 1):
+        file = f"{name}-{number}.svg"
+        write_text(RESULTS / file, standalone(svg))
+        parts.append(f"![{label}](benchmarks/{file})")
     return "\n\n".join([*parts, _about(result)])
 
 

@@ -93,7 +93,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     rows = [
         {
             "raised": name,
-            "beside": ", ".join(f"{n} {what}" for what, n in sweep["job"].items() if what != name),
+            "beside": ", ".join(f"{what} {n}" for what, n in sweep["job"].items() if what != name),
             "seconds": ", ".join(f"{n}: {s:.2f}" for n, s in zip(sweep["n"], sweep["seconds"], strict=True)),
             "s for one more": sweep["slope_s"],
             "s for none": sweep["intercept_s"],

@@ -93,9 +93,7 @@ def bench_adding(n_weights: int, repeats: int) -> dict[str, Any]:
         "unpack and add, uint8": lambda: unpack_and_add(counts[np.uint8], some()),
         "unpack and add, int16": lambda: unpack_and_add(counts[np.int16], some()),
         "unpack and add, int32": lambda: unpack_and_add(counts[np.int32], some()),
-        "the same in cache and threads, int16": lambda: unpack_and_add_in_cache(
-            counts[np.int16], some(), threads
-        ),
+        "int16 in cache and threads": lambda: unpack_and_add_in_cache(counts[np.int16], some(), threads),
         "copy": copy,
     }
     timings = alternate(contenders, repeats)
