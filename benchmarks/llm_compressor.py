@@ -36,7 +36,6 @@ from typing import Any
 
 import numpy as np
 import platformdirs
-import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -104,19 +103,16 @@ def measured(command: Sequence[str | Path], threads: int) -> dict[str, Any]:
 
 
 def _watch(process: subprocess.Popen[str], peaks: dict[str, float]) -> None:
-    """Keep the peaks of a process and those below it, looked at 50 times a second."""
+    """Keep a process's peaks: resident from the kernel's own mark, anonymous looked at 50 times a second.
+
+    Neither contender starts processes of its own.
+    """
+    status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        resident = anonymous = 0
-        with suppress(psutil.Error):
-            root = psutil.Process(process.pid)
-            for one in (root, *root.children(recursive=True)):
-                with suppress(psutil.Error, OSError, KeyError):
-                    lines = Path(f"/proc/{one.pid}/status").read_text().splitlines()
-                    status = dict(line.split(":", 1) for line in lines)
-                    resident += int(status["VmRSS"].split()[0])
-                    anonymous += int(status["RssAnon"].split()[0])
-        for name, kilobytes in (("peak_resident_mb", resident), ("peak_anonymous_mb", anonymous)):
-            peaks[name] = max(peaks[name], kilobytes * 1024 / 1e6)
+        with suppress(OSError, KeyError):  # it ends while we look
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            for name, field in (("peak_resident_mb", "VmHWM"), ("peak_anonymous_mb", "RssAnon")):
+                peaks[name] = max(peaks[name], int(fields[field].split()[0]) * 1024 / 1e6)
         time.sleep(_LOOK_EVERY_S)
 
 
@@ -176,8 +172,8 @@ def text_windows(model: Path, n_windows: int, length: int, folder: Path) -> Path
 def identical_share(ours: Path, theirs: Path) -> dict[str, Any]:
     """How much of the two masks is the same, in all blocks and in each.
 
-    Rounding (they compute attention eagerly) flips a few bits of the first block; what follows differs the
-    more the deeper it lies, because each block sees the pruned blocks before it.
+    Where two scores are nearly equal rounding decides, and each block sees the pruned blocks before it: masks
+    that agree in the first blocks part with depth.
     """
     left, right = _tensors(ours), _tensors(theirs)
     names = [name for name in left if name.endswith("_proj.weight")]
@@ -304,6 +300,7 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=default, help=f"made if it is not there [{default}]")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, not how fast")
     parser.add_argument("--repeats", type=int, default=3, help="per contender; medians are reported")
+    parser.add_argument("--windows", type=int, default=16, help="of 512 tokens [16]")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--blocks", type=int, nargs="*", default=[2, 4], help="of the shape of LLaMA-7B")
     options = parser.parse_args()
@@ -311,7 +308,7 @@ def main() -> None:
     about = machine()
     here = Path(sys.executable)
     pythons = {"bare": here, "ours": here, "theirs": environment(options.venv)}
-    n_windows, length = (2, 64) if options.quick else (16, 512)
+    n_windows, length = (2, 64) if options.quick else (options.windows, 512)
     with tempfile.TemporaryDirectory(prefix="llm-compressor-") as temporary:
         folder = Path(temporary)
         comparison = Comparison(pythons, options.threads, folder)
