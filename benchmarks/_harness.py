@@ -137,8 +137,17 @@ def print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     for index, column in enumerate(rows[0]):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+        table.add_row(*map(shown, row.values()))
     Console(width=140).print(table)
+
+
+def shown(value: object) -> str:
+    """A figure as people read it: three significant digits, thousands apart."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {shown(inner)}" for key, inner in value.items())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def print_json(benchmark: str, options: argparse.Namespace, about: Mapping[str, Any], **results: Any) -> None:
@@ -155,15 +164,14 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with a mark if files differ from it."""
+    """The commit of this checkout, with a mark if files that the figures depend on differ from it."""
+    here = Path(__file__).parent
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        commit = ["git", "rev-parse", "--short=12", "HEAD"]
+        found = subprocess.run(commit, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        # Not docs/: there a run of all benchmarks leaves the results of those before this one.
+        changed = ["git", "diff", "--quiet", "HEAD", "--", ".", "../src"]
+        differs = subprocess.run(changed, cwd=here, check=False).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return f"{found}-dirty" if differs else found

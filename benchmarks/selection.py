@@ -9,7 +9,7 @@ scores are equal; ours prunes exactly k and counts the ties.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -83,11 +83,8 @@ def _ratios(timing: Timing, ours_timing: Timing) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    options = arguments("The k lowest of every row.", repeats=5)
-    about = machine()
-    shapes = SMOLLM2_135M if options.quick else LLAMA_7B + SMOLLM2_135M
-    results = [bench_shape(shape, options.repeats) for shape in shapes]
+def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows for the terminal and for the page, by title."""
     rows = [
         {
             "shape": "{} x {}".format(*result["shape"]),
@@ -98,10 +95,19 @@ def main() -> None:
             "times ours, CPU": row["times_ours_cpu"],
             "differing bits": row["differing_bits"],
         }
-        for result in results
+        for result in results["shapes"]
         for name, row in result["contenders"].items()
     ]
-    print_table("The lowest half of every row", rows)
+    return {"The lowest half of every row": rows}
+
+
+def main() -> None:
+    options = arguments("The k lowest of every row.", repeats=5)
+    about = machine()
+    shapes = SMOLLM2_135M if options.quick else LLAMA_7B + SMOLLM2_135M
+    results = [bench_shape(shape, options.repeats) for shape in shapes]
+    for title, rows in tables({"shapes": results}).items():
+        print_table(title, rows)
     print_json("selection", options, about, shapes=results)
 
 

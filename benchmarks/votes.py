@@ -9,7 +9,7 @@ again and again: what is added does not change the time, where it comes from doe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, pairwise, product
 from typing import Any
@@ -93,9 +93,7 @@ def bench_adding(n_weights: int, repeats: int) -> dict[str, Any]:
         "unpack and add, uint8": lambda: unpack_and_add(counts[np.uint8], some()),
         "unpack and add, int16": lambda: unpack_and_add(counts[np.int16], some()),
         "unpack and add, int32": lambda: unpack_and_add(counts[np.int32], some()),
-        "the same in cache and threads, int16": lambda: unpack_and_add_in_cache(
-            counts[np.int16], some(), threads
-        ),
+        "int16 in cache and threads": lambda: unpack_and_add_in_cache(counts[np.int16], some(), threads),
         "copy": copy,
     }
     timings = alternate(contenders, repeats)
@@ -209,15 +207,13 @@ def bench_selection(shape: tuple[int, int], n_participants: int, repeats: int) -
     return results
 
 
-def print_results(
-    adding: dict[str, Any],
-    participants: list[dict[str, Any]],
-    packing: dict[str, Any],
-    selection: list[dict[str, Any]],
-) -> None:
+def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows for the terminal and for the page, by title."""
+    adding, selection = results["adding"], results["selection"]
+    found: dict[str, list[dict[str, Any]]] = {}
     gb_per_second = adding["copy_bytes_per_second"] / 1e9
     title = f"Adding one mask of {adding['n_weights']:,} weights (copy: {gb_per_second:.3g} GB/s, both ways)"
-    rows = [
+    found[title] = [
         {
             "": name,
             "ms": row["seconds"] * 1e3,
@@ -228,8 +224,7 @@ def print_results(
         }
         for name, row in adding["contenders"].items()
     ]
-    print_table(title, rows)
-    rows = [
+    found[f"Participants, one mask of {adding['n_weights']:,} weights at a time"] = [
         {
             "participants": row["n_participants"],
             "seconds": row["seconds"],
@@ -241,15 +236,13 @@ def print_results(
             "peak MB, all": row["peak_rss_bytes"] / 1e6,
             "of these, masks": row["masks_bytes"] / 1e6,
         }
-        for row in participants
+        for row in results["participants"]
     ]
-    print_table(f"Participants, one mask of {adding['n_weights']:,} weights at a time", rows)
-    rows = [
+    found["Packing"] = [
         {"": name, "ms": row["seconds"] * 1e3, "GB/s of bytes, one a weight": row["gb_per_second"]}
-        for name, row in packing.items()
+        for name, row in results["packing"].items()
     ]
-    print_table("Packing", rows)
-    rows = [
+    found["The most voted half of {} x {} weights".format(*selection[0]["shape"])] = [
         {
             "participants": row["n_participants"],
             "group": row["group"],
@@ -261,7 +254,7 @@ def print_results(
         }
         for row in selection
     ]
-    print_table("The most voted half of {} x {} weights".format(*selection[0]["shape"]), rows)
+    return found
 
 
 def main() -> None:
@@ -276,7 +269,8 @@ def main() -> None:
         "packing": bench_packing(n_weights, options.repeats),
         "selection": bench_selection(shape, 8, 2) + bench_selection(shape, 1000, 2),
     }
-    print_results(**results)
+    for title, rows in tables(results).items():
+        print_table(title, rows)
     print_json("votes", options, about, **results)
 
 

@@ -1,0 +1,284 @@
+"""docs/benchmarks.md: the benchmarks, what of their JSON is shown, and the goals they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import llm_compressor, selection, sweeps, votes
+from benchmarks._harness import shown
+from benchmarks._plots import plots
+from fedprllm.files import read_json, write_text
+from fedprllm.report.drawing import standalone
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "benchmarks"
+
+Json = Mapping[str, Any]
+Tables = Mapping[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure and the limit it is held to.
+
+    Attributes:
+        text: what is measured.
+        figure: finds it in the benchmark's JSON.
+        at_most, at_least: the limit, one of the two.
+    """
+
+    text: str
+    figure: Callable[[Json], float]
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def limit(self) -> str:
+        word, limit = ("at most", self.at_most) if self.at_least is None else ("at least", self.at_least)
+        return f"{word} {limit:g}"
+
+    def is_met(self, figure: float) -> bool:
+        return (self.at_most is None or figure <= self.at_most) and (
+            self.at_least is None or figure >= self.at_least
+        )
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script of this folder, and its section of the page.
+
+    Attributes:
+        title: what it measures.
+        command: module and arguments.
+        tables: the section's tables by heading, made from the JSON.
+        goals: what the figures should reach.
+    """
+
+    title: str
+    command: tuple[str, ...]
+    tables: Callable[[Json], Tables]
+    goals: tuple[Goal, ...] = ()
+
+
+def _figures(*names: str) -> Callable[[Json], Tables]:
+    """A table of some of the JSON's figures."""
+    return lambda result: {"": [{"figure": name, "measured": result[name]} for name in names]}
+
+
+def _contender(name: str, figure: str) -> Callable[[Json], float]:
+    return lambda result: float(result["adding"]["contenders"][name][figure])
+
+
+def _next_best_selection(result: Json) -> float:
+    """The fastest other selection in units of our time, at the shape of a 7B model where it is nearest."""
+    return min(
+        row["times_ours"]
+        for shape in result["shapes"]
+        for name, row in shape["contenders"].items()
+        if name != "select_lowest" and max(shape["shape"]) >= 4096
+    )
+
+
+def _slowest_mask(result: Json) -> float:
+    """Time of a mask, slowest to fastest of the numbers of participants."""
+    ms = [row["ms_per_mask"] for row in result["participants"]]
+    return float(max(ms) / min(ms))
+
+
+def _spare_bits(result: Json) -> float:
+    """Growth in bits per weight with the participants, beyond that of ceil(log2(m + 1))."""
+    rows = sorted(result["participants"], key=lambda row: row["n_participants"])
+    beyond = [row["votes_bits_per_weight"] - row["n_participants"].bit_length() for row in rows]
+    return float(beyond[-1] - beyond[0])
+
+
+def _of_theirs(figure: str, *dtypes: str) -> Callable[[Json], float]:
+    """Our part of llm-compressor's figure, in the precision where it is largest."""
+    return lambda result: max(result["smollm2"][dtype]["ours_of_theirs"][figure] for dtype in dtypes)
+
+
+def _straightness(sweep: str) -> Goal:
+    return Goal(
+        f"cost against {sweep}: r² of a straight line", lambda r: r["sweeps"][sweep]["r2"], at_least=0.99
+    )
+
+
+_FEDERATION = _figures(
+    "same_bits",
+    "payload_bytes",
+    "update_overhead_percent",
+    "wire_overhead_percent",
+    "in_process_s_per_block",
+    "in_process_one_thread_s_per_block",
+    "federated_s_per_block",
+    "until_first_update_s",
+    "peak_resident_mb",
+    "peak_anonymous_mb",
+)
+_ONE_SHOT = _figures("forward_s", "federation_s", "ratio", "phases_s")
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "one-shot-2048": Benchmark(
+        "One-shot federation of SmolLM2-135M, 2 participants with 2 windows of 2048 tokens, float32, against "
+        "its bare forward passes",
+        ("benchmarks.one_shot", "--participants", "2", "--length", "2048", "--repeats", "1"),
+        _ONE_SHOT,
+        (Goal("one-shot federation / its bare forward passes, 2048 tokens", lambda r: r["ratio"], 1.3),),
+    ),
+    "one-shot-512": Benchmark(
+        "The same with 4 participants and 2 windows of 512 tokens",
+        ("benchmarks.one_shot", "--participants", "4", "--length", "512", "--repeats", "2"),
+        _ONE_SHOT,
+        (Goal("the same, 512 tokens", lambda r: r["ratio"], 2.0),),
+    ),
+    "llm-compressor": Benchmark(
+        "Centralized Wanda against llm-compressor's WandaPruningModifier",
+        ("benchmarks.llm_compressor",),
+        llm_compressor.tables,
+        (
+            Goal("time of the process / llm-compressor's, float32", _of_theirs("process_s", "float32"), 0.75),
+            Goal("the same, bfloat16", _of_theirs("process_s", "bfloat16"), 0.4),
+            Goal(
+                "peak resident memory / llm-compressor's, the worse precision",
+                _of_theirs("peak_resident_mb", "float32", "bfloat16"),
+                0.5,
+            ),
+            Goal(
+                "peak anonymous memory / llm-compressor's, the worse precision",
+                _of_theirs("peak_anonymous_mb", "float32", "bfloat16"),
+                0.5,
+            ),
+        ),
+    ),
+    "selection": Benchmark(
+        "Selection of the k lowest per row against sort, top-k, k-th value and partition",
+        ("benchmarks.selection",),
+        selection.tables,
+        (
+            Goal(
+                "fastest other selection / ours, 7B shape where it is nearest",
+                _next_best_selection,
+                at_least=1,
+            ),
+        ),
+    ),
+    "votes": Benchmark(
+        "Votes in bit planes: adding masks, 1,000 participants, packing, the most voted",
+        ("benchmarks.votes",),
+        votes.tables,
+        (
+            Goal(
+                "unpack-and-add (int16) / planes, seconds",
+                _contender("unpack and add, int16", "times_planes"),
+                at_least=5.0,
+            ),
+            Goal("time of a mask, slowest / fastest of 125 to 1,000 participants", _slowest_mask, 1.25),
+            Goal(
+                "growth from 125 to 1,000 participants beyond ceil(log2(m + 1)), bits per weight",
+                _spare_bits,
+                0.1,
+            ),
+        ),
+    ),
+    "sweeps": Benchmark(
+        "Cost of a one-shot federation of SmolLM2-135M against its windows, its participants and its blocks",
+        ("benchmarks.sweeps",),
+        sweeps.tables,
+        tuple(_straightness(sweep) for sweep in ("windows", "participants", "blocks")),
+    ),
+    "memory": Benchmark(
+        "Peak memory of the process against the number of participants (1 window of 512 tokens each)",
+        ("benchmarks.memory",),
+        _figures("peak_mb_by_participants", "block_mb", "model_mb"),
+    ),
+    "statistics-exact": Benchmark(
+        "Weights of SmolLM2-135M that shared sums treat otherwise than pooled text: 4 participants, 2 "
+        "windows of 256 tokens each",
+        ("benchmarks.statistics_exact",),
+        _figures("n_prunable", "differing", "differing_per_million", "close"),
+        (Goal("weights treated otherwise, per million", lambda r: r["differing_per_million"], 1.0),),
+    ),
+    "federation": Benchmark(
+        "A federated run on one machine's loopback against the same run in one process: SmolLM2-135M, masks, "
+        "4 participants with 2 windows of 256 tokens",
+        ("benchmarks.federation",),
+        _FEDERATION,
+    ),
+    "federation-large": Benchmark(
+        "The same with updates of 238 MB (weights and masks of two wide random blocks), 2 and 4 participants",
+        ("benchmarks.federation", "--large-updates"),
+        _FEDERATION,
+    ),
+}
+
+
+def write_page() -> None:
+    """Write docs/benchmarks.md from the JSON of the last runs and the notes kept by hand."""
+    results = {name: read_json(RESULTS / f"{name}.json") for name in BENCHMARKS if _file(name).exists()}
+    notes = RESULTS / "notes.md"
+    parts = [
+        "# Benchmarks",
+        "Written by `make bench`; each section by the command it names. Ratios are measured side by side in "
+        "one run; the JSON behind them is in [benchmarks/](benchmarks/).",
+        "## Goals",
+        _summary(results),
+        *(_section(name, results[name]) for name in BENCHMARKS if name in results),
+        *([notes.read_text(encoding="utf-8").strip()] if notes.exists() else []),
+    ]
+    write_text(ROOT / "docs" / "benchmarks.md", "\n\n".join(parts) + "\n")
+
+
+def _file(name: str) -> Path:
+    return RESULTS / f"{name}.json"
+
+
+def _summary(results: Mapping[str, Json]) -> str:
+    """Every goal, and what was measured of it."""
+    rows = []
+    for name, benchmark in BENCHMARKS.items():
+        for goal in benchmark.goals:
+            row = {"goal": goal.text, "limit": goal.limit(), "measured": "", "met": "not measured"}
+            if name in results and "failed" in results[name]:
+                row["met"] = "failed"
+            elif name in results:
+                figure = goal.figure(results[name])
+                row |= {"measured": shown(figure), "met": "yes" if goal.is_met(figure) else "**no**"}
+            rows.append(row)
+    return _table(rows)
+
+
+def _section(name: str, result: Json) -> str:
+    benchmark = BENCHMARKS[name]
+    parts = [f"## {benchmark.title}", f"`python -m {' '.join(benchmark.command)}`"]
+    if "failed" in result:
+        return "\n\n".join([*parts, f"**Failed** when it was run last: {result['failed']}"])
+    if result.get("quick"):
+        parts.append("**Small sizes: this shows that it runs, not how fast.**")
+    for heading, rows in benchmark.tables(result).items():
+        parts += [*([f"### {heading}"] if heading else []), _table(rows)]
+    for number, (label, svg) in enumerate(plots(name, result).items(), 1):
+        file = f"{name}-{number}.svg"
+        write_text(RESULTS / file, standalone(svg))
+        parts.append(f"![{label}](benchmarks/{file})")
+    return "\n\n".join([*parts, _about(result)])
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    columns = list(rows[0])
+    lines = [columns, [":---", *["---:"] * (len(columns) - 1)]]
+    lines += [[shown(row[column]) for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _about(result: Json) -> str:
+    """Where and when it was measured."""
+    machine = result["machine"]
+    took = f" Took {result['took_s']:,.0f} s." if "took_s" in result else ""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['memory_bytes'] / 1e9:.0f} GB, load before {machine['load_before']}; "
+        f"Python {machine['python']}, torch {machine['torch']}, numpy {machine['numpy']}; "
+        f"commit {machine['commit']}.{took}"
+    )
