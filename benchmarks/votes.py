@@ -103,7 +103,7 @@ def bench_adding(n_weights: int, repeats: int) -> dict[str, Any]:
         row["times_planes"] = row["seconds"] / rows["planes"]["seconds"]
         row["times_planes_cpu"] = row["cpu_seconds"] / rows["planes"]["cpu_seconds"]
     for name, n in (("planes", 1), (at_once, AT_ONCE)):
-        moved = moved_bytes(n_weights, single.n_participants.bit_length(), n)
+        moved = moved_bytes(n_weights, single.total.bit_length(), n)
         rows[name]["moved_bytes"] = moved
         rows[name]["bandwidth_fraction"] = moved / rows[name]["seconds"] / bytes_per_second
     return {"n_weights": n_weights, "copy_bytes_per_second": bytes_per_second, "contenders": rows}

@@ -95,7 +95,7 @@ def test_counts_are_the_sum_of_the_masks(case: Ballots, sizes: list[int]) -> Non
             votes.add(*packed[n_added : n_added + size])
             n_added = min(n_added + size, len(masks))
     expected = votes_of(masks).reshape(-1)
-    assert votes.n_participants == len(masks)
+    assert votes.total == len(masks)
     assert votes.counts().dtype == vote_dtype(len(masks))
     assert torch.equal(votes.counts().int(), expected)
     start, stop = sorted((case.seed % (len(expected) + 1), case.seed // 7 % (len(expected) + 1)))
@@ -146,6 +146,49 @@ def test_the_masks_given_are_not_changed() -> None:
     votes.add(*packed)
     votes.counts()
     assert all((mask == 170).all() for mask in packed)
+
+
+@settings(deadline=None, max_examples=50)
+@example(Ballots((3, 100), 5, 0.0, 0), [2**24, 1, 3, 2**24 - 1], Grouping("row", 0.5, (2, 4)), "magnitude")
+@given(
+    ballots(multiple=4),
+    # 1 goes the way of one participant, one vote: the two mix.
+    st.lists(st.integers(1, 9) | st.just(1) | st.integers(1, 2**26), min_size=1, max_size=6),
+    st.sampled_from(
+        [Grouping(group, 0.5) for group in ("layer", "row", "column")] + [Grouping("row", 0.5, (2, 4))]
+    ),
+    st.sampled_from(sorted(TIES)),
+)
+def test_a_mask_may_count_more_than_once(
+    case: Ballots, weights: list[int], grouping: Grouping, ties: str
+) -> None:
+    masks, votes = case.masks()[:40], PackedVotes(int(np.prod(case.shape)))
+    expected = torch.zeros(case.shape, dtype=torch.int64)
+    for index, mask in enumerate(masks):
+        weight = weights[index % len(weights)]
+        votes.add(pack(mask), weight=weight)
+        expected += mask * weight
+    assert votes.total == sum(weights[index % len(weights)] for index in range(len(masks)))
+    assert votes.counts().dtype == vote_dtype(votes.total)
+    assert torch.equal(votes.counts().long(), expected.reshape(-1))
+    assert len(votes._planes) == votes.total.bit_length()
+    found = votes.most_voted(case.weight(), grouping, ties, (case.seed,))
+    simple = most_voted(expected, case.weight(), grouping, ties, (case.seed,))
+    assert torch.equal(found.mask, simple.mask)
+    assert found.n_ties == simple.n_ties
+
+
+def test_masks_of_one_weight_may_be_added_together() -> None:
+    masks, votes = packed_all(Ballots((3, 43), 9, 0.5, 0).masks()), PackedVotes(129)
+    votes.add(*masks[:4], weight=6)
+    votes.add(*masks[4:])
+    expected = sum(6 * votes_of_one(mask) for mask in masks[:4]) + sum(map(votes_of_one, masks[4:]))
+    assert torch.equal(votes.counts().int(), expected)
+    assert torch.equal(votes.histogram(), torch.bincount(expected, minlength=4 * 6 + 5 + 1))
+
+
+def votes_of_one(packed: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.unpackbits(packed, count=129, bitorder="little")).int()
 
 
 @pytest.mark.parametrize("n_participants", [1, 7, 31, 300, 1000])
@@ -237,6 +280,6 @@ def test_a_mask_of_another_matrix_is_refused_and_nothing_added(packed: np.ndarra
     good = pack(torch.ones(7, 10, dtype=torch.bool))
     with pytest.raises(UpdateError, match=message):
         votes.add(good, packed)
-    assert votes.n_participants == 0
+    assert votes.total == 0
     votes.add(good)
     assert votes.counts().tolist() == [1] * 70

@@ -4,6 +4,7 @@ Plane p holds bit p of every weight's count, packed 64 weights to a word. A pack
 weights of a word at once by full adders: three words of one place value become one word of that value and
 one of the next. So a mask costs a few word operations per 64 weights, whatever the number of participants.
 The most-voted weights are read off the planes from the highest bit down, without the counts.
+A mask that counts w times (by its participant's tokens) is added at the place values of w's binary digits.
 
 Bits lie as in the payload of a message: weight i, row by row, is bit ``i % 8`` of byte ``i // 8``.
 """
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprllm.core.groups import Grouping
-from fedprllm.core.masks import PruneMask, vote_dtype
+from fedprllm.core.masks import PruneMask, exact_float, vote_dtype
 from fedprllm.core.selection import select_lowest
 from fedprllm.core.ties import TIES
 from fedprllm.errors import UpdateError
@@ -48,25 +49,26 @@ _ROWS_SUMMED_AT_ONCE = 255  # bits of a column; their sum fits a byte
 
 
 class PackedVotes:
-    """How many participants voted to prune each of ``n_weights`` weights.
+    """How many votes there are to prune each of ``n_weights`` weights.
 
-    Takes ``ceil(log2(m + 1)) + 4`` bits per weight for m participants.
+    Takes ``ceil(log2(total + 1)) + 4`` bits per weight.
 
     Attributes:
         n_weights: number of weights that are voted on.
-        n_participants: number of masks added so far.
+        total: votes cast so far, the most that a weight can have: the participants, or the sum of what
+            each of them counts.
     """
 
     def __init__(self, n_weights: int) -> None:
         self.n_weights = n_weights
-        self.n_participants = 0
+        self.total = 0
         self._n_words = -(-n_weights // 64)
         self._planes: list[Words] = []
         self._waiting = np.empty((_N_WAITING, self._n_words), np.uint64)
         # Masks added since nothing waited: bit i says whether waiting[i] holds words of place value 2^i.
         self._n_since = 0
 
-    def add(self, *packed: Bytes | Words) -> None:
+    def add(self, *packed: Bytes | Words, weight: int = 1) -> None:
         """Add the masks of one or more participants.
 
         Several at once are faster than one by one: the planes pass through the cache once for all.
@@ -74,32 +76,35 @@ class PackedVotes:
         Args:
             packed: each a mask of all weights, True = pruned, as `pack` makes it and a message holds it:
                 ceil(n / 8) bytes, or 64-bit words of the same bytes. Unused bits are 0. Read, not kept.
+            weight: how many votes each of these masks counts, at least one.
 
         Raises:
             UpdateError: a mask has another type or length, or an unused bit is set; none was added.
         """
         masks = [_as_bytes(mask, self.n_weights) for mask in packed]
-        n_planes = (self.n_participants + len(masks)).bit_length()
-        while len(self._planes) < n_planes:
+        assert weight >= 1, weight
+        self.total += weight * len(masks)
+        while len(self._planes) < self.total.bit_length():
             self._planes.append(np.zeros(self._n_words, np.uint64))
-        _in_threads(lambda start, stop: self._add_range(masks, start, stop), self._n_words, len(masks))
-        self._n_since += len(masks)
-        self.n_participants += len(masks)
+        places = [place for place in range(weight.bit_length()) if weight >> place & 1]
+        add = self._add_range if weight == 1 else partial(self._add_range_at, places)
+        _in_threads(partial(add, masks), self._n_words, len(masks) * len(places))
+        self._n_since += len(masks) if weight == 1 else 0
 
     def counts(self, start: int = 0, stop: int | None = None) -> Integer[Tensor, " n"]:
         """Votes of the weights from ``start`` to before ``stop``, in the smallest type that holds them."""
         self._settle()
         stop = self.n_weights if stop is None else stop
-        counts = np.empty(stop - start, _numpy_dtype(self.n_participants))
+        counts = np.empty(stop - start, _numpy_dtype(self.total))
         for first in range(start, stop, _COUNTED_AT_ONCE):
             last = min(first + _COUNTED_AT_ONCE, stop)
             counts[first - start : last - start] = self._count(first, last)
         return torch.from_numpy(counts)
 
     def histogram(self) -> Int[Tensor, " votes"]:
-        """Number of weights that have 0, 1, ..., ``n_participants`` votes."""
+        """Number of weights that have 0, 1, ..., ``total`` votes."""
         self._settle()
-        histogram = np.zeros(self.n_participants + 1, np.int64)
+        histogram = np.zeros(self.total + 1, np.int64)
         for first in range(0, self.n_weights, _COUNTED_AT_ONCE):
             counts = self._count(first, min(first + _COUNTED_AT_ONCE, self.n_weights))
             histogram += np.bincount(counts, minlength=len(histogram))
@@ -145,6 +150,18 @@ class PackedVotes:
                 words = _word_chunk(mask, first, buffers[0, :size])
                 self._add_chunk(words, first, self._n_since + index, buffers[1:, :size])
 
+    def _add_range_at(self, places: list[int], masks: list[Bytes], start: int, stop: int) -> None:
+        """Add the words of all masks once at each place value; what waits stays as it is."""
+        buffers = np.empty((3, min(_CHUNK, stop - start)), np.uint64)
+        for first in range(start, stop, _CHUNK):
+            size = min(_CHUNK, stop - first)
+            chunk = slice(first, first + size)
+            for mask in masks:
+                words = _word_chunk(mask, first, buffers[0, :size])
+                for place in places:
+                    buffers[1, :size] = words
+                    self._ripple(buffers[1, :size], place, chunk, buffers[2, :size])
+
     def _add_chunk(self, carry: Words, first: int, n_since: int, buffers: Words) -> None:
         """Add words of place value 1: full adders where a partner waits, half adders above."""
         chunk = slice(first, first + len(carry))
@@ -186,7 +203,7 @@ class PackedVotes:
     def _count(self, start: int, stop: int) -> NDArray[np.integer]:
         """Counts of a few weights, from settled planes."""
         words = slice(start // 64, -(-stop // 64))
-        counts = np.zeros((words.stop - words.start) * 64, _numpy_dtype(self.n_participants))
+        counts = np.zeros((words.stop - words.start) * 64, _numpy_dtype(self.total))
         for plane in reversed(self._planes):
             counts <<= 1
             counts |= np.unpackbits(plane[words].view(np.uint8), bitorder="little")
@@ -199,8 +216,8 @@ class PackedVotes:
         step = _SCORED_AT_ONCE // m
         for start in range(0, len(mask), step):
             stop = min(start + step, len(mask))
-            # As in `masks.most_voted`: the partition of float32 is the fast one.
-            scores = -self.counts(start * m, stop * m).to(torch.float32).reshape(-1, m)
+            # As in `masks.most_voted`: the partition of floats is the fast one.
+            scores = -self.counts(start * m, stop * m).to(exact_float(self.total)).reshape(-1, m)
             tie_key = None if all_keys is None else partial(all_keys.__getitem__, slice(start, stop))
             mask[start:stop], n = select_lowest(scores, k, tie_key)
             n_ties += n
@@ -299,8 +316,8 @@ def _in_threads(task: Callable[[int, int], None], n_words: int, n_masks: int) ->
         list(pool.map(task, bounds[:-1], bounds[1:]))
 
 
-def _numpy_dtype(n_participants: int) -> np.dtype[np.integer]:
-    return torch.empty(0, dtype=vote_dtype(n_participants)).numpy().dtype
+def _numpy_dtype(total: int) -> np.dtype[np.integer]:
+    return torch.empty(0, dtype=vote_dtype(total)).numpy().dtype
 
 
 # ---- selecting: a group is a row of words, or a column of bits -----------------------------------------

@@ -12,7 +12,15 @@ from fedprllm.core.groups import Grouping
 from fedprllm.core.selection import select_lowest
 from fedprllm.core.ties import TIES
 
-__all__ = ["PruneMask", "count_close", "most_voted", "prune_lowest", "scale_kept", "vote_dtype"]
+__all__ = [
+    "PruneMask",
+    "count_close",
+    "exact_float",
+    "most_voted",
+    "prune_lowest",
+    "scale_kept",
+    "vote_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,8 @@ def most_voted(
     Differs from the paper's code on purpose: ties follow one named rule in every group, where the code
     draws at random for ``layer`` and takes the lowest index for ``row`` and ``column``.
     """
-    # The partition of floats is the vectorised one; float32 is exact up to 2^24.
-    exact = torch.float32 if votes.dtype in (torch.uint8, torch.int16) else torch.float64
+    # The partition of floats is the vectorised one.
+    exact = exact_float(torch.iinfo(votes.dtype).max)
     return prune_lowest(-votes.to(exact), weight, grouping, ties, seed_parts)
 
 
@@ -92,6 +100,11 @@ def scale_kept(
     factor = (total - votes.to(torch.float32)) / total
     # Adding zero turns -0.0, which a factor of zero makes of a negative weight, into +0.0.
     return (weight.to(torch.float32) * factor + 0.0).to(weight.dtype)
+
+
+def exact_float(total: int) -> torch.dtype:
+    """The smallest floating type that holds every whole number up to ``total``, which is below 2^53."""
+    return torch.float32 if total <= 2**24 else torch.float64
 
 
 def vote_dtype(total: int) -> torch.dtype:

@@ -124,14 +124,6 @@ class BlockAggregator:
         """What one participant's vote counts."""
         return n_tokens if self.config.weighting == "tokens" else 1
 
-    def _total_weight(self, block: Block, names: Sequence[str]) -> int:
-        if self.config.weighting != "tokens":
-            return len(names)
-        folder = self._updates_folder(block.index)
-        return sum(
-            self._read(block, name, (folder / f"{name}.update").read_bytes()).n_tokens for name in names
-        )
-
     def max_update_bytes(self, index: int, name: str) -> int:
         """Length of the longest valid update of a block by a participant."""
         return self._expectation(index, name)[1]
@@ -160,7 +152,7 @@ class BlockAggregator:
         n_bytes: dict[str, int] = {}
         n_tokens: dict[str, int] = {}
         with self.model.block(index) as block:
-            totals = self.sharing.zeros(block, self._total_weight(block, names))
+            totals = self.sharing.zeros(block)
             agreement = Agreement(block, self.config.seed)
             for name in sorted(names):
                 message = (folder / f"{name}.update").read_bytes()
@@ -180,7 +172,7 @@ class BlockAggregator:
             record = self._prune(block, totals, agreement)
             seconds = {"aggregate": time.perf_counter() - begin}
             record |= about | sent | {"seconds": seconds}
-            self.run.finish_block(index, record, stored_votes(block, totals.sums), {})
+            self.run.finish_block(index, record, stored_votes(block, totals), {})
 
     def _prune(self, block: Block, totals: Totals, agreement: Agreement) -> dict[str, Any]:
         """Write the pruned block, and the message for those who wait for it."""

@@ -91,7 +91,7 @@ def _survey(
     found = []
     for index in range(model.n_blocks):
         with model.block(index) as block:
-            totals = survey.zeros(block, len(people))
+            totals = survey.zeros(block)
             for person in people:
                 if index in samples[person.name]:
                     statistics = person.observe(block, survey.observation, walk_on=True)

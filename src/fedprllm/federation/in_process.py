@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedprllm.config import PruneConfig
@@ -131,7 +130,7 @@ class _Walk:
 
     def _step(self, block: Block, clock: _Clock, advance: Any) -> None:
         sampled = [person for person in self.participants if block.index in self.samples[person.name]]
-        totals = self.sharing.zeros(block, self._weight_of(sampled))
+        totals = self.sharing.zeros(block)
         agreement = Agreement(block, self.config.seed)
         own_ties: dict[str, int] = {}
         walks_on = self.uses_inputs and block.index + 1 < self.model.n_blocks
@@ -144,7 +143,7 @@ class _Walk:
             contribution = self._contribute(participant, block, clock, walks_on)
             own = contribution.own
             with clock.phase("vote"):
-                totals.add(contribution.update, self._weight_of([participant]))
+                totals.add(contribution.update, self._weight_of(participant))
                 if own is not None:
                     agreement.add({name: pruned.mask for name, pruned in own.masks.items()})
             if not self.strategy.server_votes:
@@ -175,9 +174,7 @@ class _Walk:
         }
         record = block_record(block, totals, decided, own_ties, agreement)
         record["participants"] = [person.name for person in sampled]
-        self.run.finish_block(
-            block.index, record | {"seconds": clock}, stored_votes(block, totals.sums), hidden
-        )
+        self.run.finish_block(block.index, record | {"seconds": clock}, stored_votes(block, totals), hidden)
 
     def _pass_by(self, participant: Participant, block: Block, clock: _Clock, walks_on: bool) -> None:
         """Walk on with the unpruned block, unless the server's decision is waited for."""
@@ -190,11 +187,9 @@ class _Walk:
         own = self.own_linears.get(participant.name)
         return block if own is None else replace(block, linears=own[block.index])
 
-    def _weight_of(self, participants: Sequence[Participant]) -> int:
-        """What these participants' votes count together."""
-        if self.config.weighting == "tokens":
-            return sum(participant.windows.numel() for participant in participants)
-        return len(participants)
+    def _weight_of(self, participant: Participant) -> int:
+        """What a participant's vote counts."""
+        return participant.windows.numel() if self.config.weighting == "tokens" else 1
 
     def _contribute(
         self, participant: Participant, block: Block, clock: _Clock, walks_on: bool
@@ -211,9 +206,8 @@ class _Walk:
         self, participant: Participant, block: Block, contribution: Contribution
     ) -> BlockDecision:
         """The decision from one participant's update alone."""
-        weight = self._weight_of([participant])
-        totals = self.sharing.zeros(block, weight)
-        totals.add(contribution.update, weight)
+        totals = self.sharing.zeros(block)
+        totals.add(contribution.update, self._weight_of(participant))
         return self.sharing.decide(totals, block, self.config)
 
     def _write(self, name: str | None, block: Block, decision: BlockDecision) -> None:
@@ -225,17 +219,17 @@ def _hidden_name(participant: Participant, window: int) -> str:
     return f"{participant.fingerprint}.{window}"
 
 
-def stored_votes(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The votes among some sums, in the orientation of the checkpoint."""
+def stored_votes(block: Block, totals: Totals) -> dict[str, Tensor]:
+    """The votes on a block's weights, if that is what was shared, in the orientation of the checkpoint."""
     return {
-        name: block.linears[name].oriented(tensor)
-        for name, tensor in tensors.items()
-        if name in block.linears and not tensor.is_floating_point()
+        name: linear.oriented(totals.votes[name].counts().reshape(linear.shape))
+        for name, linear in block.linears.items()
+        if name in totals.votes
     }
 
 
 def block_record(
-    block: Block, votes: Totals, decided: BlockDecision, own_ties: dict[str, int], agreement: Agreement
+    block: Block, totals: Totals, decided: BlockDecision, own_ties: dict[str, int], agreement: Agreement
 ) -> dict[str, Any]:
     """What a run keeps of a finished block, as JSON values: counts, never text."""
     linears: dict[str, Any] = {}
@@ -249,11 +243,9 @@ def block_record(
         }
         if decided.masks[name].n_close is not None:
             linears[name]["n_close"] = decided.masks[name].n_close
-        counts = votes.sums.get(name)
         # Votes that count tokens have too many values for a histogram.
-        if counts is not None and not counts.is_floating_point() and votes.weight == votes.n_participants:
-            histogram = torch.bincount(counts.reshape(-1).to(torch.int64), minlength=votes.weight + 1)
-            linears[name]["vote_histogram"] = histogram.tolist()
+        if name in totals.votes and totals.weight == totals.n_participants:
+            linears[name]["vote_histogram"] = totals.votes[name].histogram().tolist()
     return {
         "block": block.index,
         "linears": linears,

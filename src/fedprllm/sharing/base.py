@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedprllm.config import PruneConfig
+from fedprllm.core.bitplanes import PackedVotes, pack
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.groups import Grouping, GroupName
 from fedprllm.core.masks import PruneMask, count_close, prune_lowest
@@ -72,20 +73,23 @@ class Totals:
     """Sums of updates over participants, for one block.
 
     Attributes:
-        sums: by tensor name.
+        sums: of floating tensors, by name.
+        votes: of masks, by name.
         n_participants: number of updates added so far.
         weight: sum of the participants' weights: their number, or that of their tokens.
     """
 
-    sums: Tensors
+    sums: Tensors = field(default_factory=dict)
+    votes: dict[str, PackedVotes] = field(default_factory=dict)
     n_participants: int = 0
     weight: int = 0
 
     def add(self, update: Mapping[str, Tensor], weight: int = 1) -> None:
         """Add one participant's update; masks count ``weight`` times, sums weigh what they are."""
         for name, total in self.sums.items():
-            value = update[name].to(total.device)
-            total += value * weight if value.dtype == torch.bool and weight != 1 else value
+            total += update[name].to(total.device)
+        for name, votes in self.votes.items():
+            votes.add(pack(update[name]), weight=weight)
         self.n_participants += 1
         self.weight += weight
 
@@ -100,7 +104,7 @@ class Sharing(Generic[_Decision]):
             fingerprint of its text seeds random ties, so that order and names change nothing.
         shapes: shape and type of every tensor of a valid update, from the Linears of a block.
         check: refuses an update that has the right shapes but cannot come from an honest participant.
-        zeros: empty sums for a total weight of at most so much.
+        zeros: empty sums.
         decide: the server's decision from the sums: what the block loses, or of a survey its outliers.
         decides_alone: a contribution holds a decision of the participant's own.
         observation: what a participant sums up of the inputs.
@@ -111,7 +115,7 @@ class Sharing(Generic[_Decision]):
     contribute: Callable[[Block, BlockStatistics | None, PruneConfig, str], Contribution]
     shapes: Callable[[Mapping[str, Linear]], Shapes]
     check: Callable[[Block, Mapping[str, Tensor], PruneConfig], None]
-    zeros: Callable[[Block, int], Totals]
+    zeros: Callable[[Block], Totals]
     decide: Callable[[Totals, Block, PruneConfig], _Decision]
     decides_alone: bool = False
     observation: Observation = InputStatistics.zeros

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
 from fedprllm.config import PruneConfig
-from fedprllm.core.masks import most_voted, scale_kept, vote_dtype
+from fedprllm.core.bitplanes import PackedVotes
+from fedprllm.core.masks import scale_kept
 from fedprllm.errors import UpdateError
 from fedprllm.models.blocks import Block, Linear
 from fedprllm.participant import BlockStatistics
@@ -24,6 +26,8 @@ from fedprllm.sharing.base import (
 )
 
 __all__ = ["MASKS", "check_mask", "zero_votes"]
+
+_SCALED_AT_ONCE = 2**20  # weights
 
 
 def _contribute(
@@ -60,32 +64,41 @@ def check_mask(linear: Linear, mask: Tensor, config: PruneConfig) -> None:
         )
 
 
-def zero_votes(block: Block, max_weight: int) -> dict[str, Tensor]:
-    """No votes yet, in the smallest integer type that cannot overflow."""
-    dtype = vote_dtype(max_weight)
-    return {
-        name: torch.zeros(linear.shape, dtype=dtype, device=block.tensors[name].device)
-        for name, linear in block.linears.items()
-    }
+def zero_votes(block: Block) -> dict[str, PackedVotes]:
+    """No votes yet on any Linear."""
+    return {name: PackedVotes(prod(linear.shape)) for name, linear in block.linears.items()}
 
 
-def _zeros(block: Block, max_weight: int) -> Totals:
-    return Totals(zero_votes(block, max_weight))
+def _zeros(block: Block) -> Totals:
+    return Totals(votes=zero_votes(block))
 
 
-def _decide(votes: Totals, block: Block, config: PruneConfig) -> BlockDecision:
+def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     """Prune the most-voted weights of every server comparison group, and scale if asked to."""
     decision = BlockDecision({})
     for name, linear in block.linears.items():
-        counts, weight = votes.sums[name], block.tensors[name]
+        votes, weight = totals.votes[name], block.tensors[name]
         grouping = grouping_of(config, config.server_group, linear)
         seed_parts = (config.seed, "server", name)
-        pruned = most_voted(counts, block.matrix(name), grouping, config.vote_ties, seed_parts)
+        pruned = votes.most_voted(block.matrix(name), grouping, config.vote_ties, seed_parts)
         if config.scale_weights:
-            weight = scale_kept(weight, linear.oriented(counts), votes.weight)
+            weight = _scaled(weight, linear, votes)
         decision.masks[name] = pruned
         decision.weights[name] = without(weight, linear.oriented(pruned.mask))
     return decision
+
+
+def _scaled(weight: Tensor, linear: Linear, votes: PackedVotes) -> Tensor:
+    """The weight scaled by the votes against it, a few rows at a time: counts are larger than planes."""
+    scaled = torch.empty_like(weight)
+    source, target = linear.oriented(weight), linear.oriented(scaled)
+    n_out, n_in = linear.shape
+    step = max(1, _SCALED_AT_ONCE // n_in)
+    for row in range(0, n_out, step):
+        last = min(row + step, n_out)
+        counts = votes.counts(row * n_in, last * n_in).reshape(-1, n_in).to(weight.device)
+        target[row:last] = scale_kept(source[row:last], counts, votes.total)
+    return scaled
 
 
 MASKS = Sharing("mask", _contribute, _shapes, _check, _zeros, _decide, decides_alone=True)

@@ -63,7 +63,7 @@ def _check(block: Block, update: Mapping[str, Tensor], config: PruneConfig) -> N
         )
 
 
-def _zeros(block: Block, max_weight: int) -> Totals:  # noqa: ARG001
+def _zeros(block: Block) -> Totals:  # noqa: ARG001
     return Totals({_COUNT: torch.zeros(1, dtype=torch.float64)})
 
 

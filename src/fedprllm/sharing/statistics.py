@@ -61,7 +61,7 @@ def _check(block: Block, update: Mapping[str, Tensor], config: PruneConfig) -> N
             raise UpdateError(f"the sums of squares of '{name}' hold a negative number or NaN")
 
 
-def _zeros(block: Block, max_weight: int) -> Totals:  # noqa: ARG001  sums weigh what they are
+def _zeros(block: Block) -> Totals:
     device = next(iter(block.tensors.values())).device
     return Totals(
         {
@@ -118,7 +118,7 @@ def _check_gram(block: Block, update: Mapping[str, Tensor], config: PruneConfig)
             raise UpdateError(f"the Gram matrix of '{name}' is not symmetric")
 
 
-def _zero_grams(block: Block, max_weight: int) -> Totals:  # noqa: ARG001
+def _zero_grams(block: Block) -> Totals:
     device = next(iter(block.tensors.values())).device
     return Totals(
         {

@@ -52,21 +52,21 @@ def _check(block: Block, update: Mapping[str, Tensor], config: PruneConfig) -> N
             raise UpdateError(f"the weights of '{name}' are not zero where their mask prunes")
 
 
-def _zeros(block: Block, max_weight: int) -> Totals:
+def _zeros(block: Block) -> Totals:
     sums = {
         name: torch.zeros(linear.shape, dtype=torch.float32, device=block.tensors[name].device)
         for name, linear in block.linears.items()
     }
-    votes = zero_votes(block, max_weight)
-    return Totals(sums | {name + _MASK: count for name, count in votes.items()})
+    return Totals(sums, {name + _MASK: votes for name, votes in zero_votes(block).items()})
 
 
 def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     decision = BlockDecision({})
     for name, linear in block.linears.items():
+        votes = totals.votes[name + _MASK].counts().reshape(linear.shape).to(torch.int32)
         weights, decision.masks[name] = fedspallm(
             totals.sums[name],
-            totals.n_participants - totals.sums[name + _MASK].to(torch.int32),
+            totals.n_participants - votes.to(totals.sums[name].device),
             totals.n_participants,
             block.matrix(name),
             grouping_of(config, config.server_group, linear),

@@ -157,7 +157,7 @@ class Lab:
             return person.windows.numel() if by_tokens else 1
 
         def decide(block: Block) -> Mapping[str, Tensor]:
-            totals = sharing.zeros(block, sum(map(weigh, people)))
+            totals = sharing.zeros(block)
             shapes = sharing.shapes(block.linears)
             plain = {name: torch.zeros(shape, dtype=torch.int32) for name, (shape, _) in shapes.items()}
             one = Agreement(block, config.seed)
