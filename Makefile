@@ -13,7 +13,7 @@ help:
 	@echo "make install  set up $(VENV) with everything a developer needs"
 	@echo "make test     set up and run all tests"
 	@echo "make check    set up and run linters and type checker"
-	@echo "make bench    set up, run the benchmarks of docs/benchmarks.md and write it"
+	@echo "make bench    set up, run the benchmarks of docs/benchmarks.md (most of an hour) and write it"
 	@echo "make clean    remove $(VENV) and what was built"
 
 install: $(VENV)/.installed

@@ -50,6 +50,7 @@ from fedprllm.models.source import resolve_model
 
 PACKAGE = "llmcompressor==0.14.0.1"
 CONTENDERS = ("bare", "theirs", "ours")
+_NAMES = {"bare": "two forward passes", "theirs": "llm-compressor", "ours": "fedprllm"}
 FIGURES = ("prune_s", "process_s", "cpu_s", "peak_resident_mb", "peak_anonymous_mb")
 _SCRIPT = Path(__file__).with_name("_wanda_contenders.py")
 _LOOK_EVERY_S = 0.02
@@ -63,7 +64,7 @@ def environment(folder: Path) -> Path:
     python, ready = folder / "bin" / "python", folder / "installed.txt"
     if not ready.exists():
         print(f"installing {PACKAGE} into {folder}", file=sys.stderr)
-        venv.create(folder, with_pip=True, clear=True)
+        venv.create(folder, with_pip=True, clear=True, symlinks=True)
         pinned = f"torch=={torch.__version__.split('+')[0]}"
         constraints = folder / "constraints.txt"
         constraints.write_text(pinned + "\n", encoding="utf-8")
@@ -273,9 +274,23 @@ def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _rows(compared: Mapping[str, Any]) -> list[dict[str, Any]]:
-    named = {"bare": "two forward passes", "theirs": "llm-compressor", "ours": "fedprllm"}
-    rows = [{"": named[name], **figures} for name, figures in compared["contenders"].items()]
+    rows = [{"": _NAMES[name], **figures} for name, figures in compared["contenders"].items()]
     return [*rows, {"": "fedprllm / llm-compressor", **compared["ours_of_theirs"]}]
+
+
+def _further_blocks(large: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the line through the fewest and the most blocks says of a block and of the whole model."""
+    sizes = sorted((int(n) for n, compared in large.items() if "stopped" not in compared))
+    if len(sizes) < 2:
+        return []
+    few, most = sizes[0], sizes[-1]
+    rows = []
+    for name in ("theirs", "ours"):
+        low, high = (large[str(n)]["contenders"][name] for n in (few, most))
+        slopes = {figure: (high[figure] - low[figure]) / (most - few) for figure in FIGURES}
+        whole = {figure: high[figure] + slopes[figure] * (32 - most) for figure in FIGURES}
+        rows += [{"": f"{_NAMES[name]}, a block", **slopes}, {"": f"{_NAMES[name]}, 32 blocks", **whole}]
+    return rows
 
 
 def _masks(results: Mapping[str, Any]) -> list[dict[str, Any]]:
