@@ -18,6 +18,7 @@ from fedprllm.federation.allocation import allocated, allocation_record, sampled
 from fedprllm.federation.checks import check_pattern_divides, check_update_size, needed_bytes
 from fedprllm.federation.fingerprints import model_digest, tensor_fingerprints
 from fedprllm.federation.in_process import prune_in_process
+from fedprllm.hidden import HiddenMemory, HiddenStates
 from fedprllm.inputs import (
     ParticipantInputs,
     PooledData,
@@ -191,12 +192,16 @@ def _run(
 ) -> None:
     strategy = STRATEGIES[config.strategy]
     walkers = [pool(people)] if strategy.pools_text else people
+    memory = HiddenMemory(run.spilled_folder, config.memory_limit)
+    for walker in walkers:
+        walker.hidden = HiddenStates(memory, walker.name)
     samples = {walker.name: samples.get(walker.name, list(range(model.n_blocks))) for walker in walkers}
     outliers = survey_in_process(model, walkers, config, samples, run, progress)
     linears = {name: allocated(model, counts, config) for name, counts in outliers.items()}
     model.linears = linears.pop(None, model.linears)
     own = {name: of_blocks for name, of_blocks in linears.items() if name}
     prune_in_process(model, walkers, config, run, progress, samples, own)
+    memory.clear()
     if strategy.server_votes or strategy.pools_text:
         models = {"model": run.model_dir()}
     else:

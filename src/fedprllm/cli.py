@@ -99,7 +99,7 @@ def bars(description: str, total: int) -> Iterator[Any]:
 _SOURCES = "Participants and text"
 _METHOD = "Method"
 _COMPUTE = "Computing"
-_COMPUTE_FIELDS = ("dtype", "device", "seed")
+_COMPUTE_FIELDS = ("dtype", "device", "memory_limit", "seed")
 
 _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "model": (
@@ -147,6 +147,10 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
+# What the command line reads where the type of the field is none of its own.
+_PLAIN = {"window_length": int, "memory_limit": str}
+
+
 def _field_option(name: str) -> tuple[Any, Any]:
     """The option of a field of `PruneConfig`; unset means the file's value or the field's default."""
     field = PruneConfig.model_fields[name]
@@ -158,7 +162,7 @@ def _field_option(name: str) -> tuple[Any, Any]:
     if field.default is not None:
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         help_text += f" [default: {default}]"
-    plain: Any = str if choices else int if name == "window_length" else kind
+    plain: Any = str if choices else _PLAIN.get(name, kind)
     panel = _COMPUTE if name in _COMPUTE_FIELDS else _METHOD
     metavar = "NAME" if choices else None
     flag = "--" + name.replace("_", "-")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from fedprllm.errors import ConfigError, did_you_mean
 
@@ -112,6 +112,11 @@ class PruneConfig(BaseModel):
         Field(description="precision of the forward passes; the weights keep the precision of their file"),
     ] = "float32"
     device: Annotated[str, Field(description="where to compute: cpu, cuda, cuda:1, mps")] = "cpu"
+    memory_limit: Annotated[
+        ByteSize | None,
+        # Left out of what identifies a run: it changes no bit.
+        Field(gt=0, exclude=True, description="memory for hidden states, as 2GiB; the rest goes to files"),
+    ] = None
     seed: Annotated[int, Field(ge=0, description="of the choice of windows and of random ties")] = 0
 
     def __init__(self, **values: Any) -> None:

@@ -101,7 +101,7 @@ def perplexities(
     """
     windows = [window for text in texts.values() for window in text]
     with progress("evaluating", model.n_blocks * len(windows) + len(windows)) as advance:
-        hidden = model.embed(windows)
+        hidden = list(model.embed(windows))
         for index in range(model.n_blocks):
             with model.block(index) as block, block.replaced(weights_of(block)):
                 for number, state in enumerate(hidden):

@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedprllm.calibration import fingerprint
 from fedprllm.core.statistics import GramStatistics, InputStatistics
 from fedprllm.errors import ModelError
+from fedprllm.hidden import HiddenStates
 from fedprllm.models.blocks import Block, BlockwiseModel
 
 __all__ = ["BlockStatistics", "Observation", "Participant", "find_shared_inputs"]
@@ -37,7 +38,8 @@ class Participant:
         windows: int64 token ids, [n_windows, window_length].
         fingerprint: SHA-256 of the windows.
         sources: where the text came from, for the record.
-        hidden: one tensor [1, window_length, hidden_size] per window: the input of the next block.
+        hidden: one tensor [1, window_length, hidden_size] per window: the input of the next block. All in
+            memory, unless states with a limit are put in their place.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Participant:
         self.windows = windows
         self.fingerprint = fingerprint(windows)
         self.sources = list(sources)
-        self.hidden: list[Float[Tensor, "1 window_length hidden"]] = []
+        self.hidden = HiddenStates()
 
     def describe(self) -> dict[str, Any]:
         """What the run's record says of this participant: no text, no token ids."""
@@ -63,7 +65,7 @@ class Participant:
 
     def enter(self, model: BlockwiseModel) -> None:
         """Embed the windows: the start of the walk."""
-        self.hidden = model.embed(list(self.windows))
+        self.hidden.fill(model.embed(self.windows))
 
     def observe(
         self, block: Block, observation: Observation = InputStatistics.zeros, *, walk_on: bool = False

@@ -34,6 +34,9 @@ def participate(
     device: Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, ... [cpu]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads at most")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="memory of the computation at most, in GB")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="memory for hidden states, such as 2GiB; the rest goes to files")
+    ] = None,
     allow: Annotated[list[str] | None, typer.Option(help="kind of update that may leave [mask]")] = None,
     block_fraction: Annotated[float, typer.Option(help="share of the blocks to prune at most")] = 1.0,
     record: Annotated[Path | None, typer.Option(help="keep a copy of every message that leaves here")] = None,
@@ -52,6 +55,7 @@ def participate(
         device=device,
         threads=threads,
         memory_gb=memory_gb,
+        memory_limit=memory_limit,  # type: ignore[arg-type]
         allow=allow or list(DEFAULT_ALLOWED),
         block_fraction=block_fraction,
         record=None if record is None else str(record.resolve()),

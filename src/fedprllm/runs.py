@@ -5,6 +5,7 @@ RUN/
   blocks/block-0007.json    record of a finished block (written last: its existence means finished)
   votes/block-0007.safetensors
   state/hidden-0007.safetensors   hidden states after that block; only the newest is kept
+  state/spilled/            hidden states that exceed the memory limit, while a process works
   model/                    the pruned model, moved here whole when it is complete
   participants/NAME/model/  the same for each participant, under local-only
   result.json               the manifest: written last, its existence means the run is complete
@@ -116,6 +117,11 @@ class Run:
 
     def _hidden_path(self, block: int) -> Path:
         return self.folder / "state" / f"hidden-{block:04d}.safetensors"
+
+    @property
+    def spilled_folder(self) -> Path:
+        """Where hidden states go for which there is no memory."""
+        return self.folder / "state" / "spilled"
 
     def votes_path(self, block: int) -> Path:
         """Where the votes of a block are kept."""

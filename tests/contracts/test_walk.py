@@ -39,7 +39,7 @@ def test_the_walk_is_the_models_own_forward(tiny, windows, tmp_path, name):
     walked = BlockwiseModel(resolve_model(tiny(name), cache_dir=tmp_path))
     model = AutoModelForCausalLM.from_pretrained(tiny(name)).eval()
     tokens = torch.cat([windows(0), windows(1)])
-    hidden = walked.embed(list(tokens))
+    hidden = list(walked.embed(tokens))
     for index in range(walked.n_blocks):
         with walked.block(index) as block:
             hidden = [block.forward(state) for state in hidden]

@@ -72,6 +72,13 @@ def events(tmp_path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, federation):
+    channel = federation(memory_limit=1)
+    assert conduct(tmp_path, make_plan(model), channel) == "complete", outcome(tmp_path)
+    same_model(tmp_path / "runs" / "run" / "model", in_process(tmp_path, model, federation.paths).model_dir)
+    assert not list(tmp_path.rglob("spilled"))
+
+
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
 @pytest.mark.parametrize(
     "options",

@@ -17,7 +17,7 @@ ROOT = Path(fedprllm.__file__).parent
 LAYERS = [
     ["errors"],
     ["core", "config", "files", "progress", "documents"],
-    ["models", "calibration", "wire", "demo_texts"],
+    ["models", "calibration", "hidden", "wire", "demo_texts"],
     ["participant"],
     ["sharing", "strategies", "runs", "evaluation", "model_card"],
     ["inputs"],

@@ -79,10 +79,11 @@ def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_m
 
 
 def needed_bytes(model: BlockwiseModel, people: Sequence[Participant], config: PruneConfig) -> int:
-    """What a run writes at most: its model(s), the votes, and twice the hidden states of one block."""
+    """What a run writes at most: its model(s), the votes, and hidden states: twice, and what spills."""
     strategy = STRATEGIES[config.strategy]
     n_models = 1 if strategy.server_votes or strategy.pools_text else len(people)
     hidden_size = model.config.get_text_config().hidden_size
     n_tokens = sum(person.windows.numel() for person in people)
     state = n_tokens * hidden_size * model.dtype.itemsize if CRITERIA[config.criterion].uses_inputs else 0
-    return n_models * model.checkpoint.n_bytes + model.n_prunable + 2 * state
+    n_states = 2 if config.memory_limit is None else 3
+    return n_models * model.checkpoint.n_bytes + model.n_prunable + n_states * state

@@ -115,10 +115,10 @@ class _Walk:
         if n_finished:
             kept = self.run.hidden_after(n_finished - 1)
             for participant in self.participants:
-                participant.hidden = [
-                    kept[_hidden_name(participant, window)].to(self.model.device)
+                participant.hidden.fill(
+                    kept[_hidden_name(participant, window)].clone().to(self.model.device)
                     for window in range(len(participant.windows))
-                ]
+                )
 
     def step(self, index: int, advance: Any) -> None:
         """Prune one block for everyone and keep the result."""
@@ -169,7 +169,7 @@ class _Walk:
         hidden = {
             _hidden_name(participant, number): state
             for participant in self.participants
-            for number, state in enumerate(participant.hidden)
+            for number, state in enumerate(participant.hidden.kept())
             if walks_on
         }
         record = block_record(block, totals, decided, own_ties, agreement)

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, did_you_mean
@@ -152,6 +152,9 @@ class SiteSettings(_Written):
     device: Annotated[str | None, Field(description="where to compute, whatever the run says")] = None
     threads: Annotated[int | None, Field(ge=1, description="CPU threads at most")] = None
     memory_gb: Annotated[float | None, Field(gt=0, description="memory of the computation at most")] = None
+    memory_limit: Annotated[
+        ByteSize | None, Field(gt=0, description="memory for hidden states; what exceeds it goes to files")
+    ] = None
     allow: Annotated[list[str], Field(description="kinds of update that may leave")] = list(DEFAULT_ALLOWED)
     block_fraction: Annotated[
         float, Field(gt=0, le=1, description="share of the blocks that this participant prunes at most")

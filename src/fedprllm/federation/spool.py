@@ -64,6 +64,11 @@ class Spool:
         return self.folder / "state" / f"hidden-{block:04d}.safetensors"
 
     @property
+    def spilled_folder(self) -> Path:
+        """Where hidden states go for which there is no memory."""
+        return self.folder / "state" / "spilled"
+
+    @property
     def n_ready(self) -> int:
         """Number of blocks, from the first one, whose update is ready."""
         block = 0

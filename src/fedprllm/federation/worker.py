@@ -130,6 +130,7 @@ class _Walk:
         for index in range(start, self.model.n_blocks):
             self._check_owner()
             self._step(index)
+        self._memory.clear()
 
     def _allocate(self) -> None:
         from fedprllm.core.allocation import Outliers
@@ -147,6 +148,7 @@ class _Walk:
     def _prepare(self) -> None:
         """Read the model, compare it with the coordinator's, read the text."""
         from fedprllm.federation.fingerprints import first_difference, model_digest, tensor_fingerprints
+        from fedprllm.hidden import HiddenMemory, HiddenStates
         from fedprllm.inputs import make_participants
         from fedprllm.models.blocks import BlockwiseModel
         from fedprllm.models.source import is_hub_id, resolve_model
@@ -180,6 +182,8 @@ class _Walk:
             self.model, {self.name: list(self.settings.data)}, self.config
         )
         (self.participant,) = people
+        self._memory = HiddenMemory(self.spool.spilled_folder, self.settings.memory_limit)
+        self.participant.hidden = HiddenStates(self._memory, self.name)
 
     def _check_blocks(self, n_blocks: int) -> None:
         """Refuse to prune more blocks than this participant's own settings grant."""
@@ -200,9 +204,10 @@ class _Walk:
         n_walked = self.spool.n_walked
         if n_walked:
             kept = load_file(self.spool.hidden_path(n_walked - 1))
-            self.participant.hidden = [
-                kept[str(number)].to(self.model.device) for number in range(len(self.participant.windows))
-            ]
+            self.participant.hidden.fill(
+                kept[str(number)].clone().to(self.model.device)
+                for number in range(len(self.participant.windows))
+            )
         return n_walked
 
     def _step(self, index: int) -> None:
@@ -216,7 +221,7 @@ class _Walk:
                 self.participant.advance(block, self._decision(block))
             elif own is not None:
                 self.participant.advance(block, own)
-        hidden = {str(number): state.cpu() for number, state in enumerate(self.participant.hidden)}
+        hidden = {str(number): state.cpu() for number, state in enumerate(self.participant.hidden.kept())}
         save_tensors(self.spool.hidden_path(index), hidden)
         if index:
             self.spool.hidden_path(index - 1).unlink(missing_ok=True)

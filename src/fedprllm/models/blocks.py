@@ -8,7 +8,7 @@ with (masks, rotary embeddings), whatever the architecture; so nothing here know
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -208,12 +208,13 @@ class BlockwiseModel:
 
     # Computing ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def embed(self, windows: Sequence[Int[Tensor, " tokens"]]) -> list[Hidden]:
-        """Hidden states that enter the first block, one tensor per window."""
+    def embed(self, windows: Iterable[Int[Tensor, " tokens"]]) -> Iterator[Hidden]:
+        """Hidden states that enter the first block, one window at a time; then the embedding is released."""
         with self._outside_blocks():
-            return [self._embed_one(window) for window in windows]
+            for window in windows:
+                yield self._embed_one(window)
 
+    @torch.no_grad()
     def _embed_one(self, window: Int[Tensor, " tokens"]) -> Hidden:
         base = self.skeleton.base_model
         n_tokens = window.shape[0]

@@ -144,7 +144,7 @@ class Walks:
                     if index + 1 < self._model.n_blocks:
                         person.advance(block, shared.own.weights)
                     advance(len(person.windows))
-        person.hidden = []
+        person.hidden.clear()
         return n_ties
 
 
