@@ -105,6 +105,33 @@ def _straightness(sweep: str) -> Goal:
     )
 
 
+def _large(result: Json) -> Tables:
+    """Runs of the large shapes; what two of 80 blocks say of a 70B model."""
+    larger = result.get("llama-70b", {"measured": {}, "extrapolated": {}})
+    runs = {"LLaMA-7B": _7b(result)} | {f"LLaMA-70B, {n} of 80": run for n, run in larger["measured"].items()}
+    figures = ("wall_s", "forward_s", "yardstick_s", "ratio", "peak_resident_gib", "peak_anonymous_gib")
+    rows = [
+        {"shape": shape, "blocks": run["blocks"], "shares": share}
+        | {figure: run[share][figure] for figure in (*figures, "exact_sparsity")}
+        for shape, run in runs.items()
+        for share in ("mask", "statistics")
+    ]
+    tables = {f"{result['participants']} participants, one window of {result['length']} tokens each": rows}
+    if larger["extrapolated"]:
+        tables["LLaMA-70B, extrapolated to all blocks"] = [larger["extrapolated"]]
+    return tables
+
+
+def _7b(result: Json) -> Json:
+    found: Json = result["llama-7b"] if "llama-7b" in result else result["tiny"]
+    return found
+
+
+def _worse_share(figure: str) -> Callable[[Json], float]:
+    """A figure of the large model with masks or with statistics, whichever is larger."""
+    return lambda result: max(_7b(result)[share][figure] for share in ("mask", "statistics"))
+
+
 _FEDERATION = _figures(
     "same_bits",
     "payload_bytes",
@@ -187,6 +214,15 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("benchmarks.sweeps",),
         sweeps.tables,
         tuple(_straightness(sweep) for sweep in ("windows", "participants", "blocks")),
+    ),
+    "large": Benchmark(
+        "A model larger than memory: checkpoints of the shapes of LLaMA-7B and LLaMA-70B",
+        ("benchmarks.large",),
+        _large,
+        (
+            Goal("peak resident memory at LLaMA-7B's shape, GiB", _worse_share("peak_resident_gib"), 4.0),
+            Goal("its time / bare forward passes and reading and writing once", _worse_share("ratio"), 1.5),
+        ),
     ),
     "memory": Benchmark(
         "Peak memory of the process against the number of participants (1 window of 512 tokens each)",
