@@ -359,6 +359,8 @@ def _large(
     try:
         return comparison.run(model, windows, "bfloat16", 1, ("theirs", "ours"), offload=True)
     except RuntimeError as error:
+        if " theirs " not in str(error).splitlines()[0]:
+            raise
         print(error, file=sys.stderr)
         return {"stopped": str(error).splitlines()[-1]}
     finally:
