@@ -74,7 +74,7 @@ def _contender(name: str, figure: str) -> Callable[[Json], float]:
 def _fastest_of_torch(result: Json) -> float:
     """torch's fastest selection in units of our time, at the shape of a 7B model where it is nearest.
 
-    numpy.partition is no contender but the first step of ours: alone it prunes too much where scores are equal.
+    numpy.partition is no contender but the first step of ours; alone it prunes too much where scores tie.
     """
     return min(
         row["times_ours"]
