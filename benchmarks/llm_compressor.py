@@ -265,12 +265,11 @@ def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         found[f"SmolLM2-135M, {windows}, {dtype}"] = _rows(compared)
     for n_blocks, compared in results["llama_7b_shape"].items():
         title = f"Shape of LLaMA-7B, {n_blocks} blocks, 2 windows, bfloat16, theirs with disk offload"
-        found[title] = (
-            [{"": "theirs", "stopped by": compared["stopped"]}]
-            if "stopped" in compared
-            else (_rows(compared))
-        )
-    return found
+        stopped = [{"": "theirs", "stopped by": compared.get("stopped")}]
+        found[title] = stopped if "stopped" in compared else _rows(compared)
+    if further := _further_blocks(results["llama_7b_shape"]):
+        found["Shape of LLaMA-7B: each further block, and all 32 by a straight line"] = further
+    return found | {"Identical bits of the masks": _masks(results)}
 
 
 def _rows(compared: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -360,6 +359,8 @@ def _large(
     try:
         return comparison.run(model, windows, "bfloat16", 1, ("theirs", "ours"), offload=True)
     except RuntimeError as error:
+        if " theirs " not in str(error).splitlines()[0]:
+            raise
         print(error, file=sys.stderr)
         return {"stopped": str(error).splitlines()[-1]}
     finally:
