@@ -47,14 +47,21 @@ def ria(weight: Float[Tensor, "out in"], norm: Float[Tensor, " in"]) -> Float[Te
 
 @dataclass(frozen=True)
 class Criterion:
-    """A score function and whether it looks at the inputs (if not, no forward pass is needed)."""
+    """A score function.
+
+    Attributes:
+        score: ``(weight, norm) -> score``.
+        uses_inputs: it looks at the inputs; if not, no forward pass is needed.
+        scores_rows: the scores of a row depend on no other row.
+    """
 
     score: Callable[[Float[Tensor, "out in"], Float[Tensor, " in"]], Float[Tensor, "out in"]]
     uses_inputs: bool
+    scores_rows: bool
 
 
 CRITERIA: dict[str, Criterion] = {
-    "wanda": Criterion(wanda, uses_inputs=True),
-    "ria": Criterion(ria, uses_inputs=True),
-    "magnitude": Criterion(magnitude, uses_inputs=False),
+    "wanda": Criterion(wanda, uses_inputs=True, scores_rows=True),
+    "ria": Criterion(ria, uses_inputs=True, scores_rows=False),
+    "magnitude": Criterion(magnitude, uses_inputs=False, scores_rows=True),
 }

@@ -39,6 +39,11 @@ class Grouping:
     sparsity: float | Fraction
     n_m: tuple[int, int] | None = None
 
+    @property
+    def within_rows(self) -> bool:
+        """Whether no group reaches beyond a row."""
+        return self.n_m is not None or self.group == "row"
+
     def group_size(self, shape: tuple[int, int]) -> int:
         """Number of weights compared with each other in a matrix of ``shape`` = (out, in)."""
         if self.n_m:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from jaxtyping import Bool, Float, Integer, Num, Shaped
@@ -17,10 +19,15 @@ __all__ = [
     "count_close",
     "exact_float",
     "most_voted",
+    "prune_by_score",
     "prune_lowest",
     "scale_kept",
     "vote_dtype",
 ]
+
+# Weights: their scores stay in the cache, and torch computes them without waking other threads (it does from
+# 2^15 on), which would take longer than the work.
+_SCORED_AT_ONCE = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,58 @@ def prune_lowest(
     tie_key = None if rule is None else lambda: grouping.split(rule(weight, seed_parts))
     selected, n_ties = select_lowest(grouping.split(scores), grouping.n_pruned(shape), tie_key)
     return PruneMask(grouping.join(selected, shape), n_ties)
+
+
+def prune_by_score(
+    score: Callable[[Float[Tensor, "rows in"]], Float[Tensor, "rows in"]],
+    weight: Float[Tensor, "out in"],
+    grouping: Grouping,
+    ties: str,
+    seed_parts: tuple[object, ...] = (),
+    *,
+    scores_rows: bool,
+    counts_close: bool = False,
+) -> PruneMask:
+    """Prune the lowest scores of every comparison group: `prune_lowest` of ``score(weight)``, bit by bit.
+
+    Scores are made and compared a few rows at a time where that is the same: they stay in the cache, and take
+    no memory beside the weights.
+
+    Args:
+        score: scores of float32 weights.
+        weight: in any precision.
+        grouping: what is compared with what.
+        ties: a key of `TIES`.
+        seed_parts: what the tie rule ``random`` is a function of.
+        scores_rows: the scores of a row depend on no other row.
+        counts_close: count the prunes that rounding may decide (`count_close`).
+    """
+    n_out, n_in = weight.shape
+    # A GPU is faster the more it is given.
+    by_rows = scores_rows and grouping.within_rows and weight.device.type == "cpu"
+    step = max(1, _SCORED_AT_ONCE // n_in) if by_rows else n_out
+    rule = TIES[ties]
+    keys = None if rule is None else cache(partial(_keys, rule, weight, seed_parts))
+    k = grouping.n_pruned((n_out, n_in))
+    mask = torch.empty((n_out, n_in), dtype=torch.bool, device=weight.device)
+    n_ties = n_close = 0
+    for start in range(0, n_out, step):
+        rows = slice(start, start + step)
+        scores = score(weight[rows].to(torch.float32))
+        tie_key = None if keys is None else partial(_of_rows, keys, rows, grouping)
+        selected, n = select_lowest(grouping.split(scores), k, tie_key)
+        mask[rows] = grouping.join(selected, (scores.shape[0], n_in))
+        n_ties += n
+        n_close += count_close(scores, mask[rows], grouping) if counts_close else 0
+    return PruneMask(mask, n_ties, n_close if counts_close else None)
+
+
+def _keys(rule: Callable[..., Tensor], weight: Tensor, seed_parts: tuple[object, ...]) -> Tensor:
+    return rule(weight.to(torch.float32), seed_parts)
+
+
+def _of_rows(keys: Callable[[], Tensor], rows: slice, grouping: Grouping) -> Tensor:
+    return grouping.split(keys()[rows])
 
 
 def count_close(scores: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], grouping: Grouping) -> int:

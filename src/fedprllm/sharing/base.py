@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from math import prod
 from typing import Generic, TypeVar
 
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.bitplanes import PackedVotes, pack
-from fedprllm.core.criteria import CRITERIA
+from fedprllm.core.criteria import CRITERIA, Criterion
 from fedprllm.core.groups import Grouping, GroupName
-from fedprllm.core.masks import PruneMask, count_close, prune_lowest
+from fedprllm.core.masks import PruneMask, prune_by_score
 from fedprllm.core.statistics import InputStatistics
 from fedprllm.models.blocks import Block, Linear
 from fedprllm.participant import BlockStatistics, Observation
@@ -169,19 +170,27 @@ def decision_by_score(
         seed_parts: what random ties are drawn for, besides the weight.
         counts_close: count the prunes that rounding may decide.
     """
-    score = CRITERIA[config.criterion].score
+    criterion = CRITERIA[config.criterion]
     decision = BlockDecision({})
     for name, linear in block.linears.items():
-        weight = block.matrix(name)
-        grouping = grouping_of(config, config.local_group, linear)
+        weight = linear.oriented(block.tensors[name])
         norm = torch.ones(linear.shape[1]) if norms is None else norms[name]
-        scores = score(weight, norm.to(weight.device))
-        pruned = prune_lowest(scores, weight, grouping, config.ties, (config.seed, *seed_parts, name))
-        if counts_close:
-            pruned = replace(pruned, n_close=count_close(scores, pruned.mask, grouping))
+        pruned = prune_by_score(
+            partial(_scores, criterion, norm.to(weight.device)),
+            weight,
+            grouping_of(config, config.local_group, linear),
+            config.ties,
+            (config.seed, *seed_parts, name),
+            scores_rows=criterion.scores_rows,
+            counts_close=counts_close,
+        )
         decision.masks[name] = pruned
         decision.weights[name] = without(block.tensors[name], linear.oriented(pruned.mask))
     return decision
+
+
+def _scores(criterion: Criterion, norm: Tensor, weight: Tensor) -> Tensor:
+    return criterion.score(weight, norm)
 
 
 def local_decision(
