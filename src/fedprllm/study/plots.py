@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fedprllm.report.drawing import DASHES, MARKERS, MUTED, SERIES, drawing
 from fedprllm.study.results import Spread
@@ -84,7 +84,8 @@ def curves(
                     capsize=2,
                     label=name if column == 0 else None,
                 )
-            _limit(axes, [s.mean for points in methods.values() for s in points.values()], "y")
+            spreads = [spread for points in methods.values() for spread in points.values()]
+            _limit(axes, [s.mean + sign * s.sd for s in spreads for sign in (-1, 1)], "y")
             low, high = axes.get_ylim()
             if text in dense and low <= dense[text] <= high:
                 axes.axhline(dense[text], color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
@@ -117,13 +118,19 @@ def _limit(axes: Axes, values: Sequence[float], axis: str) -> None:
     logarithmic = high > 10 * low
     if logarithmic:
         getattr(axes, f"set_{axis}scale")("log")
-        getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.0f}"))
+        getattr(axes, f"{axis}axis").set_major_locator(LogLocator(numticks=5))
+        getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(lambda tick, _: _short(tick)))
         getattr(axes, f"{axis}axis").set_minor_locator(NullLocator())
         limits = (low / (high / low) ** 0.05, high * (high / low) ** 0.05)
     else:
         room = (high - low) * 0.08 or low * 0.05
         limits = (low - room, high + room)
     getattr(axes, f"set_{axis}lim")(*limits)
+
+
+def _short(value: float) -> str:
+    """A perplexity on a logarithmic axis: 300 or 1e6."""
+    return f"{value:,.0f}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def describe(rows: Mapping[str, Mapping[str, Spread]]) -> str:

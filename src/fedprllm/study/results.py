@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -121,11 +121,21 @@ def _word(axis: str, value: Any) -> str:
     return short.get(axis, axis.replace("_", " ") + " {}").format(value)
 
 
+def _order(cells: Sequence[Cell]) -> Callable[[Measured], list[int]]:
+    """A key that sorts cells axis by axis, the values of each as they first appear."""
+    seen: dict[str, dict[str, int]] = {}
+    for cell in cells:
+        for axis, value in cell.setting.items():
+            places = seen.setdefault(axis, {})
+            places.setdefault(json.dumps(value), len(places))
+    return lambda measured: [seen[axis][json.dumps(value)] for axis, value in measured[0].setting.items()]
+
+
 def spread_by_text(cells: Sequence[Measured]) -> dict[str, dict[str, Spread]]:
-    """Mean and spread over seeds, by setting and text."""
+    """Mean and spread over seeds, by setting and text; alike settings stand together."""
     all_cells = [cell for cell, _ in cells]
     values: dict[str, dict[str, list[float]]] = {}
-    for cell, found in cells:
+    for cell, found in sorted(cells, key=_order(all_cells)):
         row = values.setdefault(name_of(cell, all_cells), {})
         for text in texts_of([(cell, found)]):
             row.setdefault(text, []).append(mean(models_on(found, text).values()))
@@ -153,8 +163,12 @@ class Difference:
         spread = f", from {min(self.values):+.4f} to {max(self.values):+.4f}" if len(self.values) > 1 else ""
         return (
             f"{other} against {base}: {mean(self.values):+.4f} nats per token{spread} (perplexity times "
-            f"{ratio:,.3f}); worse in {worse} of {len(self.values)} pairs."
+            f"{_ratio(ratio)}); worse in {worse} of {len(self.values)} pairs."
         )
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:,.3f}" if ratio >= 0.01 else f"{ratio:.1e}"
 
 
 def paired(cells: Sequence[Measured], axis: str, base: Any, other: Any) -> Difference | None:
@@ -297,5 +311,6 @@ def answers(results: Results, question: str) -> list[str]:
         sentences += [where + str(difference) for difference in differences if difference is not None]
         gap = closed_gap(part)
         if gap is not None:
-            sentences.append(f"{where}one-shot goes {gap:.0%} of the way from local-only to centralized.")
+            far = f"goes {gap:.0%} of the way" if gap >= 0 else "goes the other way, seen on the way"
+            sentences.append(f"{where}one-shot {far} from local-only to centralized.")
     return sentences
