@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fedprllm.core.groups import Grouping
 from fedprllm.core.selection import select_lowest
-from fedprllm.core.threads import in_threads
 from fedprllm.core.ties import TIES
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
 # Weights: their scores stay in the cache, and torch computes them without waking other threads (it does from
 # 2^15 on), which would take longer than the work.
 _SCORED_AT_ONCE = 2**15 - 1
-_CHUNKS_PER_PART = 64  # of one thread at least; fewer are done before a second one has started
 
 
 @dataclass(frozen=True)
@@ -96,24 +94,15 @@ def prune_by_score(
     keys = None if rule is None else cache(partial(_keys, rule, weight, seed_parts))
     k = grouping.n_pruned((n_out, n_in))
     mask = torch.empty((n_out, n_in), dtype=torch.bool, device=weight.device)
-
-    def prune(part: range) -> tuple[int, int]:
-        """Prune some rows, a few at a time; the numbers of ties and of close calls."""
-        n_ties = n_close = 0
-        for start in part:
-            rows = slice(start, start + step)
-            scores = score(weight[rows].to(torch.float32))
-            tie_key = None if keys is None else partial(_of_rows, keys, rows, grouping)
-            selected, n = select_lowest(grouping.split(scores), k, tie_key)
-            mask[rows] = grouping.join(selected, (scores.shape[0], n_in))
-            n_ties += n
-            n_close += count_close(scores, mask[rows], grouping) if counts_close else 0
-        return n_ties, n_close
-
-    starts = range(0, n_out, step)
-    size = max(_CHUNKS_PER_PART, -(-len(starts) // torch.get_num_threads()))
-    found = in_threads(prune, [starts[first : first + size] for first in range(0, len(starts), size)])
-    n_ties, n_close = (sum(numbers) for numbers in zip(*found, strict=True))
+    n_ties = n_close = 0
+    for start in range(0, n_out, step):
+        rows = slice(start, start + step)
+        scores = score(weight[rows].to(torch.float32))
+        tie_key = None if keys is None else partial(_of_rows, keys, rows, grouping)
+        selected, n = select_lowest(grouping.split(scores), k, tie_key)
+        mask[rows] = grouping.join(selected, (scores.shape[0], n_in))
+        n_ties += n
+        n_close += count_close(scores, mask[rows], grouping) if counts_close else 0
     return PruneMask(mask, n_ties, n_close if counts_close else None)
 
 
