@@ -24,6 +24,7 @@ from torch import Tensor
 from fedprllm.core.groups import Grouping
 from fedprllm.core.masks import PruneMask, exact_float, vote_dtype
 from fedprllm.core.selection import select_lowest
+from fedprllm.core.threads import in_threads
 from fedprllm.core.ties import TIES
 from fedprllm.errors import UpdateError
 
@@ -43,6 +44,7 @@ _WORDS_PER_THREAD = 2**18
 # For place values below 2^4 a word may wait for its partner. So a carry meets the higher planes once in
 # 16 masks, and a mask costs about 6 operations instead of 2 per plane.
 _N_WAITING = 4
+_PLANES_SPLIT = 5  # a histogram of so many planes is quicker by halves, 2^planes of them, than by counts
 _COUNTED_AT_ONCE = 2**18  # weights whose counts stay in the cache
 _SCORED_AT_ONCE = 2**24  # weights; bounds the memory that scores and keys take
 _ROWS_SUMMED_AT_ONCE = 255  # bits of a column; their sum fits a byte
@@ -96,19 +98,47 @@ class PackedVotes:
         self._settle()
         stop = self.n_weights if stop is None else stop
         counts = np.empty(stop - start, _numpy_dtype(self.total))
-        for first in range(start, stop, _COUNTED_AT_ONCE):
+
+        def count(first: int) -> None:
             last = min(first + _COUNTED_AT_ONCE, stop)
             counts[first - start : last - start] = self._count(first, last)
+
+        in_threads(count, range(start, stop, _COUNTED_AT_ONCE))
         return torch.from_numpy(counts)
 
     def histogram(self) -> Int[Tensor, " votes"]:
         """Number of weights that have 0, 1, ..., ``total`` votes."""
         self._settle()
         histogram = np.zeros(self.total + 1, np.int64)
+        if len(self._planes) <= _PLANES_SPLIT:
+            for first in range(0, self._n_words, _CHUNK):
+                planes = [plane[first : first + _CHUNK] for plane in self._planes]
+                self._split(planes, np.full(len(planes[0]), _ALL) if planes else None, 0, histogram)
+            # Bits behind the last weight have no votes and are none.
+            histogram[0] = self.n_weights - histogram[1:].sum()
+            return torch.from_numpy(histogram)
         for first in range(0, self.n_weights, _COUNTED_AT_ONCE):
             counts = self._count(first, min(first + _COUNTED_AT_ONCE, self.n_weights))
             histogram += np.bincount(counts, minlength=len(histogram))
         return torch.from_numpy(histogram)
+
+    def _split(self, planes: list[Words], candidates: Words | None, votes: int, histogram: Counts) -> None:
+        """Add the number of candidates with each count to the histogram: halved plane by plane from the top.
+
+        Args:
+            planes: that have not been looked at.
+            candidates: bits of the weights whose higher planes say ``votes``.
+            votes: the value of those planes.
+            histogram: added to.
+        """
+        if candidates is None or votes > self.total:
+            return
+        if not planes:
+            histogram[votes] += int(np.bitwise_count(candidates).sum(dtype=np.int64))
+            return
+        *lower, plane = planes
+        self._split(lower, candidates & plane, votes + 2 ** len(lower), histogram)
+        self._split(lower, candidates & ~plane, votes, histogram)
 
     def most_voted(
         self,

@@ -237,8 +237,8 @@ def block_record(
         linears[name] = {
             "kind": linear.kind,
             "shape": list(linear.shape),
-            "n_zeros": int((decided.weights[name] == 0).sum()),
-            "n_pruned": int(decided.masks[name].mask.sum()),
+            "n_zeros": _n_zeros(decided.weights[name]),
+            "n_pruned": int(decided.masks[name].mask.count_nonzero()),
             "n_ties": decided.masks[name].n_ties,
         }
         if decided.masks[name].n_close is not None:
@@ -254,6 +254,10 @@ def block_record(
         "agreement": agreement.summary(),
         "notes": decided.notes,
     }
+
+
+def _n_zeros(weight: Tensor) -> int:
+    return weight.numel() - int(weight.count_nonzero())
 
 
 def _share_pruned(linears: Mapping[str, Any]) -> float:

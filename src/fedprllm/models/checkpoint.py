@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedprllm.core.threads import in_threads
 from fedprllm.errors import ModelError
 from fedprllm.files import read_json, save_tensors, write_json
 
@@ -107,18 +108,20 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     Raises:
         ModelError: a tensor holds NaN or infinity (named).
     """
-    digests = {}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            n_bad = int((~torch.isfinite(tensor)).sum())
-            raise ModelError(
-                f"weight '{name}' holds NaN or infinity in {n_bad} of {tensor.numel()} places: "
-                "the checkpoint is damaged; get it again"
-            )
-        digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        digests[name] = digest.hexdigest()
-    return digests
+    digests = in_threads(lambda name: _fingerprint(name, tensors[name]), list(tensors))
+    return dict(zip(tensors, digests, strict=True))
+
+
+def _fingerprint(name: str, tensor: Tensor) -> str:
+    if tensor.is_floating_point() and not _is_finite(tensor):
+        n_bad = int((~torch.isfinite(tensor)).sum())
+        raise ModelError(
+            f"weight '{name}' holds NaN or infinity in {n_bad} of {tensor.numel()} places: "
+            "the checkpoint is damaged; get it again"
+        )
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _is_finite(tensor: Tensor) -> bool:
