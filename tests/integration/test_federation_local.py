@@ -224,14 +224,14 @@ def test_who_keeps_sending_garbage_is_left_out_as_a_whole(tmp_path, model, feder
     assert set(read_json(tmp_path / "runs" / "run" / "result.json")["participants"]) == {"north", "west"}
 
 
+def garble_block_2_of_south(name, request, answer):
+    header = read_request(request)[0]
+    return garbled(answer) if (name, header.op, header.block) == ("south", "fetch", 2) else answer
+
+
 def test_an_iterative_run_goes_on_with_the_others_and_counts_them_per_block(tmp_path, model, federation):
     channel = federation()
-
-    def meddle(name, request, answer):
-        header = read_request(request)[0]
-        return garbled(answer) if (name, header.op, header.block) == ("south", "fetch", 2) else answer
-
-    channel.meddle = meddle
+    channel.meddle = garble_block_2_of_south
     plan = make_plan(model, prune={"strategy": "iterative"}, max_ballots=1)
     assert conduct(tmp_path, plan, channel) == "complete"
     result = read_json(tmp_path / "runs" / "run" / "result.json")
@@ -245,12 +245,7 @@ def test_scaling_counts_who_took_part_in_the_block(tmp_path, model, federation):
     from fedprllm.core.masks import scale_kept
 
     channel = federation()
-
-    def meddle(name, request, answer):
-        header = read_request(request)[0]
-        return garbled(answer) if (name, header.op, header.block) == ("south", "fetch", 2) else answer
-
-    channel.meddle = meddle
+    channel.meddle = garble_block_2_of_south
     plan = make_plan(model, prune={"strategy": "iterative", "scale_weights": True}, max_ballots=1)
     assert conduct(tmp_path, plan, channel) == "complete"
     dense = load_file(model / "model.safetensors")

@@ -124,6 +124,7 @@ def test_words_bytes_and_unaligned_bytes_are_the_same() -> None:
 
 
 def test_chunks_and_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(bitplanes, "_CHUNK", 3)
     monkeypatch.setattr(bitplanes, "_WORDS_PER_THREAD", 20)
     monkeypatch.setattr(bitplanes, "_COUNTED_AT_ONCE", 100)

@@ -12,8 +12,8 @@ Bits lie as in the payload of a message: weight i, row by row, is bit ``i % 8`` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -110,10 +110,10 @@ class PackedVotes:
         """Number of weights that have 0, 1, ..., ``total`` votes."""
         self._settle()
         histogram = np.zeros(self.total + 1, np.int64)
-        if len(self._planes) <= _PLANES_SPLIT:
+        if 0 < len(self._planes) <= _PLANES_SPLIT:
             for first in range(0, self._n_words, _CHUNK):
                 planes = [plane[first : first + _CHUNK] for plane in self._planes]
-                self._split(planes, np.full(len(planes[0]), _ALL) if planes else None, 0, histogram)
+                self._split(planes, np.full(len(planes[0]), _ALL), 0, histogram)
             # Bits behind the last weight have no votes and are none.
             histogram[0] = self.n_weights - histogram[1:].sum()
             return torch.from_numpy(histogram)
@@ -122,7 +122,7 @@ class PackedVotes:
             histogram += np.bincount(counts, minlength=len(histogram))
         return torch.from_numpy(histogram)
 
-    def _split(self, planes: list[Words], candidates: Words | None, votes: int, histogram: Counts) -> None:
+    def _split(self, planes: list[Words], candidates: Words, votes: int, histogram: Counts) -> None:
         """Add the number of candidates with each count to the histogram: halved plane by plane from the top.
 
         Args:
@@ -131,7 +131,7 @@ class PackedVotes:
             votes: the value of those planes.
             histogram: added to.
         """
-        if candidates is None or votes > self.total:
+        if votes > self.total:
             return
         if not planes:
             histogram[votes] += int(np.bitwise_count(candidates).sum(dtype=np.int64))
@@ -342,8 +342,7 @@ def _in_threads(task: Callable[[int, int], None], n_words: int, n_masks: int) ->
         task(0, n_words)
         return
     bounds = [n_words * index // n_threads for index in range(n_threads + 1)]
-    with ThreadPoolExecutor(n_threads) as pool:
-        list(pool.map(task, bounds[:-1], bounds[1:]))
+    in_threads(lambda part: task(*part), list(pairwise(bounds)))
 
 
 def _numpy_dtype(total: int) -> np.dtype[np.integer]:
