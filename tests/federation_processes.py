@@ -123,13 +123,18 @@ class Federation:
         return self.command("run", str(config), "--kits", str(self.kits))
 
     def command(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _CLI, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        return start(_CLI, *arguments)
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """A Python process of its own session; all that it prints comes through its standard output."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(process: subprocess.Popen[str], expected: int = 0) -> str:

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -20,7 +19,7 @@ from fedprllm.federation.flare.rehearsal import empty_folder
 from fedprllm.federation.spool import read_ledger
 from fedprllm.files import read_json
 from tests.federation_helpers import same_model, texts
-from tests.federation_processes import finish, wait_until
+from tests.federation_processes import finish, start, wait_until
 
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
 
@@ -29,14 +28,7 @@ QUICK = ["--windows", "2", "--window-length", "32"]
 
 
 def rehearse(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = ["federation", "rehearse", "--out", str(folder), *arguments]
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _CLI, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start(_CLI, "federation", "rehearse", "--out", str(folder), *arguments)
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
