@@ -6,6 +6,7 @@ result = prune("path/to/model", ["hospital_a.jsonl", "hospital_b.txt"], PruneCon
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from fedprllm.config import PruneConfig
@@ -21,6 +22,10 @@ from fedprllm.errors import (
 if TYPE_CHECKING:
     from fedprllm.api import PruneResult, prune
     from fedprllm.evaluation import Perplexity, evaluate
+
+# A walk allocates gigabytes for every block, and in pages of 4 kB Linux takes longer to hand them out than a
+# CPU to fill them. torch reads this when it first allocates; it asks for large pages where there are any.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = [

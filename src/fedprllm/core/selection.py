@@ -40,8 +40,7 @@ def select_lowest(
         return torch.zeros_like(scores, dtype=torch.bool), 0
     if k == scores.shape[1]:
         return torch.ones_like(scores, dtype=torch.bool), 0
-    threshold = _kth_lowest(scores, k)
-    mask = scores <= threshold
+    threshold, mask = _up_to_kth_lowest(scores, k)
     # A sum of bytes takes a third of the time of a sum of booleans.
     surplus = mask.view(torch.uint8).sum(dim=1, dtype=torch.int32) - k
     contested = surplus.nonzero().squeeze(1)
@@ -55,14 +54,18 @@ def select_lowest(
     return mask, int(n_places.sum())
 
 
-def _kth_lowest(scores: Num[Tensor, "groups n"], k: int) -> Num[Tensor, "groups 1"]:
-    """The k-th lowest score of each row."""
+def _up_to_kth_lowest(
+    scores: Num[Tensor, "groups n"], k: int
+) -> tuple[Num[Tensor, "groups 1"], Bool[Tensor, "groups n"]]:
+    """The k-th lowest score of each row, and which scores do not exceed it."""
     if scores.device.type != "cpu":
-        return torch.kthvalue(scores, k, dim=1, keepdim=True).values
+        threshold = torch.kthvalue(scores, k, dim=1, keepdim=True).values
+        return threshold, scores <= threshold
     # NumPy's vectorised partition takes less than half the time of torch.kthvalue on a CPU
-    # (python -m benchmarks.selection --quick).
-    partitioned = np.partition(scores.numpy(), k - 1, axis=1)
-    return torch.from_numpy(partitioned[:, k - 1 : k].copy())
+    # (python -m benchmarks.selection --quick), and so does its comparison.
+    rows = scores.numpy()
+    lowest = np.partition(rows, k - 1, axis=1)[:, k - 1 : k].copy()
+    return torch.from_numpy(lowest), torch.from_numpy(rows <= lowest)
 
 
 def _first_by_key(

@@ -1,7 +1,8 @@
 """Independent pieces of work on a CPU, in as many threads as torch has.
 
 NumPy's and torch's operations and the hashes of the standard library release the interpreter while they work,
-so threads serve where the pieces are not tiny.
+so threads serve where the pieces are not tiny. Each of these threads computes alone: torch would start as
+many again for every one of them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
-__all__ = ["in_threads"]
+__all__ = ["in_threads", "row_slices"]
+
+# Entries: those of float32 fit the cache of a core. With fewer, threads wait for each other's interpreter.
+_AT_ONCE = 2**18
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -23,5 +29,17 @@ def in_threads(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list
     n_threads = min(torch.get_num_threads(), len(pieces))
     if n_threads < 2:
         return [work(piece) for piece in pieces]
-    with ThreadPoolExecutor(n_threads) as pool:
-        return list(pool.map(work, pieces))
+    own = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, pieces))
+    finally:
+        # A thread has a number of its own, but what the last one set is what new threads begin with.
+        torch.set_num_threads(own)
+
+
+def row_slices(matrix: Shaped[Tensor, "rows ..."]) -> list[slice]:
+    """Pieces for `in_threads`: as many rows as stay in the cache, or all at once on a GPU."""
+    n_rows = matrix.shape[0]
+    step = n_rows if matrix.device.type != "cpu" else max(1, _AT_ONCE * n_rows // max(1, matrix.numel()))
+    return [slice(start, start + step) for start in range(0, n_rows, step)]

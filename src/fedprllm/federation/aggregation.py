@@ -178,7 +178,7 @@ class BlockAggregator:
         """Write the pruned block, and the message for those who wait for it."""
         assert self.writer is not None
         decided = self.sharing.decide(totals, block, self.config)
-        self.writer.write(block.index, block.tensors | decided.weights)
+        self.writer.write(block.index, {**block.tensors, **decided.weights})
         message = encode_decision(decided, block, self._run_id, self._digest)
         write_bytes(self._decision_path(block.index), message)
         self._decision_path(block.index - 1).unlink(missing_ok=True)

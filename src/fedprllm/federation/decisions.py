@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from fedprllm import wire
 from fedprllm.errors import UpdateError
 from fedprllm.federation.naming import from_wire, to_wire
 from fedprllm.models.blocks import Block
-from fedprllm.sharing import BlockDecision, without
+from fedprllm.sharing import BlockDecision, PrunedWeights
 
 __all__ = ["COORDINATOR", "decided_weights", "encode_decision"]
 
@@ -23,9 +25,8 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
     does more (scaling).
     """
     masks = {name: pruned.mask for name, pruned in decision.masks.items()}
-    only_zeroes = all(
-        torch.equal(_zeroed(block, name, mask), decision.weights[name]) for name, mask in masks.items()
-    )
+    zeroed = PrunedWeights(block, masks)
+    only_zeroes = all(torch.equal(weight, decision.weights[name]) for name, weight in zeroed.items())
     update = wire.Update(
         run_id=run_id,
         participant=COORDINATOR,
@@ -38,7 +39,7 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
     return wire.encode(update)
 
 
-def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) -> dict[str, Tensor]:
+def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) -> Mapping[str, Tensor]:
     """The weights, in the checkpoint's orientation, that a decision leaves of a block.
 
     Raises:
@@ -68,14 +69,10 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     tensors = from_wire(wire.decode(message, expect=expect, max_bytes=max_bytes).tensors, block.linears)
     device = next(iter(block.tensors.values())).device
     if kind == "mask":
-        return {name: _zeroed(block, name, mask.to(device)) for name, mask in tensors.items()}
+        return PrunedWeights(block, {name: mask.to(device) for name, mask in tensors.items()})
     for name, tensor in tensors.items():
         if tensor.dtype != block.tensors[name].dtype:
             raise UpdateError(
                 f"decision about '{name}': expected {block.tensors[name].dtype}, found {tensor.dtype}"
             )
     return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _zeroed(block: Block, name: str, mask: Tensor) -> Tensor:
-    return without(block.tensors[name], block.linears[name].oriented(mask))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
+from fedprllm.core.zeros import count_zeros
 from fedprllm.federation.agreement import Agreement
 from fedprllm.models.blocks import Block, BlockwiseModel, Linear
 from fedprllm.models.checkpoint import CheckpointWriter
@@ -212,7 +213,7 @@ class _Walk:
 
     def _write(self, name: str | None, block: Block, decision: BlockDecision) -> None:
         if name in self.writers:
-            self.writers[name].write(block.index, block.tensors | decision.weights)
+            self.writers[name].write(block.index, {**block.tensors, **decision.weights})
 
 
 def _hidden_name(participant: Participant, window: int) -> str:
@@ -237,7 +238,7 @@ def block_record(
         linears[name] = {
             "kind": linear.kind,
             "shape": list(linear.shape),
-            "n_zeros": _n_zeros(decided.weights[name]),
+            "n_zeros": count_zeros(decided.weights[name]),
             "n_pruned": int(decided.masks[name].mask.count_nonzero()),
             "n_ties": decided.masks[name].n_ties,
         }
@@ -254,10 +255,6 @@ def block_record(
         "agreement": agreement.summary(),
         "notes": decided.notes,
     }
-
-
-def _n_zeros(weight: Tensor) -> int:
-    return weight.numel() - int(weight.count_nonzero())
 
 
 def _share_pruned(linears: Mapping[str, Any]) -> float:

@@ -91,8 +91,14 @@ class Block:
         with ExitStack() as stack:
             for name, weight in weights.items():
                 parameter: nn.Parameter = self.linears[name].module.weight  # type: ignore[assignment]
-                stack.callback(setattr, parameter, "data", parameter.data)
-                parameter.data = weight.to(parameter.dtype)
+                own = self.tensors[name]
+                if own.dtype == weight.dtype == parameter.dtype:
+                    stack.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = weight
+                else:
+                    # The parameter is a copy in another precision; new memory would take longer than this.
+                    stack.callback(parameter.data.copy_, own)
+                    parameter.data.copy_(weight)
             yield
 
 
@@ -177,8 +183,11 @@ class BlockwiseModel:
             yield Block(index, self.linears[index], tensors, module, self._call_block)
 
     @contextmanager
-    def _outside_blocks(self) -> Iterator[None]:
-        names = self.names_outside_blocks()
+    def _outside_blocks(self, part: nn.Module) -> Iterator[None]:
+        """Hold what a part of the model has outside the blocks."""
+        used = {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
+        state = self.skeleton.state_dict(keep_vars=True)
+        names = [name for name in self.names_outside_blocks() if id(state[name]) in used]
         tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
         with self._materialised(tensors):
             yield
@@ -210,7 +219,7 @@ class BlockwiseModel:
 
     def embed(self, windows: Iterable[Int[Tensor, " tokens"]]) -> Iterator[Hidden]:
         """Hidden states that enter the first block, one window at a time; then the embedding is released."""
-        with self._outside_blocks():
+        with self._outside_blocks(self.skeleton.base_model):
             for window in windows:
                 yield self._embed_one(window)
 
@@ -279,7 +288,7 @@ class BlockwiseModel:
     @contextmanager
     def head(self) -> Iterator[None]:
         """Hold embedding, final norm and head in memory, for `token_losses`."""
-        with self._outside_blocks():
+        with self._outside_blocks(self.skeleton):
             yield
 
     @contextmanager

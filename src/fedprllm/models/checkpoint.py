@@ -84,7 +84,8 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         for file, wanted in self._by_file(names).items():
             with self._open(file) as opened:
-                tensors |= {name: opened.get_tensor(stored).clone() for name, stored in wanted}
+                mapped = [opened.get_tensor(stored) for _, stored in wanted]
+                tensors |= zip((name for name, _ in wanted), in_threads(Tensor.clone, mapped), strict=True)
         return tensors
 
     def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:

@@ -16,11 +16,11 @@ from __future__ import annotations
 from fedprllm.sharing.base import (
     BlockDecision,
     Contribution,
+    PrunedWeights,
     Sharing,
     Totals,
     local_decision,
     update_bytes,
-    without,
 )
 from fedprllm.sharing.masks import MASKS
 from fedprllm.sharing.outliers import SURVEYS
@@ -32,11 +32,11 @@ __all__ = [
     "SURVEYS",
     "BlockDecision",
     "Contribution",
+    "PrunedWeights",
     "Sharing",
     "Totals",
     "local_decision",
     "update_bytes",
-    "without",
 ]
 
 SHARING: dict[str, Sharing[BlockDecision]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -18,6 +18,7 @@ from fedprllm.core.criteria import CRITERIA, Criterion
 from fedprllm.core.groups import Grouping, GroupName
 from fedprllm.core.masks import PruneMask, prune_by_score
 from fedprllm.core.statistics import InputStatistics
+from fedprllm.core.zeros import without
 from fedprllm.models.blocks import Block, Linear
 from fedprllm.participant import BlockStatistics, Observation
 from fedprllm.strategies import Strategy
@@ -25,6 +26,7 @@ from fedprllm.strategies import Strategy
 __all__ = [
     "BlockDecision",
     "Contribution",
+    "PrunedWeights",
     "Sharing",
     "Totals",
     "decision_by_score",
@@ -32,7 +34,6 @@ __all__ = [
     "local_decision",
     "sparsity_of",
     "update_bytes",
-    "without",
 ]
 
 _Decision = TypeVar("_Decision")
@@ -46,13 +47,37 @@ class BlockDecision:
 
     Attributes:
         masks: the prune mask of each Linear, as [out, in].
-        weights: the pruned weights, in the orientation and precision of the checkpoint.
+        weights: the pruned weights, in the orientation and precision of the checkpoint; each may be made
+            only when it is asked for (`PrunedWeights`).
         notes: what went another way than asked for, in words.
     """
 
     masks: dict[str, PruneMask]
-    weights: Tensors = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+class PrunedWeights(Mapping[str, Tensor]):
+    """A block's weights with zeros where masks prune, each made when it is asked for.
+
+    Who walks on with them needs one at a time, and memory for a whole block takes longer to get than to fill.
+
+    Args:
+        block: the block, unpruned.
+        masks: of its Linears, as [out, in].
+    """
+
+    def __init__(self, block: Block, masks: Mapping[str, Tensor]) -> None:
+        self._block, self._masks = block, masks
+
+    def __getitem__(self, name: str) -> Tensor:
+        return without(self._block.tensors[name], self._block.linears[name].oriented(self._masks[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
 
 
 @dataclass
@@ -148,11 +173,6 @@ def sparsity_of(config: PruneConfig, linear: Linear) -> float | Fraction:
     return config.sparsity if linear.sparsity is None else linear.sparsity
 
 
-def without(weight: Tensor, mask: Tensor) -> Tensor:
-    """The weight with exact +0.0 where the mask is True."""
-    return torch.where(mask, weight.new_zeros(()), weight)
-
-
 def decision_by_score(
     block: Block,
     norms: Mapping[str, Tensor] | None,
@@ -171,11 +191,11 @@ def decision_by_score(
         counts_close: count the prunes that rounding may decide.
     """
     criterion = CRITERIA[config.criterion]
-    decision = BlockDecision({})
+    masks = {}
     for name, linear in block.linears.items():
         weight = linear.oriented(block.tensors[name])
         norm = torch.ones(linear.shape[1]) if norms is None else norms[name]
-        pruned = prune_by_score(
+        masks[name] = prune_by_score(
             partial(_scores, criterion, norm.to(weight.device)),
             weight,
             grouping_of(config, config.local_group, linear),
@@ -184,9 +204,7 @@ def decision_by_score(
             scores_rows=criterion.scores_rows,
             counts_close=counts_close,
         )
-        decision.masks[name] = pruned
-        decision.weights[name] = without(block.tensors[name], linear.oriented(pruned.mask))
-    return decision
+    return BlockDecision(masks, PrunedWeights(block, {name: pruned.mask for name, pruned in masks.items()}))
 
 
 def _scores(criterion: Criterion, norm: Tensor, weight: Tensor) -> Tensor:

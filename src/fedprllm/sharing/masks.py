@@ -11,6 +11,7 @@ from torch import Tensor
 from fedprllm.config import PruneConfig
 from fedprllm.core.bitplanes import PackedVotes
 from fedprllm.core.masks import scale_kept
+from fedprllm.core.zeros import without
 from fedprllm.errors import UpdateError
 from fedprllm.models.blocks import Block, Linear
 from fedprllm.participant import BlockStatistics
@@ -22,7 +23,6 @@ from fedprllm.sharing.base import (
     Totals,
     grouping_of,
     local_decision,
-    without,
 )
 
 __all__ = ["MASKS", "check_mask", "zero_votes"]
@@ -75,17 +75,16 @@ def _zeros(block: Block) -> Totals:
 
 def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     """Prune the most-voted weights of every server comparison group, and scale if asked to."""
-    decision = BlockDecision({})
+    masks, weights = {}, {}
     for name, linear in block.linears.items():
         votes, weight = totals.votes[name], block.tensors[name]
         grouping = grouping_of(config, config.server_group, linear)
         seed_parts = (config.seed, "server", name)
-        pruned = votes.most_voted(block.matrix(name), grouping, config.vote_ties, seed_parts)
+        masks[name] = votes.most_voted(linear.oriented(weight), grouping, config.vote_ties, seed_parts)
         if config.scale_weights:
             weight = _scaled(weight, linear, votes)
-        decision.masks[name] = pruned
-        decision.weights[name] = without(weight, linear.oriented(pruned.mask))
-    return decision
+        weights[name] = without(weight, linear.oriented(masks[name].mask))
+    return BlockDecision(masks, weights)
 
 
 def _scaled(weight: Tensor, linear: Linear, votes: PackedVotes) -> Tensor:

@@ -7,6 +7,7 @@ participants. Query, key and value read one input, as do gate and up: it is shar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -74,7 +75,9 @@ def _zeros(block: Block) -> Totals:
 def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     """Prune as if all text were in one place: the local group is what scores are compared in."""
     norms = pooled_norms(totals, block)
-    return decision_by_score(block, norms, config, ("server",), counts_close=True)
+    decision = decision_by_score(block, norms, config, ("server",), counts_close=True)
+    # Written, counted and walked on with: made once.
+    return replace(decision, weights=dict(decision.weights))
 
 
 def pooled_norms(totals: Totals, block: Block) -> dict[str, Tensor]:
@@ -130,7 +133,7 @@ def _zero_grams(block: Block) -> Totals:
 
 def _decide_by_sparsegpt(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     """SparseGPT on the summed Gram matrices: prunes, and corrects the weights that stay."""
-    decision = BlockDecision({})
+    masks, weights, notes = {}, {}, []
     for name, linear in block.linears.items():
         seed_parts = (config.seed, "server", name)
         try:
@@ -145,13 +148,13 @@ def _decide_by_sparsegpt(totals: Totals, block: Block, config: PruneConfig) -> B
         except ModelError as error:
             raise ModelError(f"'{name}': {error}") from None
         if result.damping > 0.01:
-            decision.notes.append(f"{name}: damping raised to {result.damping:g} of the mean diagonal")
+            notes.append(f"{name}: damping raised to {result.damping:g} of the mean diagonal")
         if result.n_dead:
-            decision.notes.append(f"{name}: {result.n_dead} input channels were zero on every token")
-        decision.masks[name] = result.pruned
+            notes.append(f"{name}: {result.n_dead} input channels were zero on every token")
+        masks[name] = result.pruned
         stored = linear.oriented(result.weight).to(block.tensors[name].dtype)
-        decision.weights[name] = stored.contiguous()
-    return decision
+        weights[name] = stored.contiguous()
+    return BlockDecision(masks, weights, notes)
 
 
 GRAM = Sharing(

@@ -61,10 +61,10 @@ def _zeros(block: Block) -> Totals:
 
 
 def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
-    decision = BlockDecision({})
+    masks, decided = {}, {}
     for name, linear in block.linears.items():
         votes = totals.votes[name + _MASK].counts().reshape(linear.shape).to(torch.int32)
-        weights, decision.masks[name] = fedspallm(
+        weights, masks[name] = fedspallm(
             totals.sums[name],
             totals.n_participants - votes.to(totals.sums[name].device),
             totals.n_participants,
@@ -73,8 +73,8 @@ def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
             config.vote_ties,
             (config.seed, "server", name),
         )
-        decision.weights[name] = linear.oriented(weights).to(block.tensors[name].dtype).contiguous()
-    return decision
+        decided[name] = linear.oriented(weights).to(block.tensors[name].dtype).contiguous()
+    return BlockDecision(masks, decided)
 
 
 WEIGHTS = Sharing("weights", _contribute, _shapes, _check, _zeros, _decide, decides_alone=True)

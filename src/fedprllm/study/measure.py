@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fedprllm.api import prune
 from fedprllm.core.criteria import CRITERIA
+from fedprllm.core.zeros import count_zeros
 from fedprllm.evaluation import perplexities
 from fedprllm.federation.agreement import Agreement
 from fedprllm.inputs import pool
 from fedprllm.models.blocks import Block, BlockwiseModel
 from fedprllm.participant import Participant
 from fedprllm.progress import Progress
-from fedprllm.sharing import SHARING, update_bytes, without
+from fedprllm.sharing import SHARING, PrunedWeights, update_bytes
 from fedprllm.strategies import STRATEGIES
 from fedprllm.study.config import Cell
 from fedprllm.study.walks import Walk, Walks, is_served
@@ -173,7 +174,7 @@ class Lab:
             for name, pruned in decision.masks.items():
                 counts["n_pruned"] += int(pruned.mask.sum())
                 counts["n_ties"] += pruned.n_ties
-                counts["n_zeros"] += int((decision.weights[name] == 0).sum())
+                counts["n_zeros"] += count_zeros(decision.weights[name])
                 if sharing.decides_alone:
                     times = torch.bincount(plain[name][pruned.mask.cpu()])
                     voted.update(dict(enumerate(times.tolist())))
@@ -187,12 +188,10 @@ class Lab:
 
         def decide(block: Block) -> Mapping[str, Tensor]:
             masks = walk.update(block, sharing.shapes(block.linears))
-            weights = {}
-            for name, mask in masks.items():
-                stored = block.linears[name].oriented(mask.to(block.tensors[name].device))
-                weights[name] = without(block.tensors[name], stored)
-                counts["n_pruned"] += int(mask.sum())
-                counts["n_zeros"] += int((weights[name] == 0).sum())
+            on_device = {name: mask.to(block.tensors[name].device) for name, mask in masks.items()}
+            weights = PrunedWeights(block, on_device)
+            counts["n_pruned"] += sum(int(mask.sum()) for mask in masks.values())
+            counts["n_zeros"] += sum(map(count_zeros, weights.values()))
             return weights
 
         return decide

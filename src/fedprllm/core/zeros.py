@@ -1,0 +1,40 @@
+"""Put zeros into weights and count them: as whole numbers of the same bits, which a CPU does faster."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from fedprllm.core.threads import in_threads, row_slices
+
+__all__ = ["count_zeros", "without"]
+
+_INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
+
+
+def without(weight: Shaped[Tensor, "n m"], mask: Bool[Tensor, "n m"]) -> Shaped[Tensor, "n m"]:
+    """The weight with exact +0.0 where the mask is True, and the same bits elsewhere."""
+    bits = _bits(weight)
+    pruned = torch.empty_like(bits)
+
+    def multiply(rows: slice) -> None:
+        torch.mul(bits[rows], (~mask[rows]).view(torch.uint8), out=pruned[rows])
+
+    in_threads(multiply, row_slices(weight))
+    return pruned.view(weight.dtype)
+
+
+def count_zeros(weight: Shaped[Tensor, "n m"]) -> int:
+    """Number of entries that are +0.0 or -0.0."""
+    bits = _bits(weight)
+
+    def count(rows: slice) -> int:
+        # Without its highest bit, the sign, -0.0 is zero like +0.0.
+        return int((bits[rows] << 1).count_nonzero())
+
+    return bits.numel() - sum(in_threads(count, row_slices(weight)))
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return weight.view(_INTEGERS[weight.dtype.itemsize])
