@@ -65,7 +65,6 @@ SHAPES = {
 N_PASSES = {"mask": 2, "statistics": 1}
 _LOOK_EVERY_S = 0.02
 _COPIED_AT_ONCE = 2**24
-_MOST_COPIED = 2**32
 
 
 class Watch:
@@ -230,7 +229,7 @@ def disk_speed(model: Path, folder: Path) -> dict[str, float]:
     buffer = bytearray(_COPIED_AT_ONCE)
     for path in sorted(model.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
-            while n_bytes < _MOST_COPIED and (n_read := file.readinto(buffer)):
+            while n_read := file.readinto(buffer):
                 n_bytes += n_read
     read = n_bytes / (time.perf_counter() - start)
     start = time.perf_counter()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fedprllm.calibration import fingerprint
@@ -36,26 +35,9 @@ from fedprllm.progress import Progress, silent
 from fedprllm.runs import Run, versions
 from fedprllm.sharing import SHARING, SURVEYS, update_bytes
 from fedprllm.strategies import STRATEGIES
+from fedprllm.votes import StoredVotes
 
 __all__ = ["PooledData", "PruneResult", "prune"]
-
-
-class VoteMapping(Mapping[str, Tensor]):
-    """Votes by weight name, each read from the run's folder when it is asked for."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as opened:
-            votes: Tensor = opened.get_tensor(name).clone()
-        return votes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
 
 
 @dataclass(frozen=True)
@@ -104,7 +86,7 @@ class PruneResult:
         return cls(
             out=out,
             model_dirs={name: out / folder for name, folder in details["models"].items()},
-            votes=VoteMapping(votes),
+            votes=StoredVotes(votes),
             sparsity=sparsity,
             config=PruneConfig(**details["config"]),
             evaluation=details["evaluation"],

@@ -136,11 +136,12 @@ class Run:
         return block
 
     def finish_block(
-        self, block: int, record: Mapping[str, Any], votes: Mapping[str, Tensor], hidden: Mapping[str, Tensor]
+        self, block: int, record: Mapping[str, Any], hidden: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Keep what a block gave; the record is written last and makes the block finished."""
-        if votes:
-            save_tensors(self.votes_path(block), {name: count.cpu() for name, count in votes.items()})
+        """Keep what a block gave; the record is written last and makes the block finished.
+
+        Its shard and its votes are written before.
+        """
         if hidden:
             save_tensors(self._hidden_path(block), {name: state.cpu() for name, state in hidden.items()})
         write_json(self._record_path(block), record)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedprllm import PruneConfig, UpdateError, prune, wire
+from fedprllm import PruneConfig, PruneResult, UpdateError, prune, wire
 from fedprllm.federation import coordinator as coordinator_module
 from fedprllm.federation.job import conduct_run
 from fedprllm.federation.messages import Reply, Request, pack, read_reply, read_request
@@ -255,7 +255,11 @@ def test_scaling_counts_who_took_part_in_the_block(tmp_path, model, federation):
             for path in (tmp_path / "runs" / "run" / "model").glob("*.safetensors")
             if f"model.layers.{block}.mlp.up_proj.weight" in (tensors := load_file(path))
         )
-        votes = load_file(tmp_path / "runs" / "run" / "votes" / f"block-{block:04d}.safetensors")
+        votes = {
+            name: count
+            for name, count in PruneResult.load(tmp_path / "runs" / "run").votes.items()
+            if name.startswith(f"model.layers.{block}.")
+        }
         assert max(int(count.max()) for count in votes.values()) <= n_participants
         for name, count in votes.items():
             scaled = scale_kept(dense[name], count, n_participants)

@@ -23,10 +23,10 @@ from fedprllm.runs import Run
 model, out, seed, strategy, phase, block = sys.argv[1:7]
 torch.set_num_threads(1)
 finish_block = Run.finish_block
-def dying(self, index, record, votes, hidden):
+def dying(self, index, record, hidden):
     if index == int(block) and phase == "before":
         os.kill(os.getpid(), signal.SIGKILL)
-    finish_block(self, index, record, votes, hidden)
+    finish_block(self, index, record, hidden)
     if index == int(block) and phase == "after":
         os.kill(os.getpid(), signal.SIGKILL)
 Run.finish_block = dying

@@ -101,6 +101,11 @@ def test_counts_are_the_sum_of_the_masks(case: Ballots, sizes: list[int]) -> Non
     start, stop = sorted((case.seed % (len(expected) + 1), case.seed // 7 % (len(expected) + 1)))
     assert torch.equal(votes.counts(start, stop).int(), expected[start:stop])
     assert torch.equal(votes.histogram(), torch.bincount(expected, minlength=len(masks) + 1))
+    planes = votes.planes()
+    assert planes.shape == (len(masks).bit_length(), -(-len(expected) // 8))
+    again = PackedVotes.of_planes(planes, len(expected))
+    assert torch.equal(again.counts().int(), expected)
+    assert again.counts().dtype == votes.counts().dtype
 
 
 @pytest.mark.parametrize("every", [1, 5, 16, 23])
@@ -205,6 +210,7 @@ def test_no_votes() -> None:
     votes = PackedVotes(70)
     assert votes.counts().tolist() == [0] * 70
     assert votes.histogram().tolist() == [70]
+    assert PackedVotes.of_planes(votes.planes(), 70).counts().tolist() == [0] * 70
     found = votes.most_voted(torch.ones(7, 10), Grouping("row", 0.5), "index")
     assert torch.equal(found.mask, torch.arange(10).expand(7, 10) < 5)
     assert found.n_ties == 35

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from fedprllm.core import masks
+from fedprllm.core import threads
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.groups import Grouping
 from fedprllm.core.masks import count_close, prune_by_score, prune_lowest
@@ -22,7 +22,7 @@ GROUPINGS = [Grouping(group, 0.4) for group in ("row", "column", "layer")] + [Gr
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_few_rows_at_a_time(monkeypatch, criterion, grouping, ties, at_once, dtype):
-    monkeypatch.setattr(masks, "_SCORED_AT_ONCE", at_once)
+    monkeypatch.setattr(threads, "_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     # Few distinct weights, and a norm of one: many scores are equal.
     weight = torch.randint(-4, 5, (23, 24), generator=generator).to(dtype)

@@ -93,6 +93,26 @@ class PackedVotes:
         _in_threads(partial(add, masks), self._n_words, len(masks) * len(places))
         self._n_since += len(masks) if weight == 1 else 0
 
+    def planes(self) -> Integer[Tensor, "planes bytes"]:
+        """The bit planes, lowest first, as uint8: ceil(n / 8) bytes each, packed as masks are."""
+        self._settle()
+        n_bytes = -(-self.n_weights // 8)
+        planes = np.empty((len(self._planes), n_bytes), np.uint8)
+        for stored, plane in zip(planes, self._planes, strict=True):
+            stored[:] = plane.view(np.uint8)[:n_bytes]
+        return torch.from_numpy(planes)
+
+    @classmethod
+    def of_planes(cls, planes: Integer[Tensor, "planes bytes"], n_weights: int) -> PackedVotes:
+        """The votes whose `planes` these are; ``total`` is the most that so many planes can count."""
+        votes = cls(n_weights)
+        votes.total = 2 ** len(planes) - 1
+        for plane in planes.numpy():
+            words = np.zeros(votes._n_words, np.uint64)
+            words.view(np.uint8)[: len(plane)] = plane
+            votes._planes.append(words)
+        return votes
+
     def counts(self, start: int = 0, stop: int | None = None) -> Integer[Tensor, " n"]:
         """Votes of the weights from ``start`` to before ``stop``, in the smallest type that holds them."""
         self._settle()

@@ -8,21 +8,19 @@ from torch import Tensor
 
 from fedprllm.core.threads import in_threads, row_slices
 
-__all__ = ["count_zeros", "without"]
+__all__ = ["count_zeros", "zero"]
 
 _INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
 
 
-def without(weight: Shaped[Tensor, "n m"], mask: Bool[Tensor, "n m"]) -> Shaped[Tensor, "n m"]:
-    """The weight with exact +0.0 where the mask is True, and the same bits elsewhere."""
+def zero(weight: Shaped[Tensor, "n m"], mask: Bool[Tensor, "n m"]) -> None:
+    """Set a weight to exact +0.0 where the mask is True; the other bits stay."""
     bits = _bits(weight)
-    pruned = torch.empty_like(bits)
 
     def multiply(rows: slice) -> None:
-        torch.mul(bits[rows], (~mask[rows]).view(torch.uint8), out=pruned[rows])
+        bits[rows] *= (~mask[rows]).view(torch.uint8)
 
     in_threads(multiply, row_slices(weight))
-    return pruned.view(weight.dtype)
 
 
 def count_zeros(weight: Shaped[Tensor, "n m"]) -> int:

@@ -20,7 +20,7 @@ from fedprllm.core.criteria import CRITERIA
 from fedprllm.errors import UpdateError
 from fedprllm.federation.agreement import Agreement
 from fedprllm.federation.decisions import encode_decision
-from fedprllm.federation.in_process import block_record, stored_votes
+from fedprllm.federation.in_process import block_record
 from fedprllm.federation.naming import from_wire, to_wire
 from fedprllm.federation.spool import write_bytes
 from fedprllm.models.blocks import Block, BlockwiseModel
@@ -28,6 +28,7 @@ from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.participant import find_shared_inputs
 from fedprllm.runs import Run
 from fedprllm.sharing import SHARING, SURVEYS, Sharing, Totals
+from fedprllm.votes import save_votes
 
 __all__ = ["BlockAggregator"]
 
@@ -167,19 +168,21 @@ class BlockAggregator:
             if self._survey is not None:
                 found = self._survey.decide(totals, block, self.config)
                 counts = {"block": index, "outliers": [found.n_outliers, found.n_scores]}
-                self.run.finish_block(index, counts | about | sent, {}, {})
+                self.run.finish_block(index, counts | about | sent)
                 return
             record = self._prune(block, totals, agreement)
             seconds = {"aggregate": time.perf_counter() - begin}
             record |= about | sent | {"seconds": seconds}
-            self.run.finish_block(index, record, stored_votes(block, totals), {})
+            save_votes(self.run.votes_path(index), totals.votes, block.linears)
+            self.run.finish_block(index, record)
 
     def _prune(self, block: Block, totals: Totals, agreement: Agreement) -> dict[str, Any]:
         """Write the pruned block, and the message for those who wait for it."""
         assert self.writer is not None
         decided = self.sharing.decide(totals, block, self.config)
-        self.writer.write(block.index, {**block.tensors, **decided.weights})
         message = encode_decision(decided, block, self._run_id, self._digest)
+        decided.take_effect(block)
+        self.writer.write(block.index, block.tensors)
         write_bytes(self._decision_path(block.index), message)
         self._decision_path(block.index - 1).unlink(missing_ok=True)
         return block_record(block, totals, decided, {}, agreement)

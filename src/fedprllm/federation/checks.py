@@ -86,4 +86,6 @@ def needed_bytes(model: BlockwiseModel, people: Sequence[Participant], config: P
     n_tokens = sum(person.windows.numel() for person in people)
     state = n_tokens * hidden_size * model.dtype.itemsize if CRITERIA[config.criterion].uses_inputs else 0
     n_states = 2 if config.memory_limit is None else 3
-    return n_models * model.checkpoint.n_bytes + model.n_prunable + n_states * state
+    n_votes = n_tokens if config.weighting == "tokens" else len(people)
+    votes = model.n_prunable * n_votes.bit_length() // 8
+    return n_models * model.checkpoint.n_bytes + votes + n_states * state

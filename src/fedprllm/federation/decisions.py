@@ -10,8 +10,8 @@ from torch import Tensor
 from fedprllm import wire
 from fedprllm.errors import UpdateError
 from fedprllm.federation.naming import from_wire, to_wire
-from fedprllm.models.blocks import Block
-from fedprllm.sharing import BlockDecision, PrunedWeights
+from fedprllm.models.blocks import Block, PrunedWeights
+from fedprllm.sharing import BlockDecision
 
 __all__ = ["COORDINATOR", "decided_weights", "encode_decision"]
 

@@ -13,8 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.zeros import count_zeros
@@ -26,8 +24,9 @@ from fedprllm.progress import Progress
 from fedprllm.runs import Run
 from fedprllm.sharing import SHARING, BlockDecision, Contribution, Totals
 from fedprllm.strategies import STRATEGIES
+from fedprllm.votes import save_votes
 
-__all__ = ["block_record", "prune_in_process", "stored_votes"]
+__all__ = ["block_record", "prune_in_process"]
 
 
 class _Clock(defaultdict[str, float]):
@@ -161,6 +160,7 @@ class _Walk:
         if self.strategy.server_votes:
             with clock.phase("aggregate"):
                 decided = self.sharing.decide(totals, block, self.config)
+                decided.take_effect(block)
             with clock.phase("write"):
                 self._write(None, block, decided)
         if walks_on and self.strategy.follows_server:
@@ -173,9 +173,11 @@ class _Walk:
             for number, state in enumerate(participant.hidden.kept())
             if walks_on
         }
-        record = block_record(block, totals, decided, own_ties, agreement)
-        record["participants"] = [person.name for person in sampled]
-        self.run.finish_block(block.index, record | {"seconds": clock}, stored_votes(block, totals), hidden)
+        with clock.phase("record"):
+            record = block_record(block, totals, decided, own_ties, agreement)
+            record["participants"] = [person.name for person in sampled]
+            save_votes(self.run.votes_path(block.index), totals.votes, block.linears)
+        self.run.finish_block(block.index, record | {"seconds": clock}, hidden)
 
     def _pass_by(self, participant: Participant, block: Block, clock: _Clock, walks_on: bool) -> None:
         """Walk on with the unpruned block, unless the server's decision is waited for."""
@@ -218,15 +220,6 @@ class _Walk:
 
 def _hidden_name(participant: Participant, window: int) -> str:
     return f"{participant.fingerprint}.{window}"
-
-
-def stored_votes(block: Block, totals: Totals) -> dict[str, Tensor]:
-    """The votes on a block's weights, if that is what was shared, in the orientation of the checkpoint."""
-    return {
-        name: linear.oriented(totals.votes[name].counts().reshape(linear.shape))
-        for name, linear in block.linears.items()
-        if name in totals.votes
-    }
 
 
 def block_record(

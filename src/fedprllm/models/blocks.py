@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedprllm.core.zeros import zero
 from fedprllm.errors import ModelError
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.source import build_skeleton
 
-__all__ = ["Block", "BlockwiseModel", "Linear"]
+__all__ = ["Block", "BlockwiseModel", "Linear", "PrunedWeights", "put"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Hidden = Float[Tensor, "1 tokens hidden"]
@@ -89,17 +90,55 @@ class Block:
     def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Compute with other weights (stored orientation, any precision) inside the ``with`` block."""
         with ExitStack() as stack:
-            for name, weight in weights.items():
+            for name in weights:
                 parameter: nn.Parameter = self.linears[name].module.weight  # type: ignore[assignment]
                 own = self.tensors[name]
-                if own.dtype == weight.dtype == parameter.dtype:
+                if own.dtype == parameter.dtype:
+                    # The parameter may be the very tensor of the checkpoint.
                     stack.callback(setattr, parameter, "data", parameter.data)
-                    parameter.data = weight
+                    parameter.data = weights[name].to(own.dtype)
                 else:
-                    # The parameter is a copy in another precision; new memory would take longer than this.
                     stack.callback(parameter.data.copy_, own)
-                    parameter.data.copy_(weight)
+                    put(weights, name, parameter.data)
             yield
+
+
+class PrunedWeights(Mapping[str, Tensor]):
+    """A block's weights with exact +0.0 where masks prune, each made when it is asked for.
+
+    Memory for a block takes longer to get than to fill: `put` needs none, and ``[name]`` that of one weight.
+
+    Args:
+        block: the block, unpruned.
+        masks: of its Linears, as [out, in].
+    """
+
+    def __init__(self, block: Block, masks: Mapping[str, Tensor]) -> None:
+        self._block, self._masks = block, masks
+
+    def put(self, name: str, target: Tensor) -> None:
+        """Write a pruned weight into a tensor of its shape, in the precision of that tensor."""
+        target.copy_(self._block.tensors[name])
+        zero(target, self._block.linears[name].oriented(self._masks[name]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        pruned = torch.empty_like(self._block.tensors[name])
+        self.put(name, pruned)
+        return pruned
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+
+def put(weights: Mapping[str, Tensor], name: str, target: Tensor) -> None:
+    """Write a weight into a tensor of its shape, in the precision of that tensor."""
+    if isinstance(weights, PrunedWeights):
+        weights.put(name, target)
+    else:
+        target.copy_(weights[name])
 
 
 class BlockwiseModel:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from fedprllm.sharing.base import (
     BlockDecision,
     Contribution,
-    PrunedWeights,
     Sharing,
     Totals,
     local_decision,
@@ -32,7 +31,6 @@ __all__ = [
     "SURVEYS",
     "BlockDecision",
     "Contribution",
-    "PrunedWeights",
     "Sharing",
     "Totals",
     "local_decision",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -18,15 +18,13 @@ from fedprllm.core.criteria import CRITERIA, Criterion
 from fedprllm.core.groups import Grouping, GroupName
 from fedprllm.core.masks import PruneMask, prune_by_score
 from fedprllm.core.statistics import InputStatistics
-from fedprllm.core.zeros import without
-from fedprllm.models.blocks import Block, Linear
+from fedprllm.models.blocks import Block, Linear, PrunedWeights, put
 from fedprllm.participant import BlockStatistics, Observation
 from fedprllm.strategies import Strategy
 
 __all__ = [
     "BlockDecision",
     "Contribution",
-    "PrunedWeights",
     "Sharing",
     "Totals",
     "decision_by_score",
@@ -56,28 +54,11 @@ class BlockDecision:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-
-class PrunedWeights(Mapping[str, Tensor]):
-    """A block's weights with zeros where masks prune, each made when it is asked for.
-
-    Who walks on with them needs one at a time, and memory for a whole block takes longer to get than to fill.
-
-    Args:
-        block: the block, unpruned.
-        masks: of its Linears, as [out, in].
-    """
-
-    def __init__(self, block: Block, masks: Mapping[str, Tensor]) -> None:
-        self._block, self._masks = block, masks
-
-    def __getitem__(self, name: str) -> Tensor:
-        return without(self._block.tensors[name], self._block.linears[name].oriented(self._masks[name]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
+    def take_effect(self, block: Block) -> None:
+        """Put the pruned weights in the place of the block's own, which nobody needs any more."""
+        for name in self.weights:
+            put(self.weights, name, block.tensors[name])
+        self.weights = {name: block.tensors[name] for name in self.weights}
 
 
 @dataclass

@@ -11,9 +11,8 @@ from torch import Tensor
 from fedprllm.config import PruneConfig
 from fedprllm.core.bitplanes import PackedVotes
 from fedprllm.core.masks import scale_kept
-from fedprllm.core.zeros import without
 from fedprllm.errors import UpdateError
-from fedprllm.models.blocks import Block, Linear
+from fedprllm.models.blocks import Block, Linear, PrunedWeights
 from fedprllm.participant import BlockStatistics
 from fedprllm.sharing.base import (
     BlockDecision,
@@ -75,16 +74,19 @@ def _zeros(block: Block) -> Totals:
 
 def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     """Prune the most-voted weights of every server comparison group, and scale if asked to."""
-    masks, weights = {}, {}
+    masks = {}
     for name, linear in block.linears.items():
-        votes, weight = totals.votes[name], block.tensors[name]
+        votes, weight = totals.votes[name], linear.oriented(block.tensors[name])
         grouping = grouping_of(config, config.server_group, linear)
         seed_parts = (config.seed, "server", name)
-        masks[name] = votes.most_voted(linear.oriented(weight), grouping, config.vote_ties, seed_parts)
-        if config.scale_weights:
-            weight = _scaled(weight, linear, votes)
-        weights[name] = without(weight, linear.oriented(masks[name].mask))
-    return BlockDecision(masks, weights)
+        masks[name] = votes.most_voted(weight, grouping, config.vote_ties, seed_parts)
+    pruned = PrunedWeights(block, {name: pruned.mask for name, pruned in masks.items()})
+    if not config.scale_weights:
+        return BlockDecision(masks, pruned)
+    scaled = {
+        name: _scaled(weight, block.linears[name], totals.votes[name]) for name, weight in pruned.items()
+    }
+    return BlockDecision(masks, scaled)
 
 
 def _scaled(weight: Tensor, linear: Linear, votes: PackedVotes) -> Tensor:

@@ -7,7 +7,6 @@ participants. Query, key and value read one input, as do gate and up: it is shar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -75,9 +74,7 @@ def _zeros(block: Block) -> Totals:
 def _decide(totals: Totals, block: Block, config: PruneConfig) -> BlockDecision:
     """Prune as if all text were in one place: the local group is what scores are compared in."""
     norms = pooled_norms(totals, block)
-    decision = decision_by_score(block, norms, config, ("server",), counts_close=True)
-    # Written, counted and walked on with: made once.
-    return replace(decision, weights=dict(decision.weights))
+    return decision_by_score(block, norms, config, ("server",), counts_close=True)
 
 
 def pooled_norms(totals: Totals, block: Block) -> dict[str, Tensor]:

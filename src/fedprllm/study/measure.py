@@ -19,10 +19,10 @@ from fedprllm.core.zeros import count_zeros
 from fedprllm.evaluation import perplexities
 from fedprllm.federation.agreement import Agreement
 from fedprllm.inputs import pool
-from fedprllm.models.blocks import Block, BlockwiseModel
+from fedprllm.models.blocks import Block, BlockwiseModel, PrunedWeights
 from fedprllm.participant import Participant
 from fedprllm.progress import Progress
-from fedprllm.sharing import SHARING, PrunedWeights, update_bytes
+from fedprllm.sharing import SHARING, update_bytes
 from fedprllm.strategies import STRATEGIES
 from fedprllm.study.config import Cell
 from fedprllm.study.walks import Walk, Walks, is_served
