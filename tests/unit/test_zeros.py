@@ -7,7 +7,7 @@ import torch
 
 from fedprllm.core import threads
 from fedprllm.core.threads import in_threads, row_slices
-from fedprllm.core.zeros import count_zeros, zero
+from fedprllm.core.zeros import copy_pruned, count_zeros
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -28,10 +28,15 @@ def test_pruned_are_plus_zero_and_the_rest_keeps_its_bits(monkeypatch, dtype, tr
     if transposed:
         weight, mask = weight.T, mask.T
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    before = weight.clone()
-    zero(weight, mask)
-    assert (weight.view(bits)[mask] == 0).all()
-    assert torch.equal(weight.view(bits)[~mask], before.view(bits)[~mask])
+    copied = torch.full_like(weight, torch.nan)
+    copy_pruned(weight, mask, copied)
+    assert (copied.view(bits)[mask] == 0).all()
+    assert torch.equal(copied.view(bits)[~mask], weight.view(bits)[~mask])
+    wider = torch.full(weight.shape, torch.nan, dtype=torch.float64)
+    copy_pruned(weight, mask, wider)
+    assert torch.equal(wider.view(torch.int64), copied.double().view(torch.int64))
+    copy_pruned(weight, mask, weight)
+    assert torch.equal(weight.view(bits), copied.view(bits))
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 10**6])

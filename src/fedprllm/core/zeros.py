@@ -8,19 +8,29 @@ from torch import Tensor
 
 from fedprllm.core.threads import in_threads, row_slices
 
-__all__ = ["count_zeros", "zero"]
+__all__ = ["copy_pruned", "count_zeros"]
 
 _INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)}
 
 
-def zero(weight: Shaped[Tensor, "n m"], mask: Bool[Tensor, "n m"]) -> None:
-    """Set a weight to exact +0.0 where the mask is True; the other bits stay."""
-    bits = _bits(weight)
+def copy_pruned(
+    weight: Shaped[Tensor, "n m"], mask: Bool[Tensor, "n m"], target: Shaped[Tensor, "n m"]
+) -> None:
+    """Write a weight into ``target``, with exact +0.0 where the mask is True.
 
-    def multiply(rows: slice) -> None:
+    Args:
+        weight: in any precision.
+        mask: of the same shape.
+        target: overwritten, in a precision of its own; may be the weight itself, whose other bits then stay.
+    """
+    bits = _bits(target)
+
+    def copy(rows: slice) -> None:
+        if target is not weight:
+            target[rows] = weight[rows]
         bits[rows] *= (~mask[rows]).view(torch.uint8)
 
-    in_threads(multiply, row_slices(weight))
+    in_threads(copy, row_slices(target))
 
 
 def count_zeros(weight: Shaped[Tensor, "n m"]) -> int:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 
 from fedprllm.models.blocks import BlockwiseModel
-from fedprllm.models.checkpoint import fingerprint_of
 from fedprllm.progress import Progress, silent
 
 __all__ = ["first_difference", "model_digest", "tensor_fingerprints"]
@@ -24,7 +23,7 @@ def tensor_fingerprints(model: BlockwiseModel, progress: Progress = silent) -> d
     table: dict[str, str] = {}
     with progress("checking the weights", len(groups)) as advance:
         for names in groups:
-            table |= fingerprint_of(model.checkpoint.load(names))
+            table |= model.checkpoint.fingerprints(names)
             advance(1)
     return table
 

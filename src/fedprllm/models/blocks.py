@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedprllm.core.zeros import zero
+from fedprllm.core.zeros import copy_pruned
 from fedprllm.errors import ModelError
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.source import build_skeleton
@@ -118,8 +118,8 @@ class PrunedWeights(Mapping[str, Tensor]):
 
     def put(self, name: str, target: Tensor) -> None:
         """Write a pruned weight into a tensor of its shape, in the precision of that tensor."""
-        target.copy_(self._block.tensors[name])
-        zero(target, self._block.linears[name].oriented(self._masks[name]))
+        mask = self._block.linears[name].oriented(self._masks[name])
+        copy_pruned(self._block.tensors[name], mask, target)
 
     def __getitem__(self, name: str) -> Tensor:
         pruned = torch.empty_like(self._block.tensors[name])

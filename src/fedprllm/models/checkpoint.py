@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from fedprllm.core.threads import in_threads
 from fedprllm.errors import ModelError
 from fedprllm.files import read_json, save_tensors, write_json
 
-__all__ = ["Checkpoint", "CheckpointWriter", "fingerprint_of"]
+__all__ = ["Checkpoint", "CheckpointWriter"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -88,6 +88,16 @@ class Checkpoint:
                 tensors |= zip((name for name, _ in wanted), in_threads(Tensor.clone, mapped), strict=True)
         return tensors
 
+    def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
+        """SHA-256 of the type, shape and bytes of some tensors, of which a few are in memory at a time.
+
+        Raises:
+            ModelError: a tensor holds NaN or infinity (named).
+        """
+        # While one thread waits for the disk, another one computes.
+        digests = in_threads(lambda name: _fingerprint(name, self.load([name])[name]), names)
+        return dict(zip(names, digests, strict=True))
+
     def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
         """Precisions in which some tensors are stored; reads no values."""
         found: dict[str, torch.dtype] = {}
@@ -101,16 +111,6 @@ class Checkpoint:
     def n_bytes(self) -> int:
         """Bytes of all weight files."""
         return sum((self.folder / file).stat().st_size for file in set(self._file_of.values()))
-
-
-def fingerprint_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of each tensor's type, shape and bytes.
-
-    Raises:
-        ModelError: a tensor holds NaN or infinity (named).
-    """
-    digests = in_threads(lambda name: _fingerprint(name, tensors[name]), list(tensors))
-    return dict(zip(tensors, digests, strict=True))
 
 
 def _fingerprint(name: str, tensor: Tensor) -> str:

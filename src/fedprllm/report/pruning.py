@@ -35,6 +35,7 @@ _PHASES = {
     "advance": "forward passes through the pruned block",
     "aggregate": "the server's decision",
     "write": "store the pruned block",
+    "record": "count zeros, store the votes",
 }
 _CONTENT = {
     "mask": "One bit for each prunable weight: would I prune it or not.",
