@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -26,16 +27,26 @@ Result = TypeVar("Result")
 
 def in_threads(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:
     """The results of ``work`` for each piece, in their order."""
-    n_threads = min(torch.get_num_threads(), len(pieces))
-    if n_threads < 2:
+    n_threads = torch.get_num_threads()
+    if min(n_threads, len(pieces)) < 2:
         return [work(piece) for piece in pieces]
-    own = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, pieces))
+        return list(_pool(n_threads).map(work, pieces))
     finally:
         # A thread has a number of its own, but what the last one set is what new threads begin with.
-        torch.set_num_threads(own)
+        torch.set_num_threads(n_threads)
+
+
+@cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: to start one, and torch in it, takes longer than many a piece of work."""
+    return ThreadPoolExecutor(n_threads, initializer=_compute_alone)
+
+
+def _compute_alone() -> None:
+    # Asked first: torch gives a thread its number when it first needs one, whatever was set before.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def row_slices(matrix: Shaped[Tensor, "rows ..."]) -> list[slice]:
