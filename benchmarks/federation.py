@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,9 @@ def federated(
     with ExitStack() as stack:
         stack.callback(relay.close)
         watch = stack.enter_context(Watch())
-        stack.enter_context(running(start_server(kits / "server")))
+        stack.enter_context(running(partial(start_server, kits / "server")))
         for name in data:
-            stack.enter_context(running(start_participant(kits / name)))
+            stack.enter_context(running(partial(start_participant, kits / name)))
         begin = time.perf_counter()
         run = supervise(plan, federation, kits / "admin", kits / "server" / "runs", tell)
         end = time.perf_counter()

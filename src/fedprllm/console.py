@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from rich.console import Console
@@ -16,10 +17,11 @@ from rich.markup import escape
 
 from fedprllm.errors import ConfigError, FedprllmError, RunError
 
-__all__ = ["absolute", "attend", "console", "ending", "errors", "need_flare"]
+__all__ = ["absolute", "attend", "console", "ending", "errors", "heed", "need_flare"]
 
 console = Console()
 errors = Console(stderr=True)
+_asked_to_end = Event()
 
 
 def need_flare() -> None:
@@ -46,6 +48,12 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
+def heed() -> None:
+    """Be interrupted again if we were: the engine catches every exception here and there, this one too."""
+    if _asked_to_end.is_set():
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def ending(if_interrupted: str = "the same command continues") -> Iterator[None]:
     """Print a user's mistake and end the process, whatever threads the engine left.
@@ -54,9 +62,10 @@ def ending(if_interrupted: str = "the same command continues") -> Iterator[None]
     """
 
     def stop(*_: object) -> None:
+        _asked_to_end.set()
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
         yield
@@ -83,7 +92,7 @@ def attend(start: Callable[[], Any], what: str, kit: Path, look: Callable[[], ob
     """
     from fedprllm.federation.flare.processes import running
 
-    with running(start()) as process:
+    with running(start) as process:
         errors.print(f"{what} is running, its log is {kit / 'log.txt'}; Ctrl-C ends it", soft_wrap=True)
         while (status := process.poll()) is None:
             look()

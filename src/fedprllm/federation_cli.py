@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.console import absolute, attend, console, ending, errors, need_flare
+from fedprllm.console import absolute, attend, console, ending, errors, heed, need_flare
 from fedprllm.errors import ConfigError, RunError
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings, read_plan, read_run_plan
 
@@ -246,6 +246,7 @@ def _progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
     with Live(console=errors, refresh_per_second=4, transient=True) as live:
 
         def tell(what: str, details: dict[str, Any]) -> None:
+            heed()
             if what == "progress":
                 live.update(_progress_table(details))
             elif what == "waiting":

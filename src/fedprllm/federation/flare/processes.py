@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -88,7 +88,7 @@ def _start(kit: Path, module: str, config: str, options: list[str]) -> subproces
         )
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes] | psutil.Process) -> None:
     """End a process and everything it started, first politely."""
     family = []
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -102,14 +102,20 @@ def end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     psutil.wait_procs(alive, timeout=_GRACE_S)
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    with contextlib.suppress(subprocess.TimeoutExpired, psutil.Error):
         process.wait(timeout=_GRACE_S)
 
 
 @contextlib.contextmanager
-def running(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """End the process when the ``with`` block ends, however it ends."""
+def running(start: Callable[[], subprocess.Popen[bytes]]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process, and end it when the ``with`` block ends, however it ends.
+
+    An interruption may come when the process is there and `subprocess` has not handed it over yet; so what
+    ends is every child of ours that was not there before.
+    """
+    earlier = set(psutil.Process().children())
     try:
-        yield process
+        yield start()
     finally:
-        end(process)
+        for child in set(psutil.Process().children()) - earlier:
+            end(child)

@@ -12,6 +12,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from fedprllm.errors import ConfigError
@@ -60,9 +61,9 @@ def rehearsal_kits(folder: Path, people: Mapping[str, SiteSettings]) -> Plan:
 @contextmanager
 def _everyone(kits: Path, names: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(running(start_server(kits / "server")))
+        stack.enter_context(running(partial(start_server, kits / "server")))
         for name in names:
-            stack.enter_context(running(start_participant(kits / name)))
+            stack.enter_context(running(partial(start_participant, kits / name)))
         yield
 
 
