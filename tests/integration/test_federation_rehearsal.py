@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("nvflare")
 
 from fedprllm import ConfigError, PruneConfig, prune
+from fedprllm.federation.flare.processes import running
 from fedprllm.federation.flare.rehearsal import empty_folder
 from fedprllm.federation.spool import read_ledger
 from fedprllm.files import read_json
@@ -73,6 +74,18 @@ def is_part_of(folder: Path, module: str) -> bool:
     return any(module in word for process in processes_of(folder) for word in process.info["cmdline"])
 
 
+def test_who_was_started_when_the_interruption_came_is_ended_too():
+    started = []
+
+    def interrupted() -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", "300"]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), running(interrupted):
+        pass
+    assert not psutil.pid_exists(started[0].pid)
+
+
 @pytest.mark.parametrize(
     ("number", "module"),
     [
@@ -83,10 +96,10 @@ def is_part_of(folder: Path, module: str) -> bool:
 )
 def test_an_interrupted_rehearsal_ends_every_process(given, tmp_path, number, module):
     folder = tmp_path / "rehearsal"
-    running = rehearse(folder, *given[2], "--windows", "80")
+    rehearsing = rehearse(folder, *given[2], "--windows", "80")
     wait_until(lambda: is_part_of(folder, module), module)
-    running.send_signal(number)
-    assert "every process has ended" in finish(running, expected=130)
+    rehearsing.send_signal(number)
+    assert "every process has ended" in finish(rehearsing, expected=130)
     assert not processes_of(folder)
 
 

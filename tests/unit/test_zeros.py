@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -58,6 +60,16 @@ def test_threads_of_pieces_compute_alone_and_leave_torch_as_it_was():
             in_threads(lambda piece: 1 // piece, range(4))
         assert torch.get_num_threads() == 2
         assert in_threads(lambda _: torch.get_num_threads(), [0]) == [2]
+    finally:
+        torch.set_num_threads(own)
+
+
+def test_threads_stay_alone_after_work_that_did_not_need_torch():
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)  # of which there is no pool yet
+    try:
+        in_threads(lambda _: time.sleep(0.02), range(3))
+        assert in_threads(lambda _: torch.get_num_threads(), range(6)) == [1] * 6
     finally:
         torch.set_num_threads(own)
 

@@ -39,7 +39,7 @@ Keys = Callable[[], Num[Tensor, "groups n"]]
 _ALL = np.uint64(2**64 - 1)
 # Words at a time: what a full adder reads and writes stays in the cache, and a call is not noticed.
 _CHUNK = 2**15
-# Words added by one thread at least; fewer are added before a second thread has started.
+# Words added by one thread at least; fewer are added before a second thread has been told.
 _WORDS_PER_THREAD = 2**18
 # For place values below 2^4 a word may wait for its partner. So a carry meets the higher planes once in
 # 16 masks, and a mask costs about 6 operations instead of 2 per plane.
