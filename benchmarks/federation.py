@@ -108,7 +108,7 @@ def large_model(folder: Path) -> Path:
 
 def texts(folder: Path, n_participants: int) -> dict[str, str]:
     """One text for each participant: the demonstration's, or sentences where there are more participants."""
-    from fedprllm.demo_texts import demo_texts
+    from fedprllm.demo.texts import demo_texts
 
     paths = [path.resolve() for path, _ in demo_texts(folder).values()]
     for number in range(len(paths), n_participants):
@@ -191,8 +191,8 @@ def measure(folder: Path, model: str, options: dict[str, Any], n_participants: i
     run, measured = federated(model, data, options, folder)
     shards = sorted(alone.model_dir.glob("*.safetensors"))
     same = all((run / "model" / shard.name).read_bytes() == shard.read_bytes() for shard in shards)
-    payload = n_participants * sum(alone.details["update_bytes_per_block"])
-    n_blocks = len(alone.details["blocks"])
+    payload = n_participants * sum(alone.record.update_bytes_per_block)
+    n_blocks = len(alone.record.blocks)
     return {
         "participants": n_participants,
         "same_bits": bool(shards) and same,
@@ -237,7 +237,7 @@ def main() -> None:
 
 
 def _smollm2() -> Path:
-    from fedprllm.demo import demo_model
+    from fedprllm.demo.compare import demo_model
 
     return demo_model()
 

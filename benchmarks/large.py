@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks._harness import SEED, machine
 from fedprllm import PruneConfig, PruneResult, prune
-from fedprllm.models.blocks import DTYPES, BlockwiseModel
+from fedprllm.models.blockwise import DTYPES, BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
 
 SHAPES = {
@@ -150,8 +150,8 @@ def prune_here(settings: dict[str, Any]) -> dict[str, Any]:
     people = participants(settings["participants"], settings["length"])
     result = prune(settings["model"], people, config, out=settings["out"])
     phases: dict[str, float] = {}
-    for record in result.details["blocks"]:
-        for phase, seconds in record["seconds"].items():
+    for record in result.record.blocks:
+        for phase, seconds in record.seconds.items():
             phases[phase] = phases.get(phase, 0.0) + seconds
     return {"phases_s": {phase: round(seconds, 2) for phase, seconds in phases.items()}}
 
@@ -184,7 +184,7 @@ def check_here(settings: dict[str, Any]) -> dict[str, Any]:
     for index in range(model.n_blocks):
         with model.block(index) as block:
             for name, linear in block.linears.items():
-                exact &= int((block.tensors[name] == 0).sum()) == linear.shape[0] * linear.shape[1] // 2
+                exact &= int((block.tensors[name] == 0).sum()) == linear.n_weights // 2
             if index == 0:
                 finite = bool(torch.isfinite(block.forward(hidden)).all())
     return {"exact_sparsity": exact, "first_block_is_finite": finite}

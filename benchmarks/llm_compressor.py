@@ -42,9 +42,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks._harness import SEED, machine, print_json, print_table
 from fedprllm.calibration import token_windows
-from fedprllm.demo import demo_model
-from fedprllm.demo_texts import demo_texts
-from fedprllm.evaluation import load_tokenizer
+from fedprllm.demo.compare import demo_model
+from fedprllm.demo.texts import demo_texts
+from fedprllm.evaluation.perplexity import load_tokenizer
 from fedprllm.files import write_json
 from fedprllm.models.source import resolve_model
 

@@ -18,7 +18,7 @@ from benchmarks._harness import machine
 _CHILD = """
 import resource, sys, tempfile, torch
 from fedprllm import prune
-from fedprllm.demo import demo_model
+from fedprllm.demo.compare import demo_model
 from fedprllm.models.source import resolve_model
 n, length = int(sys.argv[1]), int(sys.argv[2])
 people = [torch.randint(49152, (1, length), generator=torch.Generator().manual_seed(i)) for i in range(n)]

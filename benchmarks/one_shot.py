@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks._harness import machine
 from fedprllm import PruneConfig, prune
-from fedprllm.demo import demo_model
-from fedprllm.models.blocks import DTYPES
+from fedprllm.demo.compare import demo_model
+from fedprllm.models.blockwise import DTYPES
 from fedprllm.models.source import resolve_model
 
 
@@ -56,8 +56,8 @@ def main() -> None:
         result = prune(folder, people, config, out=out / "run")
         federation_s.append(time.perf_counter() - start)
         totals: dict[str, float] = {}
-        for record in result.details["blocks"]:
-            for phase, seconds in record["seconds"].items():
+        for record in result.record.blocks:
+            for phase, seconds in record.seconds.items():
                 totals[phase] = totals.get(phase, 0.0) + seconds
         phases.append({phase: round(seconds, 2) for phase, seconds in totals.items()})
         shutil.rmtree(out)

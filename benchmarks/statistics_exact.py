@@ -19,8 +19,8 @@ from safetensors import safe_open
 
 from benchmarks._harness import machine
 from fedprllm import PruneConfig, PruneResult, prune
-from fedprllm.demo import demo_model
-from fedprllm.demo_texts import demo_texts
+from fedprllm.demo.compare import demo_model
+from fedprllm.demo.texts import demo_texts
 from fedprllm.models.source import resolve_model
 
 
@@ -46,8 +46,8 @@ def main() -> None:
             runs[name] = prune(model, people, config, out=folder / name)
             print(f"{name} done", file=sys.stderr)
         differing = _differing(runs["statistics"], runs["centralized"])
-    shared = runs["statistics"].details
-    close = sum(linear["n_close"] for block in shared["blocks"] for linear in block["linears"].values())
+    shared = runs["statistics"].record
+    close = sum(linear.n_close or 0 for _, linear in shared.linears())
     print(
         json.dumps(
             {
@@ -56,11 +56,11 @@ def main() -> None:
                 "windows": options.windows,
                 "window_length": options.length,
                 "allocation": options.allocation,
-                "n_prunable": shared["n_prunable"],
+                "n_prunable": shared.n_prunable,
                 "differing": differing,
-                "differing_per_million": 1e6 * differing / shared["n_prunable"],
+                "differing_per_million": 1e6 * differing / shared.n_prunable,
                 "close": close,
-                "update_bytes_per_block": shared["update_bytes_per_block"][0],
+                "update_bytes_per_block": shared.update_bytes_per_block[0],
                 "machine": machine(),
             }
         )

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from benchmarks._harness import SEED, arguments, machine, print_json, print_table
 from fedprllm import PruneConfig, prune
-from fedprllm.demo import demo_model
+from fedprllm.demo.compare import demo_model
 from fedprllm.models.source import resolve_model
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from fedprllm.federation import site as site_module
-from fedprllm.federation import worker
-from fedprllm.federation.job import conduct_run
+from fedprllm.federation.coordinator.job import conduct_run
 from fedprllm.federation.plan import RunPlan, SiteSettings
-from fedprllm.federation.site import Site, settings_path, work_folder
+from fedprllm.federation.site import site as site_module
+from fedprllm.federation.site import worker
+from fedprllm.federation.site.site import Site, settings_path, work_folder
 from fedprllm.files import write_json
-from fedprllm.models import blocks, source
+from fedprllm.models import blockwise, source
 
 NAMES = ["north", "south", "west"]
 STORY = "Once upon a time there was a little {who} who saw {n} birds and gave them bread. "
@@ -68,7 +68,7 @@ def threads(monkeypatch) -> None:
 
         return locked
 
-    for module in (blocks, source):
+    for module in (blockwise, source):
         monkeypatch.setattr(module, "build_skeleton", alone(module.build_skeleton))
     monkeypatch.setattr(worker.os, "_exit", ended)
     monkeypatch.setattr(worker, "_end_with_parent", lambda: None)

@@ -19,7 +19,7 @@ from fedprllm.federation.plan import SiteSettings
 
 STORY = "Once upon a time there was a little {who} who saw {n} birds and gave them bread. "
 PATIENCE_S = 240  # CI may be slow; everything is polled, so a fast machine waits no longer than it must
-_CLI = "from fedprllm.federation_cli import app; app()"
+_CLI = "from fedprllm.cli.coordinator import app; app()"
 
 
 def wait_until(what: Callable[[], Any], why: str, seconds: float = PATIENCE_S) -> Any:
@@ -91,7 +91,7 @@ class Federation:
         return None
 
     def worker(self, name: str) -> psutil.Process | None:
-        return self.part(name, "fedprllm.federation.worker")
+        return self.part(name, "fedprllm.federation.site.worker")
 
     # Runs --------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from fedprllm.errors import (
 
 if TYPE_CHECKING:
     from fedprllm.api import PruneResult, prune
-    from fedprllm.evaluation import Perplexity, evaluate
+    from fedprllm.evaluation.perplexity import Perplexity, evaluate
 
 # A walk allocates gigabytes for every block, and in pages of 4 kB Linux takes longer to hand them out than a
 # CPU to fill them. torch reads this when it first allocates; it asks for large pages where there are any.
@@ -45,8 +45,8 @@ __all__ = [
 _LAZY = {
     "PruneResult": "fedprllm.api",
     "prune": "fedprllm.api",
-    "Perplexity": "fedprllm.evaluation",
-    "evaluate": "fedprllm.evaluation",
+    "Perplexity": "fedprllm.evaluation.perplexity",
+    "evaluate": "fedprllm.evaluation.perplexity",
 }
 
 

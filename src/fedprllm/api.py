@@ -12,13 +12,17 @@ from torch import Tensor
 
 from fedprllm.calibration import fingerprint
 from fedprllm.config import PruneConfig
-from fedprllm.evaluation import Perplexity, perplexities
-from fedprllm.federation.allocation import allocated, allocation_record, sampled, survey_in_process
-from fedprllm.federation.checks import check_pattern_divides, check_update_size, needed_bytes
-from fedprllm.federation.fingerprints import model_digest, tensor_fingerprints
-from fedprllm.federation.in_process import prune_in_process
-from fedprllm.hidden import HiddenMemory, HiddenStates
-from fedprllm.inputs import (
+from fedprllm.deciding import SURVEYS
+from fedprllm.errors import RunError
+from fedprllm.evaluation.perplexity import perplexities
+from fedprllm.evaluation.results import Perplexity
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.fingerprints import model_digest, tensor_fingerprints
+from fedprllm.models.source import resolve_model
+from fedprllm.progress import Progress, silent
+from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
+from fedprllm.pruning.in_process import prune_in_process
+from fedprllm.pruning.inputs import (
     ParticipantInputs,
     PooledData,
     Source,
@@ -27,15 +31,16 @@ from fedprllm.inputs import (
     name_participants,
     pool,
 )
-from fedprllm.model_card import write_model_card
-from fedprllm.models.blocks import BlockwiseModel
-from fedprllm.models.source import resolve_model
-from fedprllm.participant import Participant
-from fedprllm.progress import Progress, silent
-from fedprllm.runs import Run, versions
-from fedprllm.sharing import SHARING, SURVEYS, update_bytes
-from fedprllm.strategies import STRATEGIES
-from fedprllm.votes import StoredVotes
+from fedprllm.pruning.method import pruning_method
+from fedprllm.pruning.model_card import write_model_card
+from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.preflight import check_pattern_divides, check_update_size, needed_bytes
+from fedprllm.pruning.records import RunRecord
+from fedprllm.pruning.run_folder import Run, versions
+from fedprllm.pruning.stored_votes import StoredVotes
+from fedprllm.pruning.strategies import STRATEGIES
+from fedprllm.pruning.survey import allocated, outlier_ratios, sampled, survey_in_process
+from fedprllm.sharing import SHARING, update_bytes
 
 __all__ = ["PooledData", "PruneResult", "prune"]
 
@@ -45,14 +50,14 @@ class PruneResult:
     """What a complete run left.
 
     Attributes:
-        out: the run's folder.
-        model_dirs: the pruned models by name: one called ``model``, or under ``local-only`` one for each
-            participant.
-        votes: votes by weight name, an integer tensor of the weight's shape, read when asked for.
-        sparsity: fraction of zeros by weight name.
-        config: the resolved configuration.
-        evaluation: perplexities by model (``dense`` and the names of `model_dirs`), if texts were given.
-        details: everything else the run recorded: ``result.json``.
+        out: The run's folder.
+        model_dirs: Folders of the pruned models by name: one called ``model``, or one for each
+            participant under ``local-only``.
+        votes: Votes by weight name, an integer tensor of the weight's shape, read when asked for.
+        sparsity: Fraction of zeros by weight name.
+        config: The resolved configuration.
+        evaluation: Perplexities by model (``dense`` and the names of `model_dirs`), if texts were given.
+        record: Everything else the run recorded: ``result.json``.
     """
 
     out: Path
@@ -60,8 +65,8 @@ class PruneResult:
     votes: Mapping[str, Tensor]
     sparsity: dict[str, float]
     config: PruneConfig
-    evaluation: dict[str, list[dict[str, Any]]]
-    details: dict[str, Any]
+    evaluation: dict[str, list[Perplexity]]
+    record: RunRecord
 
     @property
     def model_dir(self) -> Path:
@@ -70,40 +75,36 @@ class PruneResult:
 
     @classmethod
     def load(cls, out: str | Path) -> PruneResult:
-        """Read the result of a complete run from its folder."""
+        """Read the result of a complete run from its folder.
+
+        Raises:
+            RunError: The folder is not that of a complete run, or its record is damaged.
+        """
         out = Path(out)
-        details = _read_result(out)
+        path = out / "result.json"
+        if not path.exists():
+            unfinished = (out / "run.json").exists()
+            state = "the run is not complete: run its command again" if unfinished else "no run"
+            raise RunError(f"{out} has no result.json: {state}")
+        record = RunRecord.read(path)
         votes = {
-            name: out / "votes" / f"block-{record['block']:04d}.safetensors"
-            for record in details["blocks"]
-            for name in record["linears"]
-        }
-        sparsity = {
-            name: linear["n_zeros"] / (linear["shape"][0] * linear["shape"][1])
-            for record in details["blocks"]
-            for name, linear in record["linears"].items()
+            name: out / "votes" / f"block-{of_block.block:04d}.safetensors"
+            for of_block in record.blocks
+            for name in of_block.linears
         }
         return cls(
             out=out,
-            model_dirs={name: out / folder for name, folder in details["models"].items()},
+            model_dirs={name: out / folder for name, folder in record.models.items()},
             votes=StoredVotes(votes),
-            sparsity=sparsity,
-            config=PruneConfig(**details["config"]),
-            evaluation=details["evaluation"],
-            details=details,
+            sparsity={
+                name: linear.sparsity
+                for of_block in record.blocks
+                for name, linear in of_block.linears.items()
+            },
+            config=record.config,
+            evaluation=record.evaluation,
+            record=record,
         )
-
-
-def _read_result(out: Path) -> dict[str, Any]:
-    from fedprllm.errors import RunError
-    from fedprllm.files import read_json
-
-    path = out / "result.json"
-    if not path.exists():
-        state = "the run is not complete: run its command again" if (out / "run.json").exists() else "no run"
-        raise RunError(f"{out} has no result.json: {state}")
-    result: dict[str, Any] = read_json(path)
-    return result
 
 
 def prune(
@@ -143,8 +144,8 @@ def prune(
     walked = BlockwiseModel(folder, config.dtype, config.device)
     check_pattern_divides(walked, config)
     check_update_size(walked, config)
-    people, config = make_participants(walked, named, config)
-    samples = sampled(config, [person.name for person in people], walked.n_blocks)
+    members, config = make_participants(walked, named, config)
+    samples = sampled(config, [member.name for member in members], walked.n_blocks)
     tests = evaluation_texts(walked, eval_texts, config)
     identity = {
         "config": config.model_dump(mode="json"),
@@ -152,19 +153,19 @@ def prune(
             "source": str(model),
             "fingerprint": model_digest(tensor_fingerprints(walked, progress)).hex(),
         },
-        "participants": {person.name: person.describe() for person in people},
+        "participants": {member.name: member.describe().as_json() for member in members},
         "evaluation": {name: fingerprint(torch.cat(text)) for name, text in tests.items()},
         "versions": versions(),
     }
-    with Run(Path(out), identity, needed_bytes(walked, people, config)) as run:
-        if run.result is None:
-            _run(walked, people, samples, config, run, tests, identity, progress)
+    with Run(Path(out), identity, needed_bytes(walked, members, config)) as run:
+        if not run.is_complete:
+            _run(walked, members, samples, config, run, tests, identity, progress)
     return PruneResult.load(out)
 
 
 def _run(
     model: BlockwiseModel,
-    people: list[Participant],
+    members: list[Participant],
     samples: dict[str, list[int]],
     config: PruneConfig,
     run: Run,
@@ -173,57 +174,63 @@ def _run(
     progress: Progress,
 ) -> None:
     strategy = STRATEGIES[config.strategy]
-    walkers = [pool(people)] if strategy.pools_text else people
+    walking = [pool(members)] if strategy.pools_text else members
     memory = HiddenMemory(run.spilled_folder, config.memory_limit)
-    for walker in walkers:
-        walker.hidden = HiddenStates(memory, walker.name)
-    samples = {walker.name: samples.get(walker.name, list(range(model.n_blocks))) for walker in walkers}
-    outliers = survey_in_process(model, walkers, config, samples, run, progress)
-    linears = {name: allocated(model, counts, config) for name, counts in outliers.items()}
-    model.linears = linears.pop(None, model.linears)
-    own = {name: of_blocks for name, of_blocks in linears.items() if name}
-    prune_in_process(model, walkers, config, run, progress, samples, own)
+    for participant in walking:
+        participant.hidden = HiddenStates(memory, participant.name)
+    samples = {one.name: samples.get(one.name, list(range(model.n_blocks))) for one in walking}
+    outliers = survey_in_process(model, walking, config, samples, run, progress)
+    method = pruning_method(config)
+    methods = {None: method} | {
+        name: method.with_sparsities(allocated(model, counts, config)) for name, counts in outliers.items()
+    }
+    prune_in_process(model, walking, methods, run, progress, samples)
     memory.clear()
     if strategy.server_votes or strategy.pools_text:
         models = {"model": run.model_dir()}
     else:
-        models = {person.name: run.model_dir(person.name) for person in people}
+        models = {member.name: run.model_dir(member.name) for member in members}
     evaluation: dict[str, list[Perplexity]] = {}
     if tests:
         evaluation["dense"] = perplexities(model, tests, progress)
         for name, folder in models.items():
             pruned = BlockwiseModel(folder, config.dtype, config.device)
             evaluation[name] = perplexities(pruned, tests, progress)
-    result = {
-        **identity,
-        "models": {name: str(folder.relative_to(run.folder)) for name, folder in models.items()},
-        "n_prunable": model.n_prunable,
-        "n_participants": len(walkers),
-        **_traffic(model, samples, config, identity["participants"]),
-        "outlier_ratios": allocation_record(outliers),
-        "evaluation": {name: [p.as_dict() for p in values] for name, values in evaluation.items()},
-        "blocks": run.records(),
-    }
+    record = RunRecord.model_validate(
+        {
+            **identity,
+            "models": {name: str(folder.relative_to(run.folder)) for name, folder in models.items()},
+            "n_prunable": model.n_prunable,
+            "n_participants": len(walking),
+            **_traffic(model, samples, config, identity["participants"]),
+            "outlier_ratios": outlier_ratios(outliers),
+            "evaluation": evaluation,
+            "blocks": run.records(),
+        }
+    )
     for folder in models.values():
-        write_model_card(folder, result)
-    run.finish(result)
+        write_model_card(folder, record)
+    run.finish(record)
 
 
 def _traffic(
     model: BlockwiseModel,
     samples: Mapping[str, Sequence[int]],
     config: PruneConfig,
-    people: Mapping[str, Mapping[str, Any]],
+    participants: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The payload of what each participant shares, block by block and in total."""
     strategy = STRATEGIES[config.strategy]
-    surveys = [SURVEYS[config.share].shapes] if config.allocation != "uniform" else []
-    shapes = SHARING[config.share].shapes
-    per_block = [update_bytes(shapes(linears)) * strategy.server_votes for linears in model.linears]
-    survey = [
-        sum(update_bytes(of(linears)) for of in surveys) * strategy.server_votes for linears in model.linears
-    ]
-    shared = {name: samples[name] if strategy.server_votes else [] for name in samples if name in people}
+    surveyed = config.allocation != "uniform"
+    per_block = _payloads(model, config.share) if strategy.server_votes else [0] * model.n_blocks
+    survey = (
+        _payloads(model, SURVEYS[config.share].kind)
+        if surveyed and strategy.server_votes
+        else [0] * model.n_blocks
+    )
+    shared = {
+        name: samples[name] if strategy.server_votes else [] for name in samples if name in participants
+    }
     sent = {
         name: {
             "n_blocks": len(blocks),
@@ -233,8 +240,13 @@ def _traffic(
     }
     n_rounds = model.n_blocks if strategy.follows_server else 1
     return {
-        "participants": {name: {**person, **sent.get(name, {})} for name, person in people.items()},
-        "rounds": (n_rounds + len(surveys)) * strategy.server_votes,
+        "participants": {name: {**one, **sent.get(name, {})} for name, one in participants.items()},
+        "rounds": (n_rounds + surveyed) * strategy.server_votes,
         "update_bytes_per_block": per_block,
         "survey_bytes_per_block": survey,
     }
+
+
+def _payloads(model: BlockwiseModel, kind: str) -> list[int]:
+    """Payload of one update of each block."""
+    return [update_bytes(SHARING[kind].shapes(linears)) for linears in model.linears]

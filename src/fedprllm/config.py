@@ -119,7 +119,7 @@ class PruneConfig(BaseModel):
     ] = None
     seed: Annotated[int, Field(ge=0, description="of the choice of windows and of random ties")] = 0
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

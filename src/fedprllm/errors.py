@@ -5,6 +5,7 @@ FedprllmError
 ├── DataError      a text file or a token window cannot be used
 ├── ModelError     a model cannot be read, walked or pruned
 ├── RunError       a run folder cannot be used, or the disk is full
+│   └── RunBusy    another process works on the run folder
 └── UpdateError    an update of a participant is not what the run asked for
 
 Each message names the thing, what was expected, what was found and what to do. The command line
@@ -22,6 +23,7 @@ __all__ = [
     "DataError",
     "FedprllmError",
     "ModelError",
+    "RunBusy",
     "RunError",
     "UpdateError",
     "did_you_mean",
@@ -46,6 +48,10 @@ class ModelError(FedprllmError):
 
 class RunError(FedprllmError):
     """A run folder cannot be used, or the disk under it is full."""
+
+
+class RunBusy(RunError):  # noqa: N818  a state, which passes
+    """Another process works on the run folder."""
 
 
 class UpdateError(FedprllmError, ValueError):

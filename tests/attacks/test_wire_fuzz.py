@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fedprllm.errors import UpdateError
-from fedprllm.wire import Expectation, Update, decode, encode, max_message_bytes
+from fedprllm.federation.protocol.update import Expectation, Update, decode, encode, max_message_bytes
 
 N_PER_KIND = 25_000  # five kinds
 MAX_BYTES = 2**16  # of a message, and of the memory a refusal may take

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fedprllm import ConfigError, PruneConfig, prune
-from fedprllm.sharing import SHARING
+from fedprllm.deciding import DECISIONS
 from tests.contracts.test_walk import assert_same_bits, weights_of
 
-SHARES = list(SHARING)
+SHARES = list(DECISIONS)
 
 
 def people(windows):
@@ -27,13 +27,13 @@ def test_owl_prunes_as_much_as_uniform_and_in_any_order_of_participants(
     config = PruneConfig(share=share, strategy=strategy, local_group="layer", **OWL)
     named = dict(zip("abc", people(windows), strict=True))
     result = prune(tiny("gpt2"), named, config, out=tmp_path / "run")
-    blocks = result.details["blocks"]
-    n_pruned = sum(linear["n_pruned"] for block in blocks for linear in block["linears"].values())
-    assert n_pruned == result.details["n_prunable"] // 2
-    shares = [block["sparsity"] for block in blocks]
+    blocks = result.record.blocks
+    n_pruned = sum(linear.n_pruned for block in blocks for linear in block.linears.values())
+    assert n_pruned == result.record.n_prunable // 2
+    shares = [block.sparsity for block in blocks]
     assert len(set(shares)) > 1
     assert all(abs(share - 0.5) <= 0.08 + 1e-3 for share in shares)
-    for ratios in result.details["outlier_ratios"].values():
+    for ratios in result.record.outlier_ratios.values():
         assert all(0 < ratio < 1 for ratio in ratios)
     if share != "gram":
         other = prune(tiny("gpt2"), dict(reversed(named.items())), config, out=tmp_path / "other")
@@ -44,9 +44,9 @@ def test_owl_by_its_definition(tiny, windows, tmp_path):
     """Outliers counted with transformers' own forward, and the model that its sparsities give."""
     from transformers import AutoModelForCausalLM
 
-    from fedprllm.core.allocation import allocate
     from fedprllm.core.groups import Grouping
     from fedprllm.core.masks import prune_lowest
+    from fedprllm.core.owl import allocate
 
     config = PruneConfig(strategy="local-only", sparsity=0.6, **OWL)
     result = prune(tiny("llama"), [windows(0)], config, out=tmp_path / "run")
@@ -76,7 +76,7 @@ def test_owl_by_its_definition(tiny, windows, tmp_path):
         ratios.append(float((flat > 3.0 * flat.mean()).sum()) / flat.numel())
         shapes.append([tuple(score.shape) for score in scores.values()])
         first = first or scores
-    assert result.details["outlier_ratios"] == {"participant-0": pytest.approx(ratios, abs=1e-12)}
+    assert result.record.outlier_ratios == {"participant-0": pytest.approx(ratios, abs=1e-12)}
     shares = allocate(ratios, shapes, "row", 0.6, 0.08)
     pruned = weights_of(result.model_dir)
     for (name, score), share in zip(first.items(), shares[0], strict=True):
@@ -96,9 +96,9 @@ def test_participants_count_outliers_and_counts_add_up(tiny, windows, tmp_path, 
         PruneConfig(share=share, **OWL),
         out=tmp_path / "both",
     )
-    one, other = (run.details["outlier_ratios"]["model"] for run in alone)
+    one, other = (run.record.outlier_ratios["model"] for run in alone)
     expected = [(left + right) / 2 for left, right in zip(one, other, strict=True)]
-    assert both.details["outlier_ratios"]["model"] == pytest.approx(expected, abs=1e-12)
+    assert both.record.outlier_ratios["model"] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -107,7 +107,7 @@ def test_statistics_with_owl_are_centralized_with_owl(tiny, windows, tmp_path, n
         prune(tiny(name), people(windows), PruneConfig(**options, **OWL), out=tmp_path / options["strategy"])
         for options in ({"share": "statistics", "strategy": "iterative"}, {"strategy": "centralized"})
     ]
-    assert runs[0].details["outlier_ratios"] == runs[1].details["outlier_ratios"]
+    assert runs[0].record.outlier_ratios == runs[1].record.outlier_ratios
     assert_same_bits(runs[0].model_dir, runs[1].model_dir)
 
 
@@ -121,22 +121,22 @@ def test_owl_without_room_is_uniform(tiny, windows, tmp_path, share):
 
 
 def test_a_survey_is_not_repeated_when_a_run_goes_on(tiny, windows, tmp_path, monkeypatch):
-    from fedprllm.federation import allocation, in_process
+    from fedprllm.pruning import in_process, survey
 
     config = PruneConfig(**OWL)
     whole = prune(tiny("llama"), people(windows), config, out=tmp_path / "whole")
-    original = in_process._Walk.step
+    original = in_process._SharedWalk.step
 
     def killed(self, index, advance):
         if index == 1:
             raise KeyboardInterrupt
         original(self, index, advance)
 
-    monkeypatch.setattr(in_process._Walk, "step", killed)
+    monkeypatch.setattr(in_process._SharedWalk, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         prune(tiny("llama"), people(windows), config, out=tmp_path / "run")
-    monkeypatch.setattr(in_process._Walk, "step", original)
-    monkeypatch.setattr(allocation, "_survey", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(in_process._SharedWalk, "step", original)
+    monkeypatch.setattr(survey, "_survey", lambda *_: pytest.fail("counted again"))
     continued = prune(tiny("llama"), people(windows), config, out=tmp_path / "run")
     assert_same_bits(whole.model_dir, continued.model_dir)
 
@@ -144,7 +144,7 @@ def test_a_survey_is_not_repeated_when_a_run_goes_on(tiny, windows, tmp_path, mo
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
 def test_sampled_blocks_count_only_who_prunes_them(tiny, windows, tmp_path, share, strategy):
-    from fedprllm.core.weights import sample_blocks
+    from fedprllm.core.layer_sampling import sample_blocks
 
     named = dict(zip("abc", people(windows), strict=True))
     config = PruneConfig(share=share, strategy=strategy, block_fraction="a=0.7,b=0.4")
@@ -152,14 +152,14 @@ def test_sampled_blocks_count_only_who_prunes_them(tiny, windows, tmp_path, shar
     sample = sample_blocks({"a": 0.7, "b": 0.4, "c": 1.0}, 3, 0)
     assert sample is not None
     assert {name: len(own) for name, own in sample.items()} == {"a": 2, "b": 1, "c": 3}
-    for block in result.details["blocks"]:
-        expected = [name for name, own in sample.items() if block["block"] in own]
-        assert block["participants"] == expected
-        assert block["sparsity"] == 0.5
-    per_block = result.details["update_bytes_per_block"]
-    for name, person in result.details["participants"].items():
-        assert person["n_blocks"] == len(sample[name])
-        assert person["update_bytes"] == sum(per_block[block] for block in sample[name])
+    for block in result.record.blocks:
+        expected = [name for name, own in sample.items() if block.block in own]
+        assert block.participants == expected
+        assert block.sparsity == 0.5
+    per_block = result.record.update_bytes_per_block
+    for name, participant in result.record.participants.items():
+        assert participant.n_blocks == len(sample[name])
+        assert participant.update_bytes == sum(per_block[block] for block in sample[name])
     again = prune(tiny("llama"), dict(reversed(named.items())), config, out=tmp_path / "again")
     if share != "gram":
         assert_same_bits(result.model_dir, again.model_dir)
@@ -173,10 +173,10 @@ def test_a_block_pruned_by_one_participant_is_as_that_one_alone_prunes_it(tiny, 
     result = prune(tiny("llama"), named, config, out=tmp_path / "run")
     pruned = weights_of(result.model_dir)
     dense = PruneConfig(share="statistics")  # observed on the unpruned model throughout
-    for block in result.details["blocks"]:
-        (name,) = block["participants"]
+    for block in result.record.blocks:
+        (name,) = block.participants
         alone = weights_of(prune(tiny("llama"), [named[name]], dense, out=tmp_path / name).model_dir)
-        for weight in block["linears"]:
+        for weight in block.linears:
             assert torch.equal(pruned[weight], alone[weight]), weight
 
 
@@ -229,7 +229,7 @@ def test_allocations_and_fractions_that_cannot_be(options, message):
 
 @pytest.mark.parametrize(
     ("fraction", "message"),
-    [(0.1, "leaves blocks without anybody: 2 participants"), ("x=0.5", "unknown participant 'x'")],
+    [(0.1, "leaves blocks without a participant: 2 participants"), ("x=0.5", "unknown participant 'x'")],
 )
 def test_blocks_without_anybody_are_refused_before_anything_is_computed(
     tiny, windows, tmp_path, fraction, message

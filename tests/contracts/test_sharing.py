@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from fedprllm import ConfigError, PruneConfig, UpdateError, prune
-from fedprllm.calibration import fingerprint
-from fedprllm.models.blocks import BlockwiseModel
-from fedprllm.participant import Participant, find_shared_inputs
+from fedprllm.deciding import DECISIONS
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.pruning.method import pruning_method
+from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.walk import Walker
 from fedprllm.sharing import SHARING, update_bytes
 from tests.contracts.test_walk import assert_same_bits, weights_of
 
-SHARES = list(SHARING)
+SHARES = list(DECISIONS)
 STATISTICS_LIKE = ["statistics", "gram"]
 
 
@@ -129,7 +131,6 @@ def test_one_shot_statistics_are_taken_from_the_unpruned_model(tiny, windows, tm
 
 def test_each_distinct_input_is_shared_once(tiny):
     model = BlockwiseModel(tiny("llama"))
-    find_shared_inputs(model)
     shapes = SHARING["statistics"].shapes(model.linears[1])
     assert {name.split(".", 3)[3]: shape for name, (shape, _) in shapes.items()} == {
         "self_attn.q_proj.weight": (32,),
@@ -139,23 +140,22 @@ def test_each_distinct_input_is_shared_once(tiny):
     }
     assert update_bytes(shapes) == 4 * (32 * 3 + 48)
     assert update_bytes(SHARING["mask"].shapes(model.linears[1])) == sum(
-        linear.shape[0] * linear.shape[1] // 8 for linear in model.linears[1].values()
+        linear.n_weights // 8 for linear in model.linears[1].values()
     )
 
 
 @pytest.mark.parametrize("share", SHARES)
 def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, windows, share):
     model = BlockwiseModel(tiny("gpt2"))
-    find_shared_inputs(model)
-    config, sharing = PruneConfig(share=share), SHARING[share]
+    sharing, method = SHARING[share], pruning_method(PruneConfig(share=share))
     participant = Participant("one", windows(0))
     participant.enter(model)
     with model.block(0) as block:
-        statistics = participant.observe(block, sharing.observation)
-        update = sharing.contribute(block, statistics, config, fingerprint(windows(0))).update
+        update = Walker(participant, method, model.n_blocks).contribute(block).update
+        assert update is not None
         declared = sharing.shapes(block.linears)
         assert {name: (tuple(t.shape), t.dtype) for name, t in update.items()} == declared
-        sharing.check(block, update, config)
+        sharing.check(block.linears, update, method.target)
         name = next(iter(update))
         damaged = dict(update)
         if share == "mask" or share == "weights":
@@ -163,7 +163,7 @@ def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, wi
         else:
             damaged[name] = -update[name]
         with pytest.raises(UpdateError, match=name):
-            sharing.check(block, damaged, config)
+            sharing.check(block.linears, damaged, method.target)
 
 
 def test_votes_can_weigh_tokens(tiny, windows, tmp_path):

@@ -7,10 +7,10 @@ import typer
 from typer.testing import CliRunner
 
 from fedprllm import ConfigError
-from fedprllm.federation.dry_run import dry_run
+from fedprllm.cli.participant import ledger, participate
 from fedprllm.federation.plan import RunPlan, SiteSettings
-from fedprllm.federation.spool import append_ledger
-from fedprllm.participant_cli import ledger, participate
+from fedprllm.federation.site.dry_run import dry_run
+from fedprllm.federation.site.spool import append_ledger
 from tests.federation_helpers import texts
 
 app = typer.Typer()

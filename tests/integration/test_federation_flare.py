@@ -16,8 +16,9 @@ import torch
 
 pytest.importorskip("nvflare")
 
-from fedprllm import PruneConfig, prune, wire
-from fedprllm.federation.messages import read_reply
+from fedprllm import PruneConfig, prune
+from fedprllm.federation.protocol import update as wire
+from fedprllm.federation.protocol.messages import read_reply
 from fedprllm.files import read_json
 from tests.federation_helpers import same_model
 from tests.federation_processes import Federation, finish, kill, wait_until

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedprllm import PruneConfig, PruneResult, UpdateError, prune, wire
-from fedprllm.federation import coordinator as coordinator_module
-from fedprllm.federation.job import conduct_run
-from fedprllm.federation.messages import Reply, Request, pack, read_reply, read_request
-from fedprllm.federation.spool import read_ledger
+from fedprllm import PruneConfig, PruneResult, UpdateError, prune
+from fedprllm.federation.coordinator import rounds as coordinator_module
+from fedprllm.federation.coordinator.job import conduct_run
+from fedprllm.federation.protocol import update as wire
+from fedprllm.federation.protocol.messages import Reply, Request, pack, read_reply, read_request
+from fedprllm.federation.site.spool import read_ledger
 from fedprllm.files import read_json
 from tests.federation_helpers import (
     NAMES,
@@ -105,7 +106,7 @@ def test_the_same_bits_as_in_one_process(tmp_path, model, federation, strategy, 
     expected = in_process(tmp_path, model, federation.paths, **options)
     same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
     result = read_json(tmp_path / "runs" / "run" / "result.json")
-    ours, theirs = result, expected.details
+    ours, theirs = result, expected.record.as_json()
     for name in NAMES:
         assert ours["participants"][name]["n_blocks"] == theirs["participants"][name]["n_blocks"]
         in_messages, payload = (r["participants"][name]["update_bytes"] for r in (ours, theirs))
@@ -480,7 +481,7 @@ def test_the_coordinator_holds_one_update_at_a_time(tmp_path, model, federation,
         alive.update(update.tensors.values())
         return update
 
-    monkeypatch.setattr("fedprllm.federation.aggregation.wire.decode", watched)
+    monkeypatch.setattr("fedprllm.federation.coordinator.ballots.wire.decode", watched)
     assert conduct(tmp_path, make_plan(model), federation()) == "complete"
     assert len(most) == 2 * 15  # checked when it arrives, read again for the decision
     assert max(most) == 0
@@ -496,8 +497,8 @@ def test_a_request_that_cannot_be_read_is_answered_with_a_code(tmp_path, federat
 
 
 def test_a_decision_of_somebody_else_is_not_followed(tmp_path, model, federation):
-    from fedprllm.federation.decisions import decided_weights
-    from fedprllm.models.blocks import BlockwiseModel
+    from fedprllm.federation.protocol.decision import decided_weights
+    from fedprllm.models.blockwise import BlockwiseModel
 
     walked = BlockwiseModel(model)
     with walked.block(0) as block:

@@ -17,14 +17,14 @@ pytest.importorskip("nvflare")
 from fedprllm import ConfigError, PruneConfig, prune
 from fedprllm.federation.flare.processes import running
 from fedprllm.federation.flare.rehearsal import empty_folder
-from fedprllm.federation.spool import read_ledger
+from fedprllm.federation.site.spool import read_ledger
 from fedprllm.files import read_json
 from tests.federation_helpers import same_model, texts
 from tests.federation_processes import finish, start, wait_until
 
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
 
-_CLI = "from fedprllm.cli import main; main()"
+_CLI = "from fedprllm.cli.app import main; main()"
 QUICK = ["--windows", "2", "--window-length", "32"]
 
 
@@ -91,7 +91,7 @@ def test_who_was_started_when_the_interruption_came_is_ended_too():
     [
         (signal.SIGINT, "client_train"),
         (signal.SIGHUP, "client_train"),
-        (signal.SIGTERM, "fedprllm.federation.worker"),
+        (signal.SIGTERM, "fedprllm.federation.site.worker"),
     ],
 )
 def test_an_interrupted_rehearsal_ends_every_process(given, tmp_path, number, module):

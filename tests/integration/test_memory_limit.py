@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fedprllm import ConfigError, PruneConfig, prune
-from fedprllm.federation.in_process import _Walk
 from fedprllm.federation.plan import SiteSettings
-from fedprllm.hidden import HiddenMemory, HiddenStates
+from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
+from fedprllm.pruning.in_process import _SharedWalk
 from tests.contracts.test_walk import assert_same_bits
 
 _STATE = 16 * 32 * 4  # bytes: tokens, hidden size, float32
@@ -21,7 +21,7 @@ _KILLED = """
 import os, signal, sys
 import torch
 from fedprllm import PruneConfig, prune
-from fedprllm.runs import Run
+from fedprllm.pruning.run_folder import Run
 model, out = sys.argv[1:]
 torch.set_num_threads(1)
 finish_block = Run.finish_block
@@ -57,13 +57,13 @@ def people() -> list[torch.Tensor]:
 def test_a_limit_changes_no_bit_and_no_identity(tiny, tmp_path, monkeypatch, options, limit):
     free = prune(tiny("llama"), people(), PruneConfig(**options), out=tmp_path / "free")
     n_files = []
-    step = _Walk.step
+    step = _SharedWalk.step
 
     def counting(self, index, advance):
         step(self, index, advance)
         n_files.append(len(list(self.run.spilled_folder.glob("*"))))
 
-    monkeypatch.setattr(_Walk, "step", counting)
+    monkeypatch.setattr(_SharedWalk, "step", counting)
     config = PruneConfig(**options, memory_limit=limit)
     limited = prune(tiny("llama"), people(), config, out=tmp_path / "limited")
     size = _STATE // 2 if options.get("dtype") == "bfloat16" else _STATE

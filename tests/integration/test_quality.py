@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedprllm import PruneConfig, prune
-from fedprllm.evaluation import perplexities
-from fedprllm.models.blocks import BlockwiseModel
+from fedprllm.evaluation.perplexity import perplexities
+from fedprllm.models.blockwise import BlockwiseModel
 
 LENGTH = 128
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from fedprllm import PruneConfig, RunError, prune
-from fedprllm.federation.in_process import _Walk
+from fedprllm.pruning.in_process import _SharedWalk
 from tests.contracts.test_walk import assert_same_bits
 
 _CHILD = """
 import json, os, signal, sys
 import torch
 from fedprllm import PruneConfig, prune
-from fedprllm.runs import Run
+from fedprllm.pruning.run_folder import Run
 model, out, seed, strategy, phase, block = sys.argv[1:7]
 torch.set_num_threads(1)
 finish_block = Run.finish_block
@@ -55,10 +55,12 @@ def test_killed_run_continues_to_the_same_bits(tiny, tmp_path, strategy, phase, 
     assert len(finished) == block + (phase == "after")
 
     steps = []
-    original = _Walk.step
+    original = _SharedWalk.step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            _Walk, "step", lambda self, index, advance: (steps.append(index), original(self, index, advance))
+            _SharedWalk,
+            "step",
+            lambda self, index, advance: (steps.append(index), original(self, index, advance)),
         )
         resumed = prune(tiny("llama"), people(), PruneConfig(strategy=strategy), out=out)
     torch.set_num_threads(threads)
@@ -91,9 +93,9 @@ def test_killed_at_arbitrary_moments(tiny, tmp_path):
 
 def test_complete_run_is_not_computed_again(tiny, windows, tmp_path, monkeypatch):
     first = prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
-    monkeypatch.setattr(_Walk, "step", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(_SharedWalk, "step", lambda *_: pytest.fail("computed again"))
     again = prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
-    assert again.details == first.details
+    assert again.record == first.record
 
 
 @pytest.mark.parametrize(
@@ -137,8 +139,8 @@ def test_two_processes_do_not_share_a_run(tiny, windows, tmp_path):
 
 
 def test_too_little_space_is_refused_before_computing(tiny, windows, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedprllm.runs.free_bytes", lambda _: 1000)
-    monkeypatch.setattr(_Walk, "step", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("fedprllm.pruning.run_folder.free_bytes", lambda _: 1000)
+    monkeypatch.setattr(_SharedWalk, "step", lambda *_: pytest.fail("computed"))
     with pytest.raises(RunError, match=r"free, the run needs"):
         prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

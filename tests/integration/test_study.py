@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedprllm import ConfigError, DataError, PruneConfig, RunError
-from fedprllm.cli import app
-from fedprllm.models.blocks import BlockwiseModel
-from fedprllm.participant import Participant
+from fedprllm.cli.app import app
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.pruning.participant import Participant
 from fedprllm.study import runner
-from fedprllm.study.config import Cell, StudyConfig, cells_of
+from fedprllm.study.kept_updates import KeptWalks, is_served
 from fedprllm.study.measure import Lab, passes
+from fedprllm.study.questions import Cell, StudyConfig, cells_of
 from fedprllm.study.runner import study
-from fedprllm.study.walks import Walks, is_served
 
 WORDS = [f"w{number}" for number in range(120)]
 
@@ -96,15 +96,12 @@ SERVED = [
 @pytest.mark.parametrize("options", SERVED, ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_cell_from_kept_walks_is_an_ordinary_run(architecture, options, tiny, windows, tmp_path):
-    from fedprllm.federation.checks import check_update_size
-
     config = PruneConfig(**({"window_length": 16} | options))
     assert is_served(config)
     model = BlockwiseModel(tiny(architecture))
-    check_update_size(model, config)
     people = [Participant(f"p{number}", windows(number, 2 + number)) for number in range(3)]
     text = {"text": list(windows(9, 3))}
-    lab = Lab(model, Walks(model, "digest", tmp_path / "walks"), tmp_path / "runs")
+    lab = Lab(model, KeptWalks(model, "digest", tmp_path / "walks"), tmp_path / "runs")
     cell = Cell(config, 3, "iid")
     kept = lab._from_walks(cell, people, text, 3, lambda _: None)
     run = lab._from_run(cell, people, text, 3, lambda _: None)
@@ -133,7 +130,7 @@ def test_what_walks_cannot_serve_is_run(options):
 
 def test_only_what_a_walk_depends_on_makes_a_new_one(tiny, windows, tmp_path):
     model = BlockwiseModel(tiny("llama"))
-    walks = Walks(model, "digest", tmp_path)
+    walks = KeptWalks(model, "digest", tmp_path)
     person = Participant("a", windows(0))
 
     def key(**options) -> str:
@@ -277,7 +274,7 @@ def test_one_process_at_a_time(done, monkeypatch):
 
 def test_passes_count_what_is_left(tiny, windows, tmp_path):
     model = BlockwiseModel(tiny("llama"))
-    walks = Walks(model, "digest", tmp_path)
+    walks = KeptWalks(model, "digest", tmp_path)
     people = [Participant("a", windows(0)), Participant("b", windows(1))]
     cell = Cell(PruneConfig(), 2, "iid")
     assert sum(passes(cell, people, walks).values()) == 2 * 2 * 2
@@ -301,11 +298,11 @@ def test_the_command(worded, texts, tmp_path, capsys):
 
 
 def test_fewer_participants_are_the_first_of_more(worded, texts, tmp_path):
-    from fedprllm.study.people import People
+    from fedprllm.study.data import StudyData
 
-    people = People(BlockwiseModel(worded), small(worded, texts), tmp_path)
+    people = StudyData(BlockwiseModel(worded), small(worded, texts), tmp_path)
     config = PruneConfig(windows=2, window_length=16)
-    three, two = (people.of(Cell(config, n, "iid")) for n in (3, 2))
+    three, two = (people.participants(Cell(config, n, "iid")) for n in (3, 2))
     assert [p.fingerprint for p in two] == [p.fingerprint for p in three[:2]]
     assert len({tuple(row) for p in three for row in p.windows.tolist()}) == 6
     assert torch.equal(two[0].windows, three[0].windows)

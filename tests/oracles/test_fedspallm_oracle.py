@@ -7,10 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedprllm.core.fedspallm import fedspallm
 from fedprllm.core.groups import Grouping
+from fedprllm.core.layer_sampling import sample_blocks, sampled_blocks
 from fedprllm.core.masks import most_voted, prune_lowest
 from fedprllm.core.ties import TIES
-from fedprllm.core.weights import fedspallm, sample_blocks, sampled_blocks
 from tests.oracles.test_selection_oracle import groups_of
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fedprllm.core.allocation import Outliers, allocate, outliers, owl, split_exactly
 from fedprllm.core.groups import Grouping
+from fedprllm.core.owl import Outliers, allocate, outliers, owl, split_exactly
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

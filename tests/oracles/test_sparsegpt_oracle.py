@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.groups import Grouping
 from fedprllm.core.masks import prune_lowest
-from fedprllm.core.sparsegpt import sparsegpt
-from fedprllm.core.statistics import GramStatistics
+from fedprllm.core.solvers.sparsegpt import sparsegpt
+from fedprllm.core.sums import GramStatistics
 from fedprllm.core.ties import TIES
 from fedprllm.errors import ModelError
 

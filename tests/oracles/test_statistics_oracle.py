@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedprllm.core.statistics import GramStatistics, InputStatistics
-from fedprllm.models.blocks import BlockwiseModel
+from fedprllm.core.sums import GramStatistics, InputStatistics
+from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
-from fedprllm.participant import Participant
+from fedprllm.pruning.participant import Participant
 
 KINDS = [InputStatistics, GramStatistics]
 

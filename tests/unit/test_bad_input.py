@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedprllm import ConfigError, DataError, FedprllmError, ModelError, PruneConfig, evaluate, prune
-from fedprllm.inputs import PooledData
-from fedprllm.models.blocks import BlockwiseModel
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.pruning.inputs import PooledData
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_computed(monkeypatch, request):
     if "computes" not in request.keywords:
-        monkeypatch.setattr(BlockwiseModel, "_call_block", lambda *_: pytest.fail("computed"))
+        monkeypatch.setattr(BlockwiseModel, "block", lambda *_: pytest.fail("computed"))
 
 
 def refused(kind: type[FedprllmError], pattern: str, tmp_path: Path, *args, **options) -> None:

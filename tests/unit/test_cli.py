@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedprllm.cli import _spread, app
+from fedprllm.cli.app import _spread, app
 from fedprllm.config import PruneConfig
 from fedprllm.errors import FedprllmError
 
@@ -132,7 +132,7 @@ def test_a_mistake_is_one_message_without_a_traceback(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "fedprllm.cli",
+        "fedprllm.cli.app",
         "prune",
         "nowhere/model",
         "--participant",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprllm import demo_texts as module
-from fedprllm.demo_texts import demo_texts
+from fedprllm.demo import texts as module
+from fedprllm.demo.texts import demo_texts
 from fedprllm.errors import DataError
 
 NAMES = ("reference", "code", "legal", "clinical")

@@ -12,10 +12,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fedprllm import ConfigError, RunError, UpdateError
-from fedprllm.federation.messages import MAX_HEADER_BYTES, Reply, Request, pack, read_reply, read_request
+from fedprllm.cli.coordinator import app
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings, read_plan, read_run_plan
-from fedprllm.federation.spool import Spool, append_ledger, read_ledger, write_bytes
-from fedprllm.federation_cli import app
+from fedprllm.federation.protocol.messages import (
+    MAX_HEADER_BYTES,
+    Reply,
+    Request,
+    pack,
+    read_reply,
+    read_request,
+)
+from fedprllm.federation.site.spool import Spool, append_ledger, read_ledger, write_bytes
 
 PLAN = {"server": "localhost", "participants": ["north", "south"]}
 RUN = {"name": "first", "model": "some/model"}
@@ -150,7 +157,7 @@ def test_the_ledger_has_a_line_for_each_update(tmp_path):
 
 def test_help_imports_neither_torch_nor_the_engine():
     code = (
-        "import sys, fedprllm.federation_cli, fedprllm.participant_cli; "
+        "import sys, fedprllm.cli.coordinator, fedprllm.cli.participant; "
         "assert not {'torch', 'nvflare', 'transformers'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,25 +12,27 @@ import pytest
 import fedprllm
 
 ROOT = Path(fedprllm.__file__).parent
-# From the bottom up; a module may import from its own layer and those below. A folder counts whole,
-# but for the modules that are named apart.
-LAYERS = [
+# From the bottom up. A room is a folder, or a module outside all folders. A room may import from the floors
+# below it, and never from another room of its own floor.
+FLOORS = [
     ["errors"],
-    ["core", "config", "files", "progress", "documents"],
-    ["models", "calibration", "hidden", "wire", "demo_texts"],
-    ["participant"],
-    ["sharing", "strategies", "runs", "votes", "evaluation", "model_card"],
-    ["inputs"],
-    ["federation"],
-    ["api", "zero_shot"],
-    ["demo", "report", "study", "console"],
-    ["federation_cli", "participant_cli", "study_cli"],
+    ["config", "files", "progress"],
+    ["core"],
+    ["documents"],
+    ["models", "calibration"],
+    ["sharing", "evaluation"],
+    ["deciding"],
+    ["pruning"],
+    ["api", "federation"],
+    ["report"],
+    ["study", "demo"],
     ["cli"],
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in the file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -38,24 +40,47 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
             found.add(node.module)
+            # ``from package import module`` imports the module too.
+            found |= {name for a in node.names if (name := f"{node.module}.{a.name}") in MODULES}
     return found
+
+
+def module_name(path: Path) -> str:
+    return ".".join(("fedprllm", *path.relative_to(ROOT).with_suffix("").parts))
 
 
 def modules() -> list[Path]:
     return sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 
 
+MODULES = {module_name(path): path for path in modules()}
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path):
     own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    assert own in LEVEL, f"{own} has no layer: add it to LAYERS"
+    assert own in FLOOR, f"{own} has no floor: add it to FLOORS"
     for name in imports(path):
-        if name.startswith("fedprllm."):
-            other = name.split(".")[1]
-            assert LEVEL[other] <= LEVEL[own], f"{own} must not import {name}"
+        if name.startswith("fedprllm.") and (other := name.split(".")[1]) != own:
+            assert FLOOR[other] < FLOOR[own], f"{own} must not import {name}"
 
 
-CORE = [path for path in modules() if path.parent.name == "core"]
+def test_no_module_imports_itself_through_others():
+    arrows = {name: imports(path) & set(MODULES) for name, path in MODULES.items()}
+    reachable: dict[str, set[str]] = {}
+
+    def visit(name: str, above: tuple[str, ...]) -> set[str]:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in reachable:
+            found = [visit(other, (*above, name)) for other in sorted(arrows[name])]
+            reachable[name] = arrows[name].union(*found)
+        return reachable[name]
+
+    for name in arrows:
+        assert name not in visit(name, ())
+
+
+CORE = [path for path in modules() if "core" in path.relative_to(ROOT).parts]
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
@@ -96,7 +121,7 @@ def test_only_one_folder_imports_the_engine():
 
 def test_help_imports_neither_torch_nor_transformers():
     code = (
-        "import sys; from fedprllm.cli import app\n"
+        "import sys; from fedprllm.cli.app import app\n"
         "try: app(['prune', '--help'], standalone_mode=False)\nexcept SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'nvflare', 'matplotlib', 'numpy'} & set(sys.modules)"
     )
@@ -107,7 +132,7 @@ def test_help_imports_neither_torch_nor_transformers():
 
 @pytest.mark.parametrize(
     "module",
-    ["federation.site", "federation.worker", "federation_cli", "participant_cli"]
+    ["federation.site.site", "federation.site.worker", "cli.coordinator", "cli.participant"]
     + [
         f"federation.flare.{name}"
         for name in ("executor", "controller", "kits", "processes", "rehearsal", "session", "supervisor")

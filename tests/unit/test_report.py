@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fedprllm import PruneConfig, RunError, prune
-from fedprllm.federation import agreement
+from fedprllm.pruning import agreement
 from fedprllm.report import pruning
 from fedprllm.report.page import write_report
 
@@ -441,16 +441,16 @@ def test_folder_without_a_run_is_refused(tmp_path):
 
 
 def test_incomplete_run_is_refused(tiny, tmp_path, monkeypatch):
-    from fedprllm.federation.in_process import _Walk
+    from fedprllm.pruning.in_process import _SharedWalk
 
-    step = _Walk.step
+    step = _SharedWalk.step
 
     def stop(self, index, advance):
         if index == 2:
             raise KeyboardInterrupt
         step(self, index, advance)
 
-    monkeypatch.setattr(_Walk, "step", stop)
+    monkeypatch.setattr(_SharedWalk, "step", stop)
     for strategy in ("one-shot", "local-only"):
         run = tmp_path / strategy
         with pytest.raises(KeyboardInterrupt):

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from fedprllm import PruneConfig
-from fedprllm.study.config import Cell
 from fedprllm.study.domains import own_and_others
+from fedprllm.study.questions import Cell
 from fedprllm.study.results import Spread, closed_gap, name_of, paired, spread_by_text
 
 

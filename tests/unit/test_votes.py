@@ -9,12 +9,12 @@ from safetensors import safe_open
 from torch import nn
 
 from fedprllm.core.bitplanes import PackedVotes, pack
-from fedprllm.models.blocks import Linear
-from fedprllm.votes import StoredVotes, save_votes
+from fedprllm.models.block import Linear
+from fedprllm.pruning.stored_votes import StoredVotes, save_votes
 
 
 def test_votes_come_back_as_counted(tmp_path):
-    plain = Linear("a.weight", "a", (5, 9), False, torch.float32, "a.weight", None, nn.Linear(9, 5))
+    plain = Linear("a.weight", "a", (5, 9), False, torch.float32, "a.weight", nn.Linear(9, 5))
     transposed = replace(plain, name="b.weight", transposed=True)
     unvoted = replace(plain, name="c.weight")
     linears = {linear.name: linear for linear in (plain, transposed, unvoted)}
@@ -37,6 +37,6 @@ def test_votes_come_back_as_counted(tmp_path):
 
 
 def test_without_votes_there_is_no_file(tmp_path):
-    linear = Linear("a.weight", "a", (5, 9), False, torch.float32, "a.weight", None, nn.Linear(9, 5))
+    linear = Linear("a.weight", "a", (5, 9), False, torch.float32, "a.weight", nn.Linear(9, 5))
     save_votes(tmp_path / "block.safetensors", {}, {"a.weight": linear})
     assert not list(tmp_path.iterdir())

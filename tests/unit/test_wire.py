@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 
 from fedprllm.errors import UpdateError
-from fedprllm.wire import Expectation, Update, decode, encode, max_message_bytes
+from fedprllm.federation.protocol.update import Expectation, Update, decode, encode, max_message_bytes
 
 SPECIFICATION = Path(__file__).parents[2] / "docs" / "wire-format.md"
 RUN_ID = bytes(range(16))

@@ -6,19 +6,21 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from fedprllm.api import PruneResult
+from fedprllm.evaluation.results import Perplexity
+from fedprllm.pruning.records import BlockRecord, LinearRecord, ParticipantRecord
+from fedprllm.pruning.strategies import STRATEGIES, Strategy
 from fedprllm.report.plots import MAX_NAMED
-from fedprllm.strategies import STRATEGIES, Strategy
 
 __all__ = [
     "MAX_ROWS",
     "Cell",
     "Facts",
+    "Perplexities",
     "Plot",
     "Section",
     "Table",
@@ -33,6 +35,8 @@ __all__ = [
     "size_range",
 ]
 
+# Perplexities of models by name, each with a row for every text.
+Perplexities = dict[str, list[Perplexity]]
 # Tables with more rows are folded, and figures number participants instead of naming them.
 MAX_ROWS = MAX_NAMED
 
@@ -86,75 +90,71 @@ class Facts:
     """The record of a run, summed up where several sections need it."""
 
     def __init__(self, result: PruneResult) -> None:
-        self.details = result.details
+        self.record = result.record
         self.config = result.config
-        self.blocks: list[dict[str, Any]] = self.details["blocks"]
+        self.blocks: list[BlockRecord] = self.record.blocks
         self.strategy: Strategy = STRATEGIES[result.config.strategy]
-        self.people: dict[str, dict[str, Any]] = self.details["participants"]
-        self.walkers = ["pooled text"] if self.strategy.pools_text else list(self.people)
-        self.model = Path(self.details["model"]["source"]).name
+        self.participants: dict[str, ParticipantRecord] = self.record.participants
+        self.voting = ["pooled text"] if self.strategy.pools_text else list(self.participants)
+        self.model = Path(self.record.model.source).name
         self.evaluation = _named(result.evaluation, result.config.strategy)
-        self.comparison: dict[str, Any] = dict(self.details.get("comparison", {}))
+        self.comparison = dict(self.record.comparison or {})
         # A run over the network has an identity of its own, and records what really was sent.
-        self.networked = "run_id" in self.details
-        self.dropouts = any(len(self.voters(record)) < len(self.walkers) for record in self.blocks)
-        self.kinds = list(dict.fromkeys(linear["kind"] for _, linear in self.linears()))
+        self.networked = self.record.run_id is not None
+        self.dropouts = any(len(self.voters(record)) < len(self.voting) for record in self.blocks)
+        self.paths = list(dict.fromkeys(linear.path for _, linear in self.linears()))
 
-    def voters(self, record: dict[str, Any]) -> list[str]:
+    def voters(self, record: BlockRecord) -> list[str]:
         """Who took part in a block, in the order of its agreement matrix."""
-        return list(record.get("participants", self.walkers))
+        return record.participants or self.voting
 
-    def linears(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def linears(self) -> Iterator[tuple[int, LinearRecord]]:
         """Each Linear's record with the number of its block."""
-        for record in self.blocks:
-            for linear in record["linears"].values():
-                yield record["block"], linear
+        return self.record.linears()
 
-    def total(self, key: str, kind: str | None = None) -> int:
-        """Sum of a number over all Linears, or those of one kind."""
-        return sum(linear[key] for _, linear in self.linears() if kind in (None, linear["kind"]))
+    def total(self, key: str, path: str | None = None) -> int:
+        """Sum of a number over all Linears, or those of one path."""
+        return sum(getattr(linear, key) for _, linear in self.linears() if path in (None, linear.path))
 
     @property
     def sparsity(self) -> float:
         """Share of zeros among the prunable weights."""
-        return float(self.total("n_zeros") / self.details["n_prunable"])
+        return self.record.sparsity
 
     @property
-    def pruned_models(self) -> tuple[dict[str, Any], list[str]]:
+    def pruned_models(self) -> tuple[Perplexities, list[str]]:
         """The table of perplexities to quote from, and the names of this run's models in it."""
         table = self.evaluation or self.comparison
-        own = [_model_name(name, self.config.strategy) for name in self.details["models"]]
+        own = [_model_name(name, self.config.strategy) for name in self.record.models]
         found = [name for name in own if name in table]
         return table, found or [name for name in ("federated",) if name in table]
 
     @property
     def sent(self) -> dict[str, int]:
         """Bytes that each participant shares in the whole run, by name."""
-        all_blocks = sum(self.details["update_bytes_per_block"])
-        return {name: person.get("update_bytes", all_blocks) for name, person in self.people.items()}
+        return {name: one.update_bytes or 0 for name, one in self.participants.items()}
 
     @property
     def has_votes(self) -> bool:
         """Whether votes were counted one by one: not if sums are shared, or votes count tokens."""
-        return all("vote_histogram" in linear for _, linear in self.linears())
+        return all(linear.vote_histogram is not None for _, linear in self.linears())
 
-    def votes(self, kind: str | None = None) -> np.ndarray:
-        """Number of weights by number of votes, [n_walkers + 1]."""
+    def votes(self, path: str | None = None) -> np.ndarray:
+        """Number of weights by number of votes, [n_participants + 1]."""
         # Where participants dropped out, a block has fewer possible numbers of votes.
-        votes = np.zeros(len(self.walkers) + 1, dtype=np.int64)
+        votes = np.zeros(len(self.voting) + 1, dtype=np.int64)
         for _, linear in self.linears():
-            if kind in (None, linear["kind"]):
-                histogram = linear["vote_histogram"]
-                votes[: len(histogram)] += np.array(histogram, dtype=np.int64)
+            if path in (None, linear.path) and linear.vote_histogram is not None:
+                votes[: len(linear.vote_histogram)] += np.array(linear.vote_histogram, dtype=np.int64)
         return votes
 
     @property
     def pruned_share(self) -> float:
         """Share of the prunable weights that a mask prunes."""
-        return float(self.total("n_pruned") / self.details["n_prunable"])
+        return float(self.total("n_pruned") / self.record.n_prunable)
 
 
-def _named(evaluation: Mapping[str, Any], strategy: str) -> dict[str, Any]:
+def _named(evaluation: Mapping[str, list[Perplexity]], strategy: str) -> Perplexities:
     return {_model_name(name, strategy): rows for name, rows in evaluation.items()}
 
 
@@ -210,9 +210,9 @@ def change(value: float, dense: float) -> str:
     return f"{(ratio - 1) * 100:+.1f} %" if ratio < 10 else f"{ratio:,.0f} times"
 
 
-def mean_perplexity(rows: Sequence[Mapping[str, Any]]) -> float:
+def mean_perplexity(rows: Sequence[Perplexity]) -> float:
     """Geometric mean over texts: exp of the mean negative log-likelihood."""
-    nll = math.fsum(row["nll"] for row in rows) / len(rows)
+    nll = math.fsum(row.nll for row in rows) / len(rows)
     return math.exp(nll) if nll < 709 else math.inf
 
 

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from fedprllm.api import PruneResult
 from fedprllm.errors import RunError
 from fedprllm.files import write_text
+from fedprllm.pruning.run_folder import Run
 from fedprllm.report.facts import (
     Facts,
     change,
@@ -27,16 +28,9 @@ from fedprllm.report.facts import (
 from fedprllm.report.perplexity import compared, evaluated
 from fedprllm.report.pruning import agreement, ties, time, traffic, zeros
 from fedprllm.report.setting import setting
-from fedprllm.runs import Run
+from fedprllm.sharing import SHARING
 
 __all__ = ["write_report"]
-
-_SHARED = {
-    "mask": "prune masks",
-    "statistics": "sums over the inputs of the Linears",
-    "gram": "sums of products of the inputs of the Linears",
-    "weights": "pruned weights",
-}
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -103,7 +97,7 @@ def _quoted_perplexity(facts: Facts) -> tuple[str, str, str] | None:
         return None
     dense = mean_perplexity(table["dense"])
     after = sorted(mean_perplexity(table[name]) for name in names)
-    texts = [row["text"] for row in table["dense"]]
+    texts = [row.text for row in table["dense"]]
     where = f"on {texts[0]}" if len(texts) == 1 else f"geometric mean over {len(texts)} texts"
     if len(after) == 1:
         return perplexity(dense), perplexity(after[0]), f"{change(after[0], dense)}, {where}"
@@ -111,14 +105,14 @@ def _quoted_perplexity(facts: Facts) -> tuple[str, str, str] | None:
 
 
 def _summary(facts: Facts) -> str:
-    n = len(facts.people)
-    people = count(n, "participant")
+    n = len(facts.participants)
+    participants = count(n, "participant")
     who = (
-        f"on the pooled text of {people}"
+        f"on the pooled text of {participants}"
         if facts.strategy.pools_text
-        else f"by {people}, {facts.config.strategy}"
+        else f"by {participants}, {facts.config.strategy}"
         if facts.strategy.server_votes
-        else f"by {people}, each alone"
+        else f"by {participants}, each alone"
     )
     text = f"{facts.model} was pruned to {percent(facts.sparsity)} zeros {who}."
     quoted = _quoted_perplexity(facts)
@@ -127,27 +121,26 @@ def _summary(facts: Facts) -> str:
     sent = facts.sent.values()
     verb = "sent" if facts.networked else "would send"
     if any(sent):
-        text += f" Each participant {verb} {size_range(sent)}: {_SHARED[facts.config.share]}, no text."
+        text += f" Each participant {verb} {size_range(sent)}: {SHARING[facts.config.share].noun}, no text."
     return text
 
 
 def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
     """Key figures: name, value, note."""
-    details = facts.details
     tiles = [
         (
             "zeros",
             percent(facts.sparsity),
-            f"of {details['n_prunable']:,} prunable weights",
+            f"of {facts.record.n_prunable:,} prunable weights",
         ),
-        ("participants", f"{len(facts.people)}", facts.config.strategy),
+        ("participants", f"{len(facts.participants)}", facts.config.strategy),
     ]
     quoted = _quoted_perplexity(facts)
     if quoted:
         tiles.append(("perplexity", f"{quoted[0]} → {quoted[1]}", quoted[2].lstrip(", ")))
     sent = facts.sent.values()
     if any(sent):
-        tiles.append(("sent by each", size_range(sent), f"in {count(details['rounds'], 'round')}"))
-    spent = sum(sum(record["seconds"].values()) for record in facts.blocks)
+        tiles.append(("sent by each", size_range(sent), f"in {count(facts.record.rounds, 'round')}"))
+    spent = sum(sum(record.seconds.values()) for record in facts.blocks)
     tiles.append(("time to prune", seconds(spent), f"over {count(len(facts.blocks), 'block')}"))
     return tiles

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fedprllm.report import plots
-from fedprllm.report.facts import Cell, Facts, Plot, Section, Table, change, perplexity
+from fedprllm.report.facts import Cell, Facts, Perplexities, Plot, Section, Table, change, perplexity
 
 __all__ = ["compared", "evaluated"]
 
@@ -36,10 +35,8 @@ def compared(facts: Facts) -> Section | None:
     return Section("comparison", "Compared with", [note, *_perplexities(models, own)])
 
 
-def _perplexities(models: Mapping[str, Any], own: Sequence[str]) -> list[str | Table | Plot]:
-    values = {
-        model: {row["text"]: float(row["perplexity"]) for row in rows} for model, rows in models.items()
-    }
+def _perplexities(models: Perplexities, own: Sequence[str]) -> list[str | Table | Plot]:
+    values = {model: {row.text: row.perplexity for row in rows} for model, rows in models.items()}
     texts = list(dict.fromkeys(text for row in values.values() for text in row))
     dense = values.get("dense", {})
     rows: list[list[str | Cell]] = []
@@ -62,7 +59,7 @@ def _perplexities(models: Mapping[str, Any], own: Sequence[str]) -> list[str | T
     table = Table(
         "Perplexity by model and text", ("model", *texts), "l" + "r" * len(texts), rows, strong, True
     )
-    n_tokens = {row["text"]: row["n_tokens"] for rows in models.values() for row in rows}
+    n_tokens = {row.text: row.n_tokens for rows in models.values() for row in rows}
     measured = "; ".join(f"{text}: {count:,}" for text, count in n_tokens.items())
     shown, colours = _to_draw(values, own)
     groups = {text: {model: row[text] for model, row in shown.items() if text in row} for text in texts}

@@ -22,10 +22,11 @@ from fedprllm.report.facts import (
     size,
     size_range,
 )
+from fedprllm.sharing import SHARING
 
 __all__ = ["agreement", "ties", "time", "traffic", "zeros"]
 
-# What `fedprllm.federation.agreement` draws from each Linear.
+# What `fedprllm.pruning.agreement` draws from each Linear.
 SAMPLE = 16_384
 _PHASES = {
     "read": "load the block",
@@ -37,12 +38,6 @@ _PHASES = {
     "write": "store the pruned block",
     "record": "count zeros, store the votes",
 }
-_CONTENT = {
-    "mask": "One bit for each prunable weight: would I prune it or not.",
-    "statistics": "For each distinct input of the Linears, the sum of squares of each channel.",
-    "gram": "For each distinct input of the Linears, the sum of products of each two channels.",
-    "weights": "The pruned weights, and one bit for each that says whether it was pruned.",
-}
 _SURVEYED = "Before that, for OWL, the outliers of each block or the sums to find them. "
 _MEASURED = "Counted from the updates that the coordinator received; where participants differ, the largest."
 _COMPUTED = "This run was computed in one process; framing and checksums of a network come on top."
@@ -53,11 +48,11 @@ _COMPUTED = "This run was computed in one process; framing and checksums of a ne
 
 def zeros(facts: Facts) -> Section:
     """Share of zeros by block and kind of Linear."""
-    values = np.full((len(facts.kinds), len(facts.blocks)), np.nan)
-    numbers = [record["block"] for record in facts.blocks]
+    values = np.full((len(facts.paths), len(facts.blocks)), np.nan)
+    numbers = [record.block for record in facts.blocks]
     for block, linear in facts.linears():
-        share = linear["n_zeros"] / (linear["shape"][0] * linear["shape"][1])
-        values[facts.kinds.index(linear["kind"]), numbers.index(block)] = share
+        share = linear.sparsity
+        values[facts.paths.index(linear.path), numbers.index(block)] = share
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     uniform = high - low < 0.01
     limits = (0.0, 1.0) if uniform else (np.floor(low * 10) / 10, np.ceil(high * 10) / 10)
@@ -69,17 +64,17 @@ def zeros(facts: Facts) -> Section:
     )
     figure = plots.heatmap(
         values,
-        facts.kinds,
+        facts.paths,
         [str(number) for number in numbers],
         f"Heatmap of the sparsity of each Linear of each block. {spread}.",
         limits=limits,
         names=("block", "", "share of zeros"),
     )
     caption = "Share of zeros by block and kind of Linear, those that the dense model had included."
-    if not (facts.strategy.server_votes or facts.strategy.pools_text) and len(facts.people) > 1:
-        caption += f" Shown is the model of the last participant, {facts.walkers[-1]}."
+    if not (facts.strategy.server_votes or facts.strategy.pools_text) and len(facts.participants) > 1:
+        caption += f" Shown is the model of the last participant, {facts.voting[-1]}."
     section = Section("sparsity", "Sparsity", [f"{spread}.", Plot(figure, caption), *_allocation(facts)])
-    notes = [[str(record["block"]), note] for record in facts.blocks for note in record.get("notes", ())]
+    notes = [[str(record.block), note] for record in facts.blocks for note in record.notes]
     if notes:
         section.parts.append(Table("What went another way than asked for", ("block", "note"), "ll", notes))
     return section
@@ -87,12 +82,12 @@ def zeros(facts: Facts) -> Section:
 
 def _allocation(facts: Facts) -> list[str | Table | Plot]:
     """What each block was given to lose, and the outliers it was given for."""
-    ratios: dict[str, list[float]] = facts.details.get("outlier_ratios", {})
+    ratios = facts.record.outlier_ratios
     if not ratios:
         return []
-    shown = ratios.get("model") or ratios[facts.walkers[-1]]
+    shown = ratios.get("model") or ratios[facts.voting[-1]]
     rows = [
-        [str(record["block"]), f"{ratio * 100:.3f} %", percent(record["sparsity"])]
+        [str(record.block), f"{ratio * 100:.3f} %", percent(record.sparsity)]
         for record, ratio in zip(facts.blocks, shown, strict=True)
     ]
     text = (
@@ -109,11 +104,11 @@ def _allocation(facts: Facts) -> list[str | Table | Plot]:
 def agreement(facts: Facts) -> Section:
     """How alike the participants' masks are: votes, and pairs."""
     section = Section("agreement", "How much the participants agree")
-    if len(facts.walkers) < 2:
+    if len(facts.voting) < 2:
         why = "everyone's text was pooled" if facts.strategy.pools_text else "there is one participant"
         section.parts.append(f"Left out: {why}, so there is one mask only.")
         return section
-    if not facts.blocks[0]["agreement"]:
+    if not facts.blocks[0].agreement:
         section.parts.append("Left out: the participants share sums and make no masks of their own.")
         return section
     section.parts.extend([*_votes(facts), *_pairs(facts)])
@@ -121,13 +116,13 @@ def agreement(facts: Facts) -> Section:
 
 
 def _votes(facts: Facts) -> list[str | Plot]:
-    n = len(facts.walkers)
+    n = len(facts.voting)
     own = facts.pruned_share
     if not facts.has_votes:
         return ["No histogram of votes: they were not counted one by one in this run."]
-    histograms = {kind: facts.votes(kind) for kind in facts.kinds}
+    histograms = {path: facts.votes(path) for path in facts.paths}
     rows = {"all Linears": facts.votes(), **histograms}
-    shares = {kind: list(counts / counts.sum()) for kind, counts in rows.items()}
+    shares = {path: list(counts / counts.sum()) for path, counts in rows.items()}
     shares["random masks"] = [comb(n, v) * own**v * (1 - own) ** (n - v) for v in range(n + 1)]
     alike = shares["all Linears"][0] + shares["all Linears"][n]
     by_chance = shares["random masks"][0] + shares["random masks"][n]
@@ -141,7 +136,7 @@ def _votes(facts: Facts) -> list[str | Plot]:
     if not facts.strategy.server_votes:
         lead += " Nobody voted in this run: the masks were counted for this page only."
     label = "Share of weights by number of votes. " + "; ".join(
-        f"{kind}: none {percent(parts[0])}, all {percent(parts[-1])}" for kind, parts in shares.items()
+        f"{path}: none {percent(parts[0])}, all {percent(parts[-1])}" for path, parts in shares.items()
     )
     figure = plots.shares(shares, label, f"votes to prune, of {n} participants")
     return [
@@ -152,7 +147,7 @@ def _votes(facts: Facts) -> list[str | Plot]:
 
 def _pairs(facts: Facts) -> list[str | Plot]:
     matrix, lines = _mean_agreement(facts)
-    names = facts.walkers[: len(matrix)]
+    names = facts.voting[: len(matrix)]
     chance = facts.pruned_share**2 + (1 - facts.pruned_share) ** 2
     pairs = sorted(
         (matrix[a, b], names[a], names[b])
@@ -175,7 +170,7 @@ def _pairs(facts: Facts) -> list[str | Plot]:
         f"two random masks at sparsity s = {facts.pruned_share:.3g} agree on s² + (1 - s)² = {chance:.3f}"
     )
     first = " Participants are numbered as in their table." if len(names) > plots.MAX_NAMED else ""
-    if len(names) < len(facts.walkers):
+    if len(names) < len(facts.voting):
         first += f" The first {len(names)} are shown."
     heatmap = plots.heatmap(
         matrix,
@@ -186,7 +181,7 @@ def _pairs(facts: Facts) -> list[str | Plot]:
         names=("", "", "agreement"),
     )
     label = "Mean pairwise agreement by block and kind of Linear. Means over blocks: " + ", ".join(
-        f"{kind} {np.nanmean(values):.3f}" for kind, values in lines.items()
+        f"{path} {np.nanmean(values):.3f}" for path, values in lines.items()
     )
     curves = plots.lines(lines, label, ("block", "mean pairwise agreement"), (chance, "random masks"))
     return [
@@ -201,26 +196,24 @@ def _pairs(facts: Facts) -> list[str | Plot]:
 
 
 def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:
-    """Agreement [participant, participant] weighted by weights, and its mean over pairs by kind and block."""
-    numbers = {name: number for number, name in enumerate(facts.walkers)}
-    seen = (facts.voters(r)[: len(m)] for r in facts.blocks for m in r["agreement"].values())
+    """Agreement [participant, participant] weighted by weights, and its mean over pairs by path and block."""
+    numbers = {name: number for number, name in enumerate(facts.voting)}
+    seen = (facts.voters(r)[: len(m)] for r in facts.blocks for m in r.agreement.values())
     n = 1 + max(numbers.get(name, 0) for names in seen for name in names)
     total, n_weights = np.zeros((n, n)), np.zeros((n, n))
-    lines = {kind: [float("nan")] * len(facts.blocks) for kind in facts.kinds}
-    places = {name: place for place, name in enumerate(facts.walkers[:n])}
+    lines = {path: [float("nan")] * len(facts.blocks) for path in facts.paths}
+    places = {name: place for place, name in enumerate(facts.voting[:n])}
     for number, record in enumerate(facts.blocks):
-        sizes = {
-            linear["kind"]: linear["shape"][0] * linear["shape"][1] for linear in record["linears"].values()
-        }
-        for kind, values in record["agreement"].items():
+        sizes = {linear.path: linear.n_weights for linear in record.linears.values()}
+        for path, values in record.agreement.items():
             matrix = np.array(values)
             voters = facts.voters(record)[: len(matrix)]
             known = [place for place, name in enumerate(voters) if name in places]
             rows = [places[voters[place]] for place in known]
-            total[np.ix_(rows, rows)] += sizes[kind] * matrix[np.ix_(known, known)]
-            n_weights[np.ix_(rows, rows)] += sizes[kind]
+            total[np.ix_(rows, rows)] += sizes[path] * matrix[np.ix_(known, known)]
+            n_weights[np.ix_(rows, rows)] += sizes[path]
             pairs = matrix[~np.eye(len(matrix), dtype=bool)]
-            lines[kind][number] = float(pairs.mean()) if len(pairs) else float("nan")
+            lines[path][number] = float(pairs.mean()) if len(pairs) else float("nan")
     return np.divide(total, n_weights, out=np.full((n, n), np.nan), where=n_weights > 0), lines
 
 
@@ -234,12 +227,12 @@ def ties(facts: Facts) -> Section:
         rule += f" Among equal votes it is {facts.config.vote_ties}."
     section = Section("ties", "Prunes that a tie decided", [rule])
     if facts.strategy.server_votes:
-        rows = [_tie_row(facts, kind, kind) for kind in facts.kinds]
+        rows = [_tie_row(facts, path, path) for path in facts.paths]
         rows.append(_tie_row(facts, "all Linears", None))
         columns = ("kind of Linear", "prunes", "decided by a tie", "share of prunes")
         strong = frozenset({len(rows) - 1})
         section.parts.append(Table("The server's decision", columns, "lrrr", rows, strong))
-    close = [linear["n_close"] for _, linear in facts.linears() if "n_close" in linear]
+    close = [linear.n_close for _, linear in facts.linears() if linear.n_close is not None]
     if close:
         section.parts.append(
             f"Of {count(sum(close), 'prune')} the score lies so close to one that was kept that float "
@@ -247,7 +240,7 @@ def ties(facts: Facts) -> Section:
         )
     own: dict[str, int] = defaultdict(int)
     for record in facts.blocks:
-        for name, n_ties in record["participant_ties"].items():
+        for name, n_ties in record.participant_ties.items():
             own[name] += n_ties
     n_pruned = facts.total("n_pruned")
     if not own:
@@ -256,14 +249,14 @@ def ties(facts: Facts) -> Section:
         whose = "the mask of the pooled text" if facts.strategy.pools_text else "the participants' own masks"
         section.parts.append(f"In {whose} no prune was decided by a tie.")
         return section
-    people: list[list[str | Cell]] = [[name, f"{n:,}", percent(n / n_pruned)] for name, n in own.items()]
+    own_rows: list[list[str | Cell]] = [[name, f"{n:,}", percent(n / n_pruned)] for name, n in own.items()]
     heads = ("participant", "decided by a tie", "share of prunes")
-    section.parts.append(Table("The participants' own masks", heads, "lrr", numbered(people)))
+    section.parts.append(Table("The participants' own masks", heads, "lrr", numbered(own_rows)))
     return section
 
 
-def _tie_row(facts: Facts, name: str, kind: str | None) -> list[str | Cell]:
-    n_pruned, n_ties = facts.total("n_pruned", kind), facts.total("n_ties", kind)
+def _tie_row(facts: Facts, name: str, path: str | None) -> list[str | Cell]:
+    n_pruned, n_ties = facts.total("n_pruned", path), facts.total("n_ties", path)
     share = n_ties / n_pruned if n_pruned else 0.0
     return [name, f"{n_pruned:,}", f"{n_ties:,}", percent(share)]
 
@@ -274,13 +267,13 @@ def _tie_row(facts: Facts, name: str, kind: str | None) -> list[str | Cell]:
 def traffic(facts: Facts) -> Section:
     """What leaves a participant."""
     section = Section("bytes", f"What each participant {'sent' if facts.networked else 'would send'}")
-    per_block = facts.details["update_bytes_per_block"]
+    per_block = facts.record.update_bytes_per_block
     sent = facts.sent
     if not any(sent.values()):
         why = "the text itself was pooled" if facts.strategy.pools_text else "every participant pruned alone"
         section.parts.append(f"Nothing: {why}.")
         return section
-    rounds = facts.details["rounds"]
+    rounds = facts.record.rounds
     how = (
         "after each block the server returns its decision, and everyone goes on from that"
         if facts.strategy.follows_server
@@ -295,17 +288,17 @@ def traffic(facts: Facts) -> Section:
         ["in total", f"{total} bytes", size_range(sent.values())],
         ["rounds", f"{rounds:,}", ""],
     ]
-    survey = sum(facts.details.get("survey_bytes_per_block", ()))
+    survey = sum(facts.record.survey_bytes_per_block)
     if survey:
         rows.insert(0, ["before pruning, to find outliers", f"{survey:,} bytes", size(survey)])
-    n_blocks = {name: person.get("n_blocks", len(facts.blocks)) for name, person in facts.people.items()}
-    people: list[list[str | Cell]] = [
+    n_blocks = {name: one.n_blocks or 0 for name, one in facts.participants.items()}
+    own_rows: list[list[str | Cell]] = [
         [name, f"{n_blocks[name]:,}", f"{n:,} bytes"] for name, n in sent.items()
     ]
-    unequal = [Table("By participant", ("", "blocks", "in total"), "lrr", numbered(people))]
+    unequal = [Table("By participant", ("", "blocks", "in total"), "lrr", numbered(own_rows))]
     section.parts.extend(
         [
-            f"{_CONTENT[facts.config.share]} {_SURVEYED if survey else ''}Nothing else is shared. "
+            f"{SHARING[facts.config.share].content} {_SURVEYED if survey else ''}Nothing else is shared. "
             f"{count(rounds, 'round')} of communication: {how}.",
             Table("Payload of one participant", ("", "exactly", "about"), "lrr", rows),
             *(unequal if least != most else []),
@@ -317,10 +310,10 @@ def traffic(facts: Facts) -> Section:
 
 def time(facts: Facts) -> Section:
     """Seconds by phase, summed over blocks."""
-    recorded = {phase for record in facts.blocks for phase in record["seconds"]}
+    recorded = {phase for record in facts.blocks for phase in record.seconds}
     spent = dict.fromkeys((phase for phase in _PHASES if phase in recorded), 0.0)
     for record in facts.blocks:
-        for phase, value in record["seconds"].items():
+        for phase, value in record.seconds.items():
             spent[phase] = spent.get(phase, 0.0) + value
     total = sum(spent.values())
     texts = [f"{seconds(value)}  ({percent(value / total)})" for value in spent.values()]
@@ -328,7 +321,7 @@ def time(facts: Facts) -> Section:
         f"{phase} {text}" for phase, text in zip(spent, texts, strict=True)
     )
     meaning = "; ".join(f"{phase}: {_PHASES[phase]}" for phase in spent if phase in _PHASES)
-    n = len(facts.walkers)
+    n = len(facts.voting)
     whose = f"for {n} participants one after the other" if n > 1 else "for one participant"
     if facts.strategy.pools_text:
         whose = "for the pooled text"

@@ -21,31 +21,31 @@ def setting(facts: Facts) -> Section:
         note = f"default: {_word(option.default)}" if changed else ""
         options.append([name.replace("_", "-"), Cell(_word(value), note), option.description or ""])
     section.parts.append(Table("Configuration", ("option", "value", "meaning"), "lll", options))
-    section.parts.extend(_people(facts))
-    details = facts.details
+    section.parts.extend(_participants(facts))
+    record = facts.record
     software: list[list[str | Cell]] = [
-        ["model", details["model"]["source"]],
-        ["fingerprint", f"{details['model']['fingerprint'][:12]}… (SHA-256 of its weights, shortened)"],
-        ["prunable weights", f"{details['n_prunable']:,} in {count(len(facts.blocks), 'block')}"],
-        *([name, number] for name, number in details["versions"].items()),
+        ["model", record.model.source],
+        ["fingerprint", f"{record.model.fingerprint[:12]}… (SHA-256 of its weights, shortened)"],
+        ["prunable weights", f"{record.n_prunable:,} in {count(len(facts.blocks), 'block')}"],
+        *[list[str | Cell]([name, number]) for name, number in record.versions.items()],
     ]
     section.parts.append(Table("Model and versions", ("", ""), "lp", software))
     return section
 
 
-def _people(facts: Facts) -> list[str | Table | Plot]:
+def _participants(facts: Facts) -> list[str | Table | Plot]:
     """The participants; text that was dealt out to all of them is named once."""
-    texts = [person["sources"] for person in facts.people.values()]
+    texts = [one.sources for one in facts.participants.values()]
     one_text = len(texts) > 1 and all(sources == texts[0] for sources in texts)
     rows: list[list[str | Cell]] = [
         [
             name,
-            *([] if one_text else [_sources(person["sources"])]),
-            f"{person['n_windows']:,}",
-            f"{person['window_length']:,}",
-            f"{person['n_windows'] * person['window_length']:,}",
+            *([] if one_text else [_sources(one.sources)]),
+            f"{one.n_windows:,}",
+            f"{one.window_length:,}",
+            f"{one.n_tokens:,}",
         ]
-        for name, person in facts.people.items()
+        for name, one in facts.participants.items()
     ]
     columns = ("participant", "text", "windows", "tokens each", "tokens")
     caption = "Participants and their calibration text"

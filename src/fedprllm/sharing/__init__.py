@@ -1,45 +1,26 @@
-"""What participants share of a block, and what the server makes of the sum.
+"""What participants share of a block. How the server decides from the sums is `fedprllm.deciding`.
 
-A way of sharing is a handful of functions and a line in `SHARING`. Updates are additive: the server
-needs nothing but their sum over participants, so a secure sum can take the place of the plain one.
+A way of sharing is a handful of functions and a row in `SHARING`.
 
-| name | a participant shares of each block | the server |
-|---|---|---|
-| mask | its prune masks, one bit per weight | counts votes (FedPrLLM) |
-| statistics | sums of squares of each distinct input | scores as if all text were in one place |
-| gram | ``X^T X`` of each distinct input | prunes and corrects weights (SparseGPT) |
-| weights | its pruned weights | averages what was retained (FedSpaLLM) |
+| kind | a participant shares of each block |
+|---|---|
+| mask | its prune masks, one bit per weight |
+| statistics | sums of squares of each distinct input |
+| gram | ``X^T X`` of each distinct input |
+| weights | its pruned weights |
+| outliers | the number of scores that stand out, before pruning starts |
 """
 
 from __future__ import annotations
 
-from fedprllm.sharing.base import (
-    BlockDecision,
-    Contribution,
-    Sharing,
-    Totals,
-    local_decision,
-    update_bytes,
-)
-from fedprllm.sharing.masks import MASKS
-from fedprllm.sharing.outliers import SURVEYS
-from fedprllm.sharing.statistics import GRAM, STATISTICS
-from fedprllm.sharing.weights import WEIGHTS
+from fedprllm.sharing.gram_matrices import GRAM
+from fedprllm.sharing.input_sums import STATISTICS
+from fedprllm.sharing.interface import Seen, Sharing, Totals, update_bytes
+from fedprllm.sharing.outlier_counts import OUTLIERS
+from fedprllm.sharing.prune_masks import MASKS
+from fedprllm.sharing.pruned_weights import WEIGHTS
+from fedprllm.sharing.target import Target
 
-__all__ = [
-    "SHARING",
-    "SURVEYS",
-    "BlockDecision",
-    "Contribution",
-    "Sharing",
-    "Totals",
-    "local_decision",
-    "update_bytes",
-]
+__all__ = ["SHARING", "Seen", "Sharing", "Target", "Totals", "update_bytes"]
 
-SHARING: dict[str, Sharing[BlockDecision]] = {
-    "mask": MASKS,
-    "statistics": STATISTICS,
-    "gram": GRAM,
-    "weights": WEIGHTS,
-}
+SHARING: dict[str, Sharing] = {row.kind: row for row in (MASKS, STATISTICS, GRAM, WEIGHTS, OUTLIERS)}

@@ -16,16 +16,18 @@ from torch import Tensor
 from fedprllm.api import prune
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.zeros import count_zeros
-from fedprllm.evaluation import perplexities
-from fedprllm.federation.agreement import Agreement
-from fedprllm.inputs import pool
-from fedprllm.models.blocks import Block, BlockwiseModel, PrunedWeights
-from fedprllm.participant import Participant
+from fedprllm.evaluation.perplexity import perplexities
+from fedprllm.models.block import Block, PrunedWeights
+from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.progress import Progress
+from fedprllm.pruning.aggregate import Aggregate
+from fedprllm.pruning.inputs import pool
+from fedprllm.pruning.method import pruning_method
+from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.sharing import SHARING, update_bytes
-from fedprllm.strategies import STRATEGIES
-from fedprllm.study.config import Cell
-from fedprllm.study.walks import Walk, Walks, is_served
+from fedprllm.study.kept_updates import KeptWalk, KeptWalks, is_served
+from fedprllm.study.questions import Cell
 
 __all__ = ["Lab", "n_alone", "passes"]
 
@@ -42,36 +44,36 @@ class Lab:
         scratch: where runs that are computed whole are written, and removed once measured.
     """
 
-    def __init__(self, model: BlockwiseModel, walks: Walks, scratch: Path) -> None:
+    def __init__(self, model: BlockwiseModel, walks: KeptWalks, scratch: Path) -> None:
         self._model, self._walks, self._scratch = model, walks, scratch
 
     def dense(self, texts: Texts, advance: Advance) -> list[dict[str, Any]]:
         """Perplexities of the model as it is."""
-        return [row.as_dict() for row in perplexities(self._model, texts, _forwarded(advance))]
+        return [row.as_json() for row in perplexities(self._model, texts, _forwarded(advance))]
 
     def measure(
-        self, cell: Cell, people: list[Participant], texts: Texts, n_models: int, advance: Advance
+        self, cell: Cell, participants: list[Participant], texts: Texts, n_models: int, advance: Advance
     ) -> dict[str, Any]:
         """Everything a study keeps of a cell, as JSON values.
 
         Args:
             cell: what to measure.
-            people: its participants.
+            participants: its participants.
             texts: token windows to measure on, by name.
             n_models: of how many participants the models made alone are measured, at most.
             advance: told how many windows went through a block.
         """
         start = time.perf_counter()
         method = self._from_walks if is_served(cell.config) else self._from_run
-        found = method(cell, people, texts, n_models, advance)
+        found = method(cell, participants, texts, n_models, advance)
         strategy = STRATEGIES[cell.config.strategy]
         shapes = [SHARING[cell.config.share].shapes(linears) for linears in self._model.linears]
         sent = [update_bytes(block) for block in shapes] if strategy.server_votes else [0]
         return {
             "setting": cell.setting,
             "seed": cell.config.seed,
-            "n_participants": len(people),
-            "n_tokens": sum(person.windows.numel() for person in people),
+            "n_participants": len(participants),
+            "n_tokens": sum(participant.n_tokens for participant in participants),
             "update_bytes": sum(sent),
             "update_bytes_per_block": max(sent),
             **found,
@@ -81,11 +83,11 @@ class Lab:
     # Computed whole ----------------------------------------------------------------------------
 
     def _from_run(
-        self, cell: Cell, people: list[Participant], texts: Texts, n_models: int, advance: Advance
+        self, cell: Cell, participants: list[Participant], texts: Texts, n_models: int, advance: Advance
     ) -> dict[str, Any]:
         """An ordinary run: whatever it can do, a study can compare."""
         folder = self._scratch / cell.key
-        windows = {person.name: person.windows for person in people}
+        windows = {participant.name: participant.windows for participant in participants}
         each = _passes_each(cell) * (sum(map(len, windows.values())) // len(windows))
         result = prune(
             self._model.folder,
@@ -97,46 +99,49 @@ class Lab:
         models = {}
         for name, model_dir in list(result.model_dirs.items())[:n_models]:
             pruned = BlockwiseModel(model_dir, cell.config.dtype, cell.config.device)
-            models[name] = [row.as_dict() for row in perplexities(pruned, texts, _forwarded(advance))]
-        linears = [linear for record in result.details["blocks"] for linear in record["linears"].values()]
+            models[name] = [row.as_json() for row in perplexities(pruned, texts, _forwarded(advance))]
+        record = result.record
+        linears = [linear for _, linear in record.linears()]
         shutil.rmtree(folder)
         return {
             "models": models,
-            "n_prunable": result.details["n_prunable"],
-            "n_zeros": sum(linear["n_zeros"] for linear in linears),
-            "n_pruned": sum(linear["n_pruned"] for linear in linears),
-            "n_ties": sum(linear["n_ties"] for linear in linears),
-            # What was really sent: some blocks may be somebody else's.
-            "update_bytes": sum(result.details["update_bytes_per_block"]),
-            "update_bytes_per_block": max(result.details["update_bytes_per_block"]),
+            "n_prunable": record.n_prunable,
+            "n_zeros": record.n_zeros,
+            "n_pruned": sum(linear.n_pruned for linear in linears),
+            "n_ties": sum(linear.n_ties for linear in linears),
+            # What was really sent: some blocks may be left to other participants.
+            "update_bytes": sum(record.update_bytes_per_block),
+            "update_bytes_per_block": max(record.update_bytes_per_block),
         }
 
     # From walks --------------------------------------------------------------------------------
 
     def _from_walks(
-        self, cell: Cell, people: list[Participant], texts: Texts, n_models: int, advance: Advance
+        self, cell: Cell, participants: list[Participant], texts: Texts, n_models: int, advance: Advance
     ) -> dict[str, Any]:
         strategy = STRATEGIES[cell.config.strategy]
-        walkers = [pool(people)] if strategy.pools_text else people
+        walking = [pool(participants)] if strategy.pools_text else participants
         if not strategy.server_votes:
-            walkers = walkers[:n_models]
-        walks = {person.name: self._walks.of(person, cell.config, advance) for person in walkers}
+            walking = walking[:n_models]
+        walks = {
+            participant.name: self._walks.of(participant, cell.config, advance) for participant in walking
+        }
         counts: Counter[str] = Counter()
         voted: Counter[int] = Counter()
         if strategy.server_votes:
             agreement = _MeanAgreement()
-            decide = self._server(cell, walkers, walks, counts, voted, agreement)
+            decide = self._server(cell, walking, walks, counts, voted, agreement)
             rows = perplexities(self._model, texts, _forwarded(advance), decide)
-            models = {"model": [row.as_dict() for row in rows]}
+            models = {"model": [row.as_json() for row in rows]}
             extra = {
-                "pruned_by_votes": [voted[n] for n in range(len(walkers) + 1)] if voted else None,
+                "pruned_by_votes": [voted[n] for n in range(len(walking) + 1)] if voted else None,
                 "agreement": agreement.mean(),
             }
         else:
             models, extra = {}, {}
             for name, walk in walks.items():
                 rows = perplexities(self._model, texts, _forwarded(advance), self._own(cell, walk, counts))
-                models[name] = [row.as_dict() for row in rows]
+                models[name] = [row.as_json() for row in rows]
             counts = Counter({key: value // len(walks) for key, value in counts.items()})
             counts["n_ties"] = sum(walk.record["n_ties"] for walk in walks.values()) // len(walks)
         return {"models": models, "n_prunable": self._model.n_prunable, **counts, **extra}
@@ -144,45 +149,41 @@ class Lab:
     def _server(
         self,
         cell: Cell,
-        people: Sequence[Participant],
-        walks: Mapping[str, Walk],
+        participants: Sequence[Participant],
+        walks: Mapping[str, KeptWalk],
         counts: Counter[str],
         voted: Counter[int],
         agreement: _MeanAgreement,
     ) -> Callable[[Block], Mapping[str, Tensor]]:
         """The server's decision about a block, from what was kept."""
-        config, sharing = cell.config, SHARING[cell.config.share]
-        by_tokens = config.weighting == "tokens"
-
-        def weigh(person: Participant) -> int:
-            return person.windows.numel() if by_tokens else 1
+        method = pruning_method(cell.config)
 
         def decide(block: Block) -> Mapping[str, Tensor]:
-            totals = sharing.zeros(block)
-            shapes = sharing.shapes(block.linears)
+            aggregate = Aggregate(block, method)
+            shapes = method.sharing.shapes(block.linears)
             plain = {name: torch.zeros(shape, dtype=torch.int32) for name, (shape, _) in shapes.items()}
-            one = Agreement(block, config.seed)
-            for person in people:
-                update = walks[person.name].update(block, shapes)
-                totals.add(update, weigh(person))
-                one.add(update)
-                if sharing.decides_alone:
+            for participant in participants:
+                update = walks[participant.name].update(block, shapes)
+                aggregate.add(participant.name, update, participant.n_tokens)
+                if method.sharing.shares_decision:
                     for name, votes in plain.items():
                         votes += update[name]
-            agreement.add(one.summary(), block)
-            decision = sharing.decide(totals, block, config)
+            agreement.add(aggregate.agreement(), block)
+            decision = aggregate.decide()
             for name, pruned in decision.masks.items():
                 counts["n_pruned"] += int(pruned.mask.sum())
                 counts["n_ties"] += pruned.n_ties
                 counts["n_zeros"] += count_zeros(decision.weights[name])
-                if sharing.decides_alone:
+                if method.sharing.shares_decision:
                     times = torch.bincount(plain[name][pruned.mask.cpu()])
                     voted.update(dict(enumerate(times.tolist())))
             return decision.weights
 
         return decide
 
-    def _own(self, cell: Cell, walk: Walk, counts: Counter[str]) -> Callable[[Block], Mapping[str, Tensor]]:
+    def _own(
+        self, cell: Cell, walk: KeptWalk, counts: Counter[str]
+    ) -> Callable[[Block], Mapping[str, Tensor]]:
         """One participant's own decision about a block."""
         sharing = SHARING[cell.config.share]
 
@@ -204,11 +205,11 @@ class _MeanAgreement:
         self._sum: Tensor | None = None
         self._n_weights = 0
 
-    def add(self, by_kind: Mapping[str, list[list[float]]], block: Block) -> None:
+    def add(self, by_path: Mapping[str, list[list[float]]], block: Block) -> None:
         for linear in block.linears.values():
-            if linear.kind in by_kind:
-                size = linear.shape[0] * linear.shape[1]
-                matrix = torch.tensor(by_kind[linear.kind], dtype=torch.float64) * size
+            if linear.path in by_path:
+                size = linear.n_weights
+                matrix = torch.tensor(by_path[linear.path], dtype=torch.float64) * size
                 self._sum = matrix if self._sum is None else self._sum + matrix
                 self._n_weights += size
 
@@ -219,23 +220,23 @@ class _MeanAgreement:
         return [[round(value, 5) for value in row] for row in (self._sum / self._n_weights).tolist()]
 
 
-def n_alone(cell: Cell, n_people: int, at_most: int) -> int:
+def n_alone(cell: Cell, n_participants: int, at_most: int) -> int:
     """How many of the models made alone are measured: a sample, unless everyone's text is different."""
-    return min(n_people, at_most) if cell.partition == "iid" else n_people
+    return min(n_participants, at_most) if cell.partition == "iid" else n_participants
 
 
-def passes(cell: Cell, people: Sequence[Participant], walks: Walks) -> dict[str, int]:
+def passes(cell: Cell, participants: Sequence[Participant], walks: KeptWalks) -> dict[str, int]:
     """Windows that have to go through the model to prune, by walk: what is computed once counts once."""
     config, each = cell.config, _passes_each(cell)
     if not each:
         return {}
-    walkers = [pool(people)] if STRATEGIES[config.strategy].pools_text else people
+    walking = [pool(participants)] if STRATEGIES[config.strategy].pools_text else participants
     if not is_served(config):
-        return {cell.key: sum(each * len(person.windows) for person in walkers)}
+        return {cell.key: sum(each * len(participant.windows) for participant in walking)}
     return {
-        walks.key(person, config): each * len(person.windows)
-        for person in walkers
-        if not walks.has(person, config)
+        walks.key(participant, config): each * len(participant.windows)
+        for participant in walking
+        if not walks.has(participant, config)
     }
 
 
@@ -244,7 +245,7 @@ def _passes_each(cell: Cell) -> int:
     if not CRITERIA[cell.config.criterion].uses_inputs:
         return 0
     strategy = STRATEGIES[cell.config.strategy]
-    return 2 if SHARING[cell.config.share].decides_alone or strategy.follows_server else 1
+    return 2 if SHARING[cell.config.share].shares_decision or strategy.follows_server else 1
 
 
 def _forwarded(advance: Advance, only: str = "", each: int = 1) -> Progress:

@@ -23,19 +23,20 @@ from torch import Tensor
 
 from fedprllm.calibration import fingerprint
 from fedprllm.errors import RunError
-from fedprllm.federation.checks import check_pattern_divides, check_update_size
-from fedprllm.federation.fingerprints import model_digest, tensor_fingerprints
 from fedprllm.files import free_bytes, read_json, write_json
-from fedprllm.models.blocks import BlockwiseModel
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.fingerprints import model_digest, tensor_fingerprints
 from fedprllm.models.source import resolve_model
-from fedprllm.participant import Participant
 from fedprllm.progress import Progress, silent
-from fedprllm.runs import versions
-from fedprllm.study.config import Cell, StudyConfig, cells_of
+from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.preflight import check_pattern_divides, check_update_size
+from fedprllm.pruning.run_folder import versions
+from fedprllm.study.data import StudyData
+from fedprllm.study.kept_updates import KeptWalks, is_served
 from fedprllm.study.measure import Lab, n_alone, passes
-from fedprllm.study.people import People
-from fedprllm.study.results import Results, write_results
-from fedprllm.study.walks import Walks, is_served
+from fedprllm.study.questions import Cell, StudyConfig, cells_of
+from fedprllm.study.results import Results
+from fedprllm.study.written import write_results
 
 __all__ = ["study"]
 
@@ -45,7 +46,7 @@ class _Job:
     """A cell with everything it needs, and the file it is kept in."""
 
     cell: Cell
-    people: list[Participant]
+    participants: list[Participant]
     texts: dict[str, list[Tensor]]
     file: Path
 
@@ -84,10 +85,10 @@ def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> 
 def _study(
     config: StudyConfig, cells: list[Cell], model: BlockwiseModel, out: Path, progress: Progress
 ) -> Results:
-    people = People(model, config, out / "texts")
+    data = StudyData(model, config, out / "texts")
     digest = model_digest(tensor_fingerprints(model, progress)).hex()
-    walks = Walks(model, digest, out / "walks")
-    jobs = [_job(cell, people, digest, out) for cell in cells]
+    walks = KeptWalks(model, digest, out / "walks")
+    jobs = [_job(cell, data, digest, out) for cell in cells]
     dense_texts = {job.cell.partition == "iid": job.texts for job in jobs}
     dense = {
         is_iid: out / "cells" / f"dense-{_hash([digest, _fingerprints(texts)])}.json"
@@ -102,7 +103,7 @@ def _study(
         for is_iid in dense_left:
             write_json(dense[is_iid], lab.dense(dense_texts[is_iid], advance))
         for job in left:
-            measured = lab.measure(job.cell, job.people, job.texts, _n_models(job, config), advance)
+            measured = lab.measure(job.cell, job.participants, job.texts, _n_models(job, config), advance)
             write_json(job.file, measured)
     shutil.rmtree(out / "unfinished", ignore_errors=True)
     results = Results(
@@ -118,9 +119,11 @@ def _study(
     return results
 
 
-def _job(cell: Cell, people: People, digest: str, out: Path) -> _Job:
-    everyone, texts = people.of(cell), people.texts(cell)
-    name = _hash([digest, cell.key, [person.fingerprint for person in everyone], _fingerprints(texts)])
+def _job(cell: Cell, data: StudyData, digest: str, out: Path) -> _Job:
+    everyone, texts = data.participants(cell), data.texts(cell)
+    name = _hash(
+        [digest, cell.key, [participant.fingerprint for participant in everyone], _fingerprints(texts)]
+    )
     return _Job(cell, everyone, texts, out / "cells" / f"{name}.json")
 
 
@@ -137,7 +140,7 @@ def _n_steps(texts: dict[str, list[Tensor]], n_models: int, n_blocks: int) -> in
     return n_models * (n_blocks + 1) * sum(map(len, texts.values()))
 
 
-def _planned(left: Sequence[_Job], config: StudyConfig, model: BlockwiseModel, walks: Walks) -> int:
+def _planned(left: Sequence[_Job], config: StudyConfig, model: BlockwiseModel, walks: KeptWalks) -> int:
     """Windows through a block that are still to come: the estimate of the time left stands on it."""
     pruning: dict[str, int] = {}
     total = 0
@@ -149,26 +152,26 @@ def _planned(left: Sequence[_Job], config: StudyConfig, model: BlockwiseModel, w
 
 def _walkers(job: _Job, config: StudyConfig) -> list[Participant]:
     if job.cell.config.strategy == "local-only" and is_served(job.cell.config):
-        return job.people[: _n_models(job, config)]
-    return job.people
+        return job.participants[: _n_models(job, config)]
+    return job.participants
 
 
 def _n_models(job: _Job, config: StudyConfig) -> int:
     """How many models the cell makes that are measured."""
     alone = job.cell.config.strategy == "local-only"
-    return n_alone(job.cell, len(job.people), config.local_models) if alone else 1
+    return n_alone(job.cell, len(job.participants), config.local_models) if alone else 1
 
 
-def _check_space(left: Sequence[_Job], model: BlockwiseModel, walks: Walks, out: Path) -> None:
+def _check_space(left: Sequence[_Job], model: BlockwiseModel, walks: KeptWalks, out: Path) -> None:
     """Refuse to start what the disk cannot hold."""
     needed: dict[str, int] = {}
     for job in left:
         if is_served(job.cell.config):
             each = walks.bytes_of(job.cell.config)
             needed |= {
-                walks.key(person, job.cell.config): each
-                for person in job.people
-                if not walks.has(person, job.cell.config)
+                walks.key(participant, job.cell.config): each
+                for participant in job.participants
+                if not walks.has(participant, job.cell.config)
             }
     n_bytes = sum(needed.values()) + model.checkpoint.n_bytes
     free = free_bytes(out)

@@ -1,4 +1,4 @@
-"""FLARE's side of the coordinator: it carries messages, and hands them to `fedprllm.federation.job`."""
+"""FLARE's side of the coordinator: it carries messages, and hands them to the job of the run."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class CoordinatorController(Controller):  # type: ignore[misc]
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Conduct the run until it is complete or cannot go on."""
-        from fedprllm.federation.job import conduct_run
+        from fedprllm.federation.coordinator.job import conduct_run
 
         kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_ROOT))
         federation = Plan(**read_json(kit / "local" / FEDERATION_FILE))

@@ -1,4 +1,4 @@
-"""FLARE's side of a participant: it carries messages, and hands them to `fedprllm.federation.site`."""
+"""FLARE's side of a participant: it carries messages, and hands them to `fedprllm.federation.site.site`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nvflare.apis.signal import Signal
 from nvflare.apis.utils.fl_context_utils import add_job_audit_event
 
 from fedprllm.federation.flare.controller import MESSAGE, TOPIC
-from fedprllm.federation.site import Site, settings_path, work_folder
+from fedprllm.federation.site.site import Site, settings_path, work_folder
 
 __all__ = ["ParticipantExecutor"]
 

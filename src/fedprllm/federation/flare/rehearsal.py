@@ -20,7 +20,7 @@ from fedprllm.federation.flare.kits import write_kits
 from fedprllm.federation.flare.processes import running, start_participant, start_server
 from fedprllm.federation.flare.supervisor import Tell, silent, supervise
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings
-from fedprllm.federation.site import LEDGER, settings_path, work_folder
+from fedprllm.federation.site.site import LEDGER, settings_path, work_folder
 from fedprllm.files import write_json
 
 __all__ = ["empty_folder", "free_port", "rehearsal_kits", "rehearse"]

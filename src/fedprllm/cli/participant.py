@@ -1,0 +1,181 @@
+"""The participant's commands: take part, look at what would be sent, look at what was.
+
+Neither torch nor the engine is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from fedprllm.cli.console import absolute, attend, console, ending, errors, need_flare
+from fedprllm.errors import ConfigError
+from fedprllm.federation.plan import DEFAULT_ALLOWED, RunPlan, SiteSettings, read_run_plan
+
+__all__ = ["ledger", "participate"]
+
+
+def participate(
+    kit: Annotated[Path, typer.Argument(help="folder of your kit")],
+    data: Annotated[list[str] | None, typer.Option(help="your text (repeat for several files)")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=escape("folder or GGUF file of the model here [default: the run's id on the hub]"),
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, ... [cpu]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads at most")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="memory of the computation at most, in GB")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="memory for hidden states, such as 2GiB; the rest goes to files")
+    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="kind of update that may leave [mask]")] = None,
+    block_fraction: Annotated[float, typer.Option(help="share of the blocks to prune at most")] = 1.0,
+    record: Annotated[Path | None, typer.Option(help="keep a copy of every message that leaves here")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="compute and show what would be sent; connect to nobody")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="with --dry-run: the run's TOML file")] = None,
+    blocks: Annotated[int, typer.Option(help="with --dry-run: how many blocks to show")] = 1,
+) -> None:
+    """Take part in a federation with your own text, which stays here."""
+    if not data:
+        raise ConfigError("no text: name it with --data")
+    settings = SiteSettings(
+        data=[absolute(source) for source in data],
+        model=None if model is None else absolute(model),
+        device=device,
+        threads=threads,
+        memory_gb=memory_gb,
+        memory_limit=memory_limit,  # type: ignore[arg-type]
+        allow=allow or list(DEFAULT_ALLOWED),
+        block_fraction=block_fraction,
+        record=None if record is None else str(record.resolve()),
+    )
+    if dry_run:
+        _dry_run(settings, kit, config, blocks)
+        return
+    need_flare()
+    _check_here(settings)
+    from fedprllm.federation.flare.processes import participant_name, start_participant
+    from fedprllm.federation.site.site import settings_path
+    from fedprllm.files import write_json
+
+    name = participant_name(kit)
+    write_json(settings_path(kit), settings.model_dump(mode="json"))
+    for line in (
+        f"text     {', '.join(settings.data)}: read here, never sent",
+        f"model    {settings.model or 'from the hub, by the id that the coordinator names'}; "
+        "its weights are compared with the coordinator's before anything is computed",
+        f"leaves   {', '.join(settings.allow)}; every update is listed by 'fedprllm ledger {kit}'",
+    ):
+        errors.print(escape(line), soft_wrap=True)
+    with ending():
+        attend(lambda: start_participant(kit), f"participant {name}", kit, _Complaints(kit))
+
+
+def _check_here(settings: SiteSettings) -> None:
+    """Refuse text or a model that is not there now, and not when the coordinator starts a run.
+
+    Raises:
+        ConfigError: names the path.
+    """
+    for source in settings.data:
+        if not source.startswith("hf:") and not Path(source).exists():
+            raise ConfigError(f"there is no text at {source}")
+    if settings.model is None:
+        return
+    from fedprllm.models.source import is_hub_id
+
+    model = Path(settings.model)
+    if not model.exists() and not is_hub_id(settings.model):
+        raise ConfigError(f"there is no model at {model}: name its folder or GGUF file with --model")
+    if model.is_dir() and not (model / "config.json").exists():
+        raise ConfigError(f"{model} is no model: expected a Hugging Face folder with config.json")
+
+
+def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int) -> None:
+    from fedprllm.federation.site.dry_run import dry_run
+
+    if config is None and settings.model is None:
+        raise ConfigError("which model? Give the run's file with --config, or --model")
+    plan = read_run_plan(config) if config else RunPlan(name="dry-run", model=settings.model or "")
+    total = n_blocks = 0
+    for preview in dry_run(settings, plan, kit.name or "participant", blocks):
+        total, n_blocks = total + preview.message_bytes, preview.n_blocks
+        table = Table(
+            "tensor",
+            "shape",
+            "type",
+            "bytes",
+            title=f"block {preview.block}: kind {preview.kind}, from {preview.n_tokens:,} tokens",
+        )
+        for tensor in preview.tensors:
+            table.add_row(
+                escape(tensor.name),
+                " x ".join(map(str, tensor.shape)),
+                tensor.dtype,
+                f"{tensor.payload_bytes:,}",
+            )
+        console.print(table)
+        first = preview.tensors[0]
+        console.print(f"first rows of {escape(first.name)} (# prune, . keep):")
+        for row in first.rows:
+            console.print(f"  {escape(row)}", highlight=False)
+        console.print(f"message  {preview.message_bytes:,} bytes; nothing was sent")
+    shown = min(blocks, n_blocks)
+    console.print(f"all {n_blocks} blocks: about {total * n_blocks // max(shown, 1):,} bytes")
+
+
+def ledger(
+    kit: Annotated[Path, typer.Argument(help="folder of your kit, or a ledger")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the lines as they are")] = False,
+) -> None:
+    """Show everything that was sent from here."""
+    from fedprllm.federation.site.site import LEDGER, work_folder
+    from fedprllm.federation.site.spool import read_ledger
+
+    lines = read_ledger(kit if kit.is_file() else work_folder(kit) / LEDGER)
+    if as_json:
+        print(json.dumps(lines, indent=1))
+        return
+    table = Table("time (UTC)", "run", "block", "kind", "tensors", "bytes", "sha256", box=SIMPLE)
+    for line in lines:
+        table.add_row(
+            line["time"][:19].replace("T", " "),
+            line["run"][:8],
+            str(line["block"]),
+            line["kind"],
+            str(len(line["shapes"])),
+            f"{line['bytes']:,}",
+            line["sha256"][:8],
+        )
+    console.print(table)
+    console.print(f"{len(lines)} updates, {sum(line['bytes'] for line in lines):,} bytes")
+
+
+class _Complaints:
+    """Prints what the participant's own computations complain about, each once."""
+
+    def __init__(self, kit: Path) -> None:
+        from fedprllm.federation.site.site import work_folder
+
+        self._runs = work_folder(kit) / "runs"
+        self._shown: set[tuple[str, float]] = set()
+
+    def __call__(self) -> None:
+        for path in self._runs.glob("*/status.json"):
+            with contextlib.suppress(FileNotFoundError):
+                key = (path.parent.name, path.stat().st_mtime)
+                status = json.loads(path.read_text(encoding="utf-8"))
+                if status.get("message") and key not in self._shown:
+                    self._shown.add(key)
+                    errors.print(f"[red]{status['code']}[/]: {escape(status['message'])}", soft_wrap=True)

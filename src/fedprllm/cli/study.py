@@ -1,0 +1,119 @@
+"""The command ``study``: its options are the fields of `StudyConfig`, lists separated by commas."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedprllm.errors import ConfigError
+from fedprllm.study.questions import QUESTIONS, StudyConfig
+
+__all__ = ["study_command"]
+
+_TEXTS = ("data", "domains", "eval")
+_NOT_HERE = ("model", "grid")
+
+
+def study_command(bars: Any, console: Console) -> Any:
+    """The command as a function that typer can read."""
+
+    def study(**given: Any) -> None:
+        """Compare variants on one machine: tables, plots and one page that answer the paper's questions."""
+        config = StudyConfig(**_read(given.pop("config")) | _parsed(given))
+        from fedprllm.study.runner import study as run
+
+        results = run(config, given["out"], bars)
+        _print(results, console)
+        console.print(f"page     {given['out'] / 'report.html'}", soft_wrap=True)
+        console.print(f"tables   {given['out'] / 'results.csv'}, results.json, results.md", soft_wrap=True)
+
+    options: dict[str, tuple[Any, Any]] = {
+        "model": (str | None, typer.Argument(help="hub id, local folder or GGUF file", show_default=False)),
+        "out": (Path, typer.Option(help="folder of the study; one that was stopped goes on there")),
+        "config": (
+            Path | None,
+            typer.Option(
+                help=escape("TOML file with any of these options, and [[grid]] tables of your own"),
+                show_default=False,
+            ),
+        ),
+    }
+    options |= {name: _option(name) for name in StudyConfig.model_fields if name not in _NOT_HERE}
+    # Required options come first for Python, whatever their order on the page.
+    study.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if name == "out" else None,
+                annotation=Annotated[kind, option],
+            )
+            for name, (kind, option) in options.items()
+        ]
+    )
+    study.__annotations__ = {name: Annotated[kind, option] for name, (kind, option) in options.items()}
+    return study
+
+
+def _option(name: str) -> tuple[Any, Any]:
+    field = StudyConfig.model_fields[name]
+    text = field.description or {"bos": "beginning-of-sequence token", "dtype": "precision"}[name]
+    if name in _TEXTS:
+        return list[str] | None, typer.Option(help=f"{text} (repeatable)")
+    if name == "questions":
+        text += f": {', '.join(QUESTIONS)}"
+    elif isinstance(field.default, tuple):
+        text += f" [default: {','.join(map(str, field.default))}]"
+    else:
+        text += f" [default: {field.default}]"
+    return str | None, typer.Option(
+        help=escape(text), metavar="LIST" if isinstance(field.default, tuple) else None
+    )
+
+
+def _parsed(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given on the command line; pydantic turns words into numbers."""
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name == "out" or value in (None, []):
+            continue
+        field = StudyConfig.model_fields[name]
+        is_list = isinstance(field.default, tuple) or name == "questions"
+        values[name] = value.split(",") if is_list and isinstance(value, str) else value
+    return values
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def _print(results: Any, console: Console) -> None:
+    from fedprllm.study.results import answers, spread_by_text, texts_of
+
+    for question in results.questions:
+        cells = results.of(question)
+        texts = texts_of(cells)
+        title = QUESTIONS[question].title if question in QUESTIONS else question
+        table = Table("", *map(escape, texts), title=f"{title}: perplexity")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, row in spread_by_text(cells).items():
+            table.add_row(escape(name), *(str(row[text]) if text in row else "" for text in texts))
+        console.print(table)
+        for sentence in answers(results, question):
+            console.print(escape(sentence))

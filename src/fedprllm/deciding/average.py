@@ -1,0 +1,33 @@
+"""Decide by averaging: each weight is the mean over the participants that retained it (FedSpaLLM)."""
+
+from __future__ import annotations
+
+import torch
+
+from fedprllm.core.fedspallm import fedspallm
+from fedprllm.deciding.decision import BlockDecision
+from fedprllm.models.block import Block
+from fedprllm.sharing.interface import Totals
+from fedprllm.sharing.pruned_weights import mask_name
+from fedprllm.sharing.target import Target
+
+__all__ = ["by_average"]
+
+
+def by_average(totals: Totals, block: Block, target: Target) -> BlockDecision:
+    """Average the retained weights and prune the most-voted (Bai et al., NAACL 2025)."""
+    config = target.config
+    masks, decided = {}, {}
+    for name, linear in block.linears.items():
+        votes = totals.votes[mask_name(name)].counts().reshape(linear.shape).to(torch.int32)
+        weights, masks[name] = fedspallm(
+            totals.sums[name],
+            totals.n_participants - votes.to(totals.sums[name].device),
+            totals.n_participants,
+            block.matrix(name),
+            target.server_grouping(linear),
+            config.vote_ties,
+            (config.seed, "server", name),
+        )
+        decided[name] = linear.stored(weights).to(linear.dtype).contiguous()
+    return BlockDecision(masks, decided)

@@ -1,0 +1,117 @@
+"""Updates as they arrive over the network: checked before they count, added up in the order of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from fedprllm.errors import UpdateError
+from fedprllm.federation.protocol import update as wire
+from fedprllm.federation.protocol.names import from_wire, to_wire
+from fedprllm.models.block import Block
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.pruning.aggregate import Aggregate
+from fedprllm.pruning.method import Method
+
+__all__ = ["Ballots", "Received"]
+
+_Decided = TypeVar("_Decided")
+# Length in bytes and number of calibration tokens of each participant's update, by field of the record.
+Received = dict[str, dict[str, int]]
+
+
+class Ballots(Generic[_Decided]):
+    """The updates of a run, block by block, in files.
+
+    Args:
+        model: The model to prune.
+        method: What participants share, and how it is decided upon.
+        run_id: 16 bytes.
+        digest: 32 bytes that name the model's weights.
+        folder: Folder with the updates of a block, one file ``NAME.update`` each.
+    """
+
+    def __init__(
+        self,
+        model: BlockwiseModel,
+        method: Method[_Decided],
+        run_id: bytes,
+        digest: bytes,
+        folder: Callable[[int], Path],
+    ) -> None:
+        self.model, self.method = model, method
+        self._run_id, self._digest, self._folder = run_id, digest, folder
+
+    def path(self, block: int, name: str) -> Path:
+        """Where the update of a participant waits for the decision about its block."""
+        return self._folder(block) / f"{name}.update"
+
+    def _expectation(self, block: int, name: str) -> tuple[wire.Expectation, int]:
+        linears = self.model.linears[block]
+        shapes = self.method.sharing.shapes(linears)
+        expect = wire.Expectation(
+            run_id=self._run_id,
+            model_fingerprint=self._digest,
+            block=block,
+            kind=self.method.sharing.kind,
+            shapes=to_wire({tensor: shape for tensor, (shape, _) in shapes.items()}, linears),
+            participant=name,
+        )
+        return expect, wire.max_message_bytes(expect)
+
+    def max_bytes(self, block: int, name: str) -> int:
+        """Length of the longest valid update of a block by a participant."""
+        return self._expectation(block, name)[1]
+
+    def check(self, block: int, name: str, message: bytes | memoryview) -> None:
+        """Refuse an update that is not exactly what was asked for.
+
+        Raises:
+            UpdateError: Says what is wrong with it.
+        """
+        update = self._read(block, name, message)
+        self.method.sharing.check(self.model.linears[block], update.tensors, self.method.target)
+
+    def _read(self, block: int, name: str, message: bytes | memoryview) -> wire.Update:
+        linears = self.model.linears[block]
+        expect, max_bytes = self._expectation(block, name)
+        update = wire.decode(message, expect=expect, max_bytes=max_bytes)
+        update = replace(update, tensors=from_wire(update.tensors, linears))
+        for tensor, (_, dtype) in self.method.sharing.shapes(linears).items():
+            if update.tensors[tensor].dtype != dtype:
+                raise UpdateError(
+                    f"'{tensor}' of participant '{name}' has type {update.tensors[tensor].dtype}: "
+                    f"expected {dtype}"
+                )
+        self._check_tokens(name, update.n_tokens)
+        return update
+
+    def _check_tokens(self, name: str, n_tokens: int) -> None:
+        """A participant has whole windows, and no more of them than the run asks for."""
+        length, windows = self.method.config.window_length, self.method.config.windows
+        assert length is not None
+        if n_tokens % length or n_tokens == 0 or (windows and n_tokens > windows * length):
+            raise UpdateError(
+                f"participant '{name}' claims {n_tokens} tokens: expected 1 to {windows or 'any number of'} "
+                f"windows of {length}"
+            )
+
+    def add_up(self, block: Block, names: Sequence[str]) -> tuple[Aggregate[_Decided], Received]:
+        """Add the updates of a block, one at a time in memory.
+
+        Args:
+            block: The block, unpruned.
+            names: Participants whose updates have arrived.
+        """
+        aggregate = Aggregate(block, self.method)
+        received: Received = {"update_bytes": {}, "n_tokens": {}}
+        for name in sorted(names):
+            message = self.path(block.index, name).read_bytes()
+            update = self._read(block.index, name, message)
+            received["update_bytes"][name], received["n_tokens"][name] = len(message), update.n_tokens
+            del message
+            aggregate.add(name, update.tensors, update.n_tokens)
+            del update
+        return aggregate, received

@@ -1,0 +1,123 @@
+"""What the coordinator makes of a block once all updates are in: a pruned block, or a count of outliers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from fedprllm.core.owl import Outliers
+from fedprllm.deciding import BlockDecision
+from fedprllm.federation.coordinator.ballots import Ballots
+from fedprllm.federation.protocol.decision import encode_decision
+from fedprllm.federation.site.spool import write_bytes
+from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.pruning.aggregate import decide_and_write
+from fedprllm.pruning.records import SurveyRecord
+from fedprllm.pruning.run_folder import Run
+
+__all__ = ["BlockDecider", "Pruning", "Surveying"]
+
+
+class BlockDecider(Protocol):
+    """Finishes blocks, one after the other."""
+
+    def decide(self, index: int, names: Sequence[str], still_in: Sequence[str]) -> None:
+        """Add up the updates of a block, decide about it, and keep the result: the block is finished.
+
+        Args:
+            index: Block index.
+            names: Participants whose updates have arrived.
+            still_in: Participants that take part in what follows.
+        """
+
+    def decision(self, index: int) -> bytes | None:
+        """The message about the newest finished block for participants that wait for it; None if none do."""
+
+
+class Surveying:
+    """Counts the outliers of every block of the unpruned model.
+
+    Args:
+        ballots: The updates.
+        run: The open folder of the survey.
+    """
+
+    def __init__(self, ballots: Ballots[Outliers], run: Run) -> None:
+        self._ballots, self._run = ballots, run
+
+    def decide(self, index: int, names: Sequence[str], still_in: Sequence[str]) -> None:
+        """See `BlockDecider`."""
+        with self._ballots.model.block(index) as block:
+            aggregate, received = self._ballots.add_up(block, names)
+            found = aggregate.decide()
+        record = SurveyRecord(
+            block=index,
+            outliers=(found.n_outliers, found.n_scores),
+            participants=sorted(names),
+            still_in=sorted(still_in),
+            update_bytes=received["update_bytes"],
+            n_tokens=received["n_tokens"],
+        )
+        self._run.finish_block(index, record)
+
+    def decision(self, index: int) -> bytes | None:  # noqa: ARG002  the signature of BlockDecider
+        """Participants walk over the unpruned model: they wait for nothing."""
+        return None
+
+
+class Pruning:
+    """Prunes every block, and writes the pruned model.
+
+    Args:
+        ballots: The updates.
+        run: The open folder of the run.
+        run_id: 16 bytes.
+        digest: 32 bytes that name the model's weights.
+    """
+
+    def __init__(self, ballots: Ballots[BlockDecision], run: Run, run_id: bytes, digest: bytes) -> None:
+        self._ballots, self._run = ballots, run
+        self._run_id, self._digest = run_id, digest
+        self._writer = CheckpointWriter(run.unfinished_model_dir(), ballots.model.n_blocks)
+        method = ballots.method
+        self._is_followed = method.strategy.follows_server and method.uses_inputs
+
+    def decide(self, index: int, names: Sequence[str], still_in: Sequence[str]) -> None:
+        """See `BlockDecider`."""
+        begin = time.perf_counter()
+        with self._ballots.model.block(index) as block:
+            aggregate, received = self._ballots.add_up(block, names)
+
+            def announce(decision: BlockDecision) -> None:
+                message = encode_decision(decision, block, self._run_id, self._digest)
+                write_bytes(self._path(index), message)
+
+            decision = decide_and_write(aggregate, self._writer, announce)
+            self._path(index - 1).unlink(missing_ok=True)
+            record = aggregate.record(
+                decision,
+                still_in=sorted(still_in),
+                update_bytes=received["update_bytes"],
+                n_tokens=received["n_tokens"],
+                seconds={"aggregate": time.perf_counter() - begin},
+            )
+            aggregate.keep(self._run, record)
+
+    def decision(self, index: int) -> bytes | None:
+        """See `BlockDecider`."""
+        return self._path(index).read_bytes() if self._is_followed else None
+
+    def _path(self, index: int) -> Path:
+        return self._run.folder / "federation" / f"decision-{index:04d}"
+
+    def finish(self) -> None:
+        """Write what is outside the blocks and move the complete model to its place."""
+        model = self._ballots.model
+        if not self._run.model_dir().exists():
+            self._writer.write(None, model.checkpoint.load(model.names_outside_blocks()))
+            self._writer.finish(model.folder)
+            self._run.publish_model()
+        for path in (self._run.folder / "federation").glob("decision-*"):
+            path.unlink()

@@ -1,0 +1,261 @@
+"""One job of the coordinator: opens or continues a run, conducts it, and writes its result.
+
+A run is a sequence of jobs over one folder; each leaves in ``federation/outcome.json`` how it ended.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedprllm.config import PruneConfig
+from fedprllm.core.owl import Outliers
+from fedprllm.errors import ConfigError, FedprllmError
+from fedprllm.evaluation.perplexity import window_length_for
+from fedprllm.federation.coordinator.ballots import Ballots
+from fedprllm.federation.coordinator.decisions import BlockDecider, Pruning, Surveying
+from fedprllm.federation.coordinator.rounds import Ask, Coordinator
+from fedprllm.federation.plan import RunPlan
+from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
+from fedprllm.files import write_json, write_text
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.fingerprints import model_digest, tensor_fingerprints
+from fedprllm.models.source import resolve_model
+from fedprllm.pruning.method import Method, pruning_method, survey_method
+from fedprllm.pruning.model_card import write_model_card
+from fedprllm.pruning.preflight import (
+    check_message_size,
+    check_pattern_divides,
+    check_update_size,
+    needed_bytes,
+)
+from fedprllm.pruning.records import (
+    BlockRecord,
+    ParticipantRecord,
+    RunRecord,
+    SurveyRecord,
+    SurveyRun,
+)
+from fedprllm.pruning.run_folder import Run, versions
+from fedprllm.pruning.strategies import STRATEGIES
+from fedprllm.pruning.survey import allocated, outlier_ratios, sampled
+
+__all__ = ["conduct_run", "run_id_of"]
+
+_LOCK_WAIT_S = 30.0  # a job that was killed a moment ago may still hold the folder
+_Decided = TypeVar("_Decided")
+
+
+def run_id_of(folder: Path) -> bytes:
+    """The 16 bytes that name a run, drawn when its folder is first used."""
+    path = folder / ".run-id"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, uuid.uuid4().hex)
+    return bytes.fromhex(path.read_text(encoding="utf-8").strip())
+
+
+def conduct_run(
+    plan: RunPlan,
+    names: Sequence[str],
+    runs: Path,
+    job: str,
+    channel: Channel,
+    stopped: Callable[[], bool] = lambda: False,
+    max_message_mb: float | None = None,
+) -> str:
+    """Work on a run until it is complete or cannot go on, and write down how it ended.
+
+    Args:
+        plan: what to run.
+        names: everyone in the federation; the plan may name fewer.
+        runs: folder of all runs.
+        job: name of this job, for the outcome.
+        channel: how to reach the participants.
+        stopped: asked between steps; True ends the job.
+        max_message_mb: what the sites and the server receive at most; no limit by default.
+
+    Returns:
+        ``complete``, ``interrupted``, ``quorum lost`` or ``error``: what the outcome says.
+    """
+    folder = runs / plan.name
+    try:
+        _conduct(plan, names, folder, channel, stopped, max_message_mb)
+        outcome, reason = "complete", ""
+    except Interrupted as interruption:
+        outcome, reason = "interrupted", str(interruption)
+    except QuorumLost as error:
+        outcome, reason = "quorum lost", str(error)
+    except FedprllmError as error:
+        outcome, reason = "error", str(error)
+    write_json(folder / "federation" / "outcome.json", {"job": job, "outcome": outcome, "reason": reason})
+    return outcome
+
+
+def _conduct(
+    plan: RunPlan,
+    names: Sequence[str],
+    folder: Path,
+    channel: Channel,
+    stopped: Callable[[], bool],
+    max_message_mb: float | None,
+) -> None:
+    taking_part = _taking_part(plan, names)
+    config = plan.config
+    model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device)
+    check_pattern_divides(model, config)
+    check_update_size(model, config)
+    if max_message_mb is not None:
+        check_message_size(model, config, max_message_mb)
+    config = config.model_copy(update={"window_length": window_length_for(model, config.window_length)})
+    sampled(config, taking_part, model.n_blocks)
+    fingerprints = tensor_fingerprints(model)
+    run_id = run_id_of(folder)
+    identity: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "model": {"source": plan.model, "fingerprint": model_digest(fingerprints).hex()},
+        "participants": {name: {} for name in taking_part},
+        "evaluation": {},
+        "versions": versions(),
+        "run_id": run_id.hex(),
+    }
+    run = Run(folder, identity, needed_bytes(model, [], config))
+    with run.when_free(_LOCK_WAIT_S):
+        if not run.is_complete:
+            conducting = _Conducting(model, config, fingerprints, plan, taking_part, channel, stopped)
+            outliers = conducting.survey(run, identity)
+            conducting.prune(run, run_id, identity, outliers)
+
+
+@dataclass
+class _Conducting:
+    """What a run and the survey before it have in common."""
+
+    model: BlockwiseModel
+    config: PruneConfig
+    fingerprints: Mapping[str, str]
+    plan: RunPlan
+    names: Sequence[str]
+    channel: Channel
+    stopped: Callable[[], bool]
+
+    def _ballots(self, method: Method[_Decided], run_id: bytes, folder: Path) -> Ballots[_Decided]:
+        def updates(block: int) -> Path:
+            return folder / "updates" / f"block-{block:04d}"
+
+        return Ballots(self.model, method, run_id, model_digest(self.fingerprints), updates)
+
+    def _coordinator(
+        self, ask: Ask, ballots: Ballots[Any], decider: BlockDecider, run: Run, folder: Path
+    ) -> Coordinator:
+        return Coordinator(
+            ask, ballots, decider, self.plan, self.names, run, self.channel, folder, self.stopped
+        )
+
+    def survey(self, run: Run, identity: Mapping[str, Any]) -> list[Outliers]:
+        """Outliers by block, counted in a run of its own in the run's folder; none if not asked for."""
+        if self.config.allocation == "uniform":
+            return []
+        run_id = run_id_of(run.folder / "survey")
+        method = survey_method(self.config)
+        with Run(run.folder / "survey", {**identity, "run_id": run_id.hex()}) as counting:
+            if not counting.is_complete:
+                folder = run.folder / "federation"
+                ask = Ask(run_id, method.config, self.fingerprints, survey=True)
+                ballots = self._ballots(method, run_id, folder)
+                decider = Surveying(ballots, counting)
+                coordinator = self._coordinator(ask, ballots, decider, counting, folder)
+                coordinator.conduct()
+                counting.finish(SurveyRun(blocks=counting.survey_records()))
+                coordinator.finish()
+            return [Outliers(*record.outliers) for record in counting.survey_records()]
+
+    def prune(
+        self, run: Run, run_id: bytes, identity: Mapping[str, Any], outliers: Sequence[Outliers]
+    ) -> None:
+        """Prune every block, publish the model and write the result."""
+        method = pruning_method(self.config)
+        if outliers:
+            method = method.with_sparsities(allocated(self.model, outliers, self.config))
+        folder = run.folder / "federation"
+        ballots = self._ballots(method, run_id, folder)
+        decider = Pruning(ballots, run, run_id, model_digest(self.fingerprints))
+        ask = Ask(run_id, self.config, self.fingerprints, outliers=outliers)
+        coordinator = self._coordinator(ask, ballots, decider, run, folder)
+        coordinator.conduct()
+        decider.finish()
+        _finish(run, self.model, identity, outliers)
+        coordinator.finish()
+
+
+def _taking_part(plan: RunPlan, names: Sequence[str]) -> list[str]:
+    unknown = sorted(set(plan.participants) - set(names))
+    if unknown:
+        raise ConfigError(
+            f"participant '{unknown[0]}' is not in this federation: it has {', '.join(sorted(names))}"
+        )
+    taking_part = sorted(plan.participants or names)
+    if plan.quorum > len(taking_part):
+        raise ConfigError(f"a quorum of {plan.quorum} cannot be reached by {len(taking_part)} participants")
+    return taking_part
+
+
+def _finish(
+    run: Run, model: BlockwiseModel, identity: Mapping[str, Any], outliers: Sequence[Outliers]
+) -> None:
+    """Write the result, in the same form as a run in one process."""
+    records = run.records()
+    surveyed = Run(run.folder / "survey", {}).survey_records()
+    config = identity["config"]
+    participants = _participants_of(records, surveyed, config["window_length"])
+    n_rounds = model.n_blocks if STRATEGIES[config["strategy"]].follows_server else 1
+    record = RunRecord.model_validate(
+        {
+            **identity,
+            "participants": participants,
+            "models": {"model": str(run.model_dir().relative_to(run.folder))},
+            "n_prunable": model.n_prunable,
+            "n_participants": len(participants),
+            "rounds": n_rounds + bool(surveyed),
+            "update_bytes_per_block": [_longest(record) for record in records],
+            "survey_bytes_per_block": [_longest(record) for record in surveyed] or [0] * len(records),
+            "outlier_ratios": outlier_ratios({None: outliers} if outliers else {}),
+            "evaluation": {},
+            "blocks": records,
+        }
+    )
+    write_model_card(run.model_dir(), record)
+    run.finish(record)
+
+
+def _longest(record: BlockRecord | SurveyRecord) -> int:
+    """Length in bytes of the longest update of a block."""
+    return max((record.update_bytes or {}).values(), default=0)
+
+
+def _participants_of(
+    records: Sequence[BlockRecord], surveyed: Sequence[SurveyRecord], window_length: int
+) -> dict[str, ParticipantRecord]:
+    """What the result says of each participant that counted: no more than its updates said."""
+    n_tokens: dict[str, int] = {}
+    n_blocks: Counter[str] = Counter()
+    n_bytes: Counter[str] = Counter()
+    for record in records:
+        n_tokens = (record.n_tokens or {}) | n_tokens
+        n_blocks.update(list(record.n_tokens or {}))
+    for received in (*records, *surveyed):
+        n_bytes.update(received.update_bytes or {})
+    return {
+        name: ParticipantRecord(
+            sources=["kept by the participant"],
+            n_windows=tokens // window_length,
+            window_length=window_length,
+            n_blocks=n_blocks[name],
+            update_bytes=n_bytes[name],
+        )
+        for name, tokens in n_tokens.items()
+    }

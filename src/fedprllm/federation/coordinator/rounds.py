@@ -1,0 +1,418 @@
+"""The coordinator's side of a federation, whatever carries the messages: rounds, ballots, the result.
+
+It asks, one participant at a time, for the update of a block, checks it before it counts, and keeps it in
+the run's folder until the block is decided. So its memory is bounded by one block and one update, an
+interrupted run continues, and the order in which participants answer changes nothing.
+
+RUN/federation/
+  status.json              progress, for whoever watches
+  events.jsonl             who was refused or left out, when and why
+  updates/block-0007/NAME.update
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from fedprllm.config import PruneConfig
+from fedprllm.core.owl import Outliers
+from fedprllm.errors import UpdateError
+from fedprllm.federation.coordinator.ballots import Ballots
+from fedprllm.federation.coordinator.decisions import BlockDecider
+from fedprllm.federation.plan import RunPlan
+from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
+from fedprllm.federation.protocol.messages import Reply, Request, pack, read_reply
+from fedprllm.federation.site.spool import write_bytes
+from fedprllm.files import write_json
+from fedprllm.pruning.run_folder import Run
+from fedprllm.pruning.survey import sampled
+
+__all__ = ["Ask", "Coordinator"]
+
+_POLL_S = 0.2  # between two questions at least
+_MAX_POLL_S = 5.0
+_PATIENT = 20  # a question in so many parts of the time since the last news: what is late is 5 % late
+_ANSWER_S = 5.0  # for a small question; who is slower is asked again
+_SLOWEST_BYTES_PER_S = 250_000  # 2 Mbit/s: a slower line counts as none
+
+Reason = Literal["absent", "deadline", "failed", "invalid updates"]
+
+
+@dataclass
+class _Standing:
+    """What the coordinator knows of a participant.
+
+    Attributes:
+        n_ready: number of updates it says it has.
+        last_answer: when it answered last.
+        deadline: until when its next update must be there.
+        n_invalid: updates in a row that were invalid or did not arrive.
+        lost_at: when it last failed to deliver an update.
+        n_decisions: it has the decisions about so many blocks.
+    """
+
+    n_ready: int = 0
+    last_answer: float = 0.0
+    deadline: float = 0.0
+    n_invalid: int = 0
+    lost_at: float = -1.0
+    n_decisions: int = 0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a run, or the survey before it, asks of its participants.
+
+    Attributes:
+        run_id: 16 bytes.
+        config: How to prune, resolved.
+        fingerprints: SHA-256 of each tensor of the coordinator's model.
+        survey: Count outliers of the unpruned model instead of pruning it.
+        outliers: What a survey found, for the participants.
+    """
+
+    run_id: bytes
+    config: PruneConfig
+    fingerprints: Mapping[str, str]
+    survey: bool = False
+    outliers: Sequence[Outliers] = ()
+
+
+class Coordinator:
+    """Conducts one run from wherever its folder says it is to its end.
+
+    Args:
+        ask: What is asked of the participants.
+        ballots: Checks and keeps their updates.
+        decider: Finishes blocks.
+        plan: Names, quorum, deadlines.
+        names: Everyone that takes part.
+        run: The open folder of the run, or of the survey.
+        channel: How to reach them.
+        folder: For its own files.
+        stopped: Asked between steps; True ends the job.
+        clock: Seconds, for deadlines.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        ballots: Ballots[Any],
+        decider: BlockDecider,
+        plan: RunPlan,
+        names: Sequence[str],
+        run: Run,
+        channel: Channel,
+        folder: Path,
+        stopped: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ask_for, self.ballots, self._decider = ask, ballots, decider
+        self.plan, self.run, self.channel = plan, run, channel
+        self._folder, self._stopped, self._clock = folder, stopped, clock
+        self._news = clock()
+        self._n_blocks = ballots.model.n_blocks
+        self._follows_server = ballots.method.strategy.follows_server
+        self._samples = sampled(ask.config, sorted(names), self._n_blocks)
+        self.participants = {name: _Standing() for name in sorted(self._still_in(names))}
+
+    @property
+    def _run_id(self) -> str:
+        return self._ask_for.run_id.hex()
+
+    # Files -------------------------------------------------------------------------------------
+
+    def _still_in(self, names: Sequence[str]) -> Sequence[str]:
+        """Names that may still take part: all before the first block is decided, then those it says."""
+        records = self.run.survey_records() if self._ask_for.survey else self.run.records()
+        return (records[-1].still_in or ()) if records else names
+
+    def _note(self, name: str, event: str, reason: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "participant": name,
+            "event": event,
+            "reason": reason,
+        }
+        with (self._folder / "events.jsonl").open("a", encoding="utf-8") as events:
+            events.write(json.dumps(line) + "\n")
+
+    def _show(self, doing: str) -> None:
+        participants = {
+            name: {"n_ready": standing.n_ready, "n_missing": self._n_missing(name)}
+            for name, standing in self.participants.items()
+        }
+        status = {
+            "doing": doing,
+            "n_blocks": self._n_blocks,
+            "n_finished": self.run.n_finished,
+            "participants": participants,
+            "time": time.time(),
+        }
+        write_json(self._folder / "status.json", status)
+
+    def _n_missing(self, name: str) -> int:
+        return sum(
+            not self.ballots.path(block, name).exists()
+            for block in range(self.run.n_finished, self._n_blocks)
+        )
+
+    # The run -----------------------------------------------------------------------------------
+
+    def conduct(self) -> None:
+        """Decide every block that is not decided yet.
+
+        Raises:
+            QuorumLost: too few participants are left.
+            Interrupted: a participant is gone but may come back.
+        """
+        blocks = range(self.run.n_finished, self._n_blocks)
+        if self._missing(blocks):
+            self._start(blocks)
+        if self._follows_server:
+            for block in blocks:
+                self._collect([block])
+                self._decide(block)
+        else:
+            # A participant's walk counts as a whole or not at all: nothing is decided before all are in.
+            self._collect(blocks)
+            for block in blocks:
+                self._decide(block)
+        self._show("finished")
+
+    def finish(self) -> None:
+        """Tell everyone that the run is complete; who does not hear it only keeps its spool longer."""
+        self._ask(list(self.participants), Request(op="finish", run=self._run_id))
+        shutil.rmtree(self._folder / "updates", ignore_errors=True)
+
+    def _start(self, blocks: Sequence[int]) -> None:
+        """Tell everyone what is to be done; leave out who is not there in time."""
+        self._show("waiting for participants")
+        payload = json.dumps(dict(self._ask_for.fingerprints)).encode()
+        begin = self._clock()
+        waiting = set(self._missing(blocks))
+        while waiting and self._clock() - begin < self.plan.join_s:
+            self._check_stopped()
+            for name, (reply, _) in self._ask_to_start(sorted(waiting), payload).items():
+                self._heard(name, reply)
+                waiting.discard(name)
+            if waiting:
+                time.sleep(_POLL_S)
+        for name in sorted(waiting & set(self.participants)):
+            self._leave_out(name, "absent", f"did not answer within {self.plan.join_s:.0f} s")
+        now = self._clock()
+        for standing in self.participants.values():
+            standing.last_answer = now
+            standing.deadline = now + self.plan.start_s + self.plan.deadline_s
+        self._check_quorum()
+
+    def _ask_to_start(self, names: Sequence[str], payload: bytes) -> dict[str, tuple[Reply, memoryview]]:
+        """Give each its own blocks; who has the same is asked at once."""
+        answers: dict[str, tuple[Reply, memoryview]] = {}
+        for blocks in {tuple(self._samples[name]) for name in names}:
+            request = Request(
+                op="start",
+                run=self._run_id,
+                model=self.plan.model,
+                config=self._ask_for.config.model_dump(mode="json"),
+                survey=self._ask_for.survey,
+                blocks=list(blocks),
+                outliers=[(found.n_outliers, found.n_scores) for found in self._ask_for.outliers],
+            )
+            alike = [name for name in names if tuple(self._samples[name]) == blocks]
+            answers |= self._ask(alike, request, payload)
+        return answers
+
+    def _collect(self, blocks: Sequence[int]) -> None:
+        """Get the updates of some blocks from everyone who is left."""
+        while missing := self._missing(blocks):
+            self._check_stopped()
+            self._listen({name: wanted[0] for name, wanted in missing.items()})
+            ready = [
+                (name, wanted[0])
+                for name, wanted in missing.items()
+                if name in self.participants and self._may_be_asked(self.participants[name], wanted[0])
+            ]
+            for name, block in ready:
+                self._fetch(name, block)
+            self._check_quorum()
+            self._show(f"block {blocks[0]}" if len(blocks) == 1 else "collecting")
+            if not ready:
+                time.sleep(self._pause_s())
+
+    def _pause_s(self) -> float:
+        """Seconds until the next question: more while nothing happens, for every question is traffic."""
+        since_news = self._clock() - self._news
+        return min(max(_POLL_S, since_news / _PATIENT), _MAX_POLL_S, self.plan.silence_s / 4)
+
+    def _missing(self, blocks: Sequence[int]) -> dict[str, list[int]]:
+        """Blocks whose update is not here yet, by participant; nobody who has sent them all."""
+        missing = {
+            name: [block for block in blocks if not self.ballots.path(block, name).exists()]
+            for name in self.participants
+        }
+        return {name: wanted for name, wanted in missing.items() if wanted}
+
+    def _decide(self, block: int) -> None:
+        self._check_stopped()
+        self._show(f"deciding block {block}")
+        names = [name for name in self.participants if block in self._samples[name]]
+        if not names:
+            raise QuorumLost(
+                f"nobody is left who prunes block {block}: {self._folder / 'events.jsonl'} says why; what "
+                "was decided is kept, run it again when they are back"
+            )
+        self._decider.decide(block, names, list(self.participants))
+        shutil.rmtree(self.ballots.path(block, names[0]).parent)
+        now = self._news = self._clock()
+        for standing in self.participants.values():
+            standing.last_answer = now
+            standing.deadline = max(standing.deadline, now + self.plan.deadline_s)
+
+    # Participants ------------------------------------------------------------------------------
+
+    def _ask(
+        self, names: Sequence[str], request: Request, payload: bytes = b"", timeout_s: float = _ANSWER_S
+    ) -> dict[str, tuple[Reply, memoryview]]:
+        """Ask, and read the answers; an answer that cannot be read is noted and ignored."""
+        answers = {}
+        for name, message in self.channel.ask(names, pack(request, payload), timeout_s).items():
+            try:
+                answers[name] = read_reply(message)
+            except UpdateError as error:
+                self._note(name, "unreadable answer", str(error))
+        return answers
+
+    def _listen(self, waited_for: Mapping[str, int]) -> None:
+        """Ask how far they are; leave out who failed or is late.
+
+        Args:
+            waited_for: the block whose update is missing, by participant.
+        """
+        self._deliver_decision(waited_for)
+        present = [name for name in waited_for if name in self.participants]
+        for name, (reply, _) in self._ask(present, Request(op="state", run=self._run_id)).items():
+            self._heard(name, reply)
+        now = self._clock()
+        for name, block in waited_for.items():
+            standing = self.participants.get(name)
+            if standing is None:
+                continue
+            if now - standing.last_answer > self.plan.silence_s:
+                raise Interrupted(f"participant '{name}' has not answered for {self.plan.silence_s:.0f} s")
+            if standing.n_ready <= block and now > standing.deadline:
+                self._leave_out(name, "deadline", f"block {standing.n_ready} took more than its time")
+
+    def _deliver_decision(self, waited_for: Mapping[str, int]) -> None:
+        """Give the newest decision to those who need it for the block that is missing."""
+        n_decided = self.run.n_finished
+        if not (n_decided and self._follows_server):
+            return
+        without = [name for name in waited_for if self.participants[name].n_decisions < n_decided]
+        if not without:
+            return
+        message = self._decider.decision(n_decided - 1)
+        if message is None:
+            return
+        request = Request(op="decision", run=self._run_id, block=n_decided - 1)
+        # One at a time: the engine keeps a copy of a message for each participant it is on its way to.
+        for asked in without:
+            answers = self._ask([asked], request, message, self._patience_s(len(message)))
+            for name, (reply, _) in answers.items():
+                self.participants[name].n_decisions = n_decided
+                self._heard(name, reply)
+
+    def _heard(self, name: str, reply: Reply) -> None:
+        standing = self.participants[name]
+        now = self._clock()
+        standing.last_answer = now
+        if reply.state == "failed":
+            self._leave_out(name, "failed", self._words(reply))
+        elif reply.n_ready > standing.n_ready:
+            standing.n_ready = min(reply.n_ready, self._n_blocks)
+            standing.deadline = now + self.plan.deadline_s
+            self._news = now
+
+    def _words(self, reply: Reply) -> str:
+        """A participant's trouble in the coordinator's words: nothing of what it sends is repeated."""
+        tensor = f": '{reply.tensor}'" if reply.tensor in self._ask_for.fingerprints else ""
+        return f"{reply.code}{tensor}"
+
+    def _patience_s(self, n_bytes: int) -> float:
+        """How long a message of this size may take."""
+        return self.plan.silence_s + n_bytes / _SLOWEST_BYTES_PER_S
+
+    def _may_be_asked(self, standing: _Standing, block: int) -> bool:
+        """It says it has the update, and has said anything since it last failed to deliver one.
+
+        So who is gone is not left out for what it does not deliver, but counts as silent.
+        """
+        return standing.n_ready > block and standing.last_answer > standing.lost_at
+
+    def _fetch(self, name: str, block: int) -> None:
+        """Get one update; keep it if it is valid, otherwise have it computed again."""
+        if block not in self._samples[name]:
+            write_bytes(self.ballots.path(block, name), b"")
+            return
+        standing = self.participants[name]
+        request = Request(op="fetch", run=self._run_id, block=block)
+        patience_s = self._patience_s(self.ballots.max_bytes(block, name))
+        answers = self._ask([name], request, timeout_s=patience_s)
+        if name not in answers:
+            standing.lost_at = self._clock()
+            standing.n_invalid += 1
+            if standing.n_invalid >= self.plan.max_ballots:
+                self._leave_out(name, "deadline", f"the update of block {block} did not arrive")
+            return
+        reply, payload = answers[name]
+        standing.last_answer = self._clock()
+        if reply.state == "failed":
+            self._leave_out(name, "failed", self._words(reply))
+            return
+        if reply.code == "not ready":
+            standing.n_ready = min(standing.n_ready, block)
+            return
+        try:
+            self.ballots.check(block, name, payload)
+        except UpdateError as error:
+            self._refuse(name, block, error)
+            return
+        standing.n_invalid = 0
+        write_bytes(self.ballots.path(block, name), payload)
+
+    def _refuse(self, name: str, block: int, error: UpdateError) -> None:
+        standing = self.participants[name]
+        standing.n_invalid += 1
+        self._note(name, f"update of block {block} refused", str(error))
+        if standing.n_invalid >= self.plan.max_ballots:
+            self._leave_out(name, "invalid updates", f"{standing.n_invalid} in a row")
+            return
+        standing.n_ready = min(standing.n_ready, block)
+        standing.deadline = self._clock() + self.plan.start_s + self.plan.deadline_s
+        self._ask([name], Request(op="refused", run=self._run_id, block=block))
+
+    def _leave_out(self, name: str, reason: Reason, words: str) -> None:
+        self._note(name, "left out", f"{reason}: {words}")
+        del self.participants[name]
+
+    def _check_quorum(self) -> None:
+        if len(self.participants) < self.plan.quorum:
+            left = ", ".join(self.participants) or "nobody"
+            self._show("quorum lost")
+            raise QuorumLost(
+                f"{len(self.participants)} participants are left ({left}), the quorum is {self.plan.quorum}: "
+                f"{self._folder / 'events.jsonl'} says why the others are not; what was decided is kept, "
+                "run it again when they are back"
+            )
+
+    def _check_stopped(self) -> None:
+        if self._stopped():
+            raise Interrupted("the job was stopped")

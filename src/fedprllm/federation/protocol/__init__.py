@@ -1,0 +1,1 @@
+"""What coordinator and participants say to each other, byte by byte."""

@@ -1,0 +1,1 @@
+"""The participant's side of a federation: the process on its machine."""

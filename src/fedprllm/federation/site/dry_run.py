@@ -1,0 +1,117 @@
+"""What would leave a participant, computed and shown without any connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fedprllm.federation.plan import RunPlan, SiteSettings
+
+__all__ = ["Preview", "TensorPreview", "dry_run"]
+
+_ROWS, _COLUMNS = 4, 48
+
+
+@dataclass(frozen=True)
+class TensorPreview:
+    """One tensor of an update.
+
+    Attributes:
+        name: of the Linear inside its block, as it is in the message.
+        shape: of the tensor.
+        dtype: of its values.
+        payload_bytes: that it takes in the message.
+        rows: the beginning of its first rows as they would be sent: ``#`` is a weight to prune, ``.`` one
+            to keep; other kinds show their numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    payload_bytes: int
+    rows: list[str]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The update of one block.
+
+    Attributes:
+        block: index of the decoder layer.
+        n_blocks: of the model.
+        kind: of the update.
+        n_tokens: number of tokens it is computed from, which is part of the message.
+        message_bytes: of the whole message.
+        tensors: what it holds, all of it.
+    """
+
+    block: int
+    n_blocks: int
+    kind: str
+    n_tokens: int
+    message_bytes: int
+    tensors: list[TensorPreview]
+
+
+def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1) -> Iterator[Preview]:
+    """Compute the updates of the first blocks exactly as in a run, and read them back from their bytes.
+
+    Every block after the first is computed from the participant's own decisions, or from the unpruned
+    blocks if it makes none; in an iterative run it would follow the coordinator's.
+    Allocation and layer sampling depend on everyone: shown is every block at the sparsity of the model.
+
+    Raises:
+        DataError, ModelError: the text or the model cannot be used.
+    """
+    from fedprllm.federation.protocol import update as wire
+    from fedprllm.federation.protocol.names import to_wire
+    from fedprllm.models.blockwise import BlockwiseModel
+    from fedprllm.models.source import resolve_model
+    from fedprllm.pruning.inputs import make_participants
+    from fedprllm.pruning.method import pruning_method
+    from fedprllm.pruning.walk import Walker
+
+    alone = {"device": settings.device or "cpu", "strategy": "one-shot"}
+    config = plan.config.model_copy(update=alone)
+    model = BlockwiseModel(resolve_model(settings.model or plan.model), config.dtype, config.device)
+    (participant,), config = make_participants(model, {name: list(settings.data)}, config)
+    walker = Walker(participant, pruning_method(config), model.n_blocks)
+    walker.enter(model)
+    for index in range(min(n_blocks, model.n_blocks)):
+        with model.block(index) as block:
+            contribution = walker.contribute(block)
+            assert contribution.update is not None, "a dry run shows every block"
+            update = wire.Update(
+                run_id=bytes(16),
+                participant=name,
+                block=index,
+                kind=config.share,
+                model_fingerprint=bytes(32),
+                tensors=to_wire(contribution.update, block.linears),
+                n_tokens=participant.n_tokens,
+            )
+            message = wire.encode(update)
+            yield _preview(wire.decode(message, expect=None, max_bytes=len(message)), message, model.n_blocks)
+            walker.advance(block, contribution.weights)
+
+
+def _preview(update: Any, message: bytes, n_blocks: int) -> Preview:
+    tensors = [
+        TensorPreview(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            payload_bytes=(tensor.numel() + 7) // 8 if tensor.dtype.itemsize == 1 else tensor.nbytes,
+            rows=_rows(tensor),
+        )
+        for name, tensor in update.tensors.items()
+    ]
+    return Preview(update.block, n_blocks, update.kind, update.n_tokens, len(message), tensors)
+
+
+def _rows(tensor: Any) -> list[str]:
+    table = tensor.reshape(-1, tensor.shape[-1])[:_ROWS, :_COLUMNS]
+    if tensor.dtype.itemsize == 1:
+        return ["".join("#" if pruned else "." for pruned in row) for row in table.tolist()]
+    return [" ".join(f"{value:.3g}" for value in row[:8]) for row in table.tolist()]

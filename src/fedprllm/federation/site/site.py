@@ -1,0 +1,218 @@
+"""The participant's side of a federation, whatever carries the messages: answers, and what may leave.
+
+`Site.answer` takes the bytes of a request and returns the bytes of a reply. It starts and watches the
+computation (`fedprllm.federation.site.worker`), which is a process of its own, so that its end is a reply and
+not the end of the connection. The replies are the only thing that leaves a participant.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedprllm.errors import FedprllmError, UpdateError
+from fedprllm.federation.plan import SiteSettings
+from fedprllm.federation.protocol.messages import Code, Reply, Request, pack, read_request
+from fedprllm.federation.site.spool import Spool, append_ledger, write_bytes
+from fedprllm.files import read_json, write_json, write_text
+
+__all__ = ["LEDGER", "SETTINGS", "Site", "settings_path", "work_folder"]
+
+# How often the computation is started again without an update more than before.
+_MAX_CRASHES = 3
+SETTINGS = "fedprllm.json"
+LEDGER = "ledger.jsonl"
+
+
+def settings_path(kit: Path) -> Path:
+    """Where a participant's own settings are kept."""
+    return kit / "local" / SETTINGS
+
+
+def work_folder(kit: Path) -> Path:
+    """Where a participant's ledger and spools are kept."""
+    return kit / "fedprllm"
+
+
+class Site:
+    """One participant, as the coordinator sees it.
+
+    Args:
+        name: of the participant; the connection vouches for it.
+        settings_file: its own settings (`SiteSettings`, JSON).
+        folder: for its ledger and its spools.
+        sent: told of every update that leaves, in a few words without content.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings_file: Path,
+        folder: Path,
+        sent: Callable[[str], object] = lambda what: None,  # noqa: ARG005
+    ) -> None:
+        self.name, self.folder, self._sent = name, folder, sent
+        self._settings_file = settings_file
+        self.settings = SiteSettings(**read_json(settings_file))
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._crashes, self._ready_at_crash = 0, -1
+        self._run = ""
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._owner = uuid.uuid4().hex
+
+    @property
+    def spool(self) -> Spool:
+        """The spool of the run that is being worked on."""
+        return Spool(self.folder / "runs" / self._run)
+
+    def answer(self, message: bytes) -> bytes:
+        """Answer a request; never raises for what the request holds or what goes wrong here."""
+        with self._lock:
+            try:
+                request, payload = read_request(message)
+                reply = self._answer(request, payload)
+            except UpdateError:
+                reply = pack(Reply(state="failed", code="bad request"))
+            except (FedprllmError, OSError) as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                reply = pack(Reply(state="failed", code="internal"))
+            self._record(reply)
+            return reply
+
+    def _answer(self, request: Request, payload: memoryview) -> bytes:
+        if request.op == "start":
+            return pack(self._start(request, payload))
+        if request.run != self._run:
+            return pack(Reply(state="failed", code="other run"))
+        if request.op == "fetch":
+            return self._fetch(request.block)
+        if request.op == "refused":
+            self._stop_worker()
+            self.spool.forget(request.block)
+        elif request.op == "decision":
+            write_bytes(self.spool.decision_path(request.block), payload)
+        elif request.op == "finish":
+            self._stop_worker()
+            self.spool.clear()
+            self._run = ""
+            return pack(Reply(state="done"))
+        return pack(self._state())
+
+    # Computing ---------------------------------------------------------------------------------
+
+    def _start(self, request: Request, payload: memoryview) -> Reply:
+        from fedprllm.config import PruneConfig
+
+        if not set(PruneConfig(**request.config).kinds) <= set(self.settings.allow):
+            return Reply(state="failed", code="kind not allowed")
+        job = request.model_dump(mode="json", exclude={"op", "block"})
+        fingerprints = json.loads(bytes(payload))
+        if self._run and self._run != request.run:
+            self._stop_worker()
+        self._run = request.run
+        known = self.spool.path("job.json")
+        if known.exists() and read_json(known) != job:
+            return Reply(state="failed", code="other run")
+        write_json(self.spool.path("fingerprints.json"), fingerprints)
+        write_json(known, job)
+        if self._worker is None and self.spool.status["state"] != "done":
+            # Whatever failed before, the participant may have repaired it.
+            self.spool.set_status("idle")
+            self._crashes, self._ready_at_crash = 0, -1
+        return self._state()
+
+    def _state(self) -> Reply:
+        """Where the computation stands; started if it does not run and is not through."""
+        status = self._watch()
+        return Reply(
+            state=status["state"],
+            code=status.get("code", ""),
+            tensor=status.get("tensor", ""),
+            n_ready=self.spool.n_ready,
+        )
+
+    def _watch(self) -> dict[str, Any]:
+        if self._worker is not None and self._worker.poll() is None:
+            return {"state": "working"}
+        status = self.spool.status
+        if status["state"] == "failed":
+            self._worker = None
+            return status
+        if status["state"] == "done" and self._worker is None and self._is_whole():
+            return status
+        if self._worker is not None:
+            ended, self._worker = self._worker, None
+            if status["state"] == "done" and ended.returncode == 0:
+                return status
+            if not self._may_start_again():
+                self.spool.set_status("failed", "crashed")
+                return self.spool.status
+        self._start_worker()
+        return {"state": "working"}
+
+    def _is_whole(self) -> bool:
+        """No update was dropped since the computation ended."""
+        n_updates = len(list(self.spool.folder.glob("updates/*.update")))
+        return n_updates == self.spool.n_ready == len(list(self.spool.folder.glob("updates/*.json")))
+
+    def _may_start_again(self) -> bool:
+        n_ready = self.spool.n_ready
+        self._crashes = self._crashes + 1 if n_ready == self._ready_at_crash else 1
+        self._ready_at_crash = n_ready
+        return self._crashes <= _MAX_CRASHES
+
+    def _start_worker(self) -> None:
+        module = "fedprllm.federation.site.worker"
+        write_text(self.spool.path("owner"), self._owner)
+        arguments = [str(self.spool.folder), str(self._settings_file), self.name, self._owner]
+        with self.spool.path("worker.log").open("ab") as log:
+            # A pipe as standard input: the worker ends when this process does.
+            self._worker = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+
+    def _stop_worker(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.kill()
+            worker.wait()
+            assert worker.stdin is not None
+            worker.stdin.close()
+
+    def close(self) -> None:
+        """Stop computing; what was computed stays."""
+        self._stop_worker()
+
+    # Sending -----------------------------------------------------------------------------------
+
+    def _fetch(self, block: int) -> bytes:
+        path = self.spool.update_path(block)
+        if not path.exists():
+            code: Code = "not ready"
+            return pack(Reply(state="working", code=code))
+        data = path.read_bytes()
+        if not data:  # of a block that this participant only walks through
+            return pack(Reply(state="failed", code="bad request"))
+        summary = read_json(self.spool.summary_path(block))
+        append_ledger(self.folder / LEDGER, self._run, block, summary, data)
+        self._sent(f"{summary['kind']} of block {block}, run {self._run}, {len(data)} bytes")
+        return pack(Reply(state="working", n_ready=self.spool.n_ready), data)
+
+    def _record(self, reply: bytes) -> None:
+        """Keep a copy of what leaves, if the participant wants one."""
+        if self.settings.record is not None:
+            number = next(self._numbers)
+            write_bytes(Path(self.settings.record) / f"{os.getpid()}-{number:06d}.message", reply)

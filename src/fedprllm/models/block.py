@@ -1,0 +1,137 @@
+"""One decoder block with its weights in memory, and its prunable weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from fedprllm.core.zeros import copy_pruned
+
+__all__ = ["Block", "Hidden", "Linear", "PrunedWeights", "put"]
+
+Hidden = Float[Tensor, "1 tokens hidden"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One prunable weight of a block.
+
+    Attributes:
+        name: Name of the weight in the checkpoint.
+        path: Path of the module inside its block, such as ``self_attn.q_proj``.
+        shape: (out, in), whatever the orientation in the checkpoint.
+        transposed: Whether the checkpoint stores [in, out] (GPT-2's Conv1D).
+        dtype: Precision in the checkpoint.
+        source: Name of the first Linear of the block that reads the same input: that of the query projection
+            for key and value, its own for a Linear that shares its input with none before it.
+        module: The module that holds the weight.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, int]
+    transposed: bool
+    dtype: torch.dtype
+    source: str
+    module: nn.Module = field(repr=False, compare=False)
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights: out times in."""
+        return self.shape[0] * self.shape[1]
+
+    def view(self, tensors: Mapping[str, Tensor]) -> Shaped[Tensor, "out in"]:
+        """This Linear's tensor among those of its block, viewed as [out, in]."""
+        return self.stored(tensors[self.name])
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """View an [out, in] matrix in the orientation of the checkpoint, and the other way round."""
+        return matrix.T if self.transposed else matrix
+
+
+@dataclass
+class Block:
+    """One decoder block with its weights in memory.
+
+    Attributes:
+        index: position in the model.
+        linears: its prunable weights by name.
+        tensors: all its tensors by name, in the precision and orientation of the checkpoint.
+    """
+
+    index: int
+    linears: dict[str, Linear]
+    tensors: dict[str, Tensor]
+    call: Callable[[int, Hidden], Hidden]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next(iter(self.tensors.values())).device
+
+    def matrix(self, name: str) -> Float[Tensor, "out in"]:
+        """A prunable weight as [out, in] in float32."""
+        return self.linears[name].view(self.tensors).to(torch.float32)
+
+    def forward(self, hidden: Hidden) -> Hidden:
+        """The block's output for one window."""
+        return self.call(self.index, hidden)
+
+    @contextmanager
+    def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Compute with other weights (stored orientation, any precision) inside the ``with`` block."""
+        with ExitStack() as stack:
+            for name in weights:
+                parameter: nn.Parameter = self.linears[name].module.weight  # type: ignore[assignment]
+                own = self.tensors[name]
+                if own.dtype == parameter.dtype:
+                    # The parameter may be the very tensor of the checkpoint.
+                    stack.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = weights[name].to(own.dtype)
+                else:
+                    stack.callback(parameter.data.copy_, own)
+                    put(weights, name, parameter.data)
+            yield
+
+
+class PrunedWeights(Mapping[str, Tensor]):
+    """A block's weights with exact +0.0 where masks prune, each made when it is asked for.
+
+    Memory for a block takes longer to get than to fill: `put` needs none, and ``[name]`` that of one weight.
+
+    Args:
+        block: the block, unpruned.
+        masks: of its Linears, as [out, in].
+    """
+
+    def __init__(self, block: Block, masks: Mapping[str, Tensor]) -> None:
+        self._block, self._masks = block, masks
+
+    def put(self, name: str, target: Tensor) -> None:
+        """Write a pruned weight into a tensor of its shape, in the precision of that tensor."""
+        mask = self._block.linears[name].stored(self._masks[name])
+        copy_pruned(self._block.tensors[name], mask, target)
+
+    def __getitem__(self, name: str) -> Tensor:
+        pruned = torch.empty_like(self._block.tensors[name])
+        self.put(name, pruned)
+        return pruned
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+
+def put(weights: Mapping[str, Tensor], name: str, target: Tensor) -> None:
+    """Write a weight into a tensor of its shape, in the precision of that tensor."""
+    if isinstance(weights, PrunedWeights):
+        weights.put(name, target)
+    else:
+        target.copy_(weights[name])

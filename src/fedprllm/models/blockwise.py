@@ -1,0 +1,331 @@
+"""Walk a causal language model of any architecture block by block.
+
+The skeleton of the model is built without weights. Its own forward pass, run with every block replaced
+by a stand-in that records its arguments and hands the hidden states on, tells what each block is called
+with (masks, rotary embeddings), whatever the architecture; so nothing here knows a Llama from an OPT.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedprllm.errors import ModelError
+from fedprllm.models.block import Block, Hidden, Linear
+from fedprllm.models.checkpoint import Checkpoint
+from fedprllm.models.find import find_blocks, find_linears
+from fedprllm.models.observe import inputs_shared
+from fedprllm.models.source import build_skeleton
+
+__all__ = ["DTYPES", "BlockwiseModel"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class BlockwiseModel:
+    """A causal language model of which one block at a time is in memory.
+
+    Args:
+        folder: a Hugging Face folder with safetensors (see `fedprllm.models.source.resolve_model`).
+        dtype: precision of the forward passes.
+        device: where they run.
+
+    Raises:
+        ModelError: no decoder blocks, no Linear in them, fused experts, a quantised checkpoint, tensors
+            missing from the checkpoint, or a device that does not exist.
+    """
+
+    def __init__(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> None:
+        self.folder = folder
+        self.dtype = DTYPES[dtype]
+        self.device = _device(device)
+        self.skeleton: PreTrainedModel = build_skeleton(folder, self.dtype).eval()
+        self.config = self.skeleton.config
+        prefix, blocks = find_blocks(self.skeleton)
+        self._blocks = blocks
+        self.block_names = [f"{prefix}.{index}" for index in range(len(blocks))]
+        self.checkpoint = Checkpoint(folder, self.skeleton.base_model_prefix)
+        self._refuse_what_cannot_be_pruned()
+        self._contexts: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._returns_tuple = False
+        for module in self.skeleton.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+        self.linears = self._find_linears()
+
+    def _find_linears(self) -> list[dict[str, Linear]]:
+        """The prunable weights of every block, with their stored precision and the inputs they share."""
+        found = [
+            find_linears(block, name) for name, block in zip(self.block_names, self._blocks, strict=True)
+        ]
+        dtypes = self.checkpoint.dtypes(name for of_block in found for name in of_block)
+        sources = self._shared_inputs(found)
+        return [
+            {
+                name: replace(linear, dtype=dtypes[name], source=sources[name])
+                for name, linear in of_block.items()
+            }
+            for of_block in found
+        ]
+
+    def _shared_inputs(self, found: list[dict[str, Linear]]) -> dict[str, str]:
+        """For every Linear the first one of its block that reads the same input.
+
+        One block of every distinct kind is run on two tokens with zeros for weights: which Linears are handed
+        the same tensor depends on the code of the block alone. Nothing is read from the checkpoint.
+        """
+        by_kind: dict[tuple[Any, ...], dict[str, str]] = {}
+        sources: dict[str, str] = {}
+        with self._hollow(self.skeleton.base_model, outside_only=True):
+            hidden = self._embed_one(torch.zeros(2, dtype=torch.int64))
+        for index, linears in enumerate(found):
+            shapes = tuple((linear.path, linear.shape) for linear in linears.values())
+            kind = (type(self._blocks[index]), shapes)
+            if kind not in by_kind:
+                with self._hollow(self._blocks[index]):
+                    block = Block(index, linears, {}, self._call_block)
+                    by_kind[kind] = inputs_shared(block, hidden)
+            names = {linear.path: name for name, linear in linears.items()}
+            sources |= {name: names[by_kind[kind][linear.path]] for name, linear in linears.items()}
+        self._contexts.clear()
+        return sources
+
+    # What the model is -------------------------------------------------------------------------
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks)
+
+    @property
+    def n_prunable(self) -> int:
+        """Number of weights that may be pruned: every Linear inside the blocks."""
+        return sum(linear.n_weights for of_block in self.linears for linear in of_block.values())
+
+    @property
+    def max_window_length(self) -> int | None:
+        """Most tokens the model takes at once, or None if its configuration does not say."""
+        text_config = self.config.get_text_config()
+        return getattr(text_config, "max_position_embeddings", None) or getattr(
+            text_config, "n_positions", None
+        )
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids the embedding has rows for."""
+        return int(self.skeleton.get_input_embeddings().weight.shape[0])
+
+    def names_outside_blocks(self) -> list[str]:
+        """Tensors of the checkpoint that belong to no block; of tied ones only the stored one."""
+        inside = tuple(f"{name}." for name in self.block_names)
+        outside = [name for name in self.skeleton.state_dict() if not name.startswith(inside)]
+        return [name for name in outside if name in self.checkpoint]
+
+    # Loading and releasing ---------------------------------------------------------------------
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """Load one block, and release it when the ``with`` block ends."""
+        module, prefix = self._blocks[index], self.block_names[index]
+        names = [f"{prefix}.{name}" for name in module.state_dict()]
+        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
+        with self._materialised(tensors):
+            yield Block(index, self.linears[index], tensors, self._call_block)
+
+    @contextmanager
+    def _outside_blocks(self, part: nn.Module) -> Iterator[None]:
+        """Hold what a part of the model has outside the blocks."""
+        used = {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
+        state = self.skeleton.state_dict(keep_vars=True)
+        names = [name for name in self.names_outside_blocks() if id(state[name]) in used]
+        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
+        with self._materialised(tensors):
+            yield
+
+    @contextmanager
+    def _hollow(self, part: nn.Module, *, outside_only: bool = False) -> Iterator[None]:
+        """Let a part of the model compute with zeros for weights, which take no memory."""
+        used = {id(parameter) for parameter in part.parameters()}
+        inside = tuple(f"{name}." for name in self.block_names)
+        zeros = {
+            name: torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
+            for name, parameter in self.skeleton.named_parameters()
+            if id(parameter) in used and not (outside_only and name.startswith(inside))
+        }
+        with self._materialised(zeros):
+            yield
+
+    @contextmanager
+    def _materialised(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give parameters and buffers of the skeleton their values for a while."""
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.skeleton.modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.setdefault(id(parameter), []).append((module, leaf))
+        parameters = dict(self.skeleton.named_parameters(remove_duplicate=False))
+        buffers = dict(self.skeleton.named_buffers())
+        with ExitStack() as stack:
+            for name, tensor in tensors.items():
+                if name in buffers:
+                    buffers[name].copy_(tensor)
+                    continue
+                empty = parameters[name]
+                real = nn.Parameter(tensor.to(empty.dtype), requires_grad=False)
+                # Tied weights are one parameter in several places.
+                for module, leaf in places[id(empty)]:
+                    module._parameters[leaf] = real
+                    stack.callback(module._parameters.__setitem__, leaf, empty)
+            yield
+
+    # Computing ---------------------------------------------------------------------------------
+
+    def embed(self, windows: Iterable[Int[Tensor, " tokens"]]) -> Iterator[Hidden]:
+        """Hidden states that enter the first block, one window at a time; then the embedding is released."""
+        with self._outside_blocks(self.skeleton.base_model):
+            for window in windows:
+                yield self._embed_one(window)
+
+    @torch.no_grad()
+    def _embed_one(self, window: Int[Tensor, " tokens"]) -> Hidden:
+        base = self.skeleton.base_model
+        n_tokens = window.shape[0]
+        seen: list[tuple[tuple[Any, ...], dict[str, Any], Hidden]] = []
+
+        def record(index: int, hidden: Hidden, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hidden:
+            if index == 1 and hidden.shape != seen[0][2].shape:
+                self._returns_tuple = True
+            seen.append((args, kwargs, hidden))
+            return seen[0][2]
+
+        returned_tuple = self._returns_tuple
+        with self._stand_ins(record):
+            base(input_ids=window[None].to(self.device), use_cache=False)
+        if self._returns_tuple != returned_tuple:
+            return self._embed_one(window)
+        if len(seen) != self.n_blocks:
+            raise ModelError(
+                f"{type(self.skeleton).__name__} called {len(seen)} of its {self.n_blocks} blocks once "
+                "each: expected every block in turn; this architecture cannot be walked"
+            )
+        contexts = [(args, kwargs) for args, kwargs, _ in seen]
+        known = self._contexts.setdefault(n_tokens, contexts)
+        if known is not contexts and not _equal(known, contexts):
+            raise ModelError(
+                f"the blocks of {type(self.skeleton).__name__} take arguments that depend on the text, "
+                "not only on its length: this architecture cannot be walked block by block yet"
+            )
+        return seen[0][2]
+
+    @torch.no_grad()
+    def _call_block(self, index: int, hidden: Hidden) -> Hidden:
+        args, kwargs = self._contexts[hidden.shape[1]][index]
+        output = self._blocks[index](hidden, *args, **kwargs)
+        self._returns_tuple = isinstance(output, tuple)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    @torch.no_grad()
+    def token_losses(
+        self, hidden: Hidden, window: Int[Tensor, " tokens"], chunk: int = 512
+    ) -> Float[Tensor, " predicted"]:
+        """Negative log-likelihood in nats of tokens 1.. of a window, given the last block's output.
+
+        Logits are made for ``chunk`` positions at a time: 2048 positions of a vocabulary of 262,144
+        would take 2 GB. Call it inside `head`.
+        """
+        window = window.to(self.device)
+        losses = []
+        accepts_chunks = "logits_to_keep" in inspect.signature(self.skeleton.forward).parameters
+        n_predicted = window.shape[0] - 1
+        step = chunk if accepts_chunks else n_predicted
+        with self._stand_ins(lambda *_: hidden):
+            for start in range(0, n_predicted, step):
+                positions = torch.arange(start, min(start + step, n_predicted), device=self.device)
+                kept = {"logits_to_keep": positions} if accepts_chunks else {}
+                output = self.skeleton(input_ids=window[None], use_cache=False, **kept)
+                logits = output.logits[0, : positions.numel()].to(torch.float32)
+                losses.append(nn.functional.cross_entropy(logits, window[positions + 1], reduction="none"))
+        return torch.cat(losses)
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Hold embedding, final norm and head in memory, for `token_losses`."""
+        with self._outside_blocks(self.skeleton):
+            yield
+
+    @contextmanager
+    def _stand_ins(
+        self, function: Callable[[int, Hidden, tuple[Any, ...], dict[str, Any]], Hidden]
+    ) -> Iterator[None]:
+        """Replace the forward of every block by ``function(index, hidden, args, kwargs)``.
+
+        Only the forward is replaced: some architectures read attributes of the block itself.
+        """
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+                output = function(index, hidden, rest, kwargs)
+                return (output,) if self._returns_tuple else output
+
+            return forward
+
+        with ExitStack() as stack:
+            for index, block in enumerate(self._blocks):
+                block.forward = stand_in(index)
+                stack.callback(delattr, block, "forward")
+            yield
+
+    # Refusals ----------------------------------------------------------------------------------
+
+    def _refuse_what_cannot_be_pruned(self) -> None:
+        architecture = type(self.skeleton).__name__
+        for block, prefix in zip(self._blocks, self.block_names, strict=True):
+            for name, parameter in block.named_parameters():
+                if parameter.ndim >= 3 and not isinstance(
+                    block.get_submodule(name.rpartition(".")[0]), nn.Conv1d
+                ):
+                    raise ModelError(
+                        f"'{prefix}.{name}' of {architecture} has shape {tuple(parameter.shape)}: fused "
+                        "mixture-of-experts weights cannot be pruned yet; use a dense model"
+                    )
+        state = self.skeleton.state_dict(keep_vars=True)
+        # A tied weight is stored under one of its names.
+        stored = {id(tensor) for name, tensor in state.items() if name in self.checkpoint}
+        missing = [name for name, tensor in state.items() if id(tensor) not in stored]
+        if missing:
+            raise ModelError(
+                f"{self.folder} lacks {len(missing)} tensors of {architecture}, the first is '{missing[0]}'"
+            )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"cannot compute on device '{name}': {reason}; 'cpu' always works") from None
+    return device
+
+
+def _equal(left: Any, right: Any) -> bool:
+    """Whether two nested collections hold equal tensors and values."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and torch.equal(left, right)
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    if isinstance(left, (tuple, list)):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    return left is right or left == right

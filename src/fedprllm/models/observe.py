@@ -1,0 +1,67 @@
+"""Watch the inputs of a block's Linears while the block computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedprllm.core.sums import GramStatistics, InputStatistics
+from fedprllm.models.block import Block, Hidden
+
+__all__ = ["BlockStatistics", "Observation", "inputs_shared", "observing"]
+
+# Statistics of the input of each Linear of a block, by weight name. Linears that read the same tensor
+# (query, key and value; gate and up) share one object.
+BlockStatistics = dict[str, InputStatistics | GramStatistics]
+# Makes empty statistics for an input with that many channels.
+Observation = Callable[[int], InputStatistics | GramStatistics]
+
+
+@contextmanager
+def observing(
+    block: Block, statistics: BlockStatistics, observation: Observation = InputStatistics.zeros
+) -> Iterator[None]:
+    """Add the input of every Linear that computes inside the ``with`` block to its statistics."""
+    last_input: Tensor | None = None
+    last_name = ""
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG001  torch's signature
+            nonlocal last_input, last_name
+            inputs = args[0]
+            if inputs is last_input:
+                # The Linear before this one read the very same tensor and has already counted it.
+                statistics[name] = statistics[last_name]
+                return
+            if name not in statistics:
+                statistics[name] = observation(inputs.shape[-1])
+            statistics[name].add(inputs)
+            last_input, last_name = inputs, name
+
+        return add
+
+    with ExitStack() as stack:
+        for name, linear in block.linears.items():
+            hook: Any = linear.module.register_forward_pre_hook(watch(name))
+            stack.callback(hook.remove)
+        yield
+
+
+def inputs_shared(block: Block, hidden: Hidden) -> dict[str, str]:
+    """For the path of each Linear, that of the first Linear handed the same tensor; its own if there is none.
+
+    A Linear that takes no part in the forward pass keeps its own path.
+    """
+    statistics: BlockStatistics = {}
+    with observing(block, statistics):
+        block.forward(hidden)
+    first: dict[int, str] = {}
+    return {
+        linear.path: first.setdefault(id(statistics[name]), linear.path)
+        if name in statistics
+        else linear.path
+        for name, linear in block.linears.items()
+    }

@@ -1,0 +1,128 @@
+"""From contributions to a pruned block: sums over participants, the decision, its record, the shard.
+
+In one process, at the coordinator of a federation, in a survey and in a study, this is the one place where
+updates are added up and decided upon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from fedprllm.core.zeros import count_zeros
+from fedprllm.deciding import BlockDecision
+from fedprllm.models.block import Block, Linear
+from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.pruning.agreement import Agreement
+from fedprllm.pruning.clock import Clock
+from fedprllm.pruning.method import Method
+from fedprllm.pruning.records import BlockRecord, LinearRecord
+from fedprllm.pruning.run_folder import Run
+from fedprllm.pruning.stored_votes import save_votes
+from fedprllm.sharing import Totals
+
+__all__ = ["Aggregate", "decide_and_write"]
+
+_Decided = TypeVar("_Decided")
+
+
+class Aggregate(Generic[_Decided]):
+    """The sums of one block over participants, and what is decided from them.
+
+    Args:
+        block: The block, unpruned.
+        method: What is shared, and how it is decided upon.
+
+    Attributes:
+        totals: The sums so far.
+    """
+
+    def __init__(self, block: Block, method: Method[_Decided]) -> None:
+        self.block, self.method = block, method
+        self.totals: Totals = method.sharing.zeros(block.linears, block.device)
+        self._agreement = Agreement(block, method.config.seed)
+        self._n_tokens: dict[str, int] = {}
+
+    def add(self, name: str, update: Mapping[str, Tensor], n_tokens: int) -> None:
+        """Add the update of a participant that has this many calibration tokens.
+
+        Sums of floating-point numbers depend on their order: participants are added in the order of their
+        names, everywhere.
+        """
+        self.totals.add(update, n_tokens, self.method.vote_weight(n_tokens))
+        self._agreement.add(update)
+        self._n_tokens[name] = n_tokens
+
+    def decide(self) -> _Decided:
+        """What follows from the sums."""
+        return self.method.decide(self.totals, self.block, self.method.target)
+
+    def agreement(self) -> dict[str, list[list[float]]]:
+        """How alike the participants' masks are (see `Agreement.summary`)."""
+        return self._agreement.summary()
+
+    def record(self, decision: BlockDecision, **about: Any) -> BlockRecord:
+        """What a run keeps of the finished block: counts, never text.
+
+        Args:
+            decision: What the block lost.
+            about: Further fields of the record.
+        """
+        linears = {name: self._linear(linear, decision) for name, linear in self.block.linears.items()}
+        n_pruned = sum(linear.n_pruned for linear in linears.values())
+        return BlockRecord(
+            block=self.block.index,
+            linears=linears,
+            sparsity=n_pruned / sum(linear.n_weights for linear in linears.values()),
+            agreement=self.agreement(),
+            notes=decision.notes,
+            participants=list(self._n_tokens),
+            **about,
+        )
+
+    def _linear(self, linear: Linear, decision: BlockDecision) -> LinearRecord:
+        pruned, votes = decision.masks[linear.name], self.totals.votes.get(linear.name)
+        # Votes that count tokens have too many values for a histogram.
+        counted = votes is not None and self.totals.weight == self.totals.n_participants
+        return LinearRecord(
+            path=linear.path,
+            shape=linear.shape,
+            n_zeros=count_zeros(decision.weights[linear.name]),
+            n_pruned=int(pruned.mask.count_nonzero()),
+            n_ties=pruned.n_ties,
+            n_close=pruned.n_close,
+            vote_histogram=votes.histogram().tolist() if counted and votes is not None else None,
+        )
+
+    def keep(self, run: Run, record: BlockRecord, hidden: Mapping[str, Tensor] | None = None) -> None:
+        """Write the votes, the hidden states and the record, which makes the block finished."""
+        save_votes(run.votes_path(self.block.index), self.totals.votes, self.block.linears)
+        run.finish_block(self.block.index, record, hidden)
+
+
+def decide_and_write(
+    aggregate: Aggregate[BlockDecision],
+    writer: CheckpointWriter | None,
+    announce: Callable[[BlockDecision], object] | None = None,
+    clock: Clock | None = None,
+) -> BlockDecision:
+    """Decide about a block, let the decision take effect, and write the pruned block.
+
+    Args:
+        aggregate: The sums over all participants.
+        writer: Of the pruned model; None if that block was written before.
+        announce: Told the decision before it takes effect, while the block still has its own weights.
+        clock: Told how long it takes.
+    """
+    with clock.phase("aggregate") if clock else nullcontext():
+        decision = aggregate.decide()
+        if announce is not None:
+            announce(decision)
+        decision.take_effect(aggregate.block)
+    with clock.phase("write") if clock else nullcontext():
+        if writer is not None:
+            writer.write(aggregate.block.index, aggregate.block.tensors)
+    return decision

@@ -1,0 +1,163 @@
+"""All participants in one process: one walk over the blocks, taken by all of them together.
+
+In memory at any time: one block, its votes, one participant's masks of it and all hidden states. The
+checkpoint is read once and written once, whatever the number of participants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from torch import Tensor
+
+from fedprllm.deciding import BlockDecision
+from fedprllm.models.block import Block
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.progress import Progress
+from fedprllm.pruning.aggregate import Aggregate, decide_and_write
+from fedprllm.pruning.clock import Clock
+from fedprllm.pruning.method import Method
+from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.run_folder import Run
+from fedprllm.pruning.walk import Walker
+
+__all__ = ["prune_in_process"]
+
+Advance = Callable[[int], None]
+Sample = Mapping[str, Sequence[int]]
+
+
+def prune_in_process(
+    model: BlockwiseModel,
+    participants: Sequence[Participant],
+    methods: Mapping[str | None, Method[BlockDecision]],
+    run: Run,
+    progress: Progress,
+    samples: Sample,
+) -> None:
+    """Walk all blocks that are not finished yet, and leave the complete model(s) in the run's folder.
+
+    Args:
+        model: The model to prune.
+        participants: In the order of their names; under ``centralized`` the one that holds all windows.
+        methods: How the run prunes, under None; and under its name, how a participant does that
+            allocates sparsity for itself.
+        run: An open run.
+        progress: Told of every participant's step.
+        samples: The blocks that each participant prunes, by name.
+
+    Raises:
+        ModelError: An activation is not finite.
+        RunError: The disk is full.
+    """
+    strategy = methods[None].strategy
+    together = strategy.server_votes or strategy.pools_text
+    writers = {
+        name: CheckpointWriter(run.unfinished_model_dir(name), model.n_blocks)
+        for name in ([None] if together else [participant.name for participant in participants])
+        if not run.model_dir(name).exists()
+    }
+    walk = _SharedWalk(model, participants, methods, run, writers, samples)
+    with progress("pruning", model.n_blocks * len(participants)) as advance:
+        advance(run.n_finished * len(participants))
+        walk.resume(run.n_finished)
+        for index in range(run.n_finished, model.n_blocks):
+            walk.step(index, advance)
+    outside = model.names_outside_blocks()
+    for name, writer in writers.items():
+        writer.write(None, model.checkpoint.load(outside))
+        writer.finish(model.folder)
+        run.publish_model(name)
+
+
+class _SharedWalk:
+    """The walk of all participants, block by block."""
+
+    def __init__(
+        self,
+        model: BlockwiseModel,
+        participants: Sequence[Participant],
+        methods: Mapping[str | None, Method[BlockDecision]],
+        run: Run,
+        writers: Mapping[str | None, CheckpointWriter],
+        samples: Sample,
+    ) -> None:
+        self.model, self.run, self.writers = model, run, writers
+        self.method = methods[None]
+        self.walkers = [
+            Walker(one, methods.get(one.name, self.method), model.n_blocks, samples[one.name])
+            for one in participants
+        ]
+
+    def resume(self, n_finished: int) -> None:
+        """Bring all hidden states to the first block that is not finished."""
+        if not self.method.uses_inputs or n_finished == self.model.n_blocks:
+            return
+        for walker in self.walkers:
+            walker.enter(self.model)
+        if n_finished:
+            kept = self.run.hidden_after(n_finished - 1)
+            for walker in self.walkers:
+                walker.participant.hidden.fill(
+                    kept[_hidden_name(walker, window)].clone().to(self.model.device)
+                    for window in range(len(walker.participant.windows))
+                )
+
+    def step(self, index: int, advance: Advance) -> None:
+        """Prune one block for everyone and keep the result."""
+        clock = Clock()
+        for walker in self.walkers:
+            walker.clock = clock
+        with ExitStack() as stack:
+            with clock.phase("read"):
+                block = stack.enter_context(self.model.block(index))
+            self._step(block, clock, advance)
+
+    def _step(self, block: Block, clock: Clock, advance: Advance) -> None:
+        aggregate = Aggregate(block, self.method)
+        own_ties: dict[str, int] = {}
+        decision: BlockDecision | None = None
+        for walker in self.walkers:
+            contribution = walker.contribute(block)
+            if contribution.update is not None:
+                with clock.phase("vote"):
+                    aggregate.add(walker.name, contribution.update, walker.participant.n_tokens)
+            if contribution.decision is not None:
+                decision = contribution.decision
+                own_ties[walker.name] = decision.n_ties
+                self._write_own(walker, block, decision, clock)
+            walker.advance(block, contribution.weights)
+            advance(1)
+        if self.method.strategy.server_votes:
+            decision = decide_and_write(aggregate, self.writers.get(None), clock=clock)
+        assert decision is not None, "whoever is not voted for decides alone"
+        if self.method.strategy.follows_server:
+            for walker in self.walkers:
+                walker.advance(block, decision.weights)
+        with clock.phase("record"):
+            record = aggregate.record(decision, participant_ties=own_ties, seconds=clock)
+            aggregate.keep(self.run, record, self._hidden(block))
+
+    def _write_own(self, walker: Walker, block: Block, decision: BlockDecision, clock: Clock) -> None:
+        """Write the block as a participant alone prunes it, where that is the model."""
+        strategy = self.method.strategy
+        name = None if strategy.pools_text else walker.name
+        if not strategy.server_votes and name in self.writers:
+            with clock.phase("write"):
+                self.writers[name].write(block.index, {**block.tensors, **decision.weights})
+
+    def _hidden(self, block: Block) -> dict[str, Tensor]:
+        """The input of the next block, by participant and window."""
+        return {
+            _hidden_name(walker, number): state
+            for walker in self.walkers
+            if walker.walks_on(block)
+            for number, state in enumerate(walker.participant.hidden.kept())
+        }
+
+
+def _hidden_name(walker: Walker, window: int) -> str:
+    """By participant: two with the same text walk differently where they prune different blocks."""
+    return f"{walker.name}.{window}"

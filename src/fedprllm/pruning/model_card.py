@@ -1,0 +1,93 @@
+"""The model card of a pruned model: what it is, how it was made, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedprllm.evaluation.results import Perplexity
+from fedprllm.files import write_text
+from fedprllm.pruning.records import RunRecord
+
+__all__ = ["write_model_card"]
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pruned, sparse, fedprllm]
+---
+# {title}
+
+{source}, pruned to {sparsity:.1%} zeros in the Linear layers of its decoder blocks by {participants}.
+Embedding and head are untouched; pruned weights are exact zeros in an ordinary Hugging Face checkpoint.
+
+| | |
+|---|---|
+| base model | {source} |
+| strategy | {strategy} |
+| criterion | {criterion} |
+| pattern | {pattern} |
+| comparison groups | local {local_group}, server {server_group} |
+| weight scaling | {scaled} |
+| ties | by {ties} |
+| calibration | {windows} windows, {tokens:,} tokens |
+| prunable weights | {n_prunable:,} |
+| zeros among them | {n_zeros:,} |
+
+{evaluation}## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+The zeros save memory and time only in software that uses them (sparse kernels, sparse file formats).
+Method: FedPrLLM (arXiv 2505.13547). Made with fedprllm {version}.
+"""
+
+
+def write_model_card(folder: Path, record: RunRecord) -> None:
+    """Write README.md into a pruned model's folder.
+
+    Args:
+        folder: The model's folder.
+        record: The result of the run.
+    """
+    config = record.config
+    participants = record.participants.values()
+    n = len(participants)
+    text = _CARD.format(
+        title=f"{Path(record.model.source).name}, {record.sparsity:.0%} sparse",
+        source=record.model.source,
+        sparsity=record.sparsity,
+        participants=f"{n} participants who kept their text" if n > 1 else "one participant",
+        strategy=config.strategy,
+        criterion=config.criterion,
+        pattern=config.pattern,
+        local_group=config.local_group,
+        server_group=config.server_group,
+        scaled="(m - votes) / m" if config.scale_weights else "none",
+        ties=config.ties,
+        windows=sum(one.n_windows for one in participants),
+        tokens=sum(one.n_tokens for one in participants),
+        n_prunable=record.n_prunable,
+        n_zeros=record.n_zeros,
+        evaluation=_evaluation(record.evaluation),
+        folder=folder.name,
+        version=record.versions["fedprllm"],
+    )
+    write_text(folder / "README.md", text)
+
+
+def _evaluation(evaluation: Mapping[str, Sequence[Perplexity]]) -> str:
+    """A table of perplexities, one row per text, or nothing."""
+    if not evaluation:
+        return ""
+    names = list(evaluation)
+    rows = [f"| text | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for number, first in enumerate(evaluation[names[0]]):
+        values = [evaluation[name][number].perplexity for name in names]
+        rows.append(f"| {first.text} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    return "## Perplexity\n\n" + "\n".join(rows) + "\n\n"

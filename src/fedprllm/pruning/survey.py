@@ -1,0 +1,134 @@
+"""How much each block loses (OWL): counted on the unpruned model before pruning starts, then fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+
+from fedprllm.config import PruneConfig
+from fedprllm.core.layer_sampling import sample_blocks
+from fedprllm.core.owl import Outliers, allocate
+from fedprllm.errors import ConfigError
+from fedprllm.files import read_json, write_json
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.progress import Progress
+from fedprllm.pruning.aggregate import Aggregate
+from fedprllm.pruning.method import Method, deciding_group, survey_method
+from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.run_folder import Run
+from fedprllm.pruning.walk import Walker
+
+__all__ = ["allocated", "outlier_ratios", "sampled", "survey_in_process"]
+
+Sample = Mapping[str, Sequence[int]]
+
+
+def survey_in_process(
+    model: BlockwiseModel,
+    participants: Sequence[Participant],
+    config: PruneConfig,
+    samples: Sample,
+    run: Run,
+    progress: Progress,
+) -> dict[str | None, list[Outliers]]:
+    """Count the outliers of each block, once for a run.
+
+    Args:
+        model: The unpruned model.
+        participants: Those who walk, in the order of their names.
+        config: The resolved configuration.
+        samples: The blocks that each of them looks at.
+        run: An open run, which keeps the counts.
+        progress: Told of every step.
+
+    Returns:
+        Outliers by block, over all participants under the name None; under ``local-only`` those of each
+        participant. Nothing if all blocks are pruned alike.
+    """
+    if config.allocation == "uniform":
+        return {}
+    path = run.folder / "allocation.json"
+    method = survey_method(config)
+    groups = _surveyed_together(config, participants)
+    if not path.exists():
+        counts = {}
+        with progress("counting outliers", model.n_blocks * len(participants)) as advance:
+            for name, members in groups.items():
+                walkers = [Walker(one, method, model.n_blocks, samples[one.name]) for one in members]
+                counts[name or ""] = [
+                    (found.n_outliers, found.n_scores) for found in _survey(model, walkers, method, advance)
+                ]
+        write_json(path, counts)
+    kept = read_json(path)
+    return {name: [Outliers(*pair) for pair in kept[name or ""]] for name in groups}
+
+
+def _surveyed_together(
+    config: PruneConfig, participants: Sequence[Participant]
+) -> dict[str | None, Sequence[Participant]]:
+    if config.strategy == "local-only":
+        return {participant.name: [participant] for participant in participants}
+    return {None: participants}
+
+
+def _survey(
+    model: BlockwiseModel,
+    walkers: Sequence[Walker],
+    method: Method[Outliers],
+    advance: Callable[[int], None],
+) -> list[Outliers]:
+    for walker in walkers:
+        walker.enter(model)
+    found = []
+    for index in range(model.n_blocks):
+        with model.block(index) as block:
+            aggregate = Aggregate(block, method)
+            for walker in walkers:
+                contribution = walker.contribute(block)
+                if contribution.update is not None:
+                    aggregate.add(walker.name, contribution.update, walker.participant.n_tokens)
+                walker.advance(block, contribution.weights)
+                advance(1)
+            found.append(aggregate.decide())
+    return found
+
+
+def allocated(
+    model: BlockwiseModel, outliers: Sequence[Outliers], config: PruneConfig
+) -> dict[str, Fraction]:
+    """Sparsity of every Linear by weight name, the less the more outliers its block has."""
+    shares = allocate(
+        [found.ratio for found in outliers],
+        [[linear.shape for linear in of_block.values()] for of_block in model.linears],
+        deciding_group(config),
+        config.sparsity,
+        config.owl_lambda,
+    )
+    return {
+        name: share
+        for of_block, of_shares in zip(model.linears, shares, strict=True)
+        for name, share in zip(of_block, of_shares, strict=True)
+    }
+
+
+def outlier_ratios(outliers: Mapping[str | None, Sequence[Outliers]]) -> dict[str, list[float]]:
+    """For the result: the share of outliers by block, of each participant under ``local-only``."""
+    return {name or "model": [found.ratio for found in counts] for name, counts in outliers.items()}
+
+
+def sampled(config: PruneConfig, names: Sequence[str], n_blocks: int) -> dict[str, list[int]]:
+    """The blocks that each participant prunes and shares.
+
+    Raises:
+        ConfigError: There are more blocks than all of them prune together, or a name is unknown.
+    """
+    fractions = config.block_fractions(names)
+    samples = sample_blocks(fractions, n_blocks, config.seed)
+    if samples is None:
+        total = float(sum(fractions.values()))
+        raise ConfigError(
+            f"block_fraction {config.block_fraction} leaves blocks without a participant: {len(names)} "
+            f"participants prune {total:g} times the {n_blocks} blocks of the model, rounded down for each; "
+            "expected at least 1: raise it, or take more participants"
+        )
+    return samples

@@ -1,0 +1,137 @@
+"""The walk: how a participant gets through the blocks of a model, and what it contributes on the way.
+
+    for block in model:
+        contribution = walker.contribute(block)     # observe, decide for itself, share
+        ...                                         # the server decides, now or later
+        walker.advance(block, weights)              # compute the input of the next block
+
+In one process, at a site, in a dry run, in a survey and in a study, this is the one place where a block is
+observed, an update is made and hidden states move on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedprllm.deciding import BlockDecision, own_decision
+from fedprllm.models.block import Block
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.observe import BlockStatistics
+from fedprllm.pruning.clock import Clock
+from fedprllm.pruning.method import Method
+from fedprllm.pruning.participant import Participant
+from fedprllm.sharing import Seen, Totals
+
+__all__ = ["Contribution", "Walker"]
+
+
+@dataclass
+class Contribution:
+    """What a participant makes of a block.
+
+    Attributes:
+        update: The tensors it shares, by name, and nothing else leaves it; None of a block left to others.
+        decision: Its own decision, where it makes one.
+        weights: The weights it walks on with, in place of the block's own; None where it has already computed
+            the next block's input, or waits for the server's decision.
+    """
+
+    update: dict[str, Tensor] | None = None
+    decision: BlockDecision | None = None
+    weights: Mapping[str, Tensor] | None = None
+
+
+class Walker:
+    """A participant on its way through the blocks of a model.
+
+    Args:
+        participant: Its text and hidden states.
+        method: What it shares, and whose decision it walks on with.
+        n_blocks: Number of blocks of the model.
+        blocks: The blocks that it prunes; it only walks through the others. All by default.
+        clock: Told how long each phase takes.
+    """
+
+    def __init__(
+        self,
+        participant: Participant,
+        method: Method[Any],
+        n_blocks: int,
+        blocks: Collection[int] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.participant, self.method = participant, method
+        self._n_blocks, self._blocks = n_blocks, range(n_blocks) if blocks is None else blocks
+        self.clock = clock or Clock()
+
+    @property
+    def name(self) -> str:
+        """Name of the participant."""
+        return self.participant.name
+
+    @property
+    def follows_server(self) -> bool:
+        """Whether the participant walks on with the server's decisions."""
+        return self.method.strategy.follows_server
+
+    def enter(self, model: BlockwiseModel) -> None:
+        """Compute the input of the first block."""
+        if self.method.uses_inputs:
+            self.participant.enter(model)
+
+    def walks_on(self, block: Block) -> bool:
+        """Whether the next block needs an input."""
+        return self.method.uses_inputs and block.index + 1 < self._n_blocks
+
+    def contribute(self, block: Block) -> Contribution:
+        """Observe a block, and make the update that the participant shares.
+
+        Raises:
+            ModelError: An activation is not finite, or a Linear was never used.
+        """
+        method, strategy = self.method, self.method.strategy
+        if block.index not in self._blocks:
+            return Contribution(weights=None if strategy.follows_server else {})
+        statistics = self._observe(block)
+        with self.clock.phase("select"):
+            own = self._decide(block, statistics) if method.sharing.shares_decision else None
+            masks = {} if own is None else {name: pruned.mask for name, pruned in own.masks.items()}
+            update = method.sharing.contribute(Seen(block, statistics, masks), method.target)
+        if own is None and not strategy.server_votes:
+            own = self._decide_from(block, update)
+        weights = None if own is None or strategy.follows_server else own.weights
+        return Contribution(update, own, weights)
+
+    def _observe(self, block: Block) -> BlockStatistics | None:
+        if not self.method.uses_inputs:
+            return None
+        walk_on = self.walks_on(block) and self.method.walks_densely
+        with self.clock.phase("observe"):
+            return self.participant.observe(block, self.method.sharing.observation, walk_on=walk_on)
+
+    def _decide(self, block: Block, statistics: BlockStatistics | None) -> BlockDecision:
+        return own_decision(block, statistics, self.method.target, self.participant.fingerprint)
+
+    def _decide_from(self, block: Block, update: Mapping[str, Tensor]) -> BlockDecision:
+        """The server's kind of decision, from this participant's update alone."""
+        totals: Totals = self.method.sharing.zeros(block.linears, block.device)
+        n_tokens = self.participant.n_tokens
+        totals.add(update, n_tokens, self.method.vote_weight(n_tokens))
+        decision = self.method.decide(totals, block, self.method.target)
+        assert isinstance(decision, BlockDecision), "a survey decides nothing about a block"
+        return decision
+
+    def advance(self, block: Block, weights: Mapping[str, Tensor] | None) -> None:
+        """Compute the next block's input with ``weights`` in place of the block's own, where there are any.
+
+        Args:
+            block: The block that was contributed to.
+            weights: ``Contribution.weights``, or the server's where the participant follows it.
+        """
+        if weights is not None and self.walks_on(block):
+            with self.clock.phase("advance"):
+                self.participant.advance(block, weights)

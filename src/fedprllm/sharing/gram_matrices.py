@@ -1,0 +1,61 @@
+"""Share Gram matrices ``X^T X`` of the inputs: what a solver needs to correct the weights that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedprllm.core.sums import GramStatistics
+from fedprllm.errors import UpdateError
+from fedprllm.sharing.input_sums import distinct_inputs
+from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.target import Target
+
+__all__ = ["GRAM"]
+
+
+def _shapes(linears: Linears) -> Shapes:
+    return {name: ((width, width), torch.float32) for name, width in distinct_inputs(linears).items()}
+
+
+def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one signature for all ways of sharing
+    assert seen.statistics is not None, "PruneConfig refuses sums with a criterion that uses no text"
+    update = {}
+    for name in distinct_inputs(seen.block.linears):
+        sums = seen.statistics[name]
+        assert isinstance(sums, GramStatistics)
+        update[name] = sums.gram.to(torch.float32)
+    return update
+
+
+def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> None:  # noqa: ARG001
+    for name in distinct_inputs(linears):
+        gram = update[name]
+        if not (gram.diagonal() >= 0).all():
+            raise UpdateError(f"the Gram matrix of '{name}' has a negative number on its diagonal")
+        if not torch.allclose(gram, gram.T, rtol=1e-3, atol=1e-3 * float(gram.abs().max())):
+            raise UpdateError(f"the Gram matrix of '{name}' is not symmetric")
+
+
+def _zeros(linears: Linears, device: torch.device) -> Totals:
+    return Totals(
+        {
+            name: torch.zeros(width, width, dtype=torch.float32, device=device)
+            for name, width in distinct_inputs(linears).items()
+        }
+    )
+
+
+GRAM = Sharing(
+    kind="gram",
+    noun="sums of products of the inputs of the Linears",
+    content="For each distinct input of the Linears, the sum of products of each two channels.",
+    shapes=_shapes,
+    contribute=_contribute,
+    check=_check,
+    zeros=_zeros,
+    observation=partial(GramStatistics.zeros, dtype=torch.float32),
+)

@@ -1,0 +1,66 @@
+"""Share sums of squares of the inputs: the server computes the scores of the pooled text.
+
+A score such as Wanda's needs of the text only ``sum_x x_j^2`` per input channel, and these sums add up over
+participants. Query, key and value read one input, as do gate and up: it is shared once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedprllm.errors import UpdateError
+from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.target import Target
+
+__all__ = ["STATISTICS", "distinct_inputs", "pooled_norms"]
+
+
+def distinct_inputs(linears: Linears) -> dict[str, int]:
+    """Width of every distinct input of a block, by the name of the first Linear that reads it."""
+    return {linear.source: linear.shape[1] for linear in linears.values()}
+
+
+def _shapes(linears: Linears) -> Shapes:
+    return {name: ((width,), torch.float32) for name, width in distinct_inputs(linears).items()}
+
+
+def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one signature for all ways of sharing
+    assert seen.statistics is not None, "PruneConfig refuses sums with a criterion that uses no text"
+    return {
+        name: seen.statistics[name].sum_of_squares.to(torch.float32)
+        for name in distinct_inputs(seen.block.linears)
+    }
+
+
+def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> None:  # noqa: ARG001
+    for name in distinct_inputs(linears):
+        if not (update[name] >= 0).all():
+            raise UpdateError(f"the sums of squares of '{name}' hold a negative number or NaN")
+
+
+def _zeros(linears: Linears, device: torch.device) -> Totals:
+    return Totals(
+        {
+            name: torch.zeros(width, dtype=torch.float64, device=device)
+            for name, width in distinct_inputs(linears).items()
+        }
+    )
+
+
+def pooled_norms(totals: Totals, linears: Linears) -> dict[str, Tensor]:
+    """``||X_j||_2`` of the input of each Linear over everyone's tokens, float32 [in]."""
+    return {name: totals.sums[linear.source].sqrt().to(torch.float32) for name, linear in linears.items()}
+
+
+STATISTICS = Sharing(
+    kind="statistics",
+    noun="sums over the inputs of the Linears",
+    content="For each distinct input of the Linears, the sum of squares of each channel.",
+    shapes=_shapes,
+    contribute=_contribute,
+    check=_check,
+    zeros=_zeros,
+)

@@ -1,0 +1,110 @@
+"""What every way of sharing provides, and the sums that its updates add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fedprllm.core.bitplanes import PackedVotes, pack
+from fedprllm.core.sums import InputStatistics
+from fedprllm.models.block import Block, Linear
+from fedprllm.models.observe import BlockStatistics, Observation
+from fedprllm.sharing.target import Target
+
+__all__ = ["Linears", "Seen", "Shapes", "Sharing", "Tensors", "Totals", "update_bytes"]
+
+Tensors = dict[str, Tensor]
+Linears = Mapping[str, Linear]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a participant has of a block before it shares anything: nothing of this leaves it.
+
+    Attributes:
+        block: The block, unpruned.
+        statistics: Sums over the inputs of its Linears; None where the criterion uses no text.
+        masks: The participant's own prune masks, [out, in] by weight name; empty where what is shared does
+            not depend on them.
+    """
+
+    block: Block
+    statistics: BlockStatistics | None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Totals:
+    """Sums of updates over participants, for one block.
+
+    Attributes:
+        sums: Of floating-point tensors, by name.
+        votes: Of masks, by name.
+        n_participants: Number of updates added so far.
+        n_tokens: Number of calibration tokens behind them.
+        weight: Sum of what each participant's votes count.
+    """
+
+    sums: Tensors = field(default_factory=dict)
+    votes: dict[str, PackedVotes] = field(default_factory=dict)
+    n_participants: int = 0
+    n_tokens: int = 0
+    weight: int = 0
+
+    def add(self, update: Mapping[str, Tensor], n_tokens: int, weight: int = 1) -> None:
+        """Add one participant's update.
+
+        Args:
+            update: Its tensors; what is neither summed nor voted on is passed over.
+            n_tokens: Number of calibration tokens it was computed from.
+            weight: How many times each of its masks counts; sums weigh what they are.
+        """
+        for name, total in self.sums.items():
+            total += update[name].to(total.device)
+        for name, votes in self.votes.items():
+            votes.add(pack(update[name]), weight=weight)
+        self.n_participants += 1
+        self.n_tokens += n_tokens
+        self.weight += weight
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A way of sharing: what leaves a participant of every block, and how it adds up.
+
+    Updates are additive: the server needs nothing but their sum over participants.
+
+    Attributes:
+        kind: The word for it in plans, settings, messages and ledgers.
+        noun: What is shared, in two or three words, for a sentence.
+        content: What an update holds, in one sentence, for the report and the participant's terminal.
+        shapes: Shape and type of every tensor of a valid update, from the Linears of a block.
+        contribute: The update of a participant, from what it has seen.
+        check: Refuses an update that has the right shapes but cannot come from an honest participant.
+        zeros: Empty sums, on a device.
+        shares_decision: An update follows from the participant's own prune masks.
+        observation: What a participant sums up of the inputs.
+    """
+
+    kind: str
+    noun: str
+    content: str
+    shapes: Callable[[Linears], Shapes]
+    contribute: Callable[[Seen, Target], Tensors]
+    check: Callable[[Linears, Mapping[str, Tensor], Target], None]
+    zeros: Callable[[Linears, torch.device], Totals]
+    shares_decision: bool = False
+    observation: Observation = InputStatistics.zeros
+
+
+def update_bytes(shapes: Shapes) -> int:
+    """Payload of an update in bytes: a bit for each mask entry, for each number the width of its type."""
+    return sum(
+        (prod(shape) + 7) // 8 if dtype == torch.bool else prod(shape) * dtype.itemsize
+        for shape, dtype in shapes.values()
+    )

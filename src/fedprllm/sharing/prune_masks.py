@@ -1,0 +1,68 @@
+"""Share prune masks, the paper's way: one bit for every prunable weight (FedPrLLM, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedprllm.core.bitplanes import PackedVotes
+from fedprllm.errors import UpdateError
+from fedprllm.models.block import Linear
+from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.target import Target
+
+__all__ = ["MASKS", "check_mask", "zero_votes"]
+
+
+def _shapes(linears: Linears) -> Shapes:
+    return {name: (linear.shape, torch.bool) for name, linear in linears.items()}
+
+
+def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one signature for all ways of sharing
+    return dict(seen.masks)
+
+
+def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> None:
+    for name, linear in linears.items():
+        check_mask(linear, update[name], target)
+
+
+def check_mask(linear: Linear, mask: Tensor, target: Target) -> None:
+    """Refuse a ballot that does not prune exactly k weights of every local comparison group.
+
+    Raises:
+        UpdateError: Names the weight and the first group that differs.
+    """
+    grouping = target.local_grouping(linear)
+    counts = grouping.split(mask).sum(dim=1)
+    k = grouping.n_pruned(linear.shape)
+    wrong = (counts != k).nonzero()
+    if wrong.numel():
+        first = int(wrong[0])
+        raise UpdateError(
+            f"the mask of '{linear.name}' prunes {int(counts[first])} weights in comparison group {first} "
+            f"({grouping.group}): expected exactly {k} at sparsity {float(grouping.sparsity):g}"
+        )
+
+
+def zero_votes(linears: Linears) -> dict[str, PackedVotes]:
+    """No votes yet on any Linear."""
+    return {name: PackedVotes(linear.n_weights) for name, linear in linears.items()}
+
+
+def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001  votes are counted on the CPU
+    return Totals(votes=zero_votes(linears))
+
+
+MASKS = Sharing(
+    kind="mask",
+    noun="prune masks",
+    content="One bit for each prunable weight: whether the participant would prune it.",
+    shapes=_shapes,
+    contribute=_contribute,
+    check=_check,
+    zeros=_zeros,
+    shares_decision=True,
+)

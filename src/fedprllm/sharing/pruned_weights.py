@@ -1,0 +1,63 @@
+"""Share pruned weights, FedSpaLLM's way: each weight and one bit that says whether it was pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedprllm.errors import UpdateError
+from fedprllm.models.block import PrunedWeights
+from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.prune_masks import check_mask, zero_votes
+from fedprllm.sharing.target import Target
+
+__all__ = ["WEIGHTS", "mask_name"]
+
+
+def mask_name(name: str) -> str:
+    """Name of the mask beside a weight's tensor."""
+    return f"{name}.mask"
+
+
+def _shapes(linears: Linears) -> Shapes:
+    weights: Shapes = {name: (linear.shape, linear.dtype) for name, linear in linears.items()}
+    return weights | {mask_name(name): (linear.shape, torch.bool) for name, linear in linears.items()}
+
+
+def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one signature for all ways of sharing
+    weights = PrunedWeights(seen.block, seen.masks)
+    update: Tensors = {}
+    for name, linear in seen.block.linears.items():
+        update[name] = linear.view(weights).contiguous()
+        update[mask_name(name)] = seen.masks[name]
+    return update
+
+
+def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> None:
+    for name, linear in linears.items():
+        mask = update[mask_name(name)]
+        check_mask(linear, mask, target)
+        if (update[name][mask] != 0).any():
+            raise UpdateError(f"the weights of '{name}' are not zero where their mask prunes")
+
+
+def _zeros(linears: Linears, device: torch.device) -> Totals:
+    sums = {
+        name: torch.zeros(linear.shape, dtype=torch.float32, device=device)
+        for name, linear in linears.items()
+    }
+    return Totals(sums, {mask_name(name): votes for name, votes in zero_votes(linears).items()})
+
+
+WEIGHTS = Sharing(
+    kind="weights",
+    noun="pruned weights",
+    content="The pruned weights, and one bit for each that says whether it was pruned.",
+    shapes=_shapes,
+    contribute=_contribute,
+    check=_check,
+    zeros=_zeros,
+    shares_decision=True,
+)

@@ -1,0 +1,159 @@
+"""What participants shared, kept: a walk is taken once and serves every cell that can use it.
+
+A one-shot participant's updates depend on its text and on its own options, never on the server's. So server
+group, scaling, the server's ties, the number of participants, and the models made alone or with pooled text
+need no forward pass of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedprllm.config import PruneConfig
+from fedprllm.core.bitplanes import pack
+from fedprllm.files import save_tensors, write_json
+from fedprllm.models.block import Block
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.pruning.method import pruning_method
+from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.walk import Walker
+from fedprllm.sharing import SHARING, update_bytes
+from fedprllm.sharing.interface import Shapes
+
+__all__ = ["KeptWalk", "KeptWalks", "is_served"]
+
+# Ways of sharing whose one-shot updates are kept. Those of the others are large.
+_SHARES = ("mask", "statistics")
+_STRATEGIES = ("one-shot", "local-only", "centralized")
+# Options that only the server looks at, and those that the fingerprint of the windows stands for.
+_SERVER = ("server_group", "strategy", "scale_weights", "server_ties", "weighting", "max_update_mb")
+_TEXT = ("windows", "window_length", "bos", "seed")
+# Options of a participant's own decision: sums are the same whatever they are.
+_DECIDING = ("sparsity", "pattern", "criterion", "local_group", "ties")
+_COMPUTING = ("share", "dtype", "device")
+
+
+def is_served(config: PruneConfig) -> bool:
+    """Whether a run's decisions follow from walks that are kept; if not it has to be computed whole.
+
+    An option that is not known here is taken to change the walk, unless it has its default.
+    """
+    known = {*_SERVER, *_TEXT, *_DECIDING, *_COMPUTING}
+    fields = type(config).model_fields
+    others_default = all(
+        getattr(config, name) == field.default for name, field in fields.items() if name not in known
+    )
+    # Centralized statistics are centralized masks: who holds all text decides alone.
+    alone = config.strategy != "one-shot" and config.share != "mask"
+    return config.share in _SHARES and config.strategy in _STRATEGIES and others_default and not alone
+
+
+@dataclass(frozen=True)
+class KeptWalk:
+    """The updates of one participant, block by block, in a folder.
+
+    Attributes:
+        folder: one safetensors file per block; masks as packed bits.
+        record: what was noted about the walk.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    def update(self, block: Block, shapes: Shapes) -> dict[str, Tensor]:
+        """The update of a block, as `Sharing.contribute` made it."""
+        stored = load_file(self.folder / f"block-{block.index:04d}.safetensors")
+        return {name: _unpacked(stored[name], *shape) for name, shape in shapes.items()}
+
+
+class KeptWalks:
+    """KeptWalks by what they depend on, computed when they are first asked for.
+
+    Args:
+        model: the model.
+        digest: its fingerprint.
+        folder: where they are kept.
+    """
+
+    def __init__(self, model: BlockwiseModel, digest: str, folder: Path) -> None:
+        self._model, self._digest, self._folder = model, digest, folder
+
+    def key(self, participant: Participant, config: PruneConfig) -> str:
+        """A name for files: a function of everything that the walk depends on."""
+        values = config.model_dump(mode="json", include={*_DECIDING, *_COMPUTING})
+        if not SHARING[config.share].shares_decision:
+            values = {name: value for name, value in values.items() if name not in _DECIDING}
+        elif config.ties == "random":
+            values["seed"] = config.seed
+        text = json.dumps([self._digest, participant.fingerprint, values], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def has(self, participant: Participant, config: PruneConfig) -> bool:
+        """Whether the walk was taken before."""
+        return (self._folder / self.key(participant, config) / "walk.json").exists()
+
+    def bytes_of(self, config: PruneConfig) -> int:
+        """Disk space of one walk."""
+        return sum(update_bytes(SHARING[config.share].shapes(linears)) for linears in self._model.linears)
+
+    def of(self, participant: Participant, config: PruneConfig, advance: Callable[[int], None]) -> KeptWalk:
+        """A participant's one-shot walk through all blocks, or its record from before.
+
+        Args:
+            participant: whose.
+            config: that `is_served`.
+            advance: told how many windows went through a block.
+        """
+        folder = self._folder / self.key(participant, config)
+        record = folder / "walk.json"
+        if not record.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            n_ties = self._take(participant, config, folder, advance)
+            write_json(record, {"participant": participant.describe().as_json(), "n_ties": n_ties})
+        return KeptWalk(folder, json.loads(record.read_text(encoding="utf-8")))
+
+    def _take(
+        self, participant: Participant, config: PruneConfig, folder: Path, advance: Callable[[int], None]
+    ) -> int:
+        """Walk once, and keep every update; returns the number of prunes that the tie rule decided."""
+        n_ties = 0
+        # What a participant shares is the same under every strategy that keeps its updates.
+        method = pruning_method(config.model_copy(update={"strategy": "one-shot"}))
+        walker = Walker(participant, method, self._model.n_blocks)
+        walker.enter(self._model)
+        n_windows = len(participant.windows) if method.uses_inputs else 0
+        for index in range(self._model.n_blocks):
+            with self._model.block(index) as block:
+                contribution = walker.contribute(block)
+                assert contribution.update is not None, "a kept walk prunes every block"
+                advance(n_windows)
+                path = folder / f"block-{index:04d}.safetensors"
+                save_tensors(path, {name: _packed(tensor) for name, tensor in contribution.update.items()})
+                walker.advance(block, contribution.weights)
+                if contribution.decision is not None:
+                    n_ties += contribution.decision.n_ties
+                    advance(n_windows)
+        participant.hidden.clear()
+        return n_ties
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    return torch.from_numpy(pack(tensor)) if tensor.dtype == torch.bool else tensor.cpu()
+
+
+def _unpacked(stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if dtype != torch.bool:
+        return stored
+    bits = np.unpackbits(stored.numpy(), count=prod(shape), bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).reshape(shape)

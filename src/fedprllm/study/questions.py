@@ -1,0 +1,339 @@
+"""What a study measures: settings to compare, as grids over the options of a run.
+
+A study is a list of cells; a cell is one configuration of a run, a number of participants and how text was
+dealt out to them. The paper's questions are grids in a table, `QUESTIONS`; a user's own are ``[[grid]]``
+tables of the configuration file. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedprllm.config import PruneConfig
+from fedprllm.errors import ConfigError, did_you_mean
+
+__all__ = ["PARTITIONS", "QUESTIONS", "Cell", "StudyConfig", "cells_of"]
+
+PARTITIONS = ("iid", "domain", "dirichlet")
+_Values = dict[str, Sequence[Any]]
+# What a grid may vary besides the fields of `PruneConfig`.
+_OWN_AXES = ("participants", "partition")
+_TIES = ("index", "random", "magnitude")
+
+
+class StudyConfig(BaseModel):
+    """What a study is run on, and the values that its questions range over.
+
+    The first value of a list is the one that a question about something else is asked at.
+
+    Raises:
+        ConfigError: a value is unknown, out of range or contradicts another one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(description="hub id, local folder or GGUF file")]
+    data: Annotated[
+        tuple[str, ...], Field(description="text that is dealt out to the participants at random")
+    ] = ()
+    domains: Annotated[
+        tuple[str, ...],
+        Field(description="one text for each participant, where they are to differ; a part is held out"),
+    ] = ()
+    eval: Annotated[
+        tuple[str, ...], Field(description="text on which all but the questions about domains are measured")
+    ] = ()
+    questions: Annotated[
+        tuple[str, ...] | None, Field(description="which to ask; all that there is text for by default")
+    ] = None
+    sparsity: Annotated[tuple[float, ...], Field(min_length=1, description="fractions of zeros")] = (0.5,)
+    participants: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="numbers of participants")
+    ] = (8,)
+    windows: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        Field(min_length=1, description="windows of each"),
+    ] = (2,)
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...],
+        Field(min_length=1, description="each cell is measured once for every seed"),
+    ] = (0, 1, 2)
+    window_length: Annotated[int, Field(ge=2, description="tokens per window")] = 512
+    eval_tokens: Annotated[int, Field(ge=2, description="tokens of each text to measure on, at most")] = 16384
+    local_models: Annotated[
+        int, Field(ge=1, description="of how many participants the models made alone are measured, at most")
+    ] = 4
+    alpha: Annotated[float, Field(gt=0, description="concentration of the partition dirichlet")] = 0.3
+    bos: Literal["auto", "every", "start", "never"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Annotated[str, Field(description="where to compute: cpu, cuda, ...")] = "cpu"
+    grid: Annotated[
+        tuple[dict[str, Any], ...], Field(description="grids of your own, over any option of prune")
+    ] = ()
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or "study"
+            if first["type"] == "extra_forbidden":
+                raise ConfigError(
+                    f"study: unknown option {did_you_mean(name, type(self).model_fields)}"
+                ) from None
+            raise ConfigError(f"study: {name}: {first['msg']}, found {first['input']!r}") from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for question in self.questions or ():
+            if question not in QUESTIONS:
+                raise ConfigError(f"unknown question {did_you_mean(question, QUESTIONS)}")
+            if _needs_domains(QUESTIONS[question].grids(self)) and len(self.domains) < 2:
+                raise ConfigError(f"question {question} needs two domains or more: name their texts")
+        if not self.data and not self.domains:
+            raise ConfigError("no text: name data to deal out, or domains with one participant each")
+        if self.data and not self.eval:
+            raise ConfigError("nothing to measure on: name texts that were not calibrated on (eval)")
+        return self
+
+    @property
+    def asked(self) -> list[str]:
+        """The questions to ask, in the order of the table."""
+        if self.questions is not None:
+            return [name for name in QUESTIONS if name in self.questions]
+        have_domains, have_data = len(self.domains) > 1, bool(self.data)
+        return [
+            name
+            for name, question in QUESTIONS.items()
+            if (have_domains if _needs_domains(question.grids(self)) else have_data)
+        ]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and the grids that answer it.
+
+    Attributes:
+        title: as a heading.
+        paper: what the paper finds, or that it does not ask.
+        grids: made from the study's own lists of values.
+        pairs: comparisons that answer it: ``(axis, value, other value)``, everything else being equal.
+        by: an axis for each of whose values the comparisons are made apart.
+    """
+
+    title: str
+    paper: str
+    grids: Any
+    pairs: tuple[tuple[str, Any, Any], ...] = ()
+    by: str = ""
+
+
+def _domains(**values: Sequence[Any]) -> _Values:
+    return {"partition": ["domain"], **values}
+
+
+QUESTIONS: dict[str, Question] = {
+    "methods": Question(
+        "Together, alone, or with pooled text",
+        "Finding 4: pruning together beats pruning alone and comes close to pooled text.",
+        lambda s: [{"sparsity": s.sparsity, "strategy": ["one-shot", "local-only", "centralized"]}],
+        (("strategy", "local-only", "one-shot"), ("strategy", "centralized", "one-shot")),
+        "sparsity",
+    ),
+    "groups": Question(
+        "What is compared with what",
+        "Finding 1: with local groups by row, the server may compare by layer or by row; by column "
+        "collapses. Locally by layer only server = layer works; locally by column, layer and column work.",
+        lambda _: [
+            {"local_group": ["row", "layer", "column"], "server_group": ["layer", "row", "column"]},
+        ],
+        (("server_group", "layer", "row"), ("server_group", "layer", "column")),
+        "local_group",
+    ),
+    "ties": Question(
+        "What the tie rule does",
+        "The paper's code draws ties at random for layer and takes the lowest index for row and column.",
+        lambda s: [
+            {"server_group": ["layer", "row", "column"], "server_ties": list(_TIES)},
+            {"sparsity": s.sparsity, "server_ties": list(_TIES)},
+        ],
+        (("server_ties", "index", "random"), ("server_ties", "index", "magnitude")),
+        "server_group",
+    ),
+    "scaling": Question(
+        "Scaling what stays by the votes",
+        "Finding 2: weight scaling hurts.",
+        lambda s: [{"sparsity": s.sparsity, "scale_weights": [False, True]}],
+        (("scale_weights", False, True),),
+        "sparsity",
+    ),
+    "rounds": Question(
+        "One round, or one for every block",
+        "Finding 3: iterative is no better than one-shot.",
+        lambda s: [{"sparsity": s.sparsity, "strategy": ["one-shot", "iterative"]}],
+        (("strategy", "one-shot", "iterative"),),
+        "sparsity",
+    ),
+    "participants": Question(
+        "Number of participants",
+        "Finding 4: pruning together beats pruning alone at every number of participants from 2 to 64.",
+        lambda s: [
+            {"strategy": ["one-shot", "local-only", "centralized"], "participants": s.participants},
+        ],
+        (("strategy", "local-only", "one-shot"), ("strategy", "centralized", "one-shot")),
+        "participants",
+    ),
+    "windows": Question(
+        "How much text each has",
+        "Not asked: the paper's participants hold two samples each.",
+        lambda s: [{"windows": s.windows, "strategy": ["one-shot", "local-only"]}],
+        (("strategy", "local-only", "one-shot"),),
+    ),
+    "sharing": Question(
+        "What is shared",
+        "Not asked: the paper shares masks only.",
+        lambda s: [
+            {"sparsity": s.sparsity, "share": ["mask", "statistics"]},
+            {"share": ["weights", "gram"]},
+        ],
+        (("share", "mask", "statistics"), ("share", "mask", "weights"), ("share", "mask", "gram")),
+    ),
+    "criteria": Question(
+        "The score",
+        "Not asked: the paper uses Wanda only.",
+        lambda _: [
+            {"criterion": ["wanda", "magnitude"]},
+            {"criterion": ["ria"], "local_group": ["layer", "row"]},
+        ],
+        (("criterion", "wanda", "magnitude"), ("criterion", "wanda", "ria")),
+    ),
+    "allocation": Question(
+        "The same share of every block, or more of those that bear it",
+        "Not asked; OWL's paper finds that it matters more than the criterion at high sparsity.",
+        lambda s: [{"sparsity": s.sparsity, "allocation": ["uniform", "owl"]}],
+        (("allocation", "uniform", "owl"),),
+        "sparsity",
+    ),
+    "domains": Question(
+        "When participants hold different text",
+        "Not asked: the paper deals one corpus out at random.",
+        lambda _: [
+            _domains(strategy=["one-shot", "local-only", "centralized"]),
+            _domains(share=["statistics"]),
+        ],
+        (("strategy", "centralized", "one-shot"), ("share", "mask", "statistics")),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting under one seed.
+
+    Attributes:
+        config: of the run.
+        participants: how many there are.
+        partition: how text was dealt out: one of `PARTITIONS`.
+        questions: which it helps to answer.
+    """
+
+    config: PruneConfig
+    participants: int
+    partition: str
+    questions: tuple[str, ...] = ()
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Everything but the seed, as JSON values."""
+        values = self.config.model_dump(mode="json", exclude={"seed"})
+        return {**values, "participants": self.participants, "partition": self.partition}
+
+    @property
+    def key(self) -> str:
+        """A name for files: a function of the setting and the seed."""
+        text = json.dumps([self.setting, self.config.seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @property
+    def label(self) -> str:
+        """What differs from the defaults, for progress and messages."""
+        fields = PruneConfig.model_fields
+        given = {k: v for k, v in self.setting.items() if k not in fields or v != fields[k].default}
+        given.pop("window_length", None)
+        return " ".join(f"{name}={value}" for name, value in given.items())
+
+
+def cells_of(study: StudyConfig) -> list[Cell]:
+    """Every cell of the study once, those of one seed together.
+
+    Raises:
+        ConfigError: a grid names an unknown option, or a combination that is refused.
+    """
+    cells: dict[str, Cell] = {}
+    for seed in study.seeds:
+        for question, grid in _grids(study):
+            for values in _combinations(grid):
+                cell = _cell(study, values, seed, question)
+                known = cells.get(cell.key)
+                asked = (*known.questions, question) if known else (question,)
+                cells[cell.key] = replace(cell, questions=tuple(dict.fromkeys(asked)))
+    return list(cells.values())
+
+
+def _grids(study: StudyConfig) -> Iterator[tuple[str, _Values]]:
+    for name in study.asked:
+        for grid in QUESTIONS[name].grids(study):
+            yield name, grid
+    for number, grid in enumerate(study.grid, start=1):
+        known = [*PruneConfig.model_fields, *_OWN_AXES]
+        for axis in grid:
+            if axis not in known:
+                raise ConfigError(f"grid {number}: unknown option {did_you_mean(axis, known)}")
+        yield f"grid {number}", {k: v if isinstance(v, list) else [v] for k, v in grid.items()}
+
+
+def _combinations(grid: _Values) -> Iterator[dict[str, Any]]:
+    for values in product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+def _cell(study: StudyConfig, values: Mapping[str, Any], seed: int, question: str) -> Cell:
+    values = dict(values)
+    partition = values.pop("partition", "iid" if study.data else "domain")
+    if partition not in PARTITIONS:
+        raise ConfigError(f"{question}: unknown partition {did_you_mean(partition, PARTITIONS)}")
+    if partition != "iid" and not study.domains:
+        raise ConfigError(f"{question}: partition {partition} needs domains")
+    if partition == "iid" and not study.data:
+        raise ConfigError(f"{question}: partition iid needs data")
+    n = values.pop("participants", study.participants[0])
+    base = {
+        "sparsity": study.sparsity[0],
+        "windows": study.windows[0],
+        "window_length": study.window_length,
+        "bos": study.bos,
+        "dtype": study.dtype,
+        "device": study.device,
+        "seed": seed,
+    }
+    if "pattern" in values:
+        del base["sparsity"]
+    try:
+        config = PruneConfig(**(base | values))
+    except ConfigError as error:
+        raise ConfigError(f"{question}: {error}") from None
+    # A rule that says what is the case anyway is no setting of its own.
+    if config.server_ties == config.ties:
+        config = config.model_copy(update={"server_ties": None})
+    return Cell(config, len(study.domains) if partition == "domain" else n, partition)
+
+
+def _needs_domains(grids: Sequence[_Values]) -> bool:
+    return any(grid.get("partition", ["iid"])[0] != "iid" for grid in grids)

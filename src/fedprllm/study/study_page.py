@@ -1,0 +1,228 @@
+"""The page of a study: one section for each question, with the paper's answer and this study's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+
+from fedprllm.files import write_text
+from fedprllm.report import plots as report_plots
+from fedprllm.report.drawing import standalone
+from fedprllm.report.facts import Cell as TableCell
+from fedprllm.report.facts import Plot, Section, Table, count, percent, seconds, size
+from fedprllm.study import study_plots as plots
+from fedprllm.study.domains import own_and_others
+from fedprllm.study.questions import QUESTIONS, Cell
+from fedprllm.study.results import (
+    Measured,
+    Results,
+    Spread,
+    answers,
+    name_of,
+    spread_by_text,
+    texts_of,
+    tie_shares,
+)
+
+__all__ = ["write_page"]
+
+# Axes that a curve is drawn over, and whether they double.
+_NUMBERS = {"participants": True, "windows": True, "sparsity": False}
+_NAMES = {"participants": "participants", "windows": "windows of each participant", "sparsity": "sparsity"}
+_MAX_PANELS = 3
+
+
+def write_page(results: Results, out: Path) -> None:
+    """Write ``report.html``, and each of its figures to ``plots/`` as an SVG file."""
+    sections = [_section(results, question) for question in results.questions]
+    sections.append(_setting(results))
+    for section in sections:
+        figures = [part for part in section.parts if isinstance(part, Plot)]
+        for number, figure in enumerate(figures):
+            name = section.name.replace(" ", "-") + (f"-{number + 1}" if number else "")
+            write_text(out / "plots" / f"{name}.svg", standalone(figure.svg))
+    template = files("fedprllm.report").joinpath("template.html").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    model = Path(results.about["model"]["source"]).name
+    page = environment.from_string(template).render(
+        title=f"{model}: a study of federated pruning",
+        source="results.json beside this page",
+        summary=_summary(results, model),
+        tiles=_tiles(results),
+        sections=sections,
+    )
+    write_text(out / "report.html", page)
+
+
+def _summary(results: Results, model: str) -> str:
+    dense = ", ".join(f"{row['text']} {float(row['perplexity']):.2f}" for row in results.dense[:_MAX_PANELS])
+    settings = len({json.dumps(cell.setting, sort_keys=True) for cell, _ in results.cells})
+    return (
+        f"{count(settings, 'setting')} on {model}, each under {count(len(results.config.seeds), 'seed')}. "
+        f"Perplexity of the dense model: {dense}."
+    )
+
+
+def _tiles(results: Results) -> list[tuple[str, str, str]]:
+    spent = sum(found["seconds"] for _, found in results.cells)
+    tokens = sum(row["n_tokens"] for row in results.dense)
+    return [
+        ("cells", f"{len(results.cells)}", "settings times seeds"),
+        ("seeds", f"{len(results.config.seeds)}", ", ".join(map(str, results.config.seeds))),
+        ("measured on", f"{tokens:,}", "predicted tokens"),
+        ("time", seconds(spent), "pruning and measuring"),
+    ]
+
+
+def _section(results: Results, question: str) -> Section:
+    cells, known = results.of(question), QUESTIONS.get(question)
+    section = Section(question, known.title if known else question)
+    if known:
+        section.parts.append(known.paper)
+    section.parts.extend(answers(results, question))
+    spreads = spread_by_text(cells)
+    different = cells[0][0].partition != "iid"
+    if different:
+        section.parts.append(_own_table(cells))
+    section.parts.append(_table(cells, spreads))
+    dense = {row["text"]: float(row["perplexity"]) for row in results.dense}
+    section.parts.extend(_figures(cells, spreads, dense))
+    if question in ("methods", "domains"):
+        section.parts.extend(_agreement(cells))
+    return section
+
+
+def _own_table(cells: Sequence[Measured]) -> Table:
+    rows: list[list[str | TableCell]] = [
+        [name, str(own), str(others)] for name, (own, others) in own_and_others(cells).items()
+    ]
+    caption = "Perplexity on held-out text, mean over participants"
+    return Table(caption, ("", "of one's own", "of the others"), "lrr", rows)
+
+
+def _table(cells: Sequence[Measured], spreads: Mapping[str, Mapping[str, Spread]]) -> Table:
+    texts, shares = texts_of(cells), tie_shares(cells)
+    all_cells = [cell for cell, _ in cells]
+    sent = {name_of(cell, all_cells): found for cell, found in cells}
+    unwanted = {name_of(cell, all_cells): _unwanted(found.get("pruned_by_votes")) for cell, found in cells}
+    rows: list[list[str | TableCell]] = [
+        [
+            name,
+            *(str(row[text]) if text in row else "" for text in texts),
+            percent(shares[name]),
+            unwanted[name],
+            size(sent[name]["update_bytes"]) if sent[name]["update_bytes"] else "",
+        ]
+        for name, row in spreads.items()
+    ]
+    columns = ("", *texts, "by a tie", "against the vote", "each sends")
+    return Table(
+        "Perplexity, mean ± standard deviation over seeds", columns, "l" + "r" * (len(columns) - 1), rows
+    )
+
+
+def _unwanted(by_votes: Sequence[int] | None) -> str:
+    """Share of the prunes that less than half of the participants voted for."""
+    if not by_votes or not sum(by_votes):
+        return ""
+    minority = sum(n for votes, n in enumerate(by_votes) if 2 * votes < len(by_votes) - 1)
+    return percent(minority / sum(by_votes))
+
+
+def _figures(
+    cells: Sequence[Measured], spreads: Mapping[str, Mapping[str, Spread]], dense: Mapping[str, float]
+) -> list[str | Table | Plot]:
+    texts = texts_of(cells)
+    if len(texts) > _MAX_PANELS:
+        return []
+    varying = [axis for axis in _NUMBERS if len({cell.setting[axis] for cell, _ in cells}) > 2]
+    label = f"Perplexity. {plots.describe(spreads)}."
+    if not varying:
+        panels = {text: {name: row[text] for name, row in spreads.items()} for text in texts}
+        caption = "Each dot is a seed, each bar the mean; dashed: the dense model."
+        return [Plot(plots.dots(panels, dense, label), caption)]
+    axis = varying[0]
+    methods: dict[str, list[Measured]] = {}
+    stripped = [_without(cell, axis) for cell, _ in cells]
+    for cell, found in cells:
+        methods.setdefault(name_of(_without(cell, axis), stripped), []).append((cell, found))
+    panels_by_number: dict[str, dict[str, dict[float, Spread]]] = {text: {} for text in texts}
+    for name, some in methods.items():
+        numbers = sorted({cell.setting[axis] for cell, _ in some})
+        for number in numbers:
+            at = spread_by_text([one for one in some if one[0].setting[axis] == number])
+            for text, spread in next(iter(at.values())).items():
+                panels_by_number[text].setdefault(name, {})[number] = spread
+    figure = plots.curves(panels_by_number, dense, label, _NAMES[axis], doubling=_NUMBERS[axis])
+    return [Plot(figure, "Mean and standard deviation over seeds; dashed: the dense model.")]
+
+
+def _without(cell: Cell, axis: str) -> Cell:
+    """The cell as if an axis did not vary."""
+    if axis == "participants":
+        return Cell(cell.config, 0, cell.partition, cell.questions)
+    plain = type(cell.config).model_fields[axis].default
+    return Cell(cell.config.model_copy(update={axis: plain}), cell.participants, cell.partition)
+
+
+def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
+    """A map of who agrees with whom, of the setting with the most participants under the first seed."""
+    shared = [(cell, found) for cell, found in cells if found.get("agreement")]
+    if not shared:
+        return []
+    cell, found = max(shared, key=lambda one: (one[0].participants, -one[0].config.seed))
+    matrix = found["agreement"]
+    if len(matrix) < 2:
+        return []
+    names = texts_of([(cell, found)]) if cell.partition == "domain" else None
+    names = sorted(names) if names and len(names) == len(matrix) else [str(n + 1) for n in range(len(matrix))]
+    values = np.array(matrix)
+    np.fill_diagonal(values, np.nan)
+    label = (
+        f"Pairwise agreement of masks at sparsity {cell.config.sparsity:g}, mean {np.nanmean(values):.4f}."
+    )
+    figure = report_plots.heatmap(
+        values,
+        names,
+        names,
+        label,
+        limits=plots.agreement_limits(matrix),
+        names=("", "", "agreement"),
+    )
+    caption = f"{label} Share of weights that both prune or both keep, {cell.label or 'at the defaults'}."
+    return [Plot(figure, caption)]
+
+
+def _setting(results: Results) -> Section:
+    section = Section("setting", "What was run")
+    fields = type(results.config).model_fields
+    rows: list[list[str | TableCell]] = [
+        [name.replace("_", "-"), _plain(value), fields[name].description or ""]
+        for name, value in results.config.model_dump(mode="json").items()
+    ]
+    section.parts.append(Table("The study", ("option", "value", "meaning"), "lll", rows))
+    about = results.about
+    software: list[list[str | TableCell]] = [
+        ["model", about["model"]["source"]],
+        ["fingerprint", f"{about['model']['fingerprint'][:12]}… (SHA-256 of its weights, shortened)"],
+        ["prunable weights", f"{about['model']['n_prunable']:,}"],
+        *([name, number] for name, number in about["versions"].items()),
+    ]
+    section.parts.append(Table("Model and versions", ("", ""), "lp", software))
+    return section
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return (
+            ", ".join(Path(item).name if isinstance(item, str) else json.dumps(item) for item in value)
+            or "none"
+        )
+    return "not set" if value is None else str(value)
