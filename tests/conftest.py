@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ _hook = install_import_hook("fedprllm.core", "beartype.beartype")
 import torch  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+from tests.isolation import process_state  # noqa: E402
 from tests.models import ARCHITECTURES, save_tiny  # noqa: E402
 
 transformers_logging.disable_progress_bar()
@@ -37,6 +39,15 @@ def shared() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    before = process_state()
+    yield
+    after = process_state()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"the test changed what later tests depend on (before, after): {changed}"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import time
 
 import psutil
 import pytest
-import torch
 
 pytest.importorskip("nvflare")
 
@@ -21,6 +20,7 @@ from fedprllm.federation.messages import read_reply
 from fedprllm.files import read_json
 from tests.federation_helpers import same_model
 from tests.federation_processes import Federation, finish, kill, wait_until
+from tests.isolation import torch_threads
 
 pytestmark = [
     pytest.mark.federation,
@@ -48,12 +48,10 @@ def expected(federation, tmp_path_factory):
     def get(names, options):
         key = json.dumps([sorted(names), options], sort_keys=True)
         if key not in made:
-            n_threads = torch.get_num_threads()
-            torch.set_num_threads(1)
             people = {name: [str(federation.texts[name])] for name in sorted(names)}
             out = tmp_path_factory.mktemp("in-process")
-            made[key] = prune(federation.model, people, PruneConfig(**options), out=out).model_dir
-            torch.set_num_threads(n_threads)
+            with torch_threads(1):
+                made[key] = prune(federation.model, people, PruneConfig(**options), out=out).model_dir
         return made[key]
 
     return get

@@ -25,6 +25,7 @@ from tests.federation_helpers import (
     texts,
     threads,  # noqa: F401  a fixture
 )
+from tests.isolation import torch_threads
 
 pytestmark = [pytest.mark.usefixtures("threads")]
 # The computation runs in a thread of this process: its prints are the worker's log.
@@ -38,9 +39,6 @@ def model(shared):
 @pytest.fixture
 def federation(tmp_path, model, monkeypatch):
     monkeypatch.setattr(coordinator_module, "_POLL_S", 0.01)
-    # The order of a sum, and so its last bit, depends on the number of threads; so does speed here.
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     paths = texts(tmp_path / "texts")
 
     made = []
@@ -51,10 +49,11 @@ def federation(tmp_path, model, monkeypatch):
         return Local(sites)
 
     make.paths = paths
-    yield make
-    for site in made:
-        site.close()
-    torch.set_num_threads(n_threads)
+    # The order of a sum, and so its last bit, depends on the number of threads; so does speed here.
+    with torch_threads(1):
+        yield make
+        for site in made:
+            site.close()
 
 
 def in_process(tmp_path, model, paths, **options):
