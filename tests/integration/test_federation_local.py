@@ -32,8 +32,8 @@ pytestmark = [pytest.mark.usefixtures("threads")]
 
 
 @pytest.fixture
-def model(shared):
-    return shared / "data" / "models" / "stories260K"
+def model(small_model):
+    return small_model
 
 
 @pytest.fixture

@@ -43,12 +43,11 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def given(shared, tmp_path):
+def given(small_model, tmp_path):
     """Model, texts by site, and the options that name them."""
-    model = shared / "data" / "models" / "stories260K"
     paths = {f"site-{n}": path for n, path in enumerate(texts(tmp_path, ["north", "south"]).values(), 1)}
-    options = ["--participants", "2", "--model", str(model)]
-    return model, paths, [*options, *(word for path in paths.values() for word in ("--data", path))]
+    options = ["--participants", "2", "--model", str(small_model)]
+    return small_model, paths, [*options, *(word for path in paths.values() for word in ("--data", path))]
 
 
 def test_a_rehearsal_gives_the_model_of_a_run_in_one_process_and_leaves_no_process(given, tmp_path):

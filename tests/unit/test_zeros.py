@@ -15,6 +15,12 @@ from tests.isolation import torch_threads
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    with torch_threads(2):
+        yield
+
+
 def weight_of(dtype: torch.dtype) -> torch.Tensor:
     weight = torch.randn(37, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
     tiny = torch.finfo(dtype).tiny
