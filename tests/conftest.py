@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,38 @@ _hook = install_import_hook("fedprllm.core", "beartype.beartype")
 import torch  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+from tests.isolation import process_state  # noqa: E402
 from tests.models import ARCHITECTURES, save_tiny  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+SMALL_MODEL = Path(__file__).parent / "fixtures" / "small-model"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Reference data may only add to the tests, and what it adds is marked."""
+    for item in items:
+        needs = "shared" in getattr(item, "fixturenames", ())
+        if needs != (item.get_closest_marker("shared") is not None):
+            raise pytest.UsageError(f"{item.nodeid}: the fixture and the mark `shared` belong together")
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """A trained Llama of 260,032 parameters with its tokenizer; `tests/make_small_model.py` made it."""
+    return SMALL_MODEL
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference data, beside the checkout of developers and of CI only."""
+    """The folder of reference data, beside the checkout of developers and of CI only.
+
+    FEDPRLLM_NO_SHARED=1 hides it, so that one sees what a public clone tests.
+    """
+    if os.environ.get("FEDPRLLM_NO_SHARED"):
+        pytest.skip("FEDPRLLM_NO_SHARED hides the reference data (../shared)")
     if not SHARED.is_dir():
         if os.environ.get("FEDPRLLM_REQUIRE_SHARED"):
             pytest.fail(f"no reference data at {SHARED}, and FEDPRLLM_REQUIRE_SHARED is set")
@@ -35,8 +59,18 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
+def _one_thread() -> None:
+    """Models this small gain nothing from more, and wait for each other where the cores are busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    before = process_state()
+    yield
+    after = process_state()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"the test changed what later tests depend on (before, after): {changed}"
 
 
 @pytest.fixture(scope="session")

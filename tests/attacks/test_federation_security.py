@@ -6,7 +6,9 @@ site refuses.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import subprocess
 import sys
 
@@ -26,56 +28,78 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
+# Answers a line of JSON, [what, argument], with one; starting it takes seconds, so it stays.
 _SESSION = """
 import json, os, sys, time
 from pathlib import Path
 from fedprllm.federation.flare.session import AdminSession
-kit, what, argument = sys.argv[1:]
-session = AdminSession(Path(kit), timeout_s=30)
-if what == "submit":
+answers = os.fdopen(os.dup(1), "w")
+session = AdminSession(Path(sys.argv[1]), timeout_s=120)
+for line in sys.stdin:
+    what, argument = json.loads(line)
     try:
-        job = session.submit_files(Path(argument), json.loads((Path(argument) / "files.json").read_text()))
-        end = time.monotonic() + 120
-        while time.monotonic() < end and not session.has_ended(job):
-            time.sleep(0.5)
-        answer = session.job_status(job)
+        if what == "submit":
+            files = json.loads((Path(argument) / "files.json").read_text())
+            job = session.submit_files(Path(argument), files)
+            end = time.monotonic() + 120
+            while time.monotonic() < end and not session.has_ended(job):
+                time.sleep(0.1)
+            answer = session.job_status(job)
+        elif what == "command":
+            answer = str(session._session.do_command(argument))
+        elif what == "connected":
+            answer = sorted(session.connected())
+        else:
+            getattr(session, what)(argument)
+            answer = "done"
     except Exception as error:
         answer = repr(error)
-elif what == "command":
-    answer = str(session._session.do_command(argument))
-elif what == "connected":
-    answer = sorted(session.connected())
-else:
-    getattr(session, what)(argument)
-    answer = "done"
-print("ANSWER" + json.dumps(answer), flush=True)
+    print(json.dumps(answer), file=answers, flush=True)
 os._exit(0)
 """
 
 
+@contextlib.contextmanager
+def coordinator(federation):
+    """``federation.coordinator`` is a process that speaks with the server as the coordinator."""
+    with (federation.folder / "coordinator.txt").open("w") as errors:
+        federation.coordinator = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _SESSION, str(federation.kits / "admin")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        yield
+    finally:
+        federation.coordinator.stdin.close()
+        end(federation.coordinator)
+        federation.coordinator.stdout.close()
+
+
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory, shared):
+def federation(tmp_path_factory, small_model):
     folder = tmp_path_factory.mktemp("attacked")
-    made = Federation(folder, shared / "data" / "models" / "stories260K", ["north"], 50)
+    made = Federation(folder, small_model, ["north"], 50)
     everything = {"format_version": "1.0", "permissions": {"project_admin": "any"}}
     local = made.kits / "server" / "local"
     write_json(local / "authorization.json", everything)
     resources = json.loads((local / "resources.json").read_text())
     write_json(local / "resources.json", resources | {"class_allow_list": ["*"]})
-    with made:
+    with made, coordinator(made):
         wait_until(lambda: ask(made, "connected", "") == ["north"], "the site")
         yield made
 
 
 def ask(federation, what, argument):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _SESSION, str(federation.kits / "admin"), what, argument],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
-    return json.loads(answers[0].removeprefix("ANSWER")) if answers else done.stderr
+    asked = federation.coordinator
+    asked.stdin.write(json.dumps([what, argument]) + "\n")
+    asked.stdin.flush()
+    readable, _, _ = select.select([asked.stdout], [], [], 200)
+    line = asked.stdout.readline() if readable else ""
+    assert line, (federation.folder / "coordinator.txt").read_text()
+    return json.loads(line)
 
 
 def submit(federation, tmp_path, files):
@@ -171,10 +195,9 @@ def test_a_revoked_certificate_is_refused_until_it_is_let_in_again(federation):
     wait_until(lambda: ask(federation, "connected", "") == ["north"], "the site to be let in again")
 
 
-def test_a_message_over_the_limit_is_refused_by_the_server_before_it_is_received(tmp_path, shared):
+def test_a_message_over_the_limit_is_refused_by_the_server_before_it_is_received(tmp_path, small_model):
     """The update of a block has 5,963 bytes; everything else the site sends is far shorter."""
-    model = shared / "data" / "models" / "stories260K"
-    with Federation(tmp_path, model, ["north"], 50) as federation:
+    with Federation(tmp_path, small_model, ["north"], 50) as federation, coordinator(federation):
         wait_until(lambda: ask(federation, "connected", "") == ["north"], "the site")
         # The server has read its limit by now; its process for the run, which starts below, has not.
         limit = federation.kits / "server" / "local" / "comm_config.json"

@@ -6,36 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fedprllm import PruneConfig, PruneResult, prune
+from tests.golden.packed import DATA, MODEL, Golden
+from tests.make_golden_set import pack
 
 SPARSITIES = [0.5, 0.7]
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path):
-    with safe_open(shared / "golden" / "reference_outputs.safetensors", framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-
-    def get(kind: str, sparsity: float) -> dict[str, torch.Tensor]:
-        prefix = f"{kind}/s{sparsity}/"
-        found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        assert found, f"no golden outputs under {prefix}"
-        return found
-
-    get.tokens = tensors["tokens"]
-    return get
+def golden() -> Golden:
+    return Golden()
 
 
 @pytest.fixture
-def pruned(golden, shared: Path, tmp_path: Path):
-    def run(sparsity: float, n_participants: int = 4, **options) -> tuple[PruneResult, dict]:
-        windows = [golden.tokens[2 * c : 2 * c + 2] for c in range(n_participants)]
+def pruned(golden, tmp_path: Path):
+    def run(sparsity: float, **options) -> tuple[PruneResult, dict]:
         config = PruneConfig(sparsity=sparsity, **options)
-        result = prune(shared / "golden" / "tiny-llama", windows, config, out=tmp_path / "run")
+        result = prune(MODEL, golden.windows, config, out=tmp_path / "run")
         weights: dict[str, torch.Tensor] = {}
         for file in result.model_dir.glob("*.safetensors"):
             weights |= load_file(file)
@@ -45,14 +35,14 @@ def pruned(golden, shared: Path, tmp_path: Path):
 
 
 def assert_same_zeros(found: dict, expected: dict) -> None:
-    for name, weight in expected.items():
-        assert torch.equal(found[name] == 0, weight == 0), name
+    for name, zeros in expected.items():
+        assert torch.equal(found[name] == 0, zeros), name
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_votes(golden, pruned, sparsity):
     result, _ = pruned(sparsity)
-    expected = golden("oneshot_votes", sparsity)
+    expected = golden.votes(sparsity)
     assert set(result.votes) == set(expected)
     for name, votes in expected.items():
         assert torch.equal(result.votes[name].to(torch.int8), votes), name
@@ -63,14 +53,14 @@ def test_votes(golden, pruned, sparsity):
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
 def test_server_groups(golden, pruned, sparsity, group, strategy):
     _, weights = pruned(sparsity, strategy=strategy, server_group=group)
-    assert_same_zeros(weights, golden(f"{strategy.replace('-', '')}_{group}", sparsity))
+    assert_same_zeros(weights, golden.zeros(f"{strategy.replace('-', '')}_{group}", sparsity))
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("group", ["row", "column"])
 def test_scaled(golden, pruned, sparsity, group):
     _, weights = pruned(sparsity, server_group=group, scale_weights=True)
-    for name, expected in golden(f"oneshot_{group}_scaled", sparsity).items():
+    for name, expected in golden.scaled(group, sparsity).items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-7)
 
 
@@ -78,10 +68,10 @@ def test_scaled(golden, pruned, sparsity, group):
 @pytest.mark.parametrize("ties", ["index", "random", "magnitude"])
 def test_server_layer_prunes_all_above_the_tied_count_and_none_below(golden, pruned, sparsity, ties):
     result, weights = pruned(sparsity, server_group="layer", ties=ties)
-    expected = golden("oneshot_layer", sparsity)
-    for name, votes in golden("oneshot_votes", sparsity).items():
+    expected = golden.zeros("oneshot_layer", sparsity)
+    for name, votes in golden.votes(sparsity).items():
         zeros = weights[name] == 0
-        assert zeros.sum() == (expected[name] == 0).sum()
+        assert zeros.sum() == expected[name].sum()
         threshold = votes.reshape(-1).sort(descending=True).values[zeros.sum() - 1]
         assert zeros[votes > threshold].all()
         assert not zeros[votes < threshold].any()
@@ -91,22 +81,34 @@ def test_server_layer_prunes_all_above_the_tied_count_and_none_below(golden, pru
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_centralized(golden, pruned, sparsity):
     _, weights = pruned(sparsity, strategy="centralized")
-    assert_same_zeros(weights, golden("centralized", sparsity))
+    assert_same_zeros(weights, golden.zeros("centralized", sparsity))
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_local_only(golden, pruned, sparsity):
     result, weights = pruned(sparsity, strategy="local-only")
     assert len(result.model_dirs) == 4
-    assert_same_zeros(weights, golden("local_client0", sparsity))
+    assert_same_zeros(weights, golden.zeros("local_client0", sparsity))
 
 
-def test_pruned_model_keeps_the_other_weights_and_loads(shared, pruned):
+def test_pruned_model_keeps_the_other_weights_and_loads(golden, pruned):
     result, weights = pruned(0.5)
-    for name, original in load_file(shared / "golden" / "tiny-llama" / "model.safetensors").items():
+    for name, original in golden.dense.items():
         kept = weights[name] != 0
         assert torch.equal(weights[name][kept], original[kept]), name
     model = AutoModelForCausalLM.from_pretrained(result.model_dir)
     assert torch.equal(
         model.state_dict()["model.layers.1.mlp.up_proj.weight"], weights["model.layers.1.mlp.up_proj.weight"]
     )
+
+
+@pytest.mark.shared
+def test_the_set_says_what_the_full_outputs_say(shared):
+    """Packing refuses weights that the bits would not give back, so this compares all 12 MB."""
+    full, shipped = pack(shared / "golden"), load_file(DATA / "reference.safetensors")
+    assert set(full) == set(shipped)
+    for name, tensor in full.items():
+        assert torch.equal(tensor, shipped[name]), name
+    assert (MODEL / "model.safetensors").read_bytes() == (
+        shared / "golden" / "tiny-llama" / "model.safetensors"
+    ).read_bytes()

@@ -19,8 +19,8 @@ app.command("ledger")(ledger)
 
 
 @pytest.fixture
-def model(shared):
-    return shared / "data" / "models" / "stories260K"
+def model(small_model):
+    return small_model
 
 
 @pytest.fixture

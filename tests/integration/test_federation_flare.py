@@ -6,13 +6,12 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
 import time
 
 import psutil
 import pytest
-import torch
 
 pytest.importorskip("nvflare")
 
@@ -22,6 +21,7 @@ from fedprllm.federation.protocol.messages import read_reply
 from fedprllm.files import read_json
 from tests.federation_helpers import same_model
 from tests.federation_processes import Federation, finish, kill, wait_until
+from tests.isolation import torch_threads
 
 pytestmark = [
     pytest.mark.federation,
@@ -32,13 +32,23 @@ NAMES = ["north", "south", "west"]
 # Enough text that a block takes long enough to be interrupted.
 SLOW = {"windows": 80, "window_length": 128}
 QUICK = {"windows": 2, "window_length": 32}
+FORBIDDEN = [b"Once upon", b"little", b"birds", b"bread"]  # words of the text
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory, shared):
+def federation(tmp_path_factory, small_model):
     folder = tmp_path_factory.mktemp("federation")
-    with Federation(folder, shared / "data" / "models" / "stories260K", NAMES, 1500) as made:
+    with Federation(folder, small_model, NAMES, 1500) as made:
         yield made
+        only_the_parents_are_left(made)
+
+
+def only_the_parents_are_left(federation):
+    """Computations and job processes have ended."""
+    for name in NAMES:
+        wait_until(lambda name=name: federation.part(name, "worker_process") is None, f"the end of {name}")
+        assert federation.worker(name) is None
+    assert federation.processes["server"].poll() is None
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +59,58 @@ def expected(federation, tmp_path_factory):
     def get(names, options):
         key = json.dumps([sorted(names), options], sort_keys=True)
         if key not in made:
-            n_threads = torch.get_num_threads()
-            torch.set_num_threads(1)
             people = {name: [str(federation.texts[name])] for name in sorted(names)}
             out = tmp_path_factory.mktemp("in-process")
-            made[key] = prune(federation.model, people, PruneConfig(**options), out=out).model_dir
-            torch.set_num_threads(n_threads)
+            with torch_threads(1):
+                made[key] = prune(federation.model, people, PruneConfig(**options), out=out).model_dir
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def complete(federation):
+    """The name of a run that nothing disturbed."""
+    finish(federation.begin("complete", QUICK, quorum=3))
+    return "complete"
+
+
+def n_updates_sent(federation, name):
+    """How many updates are in everything a site sent, as it recorded it itself; all else is answers."""
+    n_updates = 0
+    for path in (federation.folder / "sent" / name).glob("*.message"):
+        message = path.read_bytes()
+        header, payload = read_reply(message)
+        assert header.tensor == ""
+        for word in FORBIDDEN:
+            assert word not in message
+        if len(payload) and bytes(payload[8:16]) != bytes(8):  # the garbage of one test below
+            update = wire.decode(payload, expect=None, max_bytes=len(payload))
+            assert (update.participant, update.kind) == (name, "mask")
+            n_updates += 1
+    return n_updates
+
+
+def read_logs(federation):
+    """What server and sites wrote about themselves."""
+    found = {}
+    for name in ("server", *NAMES):
+        for path in (federation.kits / name).rglob("*"):
+            if path.suffix in (".txt", ".log", ".json") and "startup" not in path.parts:
+                with contextlib.suppress(FileNotFoundError):  # the engine clears a job's folder away
+                    found[path] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_else_leaves(federation):
+    """After every fault: what left was answers and updates, and no log holds a word of the text."""
+    yield
+    for name in NAMES:
+        n_updates_sent(federation, name)
+    for path, content in read_logs(federation).items():
+        assert b"Once upon" not in content, path
+        assert b"birds" not in content, path
 
 
 def check(federation, expected, run, names, options):
@@ -166,47 +219,26 @@ def test_the_quorum_is_lost_and_the_run_continues_later(federation, expected):
     check(federation, expected, "quorum", NAMES, options)
 
 
-def test_what_left_was_answers_and_updates_and_no_word_of_the_text(federation):
-    """Over everything the sites sent in the tests above, as they recorded it themselves."""
-    n_updates = 0
+def test_what_left_was_answers_and_updates_and_no_word_of_the_text(federation, complete):
+    """`nothing_else_leaves` looks after every test of this file; here it must have something to see."""
+    n_updates = {name: n_updates_sent(federation, name) for name in NAMES}
+    ledgers = {name: federation.kits / name / "fedprllm" / "ledger.jsonl" for name in NAMES}
     for name in NAMES:
-        messages = sorted((federation.folder / "sent" / name).glob("*.message"))
-        assert messages
-        for path in messages:
-            message = path.read_bytes()
-            header, payload = read_reply(message)
-            assert header.tensor == ""
-            for word in (b"Once", b"little", b"birds", b"bread"):
-                assert word not in message
-            if len(payload) and bytes(payload[8:16]) != bytes(8):  # the garbage of one test above
-                update = wire.decode(payload, expect=None, max_bytes=len(payload))
-                assert (update.participant, update.kind) == (name, "mask")
-                n_updates += 1
-    ledgers = [federation.kits / name / "fedprllm" / "ledger.jsonl" for name in NAMES]
-    n_lines = sum(len(path.read_text().splitlines()) for path in ledgers)
-    assert 0 < n_updates <= n_lines  # garbage is a line too, and a killed process may leave one more
+        assert 0 < n_updates[name] <= len(ledgers[name].read_text().splitlines())
 
 
-def test_logs_hold_no_text(federation):
-    for name in ("server", *NAMES):
-        for path in (federation.kits / name).rglob("*"):
-            if path.is_file() and path.suffix in (".txt", ".log", ".json") and "startup" not in path.parts:
-                content = path.read_bytes()
-                assert b"Once upon" not in content, path
-                assert b"birds" not in content, path
+def test_logs_hold_no_text(federation, complete):
+    assert len(read_logs(federation)) > len(NAMES)
+    assert any(complete.encode() in content for content in read_logs(federation).values())
 
 
-def test_status_lists_participants_and_runs(federation, monkeypatch):
+def test_status_lists_participants_and_runs(federation, complete, monkeypatch):
     monkeypatch.chdir(federation.folder)  # where the default folder of the kits is found
     output = finish(federation.command("status", "--json"))
     status = json.loads(output[output.index("{") :])
     assert status["connected"] == NAMES
-    assert status["runs"]["plain-one-shot"][2] == "complete"
+    assert status["runs"][complete][2] == "complete"
 
 
-def test_no_process_is_left(federation):
-    """Runs last: computations and job processes have ended, only the parents are there."""
-    for name in NAMES:
-        wait_until(lambda name=name: federation.part(name, "worker_process") is None, f"the end of {name}")
-        assert federation.worker(name) is None
-    assert isinstance(federation.processes["server"], subprocess.Popen)
+def test_no_process_is_left(federation, complete):
+    only_the_parents_are_left(federation)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedprllm import PruneConfig, PruneResult, UpdateError, prune
-from fedprllm.federation.coordinator import rounds as coordinator_module
 from fedprllm.federation.coordinator.job import conduct_run
+from fedprllm.federation.coordinator.rounds import rounds as coordinator_module
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.messages import Reply, Request, pack, read_reply, read_request
 from fedprllm.federation.site.spool import read_ledger
@@ -26,22 +26,20 @@ from tests.federation_helpers import (
     texts,
     threads,  # noqa: F401  a fixture
 )
+from tests.isolation import torch_threads
 
 pytestmark = [pytest.mark.usefixtures("threads")]
 # The computation runs in a thread of this process: its prints are the worker's log.
 
 
 @pytest.fixture
-def model(shared):
-    return shared / "data" / "models" / "stories260K"
+def model(small_model):
+    return small_model
 
 
 @pytest.fixture
 def federation(tmp_path, model, monkeypatch):
     monkeypatch.setattr(coordinator_module, "_POLL_S", 0.01)
-    # The order of a sum, and so its last bit, depends on the number of threads; so does speed here.
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     paths = texts(tmp_path / "texts")
 
     made = []
@@ -52,10 +50,11 @@ def federation(tmp_path, model, monkeypatch):
         return Local(sites)
 
     make.paths = paths
-    yield make
-    for site in made:
-        site.close()
-    torch.set_num_threads(n_threads)
+    # The order of a sum, and so its last bit, depends on the number of threads; so does speed here.
+    with torch_threads(1):
+        yield make
+        for site in made:
+            site.close()
 
 
 def in_process(tmp_path, model, paths, **options):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 pytest.importorskip("nvflare")
 
@@ -21,6 +20,7 @@ from fedprllm.federation.site.spool import read_ledger
 from fedprllm.files import read_json
 from tests.federation_helpers import same_model, texts
 from tests.federation_processes import finish, start, wait_until
+from tests.isolation import torch_threads
 
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
 
@@ -43,12 +43,11 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def given(shared, tmp_path):
+def given(small_model, tmp_path):
     """Model, texts by site, and the options that name them."""
-    model = shared / "data" / "models" / "stories260K"
     paths = {f"site-{n}": path for n, path in enumerate(texts(tmp_path, ["north", "south"]).values(), 1)}
-    options = ["--participants", "2", "--model", str(model)]
-    return model, paths, [*options, *(word for path in paths.values() for word in ("--data", path))]
+    options = ["--participants", "2", "--model", str(small_model)]
+    return small_model, paths, [*options, *(word for path in paths.values() for word in ("--data", path))]
 
 
 def test_a_rehearsal_gives_the_model_of_a_run_in_one_process_and_leaves_no_process(given, tmp_path):
@@ -58,11 +57,10 @@ def test_a_rehearsal_gives_the_model_of_a_run_in_one_process_and_leaves_no_proce
     assert "50.00%" in output
     assert not processes_of(folder)
     assert sorted(path.name for path in folder.iterdir()) == [".rehearsal", "ledgers", "run"]
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # what the command gives each site
     config = PruneConfig(windows=2, window_length=32)
-    expected = prune(model, {name: [path] for name, path in paths.items()}, config, out=tmp_path / "alone")
-    torch.set_num_threads(n_threads)
+    people = {name: [path] for name, path in paths.items()}
+    with torch_threads(max(1, (os.cpu_count() or 1) // 2)):  # what the command gives each site
+        expected = prune(model, people, config, out=tmp_path / "alone")
     same_model(folder / "run" / "model", expected.model_dir)
     sent = read_json(folder / "run" / "result.json")["participants"]
     for name in paths:

@@ -59,7 +59,7 @@ class Frame(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory, shared):
+def recorded(tmp_path_factory, small_model):
     """A complete run, and every frame that a process of a site sent."""
     folder = tmp_path_factory.mktemp("recorded")
     traffic = folder / "traffic"
@@ -67,8 +67,7 @@ def recorded(tmp_path_factory, shared):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDPRLLM_TRAFFIC", str(traffic))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(RECORDER), os.environ.get("PYTHONPATH", "")]))
-        model = shared / "data" / "models" / "stories260K"
-        with Federation(folder, model, NAMES, 200) as federation:
+        with Federation(folder, small_model, NAMES, 200) as federation:
             options = {"windows": 2, "window_length": 32, "strategy": "iterative"}
             finish(federation.begin("run", options, quorum=2))
     frames = []

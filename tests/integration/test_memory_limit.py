@@ -14,6 +14,7 @@ from fedprllm.federation.plan import SiteSettings
 from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
 from fedprllm.pruning.in_process import _SharedWalk
 from tests.contracts.test_walk import assert_same_bits
+from tests.isolation import torch_threads
 
 _STATE = 16 * 32 * 4  # bytes: tokens, hidden size, float32
 
@@ -74,15 +75,13 @@ def test_a_limit_changes_no_bit_and_no_identity(tiny, tmp_path, monkeypatch, opt
 
 
 def test_a_killed_run_continues_with_any_limit(tiny, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    undisturbed = prune(tiny("llama"), people(), out=tmp_path / "undisturbed")
     out = tmp_path / "killed"
     command = [sys.executable, "-W", "ignore", "-c", _KILLED, str(tiny("llama")), str(out)]
     child = subprocess.run(command, capture_output=True)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    resumed = prune(tiny("llama"), people(), PruneConfig(memory_limit=2 * _STATE), out=out)
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        undisturbed = prune(tiny("llama"), people(), out=tmp_path / "undisturbed")
+        resumed = prune(tiny("llama"), people(), PruneConfig(memory_limit=2 * _STATE), out=out)
     assert_same_bits(undisturbed.model_dir, resumed.model_dir)
     assert not (out / "state").exists()
 

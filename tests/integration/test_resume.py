@@ -14,6 +14,7 @@ import torch
 from fedprllm import PruneConfig, RunError, prune
 from fedprllm.pruning.in_process import _SharedWalk
 from tests.contracts.test_walk import assert_same_bits
+from tests.isolation import torch_threads
 
 _CHILD = """
 import json, os, signal, sys
@@ -42,9 +43,6 @@ def people() -> list[torch.Tensor]:
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative", "centralized", "local-only"])
 @pytest.mark.parametrize(("phase", "block"), [("before", 1), ("after", 1), ("after", 2)])
 def test_killed_run_continues_to_the_same_bits(tiny, tmp_path, strategy, phase, block):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    undisturbed = prune(tiny("llama"), people(), PruneConfig(strategy=strategy), out=tmp_path / "undisturbed")
     out = tmp_path / "killed"
     arguments = [str(tiny("llama")), str(out), "0", strategy, phase, str(block)]
     child = subprocess.run([sys.executable, "-W", "ignore", "-c", _CHILD, *arguments], capture_output=True)
@@ -56,15 +54,18 @@ def test_killed_run_continues_to_the_same_bits(tiny, tmp_path, strategy, phase, 
 
     steps = []
     original = _SharedWalk.step
-    with pytest.MonkeyPatch.context() as patch:
+    with torch_threads(1), pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             _SharedWalk,
             "step",
             lambda self, index, advance: (steps.append(index), original(self, index, advance)),
         )
         resumed = prune(tiny("llama"), people(), PruneConfig(strategy=strategy), out=out)
-    torch.set_num_threads(threads)
     assert steps == list(range(len(finished), 3)), "finished blocks must not be computed again"
+    with torch_threads(1):
+        undisturbed = prune(
+            tiny("llama"), people(), PruneConfig(strategy=strategy), out=tmp_path / "undisturbed"
+        )
     for name, folder in undisturbed.model_dirs.items():
         assert_same_bits(folder, resumed.model_dirs[name])
     assert not (out / "state").exists()
@@ -72,10 +73,8 @@ def test_killed_run_continues_to_the_same_bits(tiny, tmp_path, strategy, phase, 
 
 def test_killed_at_arbitrary_moments(tiny, tmp_path):
     """Killed again and again at whatever moment, the run still ends, with the same bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    undisturbed = prune(tiny("llama"), people(), out=tmp_path / "undisturbed")
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        undisturbed = prune(tiny("llama"), people(), out=tmp_path / "undisturbed")
     out = tmp_path / "killed"
     arguments = [str(tiny("llama")), str(out), "0", "one-shot", "never", "0"]
     command = [sys.executable, "-W", "ignore", "-c", _CHILD, *arguments]

@@ -79,22 +79,21 @@ def test_participants(tiny, tmp_path, participants, pattern):
     assert not (tmp_path / "run").exists()
 
 
-def test_text_files(shared, tmp_path):
-    model = shared / "data" / "models" / "stories260K"
+def test_text_files(small_model, tmp_path):
     text = tmp_path / "hospital_a.txt"
-    refused(DataError, "hospital_a.txt", tmp_path, model, [text])
+    refused(DataError, "hospital_a.txt", tmp_path, small_model, [text])
     text.write_text("")
-    refused(DataError, "hospital_a.txt holds no text", tmp_path, model, [text])
+    refused(DataError, "hospital_a.txt holds no text", tmp_path, small_model, [text])
     text.write_bytes(b"abc\x00\xff" * 100)
-    refused(DataError, "hospital_a.txt", tmp_path, model, [text])
+    refused(DataError, "hospital_a.txt", tmp_path, small_model, [text])
     text.write_text("Once upon a time.")
-    refused(DataError, "too short for one window", tmp_path, model, [text])
+    refused(DataError, "too short for one window", tmp_path, small_model, [text])
     text.write_text("Once upon a time there was a little girl. " * 100)
     refused(
         DataError,
         "fewer windows|windows.*participants",
         tmp_path,
-        model,
+        small_model,
         PooledData([text], 100, "iid"),
         config=PruneConfig(window_length=512, windows=0),
     )

@@ -16,6 +16,7 @@ from fedprllm.core.groups import Grouping
 from fedprllm.core.masks import most_voted, vote_dtype
 from fedprllm.core.ties import TIES
 from fedprllm.errors import UpdateError
+from tests.isolation import torch_threads
 
 GROUPINGS = st.builds(
     Grouping,
@@ -129,21 +130,21 @@ def test_words_bytes_and_unaligned_bytes_are_the_same() -> None:
 
 
 def test_chunks_and_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(bitplanes, "_CHUNK", 3)
     monkeypatch.setattr(bitplanes, "_WORDS_PER_THREAD", 20)
     monkeypatch.setattr(bitplanes, "_COUNTED_AT_ONCE", 100)
     monkeypatch.setattr(bitplanes, "_SCORED_AT_ONCE", 100)
     monkeypatch.setattr(bitplanes, "_ROWS_SUMMED_AT_ONCE", 5)
     case = Ballots((23, 200), 37, 0.5, 5)
-    votes, expected = packed_votes(case.masks()), votes_of(case.masks())
-    assert torch.equal(votes.counts().int(), expected.reshape(-1))
-    assert torch.equal(votes.histogram(), torch.bincount(expected.reshape(-1), minlength=38))
-    for grouping in (Grouping("column", 0.5), Grouping("row", 0.5, (2, 4))):
-        found = votes.most_voted(case.weight(), grouping, "random", (3,))
-        simple = most_voted(expected, case.weight(), grouping, "random", (3,))
-        assert torch.equal(found.mask, simple.mask)
-        assert found.n_ties == simple.n_ties
+    with torch_threads(3):
+        votes, expected = packed_votes(case.masks()), votes_of(case.masks())
+        assert torch.equal(votes.counts().int(), expected.reshape(-1))
+        assert torch.equal(votes.histogram(), torch.bincount(expected.reshape(-1), minlength=38))
+        for grouping in (Grouping("column", 0.5), Grouping("row", 0.5, (2, 4))):
+            found = votes.most_voted(case.weight(), grouping, "random", (3,))
+            simple = most_voted(expected, case.weight(), grouping, "random", (3,))
+            assert torch.equal(found.mask, simple.mask)
+            assert found.n_ties == simple.n_ties
 
 
 def test_the_masks_given_are_not_changed() -> None:

@@ -29,6 +29,7 @@ from fedprllm.calibration import (
 )
 from fedprllm.documents import read_documents
 from fedprllm.errors import ConfigError, DataError
+from tests.library_text import library_text
 
 SENTENCES = [
     "the cat sat on the mat",
@@ -460,10 +461,7 @@ def test_max_tokens_takes_the_beginning(tokenizer, sources) -> None:
     assert [window.tolist() for window in some] == [window.tolist() for window in all_windows[:2]]
 
 
-def test_stories_tokenizer_has_a_bos_and_does_not_add_it(shared: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "models" / "stories260K")
-    path = shared / "data" / "domains" / "speeches_state_union.jsonl"
-    assert len(read_documents(path)) == 65
+def check_that_bos_is_known_and_not_added(tokenizer, path: Path) -> None:
     assert not adds_bos(tokenizer)
     windows = token_windows([path], tokenizer, n_windows=8, window_length=128, seed=3, bos="auto")
     assert windows.shape == (8, 128)
@@ -473,17 +471,40 @@ def test_stories_tokenizer_has_a_bos_and_does_not_add_it(shared: Path) -> None:
     assert (started[:, 1:] != tokenizer.bos_token_id).all()
 
 
-def test_evaluation_windows_of_real_text_decode_to_it(shared: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "models" / "stories260K")
-    story = shared / "data" / "eval" / "tinystories" / "tinystories_train_head2MB.txt"
-    text = story.read_text(encoding="utf-8")[:20_000]
-    (tmp_path / "head.txt").write_text(text, encoding="utf-8")
+def check_that_evaluation_windows_decode_to_the_text(tokenizer, text: str, folder: Path) -> None:
+    (folder / "head.txt").write_text(text, encoding="utf-8")
     windows = evaluation_windows(
-        [tmp_path / "head.txt"], tokenizer, window_length=512, bos="start", max_tokens=5000
+        [folder / "head.txt"], tokenizer, window_length=512, bos="start", max_tokens=5000
     )
     assert [len(window) for window in windows] == [512] * 9
     assert windows[0][0] == tokenizer.bos_token_id
     assert text.startswith(tokenizer.decode(torch.cat(windows)[1:]))
+
+
+def test_a_real_tokenizer_has_a_bos_and_does_not_add_it(small_model: Path, tmp_path: Path) -> None:
+    topics = library_text("prose").split("\n\n")
+    path = tmp_path / "topics.jsonl"
+    path.write_text("".join(json.dumps({"text": topic}) + "\n" for topic in topics if topic.strip()))
+    assert len(read_documents(path)) == sum(bool(topic.strip()) for topic in topics) > 1000
+    check_that_bos_is_known_and_not_added(AutoTokenizer.from_pretrained(small_model), path)
+
+
+def test_evaluation_windows_of_real_text_decode_to_it(small_model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    check_that_evaluation_windows_decode_to_the_text(tokenizer, library_text("prose")[:20_000], tmp_path)
+
+
+@pytest.mark.shared
+def test_the_same_with_the_tokenizer_of_somebody_else(shared: Path, tmp_path: Path) -> None:
+    """It is SentencePiece's kind, with a space put before the text."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "models" / "stories260K")
+    path = shared / "data" / "domains" / "speeches_state_union.jsonl"
+    assert len(read_documents(path)) == 65
+    check_that_bos_is_known_and_not_added(tokenizer, path)
+    story = shared / "data" / "eval" / "tinystories" / "tinystories_train_head2MB.txt"
+    check_that_evaluation_windows_decode_to_the_text(
+        tokenizer, story.read_text(encoding="utf-8")[:20_000], tmp_path
+    )
 
 
 # --- participants

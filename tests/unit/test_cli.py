@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fedprllm.cli.app import _spread, app
 from fedprllm.config import PruneConfig
 from fedprllm.errors import FedprllmError
+from tests.library_text import library_text
 
 
 def run(*words: object) -> str:
@@ -25,10 +26,10 @@ def run(*words: object) -> str:
 
 
 @pytest.fixture
-def stories(shared, tmp_path) -> dict[str, Path]:
-    """The really trained small model, and three texts."""
-    text = (shared / "data" / "eval" / "tinystories" / "tinystories_train_head2MB.txt").read_text()
-    paths = {"model": shared / "data" / "models" / "stories260K"}
+def given(small_model, tmp_path) -> dict[str, Path]:
+    """The small trained model, and three texts."""
+    text = library_text("prose")
+    paths = {"model": small_model}
     for number, name in enumerate(("a", "b", "c")):
         paths[name] = tmp_path / f"{name}.txt"
         paths[name].write_text(text[number * 20_000 : (number + 1) * 20_000])
@@ -43,17 +44,17 @@ def test_help_names_every_option_with_its_default():
     assert "default: one-shot" in " ".join(output.replace("│", " ").split())
 
 
-def test_prune_evaluate_report(stories, tmp_path):
+def test_prune_evaluate_report(given, tmp_path):
     out = tmp_path / "run"
     output = run(
-        "prune", stories["model"], "--participant", stories["a"], stories["b"], "--windows 4",
-        "--window-length 128 --sparsity 0.3 --eval", stories["c"], "--out", out,
+        "prune", given["model"], "--participant", given["a"], given["b"], "--windows 4",
+        "--window-length 128 --sparsity 0.3 --eval", given["c"], "--out", out,
     )  # fmt: skip
     assert "30.00% of" in output or "29.99% of" in output
     measured = json.loads((out / "result.json").read_text())["evaluation"]
     assert set(measured) == {"dense", "model"}
     output = run(
-        "evaluate", out / "model", "--text", stories["c"], stories["a"], "--window-length", 128, "--json"
+        "evaluate", out / "model", "--text", given["c"], given["a"], "--window-length", 128, "--json"
     )
     rows = json.loads(output[output.index("{") :])["perplexity"]
     assert [row["text"] for row in rows] == ["c", "a"]
@@ -63,16 +64,16 @@ def test_prune_evaluate_report(stories, tmp_path):
     assert (out / "report.html").read_text().startswith("<!")
 
 
-def test_configuration_file_gives_the_same_run(stories, tmp_path):
+def test_configuration_file_gives_the_same_run(given, tmp_path):
     config = tmp_path / "run.toml"
     config.write_text(
-        f'model = "{stories["model"]}"\nparticipant = ["{stories["a"]}", "{stories["b"]}"]\n'
+        f'model = "{given["model"]}"\nparticipant = ["{given["a"]}", "{given["b"]}"]\n'
         f'out = "{tmp_path / "from-file"}"\nwindows = 2\nwindow-length = 64\n'
         'sparsity = 0.4\nties = "random"\n'
     )
     run("prune", "--config", config, "--sparsity", 0.2)
     run(
-        "prune", stories["model"], "--participant", stories["a"], "--participant", stories["b"],
+        "prune", given["model"], "--participant", given["a"], "--participant", given["b"],
         "--windows 2 --window-length 64 --sparsity 0.2 --ties random --out", tmp_path / "from-words",
     )  # fmt: skip
     one, other = (
@@ -83,9 +84,9 @@ def test_configuration_file_gives_the_same_run(stories, tmp_path):
 
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "file"])
-def test_data_dealt_out(stories, tmp_path, partition):
+def test_data_dealt_out(given, tmp_path, partition):
     run(
-        "prune", stories["model"], "--data", stories["a"], stories["b"], "--participants", 2, "--partition",
+        "prune", given["model"], "--data", given["a"], given["b"], "--participants", 2, "--partition",
         partition, "--windows", 3, "--window-length", 64, "--out", tmp_path / "run",
     )  # fmt: skip
     people = json.loads((tmp_path / "run" / "run.json").read_text())["participants"]

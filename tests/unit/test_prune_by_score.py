@@ -12,6 +12,7 @@ from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.groups import Grouping
 from fedprllm.core.masks import count_close, prune_by_score, prune_lowest
 from fedprllm.core.ties import TIES
+from tests.isolation import torch_threads
 
 GROUPINGS = [Grouping(group, 0.4) for group in ("row", "column", "layer")] + [Grouping("row", 0.5, (2, 4))]
 
@@ -23,6 +24,11 @@ GROUPINGS = [Grouping(group, 0.4) for group in ("row", "column", "layer")] + [Gr
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_few_rows_at_a_time(monkeypatch, criterion, grouping, ties, at_once, dtype):
     monkeypatch.setattr(threads, "_AT_ONCE", at_once)
+    with torch_threads(2):
+        check(criterion, grouping, ties, dtype)
+
+
+def check(criterion, grouping, ties, dtype):
     generator = torch.Generator().manual_seed(0)
     # Few distinct weights, and a norm of one: many scores are equal.
     weight = torch.randint(-4, 5, (23, 24), generator=generator).to(dtype)

@@ -10,8 +10,15 @@ import torch
 from fedprllm.core import threads
 from fedprllm.core.threads import in_threads, row_slices
 from fedprllm.core.zeros import copy_pruned, count_zeros
+from tests.isolation import torch_threads
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    with torch_threads(2):
+        yield
 
 
 def weight_of(dtype: torch.dtype) -> torch.Tensor:
@@ -51,27 +58,20 @@ def test_both_zeros_are_counted_and_the_smallest_numbers_are_not(monkeypatch, dt
 
 
 def test_threads_of_pieces_compute_alone_and_leave_torch_as_it_was():
-    own = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with torch_threads(2):
         assert in_threads(lambda _: torch.get_num_threads(), range(4)) == [1] * 4
         assert torch.get_num_threads() == 2
         with pytest.raises(ZeroDivisionError):
             in_threads(lambda piece: 1 // piece, range(4))
         assert torch.get_num_threads() == 2
         assert in_threads(lambda _: torch.get_num_threads(), [0]) == [2]
-    finally:
-        torch.set_num_threads(own)
 
 
 def test_threads_stay_alone_after_work_that_did_not_need_torch():
-    own = torch.get_num_threads()
-    torch.set_num_threads(3)  # of which there is no pool yet
-    try:
+    threads._pool.cache_clear()  # threads of an earlier test have used torch by now
+    with torch_threads(3):
         in_threads(lambda _: time.sleep(0.02), range(3))
         assert in_threads(lambda _: torch.get_num_threads(), range(6)) == [1] * 6
-    finally:
-        torch.set_num_threads(own)
 
 
 def test_row_slices_cover_every_row_once(monkeypatch):
