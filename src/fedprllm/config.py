@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from fedprllm.errors import ConfigError, did_you_mean
+from fedprllm.settings import Settings
 
-__all__ = ["PruneConfig", "choices_of"]
+__all__ = ["PruneConfig"]
 
 Group = Literal["layer", "row", "column"]
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
@@ -28,7 +29,7 @@ def _spell_fractions(value: Any) -> Any:
     return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
-class PruneConfig(BaseModel):
+class PruneConfig(Settings):
     """How to prune; immutable, checked when it is made.
 
     The defaults are what the paper found best: local Wanda masks compared by row, one-shot, the server
@@ -37,8 +38,6 @@ class PruneConfig(BaseModel):
     Raises:
         ConfigError: a value is unknown, out of range or contradicts another one.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sparsity: Annotated[
         float, Field(description="fraction of the prunable weights set to zero, in [0, 1)")
@@ -119,11 +118,14 @@ class PruneConfig(BaseModel):
     ] = None
     seed: Annotated[int, Field(ge=0, description="of the choice of windows and of random ties")] = 0
 
-    def __init__(self, /, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_explain(error)) from None
+    @model_validator(mode="before")
+    @classmethod
+    def _imply_sparsity(cls, values: Any) -> Any:
+        """An N:M pattern fixes the sparsity, the one option that another one determines."""
+        match = _PATTERN.fullmatch(str(values.get("pattern", ""))) if isinstance(values, Mapping) else None
+        if match is None or "sparsity" in values or int(match[1]) >= int(match[2]):
+            return values
+        return {**values, "sparsity": float(_implied_sparsity(match))}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -209,14 +211,12 @@ class PruneConfig(BaseModel):
                 f"pattern must be 'unstructured' or 'N:M' with 0 < N < M (2:4 keeps at most two non-zeros "
                 f"of four consecutive inputs), found '{self.pattern}'"
             )
-        implied = 1 - Fraction(int(match[1]), int(match[2]))
-        if "sparsity" in self.model_fields_set and Fraction(str(self.sparsity)) != implied:
+        implied = _implied_sparsity(match)
+        if Fraction(str(self.sparsity)) not in (implied, Fraction(str(float(implied)))):
             raise ConfigError(
                 f"pattern {self.pattern} means sparsity {float(implied):g}, found sparsity "
                 f"{self.sparsity:g}: leave sparsity out"
             )
-        # The one field that another one determines; a frozen model is set through the object itself.
-        object.__setattr__(self, "sparsity", float(implied))
 
     @property
     def vote_ties(self) -> str:
@@ -230,27 +230,5 @@ class PruneConfig(BaseModel):
         return (int(match[1]), int(match[2])) if match else None
 
 
-def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The words that an option takes; none if it takes anything else."""
-    for kind in (annotation, *get_args(annotation)):
-        if get_origin(kind) is Literal:
-            return get_args(kind)
-    return ()
-
-
-def _explain(error: ValidationError) -> str:
-    """One line per defect, in the user's words instead of pydantic's."""
-    lines = []
-    for defect in error.errors():
-        name = ".".join(str(part) for part in defect["loc"]) or "configuration"
-        found = defect["input"]
-        if isinstance(defect.get("ctx", {}).get("error"), ConfigError):
-            lines.append(str(defect["ctx"]["error"]))
-        elif defect["type"] == "extra_forbidden":
-            lines.append(f"unknown option {did_you_mean(name, PruneConfig.model_fields)}")
-        elif defect["type"] == "literal_error":
-            choices = choices_of(PruneConfig.model_fields[name].annotation)
-            lines.append(f"unknown value of {name}: {did_you_mean(found, choices)}")
-        else:
-            lines.append(f"{name}: {defect['msg'][0].lower()}{defect['msg'][1:]}, found {found!r}")
-    return "\n".join(lines)
+def _implied_sparsity(match: re.Match[str]) -> Fraction:
+    return 1 - Fraction(int(match[1]), int(match[2]))

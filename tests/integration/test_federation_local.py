@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedprllm import PruneConfig, PruneResult, UpdateError, prune
+from fedprllm.federation.coordinator import rounds as coordinator_module
 from fedprllm.federation.coordinator.job import conduct_run
-from fedprllm.federation.coordinator.rounds import rounds as coordinator_module
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.messages import Reply, Request, pack, read_reply, read_request
 from fedprllm.federation.site.spool import read_ledger
@@ -493,6 +493,36 @@ def test_a_request_that_cannot_be_read_is_answered_with_a_code(tmp_path, federat
         assert header.code == "bad request"
         assert not len(payload)
     assert read_reply(site.answer(pack(Request(op="fetch", run="0" * 32))))[0].code == "other run"
+
+
+@pytest.mark.parametrize(
+    ("payload", "config"),
+    [
+        (b"{", {}),
+        (b"\xff\xfe", {}),
+        (b"[]", {}),
+        (b'{"a": 1}', {}),
+        (b'{"a": "not a digest"}', {}),
+        (b"{}", {"self": 1}),
+        (b"{}", {"sparsity": "much"}),
+        (b"{}", {"unknown": 1}),
+        (b"{}", {"block_fraction": {"a": []}}),
+    ],
+)
+def test_a_start_that_cannot_be_used_is_a_bad_request(tmp_path, federation, payload, config):
+    site = federation().sites["north"]
+    request = Request(op="start", run="0" * 32, model="m", config=config)
+    header, rest = read_reply(site.answer(pack(request, payload)))
+    assert (header.state, header.code) == ("failed", "bad request")
+    assert not len(rest)
+    assert not list(site.folder.glob("runs/*/job.json"))
+
+
+def test_what_goes_wrong_at_a_site_is_a_reply(tmp_path, federation, monkeypatch):
+    site = federation().sites["north"]
+    monkeypatch.setattr(site, "_answer", lambda *_: {}["missing"])
+    header, _ = read_reply(site.answer(pack(Request(op="state", run="0" * 32))))
+    assert (header.state, header.code) == ("failed", "internal")
 
 
 def test_a_decision_of_somebody_else_is_not_followed(tmp_path, model, federation):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedprllm.cli.app import _spread, app
+from fedprllm.cli.app import app
 from fedprllm.config import PruneConfig
 from fedprllm.errors import FedprllmError
 from tests.library_text import library_text
@@ -18,7 +18,7 @@ from tests.library_text import library_text
 
 def run(*words: object) -> str:
     """Run a command line; a word may hold several, parted by blanks."""
-    result = CliRunner().invoke(app, _spread(" ".join(map(str, words)).split()))
+    result = CliRunner().invoke(app, " ".join(map(str, words)).split())
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -47,14 +47,22 @@ def test_help_names_every_option_with_its_default():
 def test_prune_evaluate_report(given, tmp_path):
     out = tmp_path / "run"
     output = run(
-        "prune", given["model"], "--participant", given["a"], given["b"], "--windows 4",
+        "prune", given["model"], "--participant", given["a"], "--participant", given["b"], "--windows 4",
         "--window-length 128 --sparsity 0.3 --eval", given["c"], "--out", out,
     )  # fmt: skip
     assert "30.00% of" in output or "29.99% of" in output
     measured = json.loads((out / "result.json").read_text())["evaluation"]
     assert set(measured) == {"dense", "model"}
     output = run(
-        "evaluate", out / "model", "--text", given["c"], given["a"], "--window-length", 128, "--json"
+        "evaluate",
+        out / "model",
+        "--text",
+        given["c"],
+        "--text",
+        given["a"],
+        "--window-length",
+        128,
+        "--json",
     )
     rows = json.loads(output[output.index("{") :])["perplexity"]
     assert [row["text"] for row in rows] == ["c", "a"]
@@ -86,8 +94,9 @@ def test_configuration_file_gives_the_same_run(given, tmp_path):
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "file"])
 def test_data_dealt_out(given, tmp_path, partition):
     run(
-        "prune", given["model"], "--data", given["a"], given["b"], "--participants", 2, "--partition",
-        partition, "--windows", 3, "--window-length", 64, "--out", tmp_path / "run",
+        "prune", given["model"], "--data", given["a"], "--data", given["b"],
+        "--participants", 2, "--partition", partition, "--windows", 3,
+        "--window-length", 64, "--out", tmp_path / "run",
     )  # fmt: skip
     people = json.loads((tmp_path / "run" / "run.json").read_text())["participants"]
     assert len(people) == 2

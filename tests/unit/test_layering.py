@@ -16,7 +16,8 @@ ROOT = Path(fedprllm.__file__).parent
 # below it, and never from another room of its own floor.
 FLOORS = [
     ["errors"],
-    ["config", "files", "progress"],
+    ["settings", "files", "progress"],
+    ["config"],
     ["core"],
     ["documents"],
     ["models", "calibration"],

@@ -9,8 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +22,9 @@ from rich.table import Table
 from fedprllm.cli.coordinator import app as federation_app
 from fedprllm.cli.participant import ledger, participate
 from fedprllm.cli.study import study_command
-from fedprllm.config import PruneConfig, choices_of
+from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
+from fedprllm.settings import choices_of, read_toml
 
 __all__ = ["main"]
 
@@ -43,39 +43,13 @@ errors = Console(stderr=True)
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2."""
     try:
-        app(args=_spread(sys.argv[1:]))
+        app()
     except FedprllmError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("[yellow]interrupted[/]: the same command continues at the last finished block")
         sys.exit(130)
-
-
-_REPEATABLE = ("--participant", "--data", "--domains", "--eval", "--text")
-_FLAGS = ("--json", "--scale-weights", "--no-scale-weights")
-
-
-def _spread(words: Sequence[str]) -> list[str]:
-    """Let a repeatable option take several values: ``--text A B`` becomes ``--text A --text B``.
-
-    Only after the model was named, so that ``--text A MODEL`` keeps its meaning.
-    """
-    spread: list[str] = []
-    option = ""
-    n_plain, takes_value = 0, False
-    for word in words:
-        if word.startswith("-"):
-            option = word if word in _REPEATABLE else ""
-            takes_value = "=" not in word and word not in _FLAGS
-        elif takes_value:
-            takes_value = False
-        elif option and n_plain >= 2:
-            spread.append(option)
-        else:
-            n_plain += 1
-        spread.append(word)
-    return spread
 
 
 @contextmanager
@@ -217,13 +191,7 @@ def _participants(options: Mapping[str, Any]) -> Any:
 def _read_config(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    values = {name.replace("-", "_"): value for name, value in values.items()}
+    values = read_toml(path)
     known = [name for name in _RUN_OPTIONS if name != "config"] + list(PruneConfig.model_fields)
     for name, value in values.items():
         if name not in known:

@@ -55,7 +55,7 @@ def participate(
         device=device,
         threads=threads,
         memory_gb=memory_gb,
-        memory_limit=memory_limit,  # type: ignore[arg-type]
+        memory_limit=memory_limit,
         allow=allow or list(DEFAULT_ALLOWED),
         block_fraction=block_fraction,
         record=None if record is None else str(record.resolve()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.errors import ConfigError
+from fedprllm.settings import read_toml
 from fedprllm.study.questions import QUESTIONS, StudyConfig
 
 __all__ = ["study_command"]
@@ -26,7 +25,7 @@ def study_command(bars: Any, console: Console) -> Any:
 
     def study(**given: Any) -> None:
         """Compare variants on one machine: tables, plots and one page that answer the paper's questions."""
-        config = StudyConfig(**_read(given.pop("config")) | _parsed(given))
+        config = StudyConfig(**_from_file(given.pop("config")) | _parsed(given))
         from fedprllm.study.runner import study as run
 
         results = run(config, given["out"], bars)
@@ -90,16 +89,8 @@ def _parsed(given: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _read(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    return {name.replace("-", "_"): value for name, value in values.items()}
+def _from_file(path: Path | None) -> dict[str, Any]:
+    return {} if path is None else read_toml(path)
 
 
 def _print(results: Any, console: Console) -> None:

@@ -6,17 +6,19 @@ Nothing here imports torch or the engine.
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, did_you_mean
+from fedprllm.settings import Settings, read_toml
 
 __all__ = ["DEFAULT_ALLOWED", "Plan", "RunPlan", "SiteSettings", "read_plan", "read_run_plan"]
 
+# Every kind of update there is: the keys of `fedprllm.sharing.SHARING`, which needs torch.
+KINDS = ("mask", "statistics", "gram", "weights", "outliers")
 DEFAULT_ALLOWED = ("mask",)
 # The strategies that a federation can run: the others need everyone's text in one place, or no one else.
 FEDERATED = ("one-shot", "iterative")
@@ -25,32 +27,7 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RESERVED = {"server", "coordinator", "admin"}
 
 
-class _Written(BaseModel):
-    """Something a person wrote: immutable, every mistake named in one line."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def __init__(self, /, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_explain(error, list(type(self).model_fields))) from None
-
-
-def _explain(error: ValidationError, known: list[str]) -> str:
-    lines = []
-    for defect in error.errors():
-        name = ".".join(str(part) for part in defect["loc"]) or "plan"
-        if defect["type"] == "extra_forbidden":
-            lines.append(f"unknown option {did_you_mean(name, known)}")
-        elif defect["type"] == "missing":
-            lines.append(f"{name} is missing")
-        else:
-            lines.append(f"{name}: {defect['msg'][0].lower()}{defect['msg'][1:]}, found {defect['input']!r}")
-    return "\n".join(lines)
-
-
-class Plan(_Written):
+class Plan(Settings):
     """Who takes part and where the server is: what ``fedprllm federation init`` makes kits from.
 
     Raises:
@@ -87,7 +64,7 @@ class Plan(_Written):
         return self
 
 
-class RunPlan(_Written):
+class RunPlan(Settings):
     """One run of a federation: which model, how it is pruned, and what happens when somebody fails.
 
     Raises:
@@ -96,10 +73,12 @@ class RunPlan(_Written):
 
     name: Annotated[str, Field(description="folder of the run below the server's runs folder")]
     model: Annotated[str, Field(description="hub id, or a path on the server; participants name their own")]
-    prune: Annotated[dict[str, Any], Field(description="options of pruning, as in fedprllm prune")] = {}
+    prune: Annotated[dict[str, Any], Field(description="options of pruning, as in fedprllm prune")] = Field(
+        default_factory=dict
+    )
     participants: Annotated[
-        list[str], Field(description="who takes part; everyone in the plan if empty")
-    ] = []
+        list[str], Field(description="names of the participants; all of the plan if empty")
+    ] = Field(default_factory=list)
     quorum: Annotated[int, Field(ge=1, description="participants without whom the run stops")] = 1
     deadline_s: Annotated[
         float, Field(gt=0, description="seconds a participant has for a block before it is left out")
@@ -142,7 +121,7 @@ class RunPlan(_Written):
         return PruneConfig(**self.prune)
 
 
-class SiteSettings(_Written):
+class SiteSettings(Settings):
     """One participant's own settings: they stay on its machine and no message can change them."""
 
     data: Annotated[list[str], Field(description="text files of this participant")]
@@ -155,20 +134,20 @@ class SiteSettings(_Written):
     memory_limit: Annotated[
         ByteSize | None, Field(gt=0, description="memory for hidden states; what exceeds it goes to files")
     ] = None
-    allow: Annotated[list[str], Field(description="kinds of update that may leave")] = list(DEFAULT_ALLOWED)
+    allow: Annotated[list[str], Field(description="kinds of update that may leave")] = Field(
+        default_factory=lambda: list(DEFAULT_ALLOWED)
+    )
     block_fraction: Annotated[
         float, Field(gt=0, le=1, description="share of the blocks that this participant prunes at most")
     ] = 1.0
     record: Annotated[str | None, Field(description="folder for a copy of every message that leaves")] = None
 
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for kind in self.allow:
+            if kind not in KINDS:
+                raise ConfigError(f"allow: unknown kind of update {did_you_mean(kind, KINDS)}")
+        return self
 
 
 def read_plan(path: Path) -> Plan:
@@ -178,7 +157,7 @@ def read_plan(path: Path) -> Plan:
         ConfigError: the file or a value in it cannot be used.
     """
     try:
-        return Plan(**_read_toml(path))
+        return Plan(**read_toml(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
 
@@ -189,7 +168,7 @@ def read_run_plan(path: Path) -> RunPlan:
     Raises:
         ConfigError: the file or a value in it cannot be used.
     """
-    values = _read_toml(path)
+    values = read_toml(path)
     model = values.get("model")
     if isinstance(model, str) and (path.parent / model).exists():
         values["model"] = str((path.parent / model).resolve())

@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, did_you_mean
+from fedprllm.settings import Settings
 
 __all__ = ["PARTITIONS", "QUESTIONS", "Cell", "StudyConfig", "cells_of"]
 
@@ -28,7 +29,7 @@ _OWN_AXES = ("participants", "partition")
 _TIES = ("index", "random", "magnitude")
 
 
-class StudyConfig(BaseModel):
+class StudyConfig(Settings):
     """What a study is run on, and the values that its questions range over.
 
     The first value of a list is the one that a question about something else is asked at.
@@ -37,7 +38,7 @@ class StudyConfig(BaseModel):
         ConfigError: a value is unknown, out of range or contradicts another one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    subject: ClassVar[str] = "study: "
 
     model: Annotated[str, Field(description="hub id, local folder or GGUF file")]
     data: Annotated[
@@ -77,18 +78,6 @@ class StudyConfig(BaseModel):
     grid: Annotated[
         tuple[dict[str, Any], ...], Field(description="grids of your own, over any option of prune")
     ] = ()
-
-    def __init__(self, /, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"]) or "study"
-            if first["type"] == "extra_forbidden":
-                raise ConfigError(
-                    f"study: unknown option {did_you_mean(name, type(self).model_fields)}"
-                ) from None
-            raise ConfigError(f"study: {name}: {first['msg']}, found {first['input']!r}") from None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

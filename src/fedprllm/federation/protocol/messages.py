@@ -21,14 +21,25 @@ import json
 import struct
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedprllm.errors import UpdateError
 
-__all__ = ["MAX_HEADER_BYTES", "Code", "Operation", "Reply", "Request", "pack", "read_reply", "read_request"]
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "Code",
+    "Operation",
+    "Reply",
+    "Request",
+    "pack",
+    "read_fingerprints",
+    "read_reply",
+    "read_request",
+]
 
 MAX_HEADER_BYTES = 64 * 1024
 _LENGTH = struct.Struct("<I")
+_FINGERPRINTS = TypeAdapter(dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]])
 
 Operation = Literal["start", "state", "fetch", "refused", "decision", "finish"]
 State = Literal["idle", "working", "done", "failed"]
@@ -118,6 +129,18 @@ def read_reply(message: bytes) -> tuple[Reply, memoryview]:
         UpdateError: it is not one.
     """
     return _read(message, Reply)
+
+
+def read_fingerprints(payload: memoryview) -> dict[str, str]:
+    """Return the payload of a start request: SHA-256 of every tensor of the coordinator's model, by name.
+
+    Raises:
+        UpdateError: It is not one.
+    """
+    try:
+        return _FINGERPRINTS.validate_json(bytes(payload), strict=True)
+    except ValidationError as error:
+        raise UpdateError(f"fingerprints of a start request: {error.errors()[0]['type']}") from None
 
 
 def _read(message: bytes, kind: type[_T]) -> tuple[_T, memoryview]:

@@ -8,19 +8,26 @@ not the end of the connection. The replies are the only thing that leaves a part
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import subprocess
 import sys
 import threading
+import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedprllm.errors import FedprllmError, UpdateError
+from fedprllm.errors import ConfigError, UpdateError
 from fedprllm.federation.plan import SiteSettings
-from fedprllm.federation.protocol.messages import Code, Reply, Request, pack, read_request
+from fedprllm.federation.protocol.messages import (
+    Code,
+    Reply,
+    Request,
+    pack,
+    read_fingerprints,
+    read_request,
+)
 from fedprllm.federation.site.spool import Spool, append_ledger, write_bytes
 from fedprllm.files import read_json, write_json, write_text
 
@@ -80,10 +87,11 @@ class Site:
             try:
                 request, payload = read_request(message)
                 reply = self._answer(request, payload)
-            except UpdateError:
+            except (UpdateError, ConfigError) as error:
+                print(f"the coordinator's request cannot be used: {error}", file=sys.stderr)
                 reply = pack(Reply(state="failed", code="bad request"))
-            except (FedprllmError, OSError) as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            except Exception as error:  # noqa: BLE001  the connection must outlive whatever went wrong here
+                traceback.print_exception(error)
                 reply = pack(Reply(state="failed", code="internal"))
             self._record(reply)
             return reply
@@ -115,7 +123,7 @@ class Site:
         if not set(PruneConfig(**request.config).kinds) <= set(self.settings.allow):
             return Reply(state="failed", code="kind not allowed")
         job = request.model_dump(mode="json", exclude={"op", "block"})
-        fingerprints = json.loads(bytes(payload))
+        fingerprints = read_fingerprints(payload)
         if self._run and self._run != request.run:
             self._stop_worker()
         self._run = request.run
