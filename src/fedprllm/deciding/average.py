@@ -6,7 +6,7 @@ import torch
 
 from fedprllm.core.fedspallm import fedspallm
 from fedprllm.deciding.decision import BlockDecision
-from fedprllm.models.block import Block
+from fedprllm.models.block import Block, GivenWeights
 from fedprllm.sharing.interface import Totals
 from fedprllm.sharing.pruned_weights import mask_name
 from fedprllm.sharing.target import Target
@@ -30,4 +30,4 @@ def by_average(totals: Totals, block: Block, target: Target) -> BlockDecision:
             (config.seed, "server", name),
         )
         decided[name] = linear.stored(weights).to(linear.dtype).contiguous()
-    return BlockDecision(masks, decided)
+    return BlockDecision(masks, GivenWeights(decided))

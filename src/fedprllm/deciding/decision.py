@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from fedprllm.core.masks import PruneMask
-from fedprllm.models.block import Block, PrunedWeights, put
+from fedprllm.models.block import Block, GivenWeights, PrunedWeights, Weights
 
 __all__ = ["BlockDecision"]
 
@@ -25,7 +22,7 @@ class BlockDecision:
     """
 
     masks: dict[str, PruneMask]
-    weights: Mapping[str, Tensor]
+    weights: Weights
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -45,5 +42,5 @@ class BlockDecision:
         decision) has to be made before.
         """
         for name in self.weights:
-            put(self.weights, name, block.tensors[name])
-        self.weights = {name: block.tensors[name] for name in self.weights}
+            self.weights.write(name, block.tensors[name])
+        self.weights = GivenWeights({name: block.tensors[name] for name in self.weights})

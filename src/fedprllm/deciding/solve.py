@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedprllm.core.solvers.sparsegpt import sparsegpt
 from fedprllm.deciding.decision import BlockDecision
 from fedprllm.errors import ModelError
-from fedprllm.models.block import Block
+from fedprllm.models.block import Block, GivenWeights
 from fedprllm.sharing.interface import Totals
 from fedprllm.sharing.target import Target
 
@@ -34,4 +34,4 @@ def by_sparsegpt(totals: Totals, block: Block, target: Target) -> BlockDecision:
             notes.append(f"{name}: {result.n_dead} input channels were zero on every token")
         masks[name] = result.pruned
         weights[name] = linear.stored(result.weight).to(linear.dtype).contiguous()
-    return BlockDecision(masks, weights, notes)
+    return BlockDecision(masks, GivenWeights(weights), notes)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fedprllm.core.bitplanes import PackedVotes
 from fedprllm.core.masks import scale_kept
 from fedprllm.deciding.decision import BlockDecision
-from fedprllm.models.block import Block, Linear
+from fedprllm.models.block import Block, GivenWeights, Linear
 from fedprllm.sharing.interface import Totals
 from fedprllm.sharing.target import Target
 
@@ -31,10 +31,12 @@ def by_votes(totals: Totals, block: Block, target: Target) -> BlockDecision:
     }
     decision = BlockDecision.of_masks(block, masks)
     if config.scale_weights:
-        decision.weights = {
-            name: _scaled(weight, block.linears[name], totals.votes[name])
-            for name, weight in decision.weights.items()
-        }
+        decision.weights = GivenWeights(
+            {
+                name: _scaled(weight, block.linears[name], totals.votes[name])
+                for name, weight in decision.weights.items()
+            }
+        )
     return decision
 
 

@@ -20,7 +20,7 @@ from fedprllm.calibration import Bos, evaluation_windows
 from fedprllm.errors import DataError, ModelError
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import names_of
-from fedprllm.models.block import Block
+from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
@@ -65,7 +65,7 @@ def perplexities(
     model: BlockwiseModel,
     texts: Mapping[str, Sequence[Int[Tensor, " tokens"]]],
     progress: Progress = silent,
-    weights_of: Callable[[Block], Mapping[str, Tensor]] = lambda _: {},
+    weights_of: Callable[[Block], Weights] = lambda _: UNCHANGED,
 ) -> list[Perplexity]:
     """Perplexity of a model on several texts, in one walk over its blocks.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedprllm.core.zeros import copy_pruned
 
-__all__ = ["Block", "Hidden", "Linear", "PrunedWeights", "put"]
+__all__ = ["UNCHANGED", "Block", "GivenWeights", "Hidden", "Linear", "PrunedWeights", "Weights"]
 
 Hidden = Float[Tensor, "1 tokens hidden"]
 
@@ -83,7 +83,7 @@ class Block:
         return self.call(self.index, hidden)
 
     @contextmanager
-    def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def replaced(self, weights: Weights) -> Iterator[None]:
         """Compute with other weights (stored orientation, any precision) inside the ``with`` block."""
         with ExitStack() as stack:
             for name in weights:
@@ -95,31 +95,60 @@ class Block:
                     parameter.data = weights[name].to(own.dtype)
                 else:
                     stack.callback(parameter.data.copy_, own)
-                    put(weights, name, parameter.data)
+                    weights.write(name, parameter.data)
             yield
 
 
-class PrunedWeights(Mapping[str, Tensor]):
-    """A block's weights with exact +0.0 where masks prune, each made when it is asked for.
+class Weights(Mapping[str, Tensor]):
+    """Weights that take the place of a block's own, by name, in the orientation of the checkpoint."""
 
-    Memory for a block takes longer to get than to fill: `put` needs none, and ``[name]`` that of one weight.
+    def write(self, name: str, target: Tensor) -> None:
+        """Write a weight into a tensor of its shape, in the precision of that tensor."""
+        target.copy_(self[name])
+
+
+class GivenWeights(Weights):
+    """Weights that are in memory.
 
     Args:
-        block: the block, unpruned.
-        masks: of its Linears, as [out, in].
+        tensors: By weight name; none at all leaves a block as it is.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class PrunedWeights(Weights):
+    """A block's weights with exact +0.0 where masks prune, each made when it is asked for.
+
+    Allocating memory for a block costs more than filling it: `write` needs none, and ``[name]`` that of one
+    weight.
+
+    Args:
+        block: The block, unpruned.
+        masks: Prune masks of its Linears, [out, in] by weight name.
     """
 
     def __init__(self, block: Block, masks: Mapping[str, Tensor]) -> None:
         self._block, self._masks = block, masks
 
-    def put(self, name: str, target: Tensor) -> None:
+    def write(self, name: str, target: Tensor) -> None:
         """Write a pruned weight into a tensor of its shape, in the precision of that tensor."""
         mask = self._block.linears[name].stored(self._masks[name])
         copy_pruned(self._block.tensors[name], mask, target)
 
     def __getitem__(self, name: str) -> Tensor:
         pruned = torch.empty_like(self._block.tensors[name])
-        self.put(name, pruned)
+        self.write(name, pruned)
         return pruned
 
     def __iter__(self) -> Iterator[str]:
@@ -129,9 +158,4 @@ class PrunedWeights(Mapping[str, Tensor]):
         return len(self._masks)
 
 
-def put(weights: Mapping[str, Tensor], name: str, target: Tensor) -> None:
-    """Write a weight into a tensor of its shape, in the precision of that tensor."""
-    if isinstance(weights, PrunedWeights):
-        weights.put(name, target)
-    else:
-        target.copy_(weights[name])
+UNCHANGED = GivenWeights({})

@@ -6,7 +6,7 @@ The same class serves a participant among others in one process, the one partici
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
@@ -15,7 +15,7 @@ from torch import Tensor
 from fedprllm.calibration import fingerprint
 from fedprllm.core.sums import InputStatistics
 from fedprllm.errors import ModelError
-from fedprllm.models.block import Block
+from fedprllm.models.block import Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.observe import BlockStatistics, Observation, observing
 from fedprllm.pruning.hidden_states import HiddenStates
@@ -95,7 +95,7 @@ class Participant:
                 )
         return statistics
 
-    def advance(self, block: Block, weights: Mapping[str, Tensor]) -> None:
+    def advance(self, block: Block, weights: Weights) -> None:
         """Feed the windows through the block with ``weights`` in place of its own."""
         with block.replaced(weights):
             for number, hidden in enumerate(self.hidden):

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fedprllm.deciding import BlockDecision, own_decision
-from fedprllm.models.block import Block
+from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.observe import BlockStatistics
 from fedprllm.pruning.clock import Clock
@@ -42,7 +42,7 @@ class Contribution:
 
     update: dict[str, Tensor] | None = None
     decision: BlockDecision | None = None
-    weights: Mapping[str, Tensor] | None = None
+    weights: Weights | None = None
 
 
 class Walker:
@@ -95,7 +95,7 @@ class Walker:
         """
         method, strategy = self.method, self.method.strategy
         if block.index not in self._blocks:
-            return Contribution(weights=None if strategy.follows_server else {})
+            return Contribution(weights=None if strategy.follows_server else UNCHANGED)
         statistics = self._observe(block)
         with self.clock.phase("select"):
             own = self._decide(block, statistics) if method.sharing.shares_decision else None
@@ -125,7 +125,7 @@ class Walker:
         assert isinstance(decision, BlockDecision), "a survey decides nothing about a block"
         return decision
 
-    def advance(self, block: Block, weights: Mapping[str, Tensor] | None) -> None:
+    def advance(self, block: Block, weights: Weights | None) -> None:
         """Compute the next block's input with ``weights`` in place of the block's own, where there are any.
 
         Args:

@@ -17,7 +17,7 @@ from fedprllm.api import prune
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.zeros import count_zeros
 from fedprllm.evaluation.perplexity import perplexities
-from fedprllm.models.block import Block, PrunedWeights
+from fedprllm.models.block import Block, PrunedWeights, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.progress import Progress
 from fedprllm.pruning.aggregate import Aggregate
@@ -154,11 +154,11 @@ class Lab:
         counts: Counter[str],
         voted: Counter[int],
         agreement: _MeanAgreement,
-    ) -> Callable[[Block], Mapping[str, Tensor]]:
+    ) -> Callable[[Block], Weights]:
         """The server's decision about a block, from what was kept."""
         method = pruning_method(cell.config)
 
-        def decide(block: Block) -> Mapping[str, Tensor]:
+        def decide(block: Block) -> Weights:
             aggregate = Aggregate(block, method)
             shapes = method.sharing.shapes(block.linears)
             plain = {name: torch.zeros(shape, dtype=torch.int32) for name, (shape, _) in shapes.items()}
@@ -181,13 +181,11 @@ class Lab:
 
         return decide
 
-    def _own(
-        self, cell: Cell, walk: KeptWalk, counts: Counter[str]
-    ) -> Callable[[Block], Mapping[str, Tensor]]:
+    def _own(self, cell: Cell, walk: KeptWalk, counts: Counter[str]) -> Callable[[Block], Weights]:
         """One participant's own decision about a block."""
         sharing = SHARING[cell.config.share]
 
-        def decide(block: Block) -> Mapping[str, Tensor]:
+        def decide(block: Block) -> Weights:
             masks = walk.update(block, sharing.shapes(block.linears))
             on_device = {name: mask.to(block.tensors[name].device) for name, mask in masks.items()}
             weights = PrunedWeights(block, on_device)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from fedprllm.deciding import BlockDecision
 from fedprllm.errors import UpdateError
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.names import from_wire, to_wire
-from fedprllm.models.block import Block, PrunedWeights
+from fedprllm.models.block import Block, GivenWeights, PrunedWeights, Weights
 
 __all__ = ["COORDINATOR", "decided_weights", "encode_decision"]
 
@@ -39,7 +36,7 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
     return wire.encode(update)
 
 
-def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) -> Mapping[str, Tensor]:
+def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) -> Weights:
     """The weights, in the checkpoint's orientation, that a decision leaves of a block.
 
     Raises:
@@ -74,4 +71,4 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
             raise UpdateError(
                 f"decision about '{name}': expected {block.tensors[name].dtype}, found {tensor.dtype}"
             )
-    return {name: tensor.to(block.device) for name, tensor in tensors.items()}
+    return GivenWeights({name: tensor.to(block.device) for name, tensor in tensors.items()})
