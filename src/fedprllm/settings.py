@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 
 from fedprllm.errors import ConfigError, did_you_mean
 
@@ -37,7 +37,7 @@ class Settings(BaseModel):
             raise ConfigError("\n".join(self._explain(defect) for defect in error.errors())) from None
 
     @classmethod
-    def _explain(cls, defect: ErrorDetails) -> str:
+    def _explain(cls, defect: Mapping[str, Any]) -> str:
         """One defect in the user's words instead of pydantic's."""
         known = cls.model_fields
         name = ".".join(str(part) for part in defect["loc"]) or "configuration"

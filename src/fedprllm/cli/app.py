@@ -24,6 +24,7 @@ from fedprllm.cli.participant import ledger, participate
 from fedprllm.cli.study import study_command
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
+from fedprllm.process import use_large_pages
 from fedprllm.settings import choices_of, read_toml
 
 __all__ = ["main"]
@@ -43,6 +44,7 @@ errors = Console(stderr=True)
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2."""
     try:
+        use_large_pages()
         app()
     except FedprllmError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)

@@ -23,6 +23,7 @@ from filelock import FileLock
 from fedprllm.errors import DataError, FedprllmError, ModelError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.site.spool import Spool, write_bytes
+from fedprllm.process import use_large_pages
 from fedprllm.files import read_json, save_tensors, write_json
 
 __all__ = ["main"]
@@ -38,6 +39,7 @@ class _Failed(Exception):  # noqa: N818  it carries a status, it is no defect
 
 def main(arguments: list[str]) -> int:
     """Compute every update of a run; 0 when all are there."""
+    use_large_pages()
     folder, settings_file, name, owner = arguments
     spool = Spool(Path(folder))
     settings = SiteSettings(**read_json(Path(settings_file)))
