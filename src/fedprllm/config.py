@@ -16,9 +16,22 @@ from pydantic import BeforeValidator, ByteSize, Field, model_validator
 from fedprllm.errors import ConfigError, did_you_mean
 from fedprllm.settings import Settings
 
-__all__ = ["PruneConfig"]
+__all__ = ["CriterionName", "PruneConfig", "ShareName"]
 
 Group = Literal["layer", "row", "column"]
+# The names of the rows of `fedprllm.core.criteria.CRITERIA`.
+CriterionName = Literal[
+    "wanda",
+    "ria",
+    "magnitude",
+]
+# The names of the rows of `fedprllm.deciding.DECISIONS`: what a participant may share to prune.
+ShareName = Literal[
+    "mask",
+    "statistics",
+    "gram",
+    "weights",
+]
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -45,9 +58,7 @@ class PruneConfig(Settings):
     pattern: Annotated[
         str, Field(description="unstructured, or N:M (at most N non-zeros in M consecutive inputs)")
     ] = "unstructured"
-    criterion: Annotated[
-        Literal["wanda", "ria", "magnitude"], Field(description="score by which weights are ranked")
-    ] = "wanda"
+    criterion: Annotated[CriterionName, Field(description="score by which weights are ranked")] = "wanda"
     local_group: Annotated[
         Literal["row", "layer", "column"],
         Field(description="weights a participant ranks against each other"),
@@ -61,7 +72,7 @@ class PruneConfig(Settings):
         Field(description="who decides what each block loses, and when"),
     ] = "one-shot"
     share: Annotated[
-        Literal["mask", "statistics", "gram", "weights"],
+        ShareName,
         Field(description="what a participant shares; gram prunes with SparseGPT, weights as FedSpaLLM"),
     ] = "mask"
     max_update_mb: Annotated[

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import ByteSize, Field, model_validator
 
-from fedprllm.config import PruneConfig
+from fedprllm.config import PruneConfig, ShareName
 from fedprllm.errors import ConfigError, did_you_mean
 from fedprllm.settings import Settings, read_toml
 
 __all__ = ["DEFAULT_ALLOWED", "Plan", "RunPlan", "SiteSettings", "read_plan", "read_run_plan"]
 
 # Every kind of update there is: the keys of `fedprllm.sharing.SHARING`, which needs torch.
-KINDS = ("mask", "statistics", "gram", "weights", "outliers")
+KINDS = (*get_args(ShareName), "outliers")
 DEFAULT_ALLOWED = ("mask",)
 # The strategies that a federation can run: the others need everyone's text in one place, or no one else.
 FEDERATED = ("one-shot", "iterative")

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedprllm.core.sums import GramStatistics
 from fedprllm.errors import UpdateError
 from fedprllm.sharing.input_sums import distinct_inputs
-from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.interface import SUMS, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.target import Target
 
 __all__ = ["GRAM"]
@@ -53,6 +53,7 @@ GRAM = Sharing(
     kind="gram",
     noun="sums of products of the inputs of the Linears",
     content="For each distinct input of the Linears, the sum of products of each two channels.",
+    wire=Wire(3, SUMS, SUMS),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

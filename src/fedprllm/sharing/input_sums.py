@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedprllm.errors import UpdateError
-from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.interface import SUMS, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.target import Target
 
 __all__ = ["STATISTICS", "distinct_inputs", "pooled_norms"]
@@ -59,6 +59,7 @@ STATISTICS = Sharing(
     kind="statistics",
     noun="sums over the inputs of the Linears",
     content="For each distinct input of the Linears, the sum of squares of each channel.",
+    wire=Wire(2, SUMS, SUMS, not_negative="sums of squares"),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

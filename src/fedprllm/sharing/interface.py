@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,18 @@ from fedprllm.models.block import Block, Linear
 from fedprllm.models.observe import BlockStatistics, Observation
 from fedprllm.sharing.target import Target
 
-__all__ = ["Linears", "Seen", "Shapes", "Sharing", "Tensors", "Totals", "update_bytes"]
+__all__ = [
+    "BITS",
+    "SUMS",
+    "Linears",
+    "Seen",
+    "Shapes",
+    "Sharing",
+    "Tensors",
+    "Totals",
+    "Wire",
+    "update_bytes",
+]
 
 Tensors = dict[str, Tensor]
 Linears = Mapping[str, Linear]
@@ -73,6 +85,26 @@ class Totals:
         self.weight += weight
 
 
+class Wire(NamedTuple):
+    """How the tensors of a kind of update are written in a message (docs/wire-format.md).
+
+    Attributes:
+        code: Number of the kind, never used again for another one.
+        dtypes: Types that a tensor may have.
+        mask_dtypes: Types that a tensor may have whose name ends in ``.mask``.
+        not_negative: What the values are, if none of them may be negative.
+    """
+
+    code: int
+    dtypes: tuple[torch.dtype, ...]
+    mask_dtypes: tuple[torch.dtype, ...]
+    not_negative: str = ""
+
+
+BITS = (torch.bool,)
+SUMS = (torch.float32, torch.float64)
+
+
 @dataclass(frozen=True)
 class Sharing:
     """A way of sharing: what leaves a participant of every block, and how it adds up.
@@ -83,6 +115,7 @@ class Sharing:
         kind: The word for it in plans, settings, messages and ledgers.
         noun: What is shared, in two or three words, for a sentence.
         content: What an update holds, in one sentence, for the report and the participant's terminal.
+        wire: How it is written in a message.
         shapes: Shape and type of every tensor of a valid update, from the Linears of a block.
         contribute: The update of a participant, from what it has seen.
         check: Refuses an update that has the right shapes but cannot come from an honest participant.
@@ -94,6 +127,7 @@ class Sharing:
     kind: str
     noun: str
     content: str
+    wire: Wire
     shapes: Callable[[Linears], Shapes]
     contribute: Callable[[Seen, Target], Tensors]
     check: Callable[[Linears, Mapping[str, Tensor], Target], None]

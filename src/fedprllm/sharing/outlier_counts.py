@@ -12,7 +12,7 @@ from fedprllm.core.criteria import wanda
 from fedprllm.core.owl import Outliers, outliers
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block
-from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.target import Target
 
 __all__ = ["OUTLIERS", "block_outliers", "n_weights", "outlier_total"]
@@ -67,6 +67,7 @@ OUTLIERS = Sharing(
     kind="outliers",
     noun="numbers of outlying scores",
     content="For each block, the number of scores that stand out.",
+    wire=Wire(5, (torch.float64,), (torch.float64,), not_negative="counts"),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

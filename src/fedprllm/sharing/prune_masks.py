@@ -10,7 +10,7 @@ from torch import Tensor
 from fedprllm.core.bitplanes import PackedVotes
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Linear
-from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.interface import BITS, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.target import Target
 
 __all__ = ["MASKS", "check_mask", "zero_votes"]
@@ -60,6 +60,7 @@ MASKS = Sharing(
     kind="mask",
     noun="prune masks",
     content="One bit for each prunable weight: whether the participant would prune it.",
+    wire=Wire(1, BITS, BITS),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import PrunedWeights
-from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.interface import BITS, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.prune_masks import check_mask, zero_votes
 from fedprllm.sharing.target import Target
 
@@ -55,6 +55,7 @@ WEIGHTS = Sharing(
     kind="weights",
     noun="pruned weights",
     content="The pruned weights, and one bit for each that says whether it was pruned.",
+    wire=Wire(4, (torch.float32, torch.float16, torch.bfloat16), BITS),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 
 from fedprllm.errors import UpdateError, did_you_mean
+from fedprllm.sharing import SHARING
+from fedprllm.sharing.interface import Wire
 
 __all__ = ["VERSION", "Expectation", "Update", "decode", "encode", "max_message_bytes"]
 
@@ -68,22 +70,7 @@ _CODES = {encoding.dtype: code for code, encoding in _ENCODINGS.items()}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class _Kind(NamedTuple):
-    code: int
-    dtypes: tuple[torch.dtype, ...]  # of a tensor
-    mask_dtypes: tuple[torch.dtype, ...]  # of a tensor whose name ends in ".mask"
-
-
-_BITS = (torch.bool,)
-_SUMS = (torch.float32, torch.float64)
-_KINDS: dict[str, _Kind] = {
-    "mask": _Kind(1, _BITS, _BITS),
-    "statistics": _Kind(2, _SUMS, _SUMS),
-    "gram": _Kind(3, _SUMS, _SUMS),
-    "weights": _Kind(4, (torch.float32, torch.float16, torch.bfloat16), _BITS),
-    "outliers": _Kind(5, (torch.float64,), (torch.float64,)),
-}
-_NOT_NEGATIVE = {"statistics": "sums of squares", "outliers": "counts"}
+_KINDS: dict[str, Wire] = {kind: row.wire for kind, row in SHARING.items()}
 _KIND_NAMES = {kind.code: name for name, kind in _KINDS.items()}
 
 
@@ -380,9 +367,9 @@ def _check_values(kind: str, name: str, values: torch.Tensor) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
         found = next(value for value in (low, high) if not math.isfinite(value))
         raise _refuse(f"values of {name!r}", "finite numbers", found, "the calibration overflowed")
-    if kind in _NOT_NEGATIVE and low < 0:
+    if _KINDS[kind].not_negative and low < 0:
         raise _refuse(
-            f"values of {name!r}", f"{_NOT_NEGATIVE[kind]}, 0 or more", low, "send them as they are"
+            f"values of {name!r}", f"{_KINDS[kind].not_negative}, 0 or more", low, "send them as they are"
         )
 
 
@@ -400,7 +387,7 @@ def _allowed_dtypes(kind: str, name: str) -> tuple[torch.dtype, ...]:
     return _kind(kind).mask_dtypes if name.endswith(".mask") else _kind(kind).dtypes
 
 
-def _kind(name: str) -> _Kind:
+def _kind(name: str) -> Wire:
     if name not in _KINDS:
         raise UpdateError(f"unknown kind of update {did_you_mean(name, _KINDS)}")
     return _KINDS[name]
