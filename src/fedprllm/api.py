@@ -123,9 +123,9 @@ def prune(
 ) -> PruneResult:
     """Prune one model together: several participants, each with its own text, in this process.
 
-    FedPrLLM (arXiv 2505.13547), with the ways of sharing and deciding that `PruneConfig` names. A run that was
-    killed continues at the last finished block when it is called again with the same arguments, and ends with
-    the same bits; a complete run is not computed again.
+    FedPrLLM (arXiv 2505.13547), with the ways of sharing and deciding that `PruneConfig` names. A run that
+    was killed continues at the last finished block when it is called again with the same arguments, and ends
+    with the same bits; a complete run is not computed again.
 
     Args:
         model: Hub id, local Hugging Face folder, GGUF file, or a transformers model in memory.

@@ -16,7 +16,7 @@ ROOT = Path(fedprllm.__file__).parent
 # below it, and never from another room of its own floor.
 FLOORS = [
     ["errors"],
-    ["settings", "files", "progress"],
+    ["settings", "files", "progress", "process"],
     ["config"],
     ["core"],
     ["documents"],

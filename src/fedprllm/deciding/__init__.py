@@ -10,7 +10,8 @@ of update that it needs the sums of. The first row of a kind is its default.
 | gram | sparsegpt | prune and correct the weights that stay |
 | weights | average | average what was retained (FedSpaLLM) |
 
-A survey comes before pruning and decides how much each block is to lose; a decision names the one it goes with.
+A survey comes before pruning and decides how much each block is to lose; a decision names the survey that
+goes with it.
 """
 
 from __future__ import annotations
