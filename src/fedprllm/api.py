@@ -17,7 +17,8 @@ from fedprllm.errors import ConfigError, RunError
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.fingerprints import model_digest, tensor_fingerprints
+from fedprllm.models.fingerprints import model_digest
+from fedprllm.models.identity import model_identity
 from fedprllm.models.in_memory import model_folder, source_name
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
@@ -176,7 +177,7 @@ def _prune(
         "config": config.model_dump(mode="json"),
         "model": {
             "source": source,
-            "fingerprint": model_digest(tensor_fingerprints(walked, progress)).hex(),
+            "fingerprint": model_digest(model_identity(walked, progress)).hex(),
         },
         "participants": {member.name: member.describe().as_json() for member in members},
         "evaluation": {name: fingerprint(torch.cat(text)) for name, text in tests.items()},

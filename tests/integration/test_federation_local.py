@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -495,6 +497,43 @@ def test_a_request_that_cannot_be_read_is_answered_with_a_code(tmp_path, federat
     assert read_reply(site.answer(pack(Request(op="fetch", run="0" * 32))))[0].code == "other run"
 
 
+def edited(model: Path, folder: Path, **entries: object) -> Path:
+    """A copy of a model with other entries in its configuration."""
+    shutil.copytree(model, folder)
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    return folder
+
+
+def test_another_configuration_is_another_model(tmp_path, model, federation):
+    channel = federation()
+    other = edited(model, tmp_path / "other", rope_theta=500000.0, rope_parameters=None)
+    channel.sites["west"] = make_site(tmp_path / "kits", "west", federation.paths["west"], other)
+    assert conduct(tmp_path, make_plan(model), channel) == "complete", outcome(tmp_path)
+    (event,) = [e for e in events(tmp_path) if e["event"] == "left out"]
+    assert event["participant"] == "west"
+    assert re.search(r"model differs: .*rope_theta: 10000\S* here, 500000 there", event["reason"])
+    (status,) = channel.sites["west"].folder.glob("runs/*/status.json")
+    assert re.search(r"rope_theta: 500000\S* here, 10000\S* there", read_json(status)["message"])
+
+
+def test_another_tokenizer_is_another_model(tmp_path, model, federation):
+    channel = federation()
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tokenizer = read_json(other / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    channel.sites["west"] = make_site(tmp_path / "kits", "west", federation.paths["west"], other)
+    assert conduct(tmp_path, make_plan(model), channel) == "complete", outcome(tmp_path)
+    (event,) = [e for e in events(tmp_path) if e["event"] == "left out"]
+    assert event["reason"] == "failed: model differs: 'tokenizer.vocabulary'"
+    (status,) = channel.sites["west"].folder.glob("runs/*/status.json")
+    assert "the tokenizer has another vocabulary" in read_json(status)["message"]
+
+
 @pytest.mark.parametrize(
     ("payload", "config"),
     [
@@ -502,7 +541,6 @@ def test_a_request_that_cannot_be_read_is_answered_with_a_code(tmp_path, federat
         (b"\xff\xfe", {}),
         (b"[]", {}),
         (b'{"a": 1}', {}),
-        (b'{"a": "not a digest"}', {}),
         (b"{}", {"self": 1}),
         (b"{}", {"sparsity": "much"}),
         (b"{}", {"unknown": 1}),

@@ -19,7 +19,8 @@ from fedprllm.calibration import evaluation_windows
 from fedprllm.config import PruneConfig
 from fedprllm.demo.texts import demo_texts
 from fedprllm.errors import ModelError
-from fedprllm.evaluation.perplexity import load_tokenizer, perplexities
+from fedprllm.evaluation.perplexity import perplexities
+from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import read_json, write_json
 from fedprllm.models.blockwise import BlockwiseModel

@@ -11,21 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from fedprllm.calibration import Bos, evaluation_windows
-from fedprllm.errors import DataError, ModelError
+from fedprllm.errors import DataError
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import names_of
 from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
+from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.progress import Progress, silent
 
-__all__ = ["Perplexity", "evaluate", "load_tokenizer", "perplexities", "window_length_for"]
+__all__ = ["Perplexity", "evaluate", "perplexities", "window_length_for"]
 
 DEFAULT_WINDOW_LENGTH = 2048
 
@@ -42,23 +42,6 @@ def window_length_for(model: BlockwiseModel, asked: int | None) -> int:
     if limit is not None and asked > limit:
         raise DataError(f"window length {asked} exceeds the {limit} tokens the model takes at most")
     return asked
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        ModelError: the folder has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): text needs one; give token "
-            "windows from Python instead"
-        ) from None
 
 
 def perplexities(

@@ -14,9 +14,10 @@ from fedprllm.calibration import evaluation_windows, partition, token_windows
 from fedprllm.config import PruneConfig
 from fedprllm.core.ties import generator
 from fedprllm.errors import ConfigError, DataError, did_you_mean
-from fedprllm.evaluation.perplexity import load_tokenizer, window_length_for
+from fedprllm.evaluation.perplexity import window_length_for
 from fedprllm.files import names_of
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.pruning.participant import Participant
 
 __all__ = [

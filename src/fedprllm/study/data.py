@@ -14,9 +14,9 @@ from fedprllm.config import PruneConfig
 from fedprllm.core.ties import generator
 from fedprllm.documents import read_documents
 from fedprllm.errors import DataError
-from fedprllm.evaluation.perplexity import load_tokenizer
 from fedprllm.files import names_of, write_text
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.pruning.inputs import PooledData, make_participants
 from fedprllm.pruning.participant import Participant
 from fedprllm.study.questions import Cell, StudyConfig

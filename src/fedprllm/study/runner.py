@@ -25,7 +25,8 @@ from fedprllm.calibration import fingerprint
 from fedprllm.errors import RunError
 from fedprllm.files import free_bytes, read_json, write_json
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.fingerprints import model_digest, tensor_fingerprints
+from fedprllm.models.fingerprints import model_digest
+from fedprllm.models.identity import model_identity
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
 from fedprllm.pruning.participant import Participant
@@ -86,7 +87,7 @@ def _study(
     config: StudyConfig, cells: list[Cell], model: BlockwiseModel, out: Path, progress: Progress
 ) -> Results:
     data = StudyData(model, config, out / "texts")
-    digest = model_digest(tensor_fingerprints(model, progress)).hex()
+    digest = model_digest(model_identity(model, progress)).hex()
     walks = KeptWalks(model, digest, out / "walks")
     jobs = [_job(cell, data, digest, out) for cell in cells]
     dense_texts = {job.cell.partition == "iid": job.texts for job in jobs}

@@ -31,6 +31,7 @@ from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLos
 from fedprllm.federation.protocol.messages import Reply, Request, pack, read_reply
 from fedprllm.federation.site.spool import write_bytes
 from fedprllm.files import write_json
+from fedprllm.models.identity import entry_name
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.survey import sampled
 
@@ -343,8 +344,12 @@ class Coordinator:
 
     def _words(self, reply: Reply) -> str:
         """A participant's trouble in the coordinator's words: nothing of what it sends is repeated."""
-        tensor = f": '{reply.tensor}'" if reply.tensor in self._ask_for.fingerprints else ""
-        return f"{reply.code}{tensor}"
+        known = self._ask_for.fingerprints
+        if reply.tensor not in known:
+            return reply.code
+        if reply.value is None:
+            return f"{reply.code}: '{reply.tensor}'"
+        return f"{reply.code}: {entry_name(reply.tensor)}: {known[reply.tensor]} here, {reply.value:g} there"
 
     def _patience_s(self, n_bytes: int) -> float:
         """How long a message of this size may take."""

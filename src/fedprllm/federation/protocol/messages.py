@@ -39,7 +39,7 @@ __all__ = [
 
 MAX_HEADER_BYTES = 64 * 1024
 _LENGTH = struct.Struct("<I")
-_FINGERPRINTS = TypeAdapter(dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]])
+_FINGERPRINTS = TypeAdapter(dict[str, Annotated[str, Field(min_length=1, max_length=256)]])
 
 Operation = Literal["start", "state", "fetch", "refused", "decision", "finish"]
 State = Literal["idle", "working", "done", "failed"]
@@ -97,13 +97,15 @@ class Reply(_Header):
         state: of the participant's computation.
         code: what keeps it from going on.
         n_ready: number of blocks, from the first one, whose update is ready.
-        tensor: name of the first tensor that differs.
+        tensor: Name of the first tensor, or entry of the model's configuration, that differs.
+        value: The value of that entry at the participant, if it is a number.
     """
 
     state: State = "idle"
     code: Code = ""
     n_ready: Annotated[int, Field(ge=0, lt=2**31)] = 0
     tensor: Annotated[str, Field(max_length=255)] = ""
+    value: Annotated[float | None, Field(allow_inf_nan=False)] = None
 
 
 def pack(header: Request | Reply, payload: bytes = b"") -> bytes:
@@ -132,7 +134,7 @@ def read_reply(message: bytes) -> tuple[Reply, memoryview]:
 
 
 def read_fingerprints(payload: memoryview) -> dict[str, str]:
-    """Return the payload of a start request: SHA-256 of every tensor of the coordinator's model, by name.
+    """Return the payload of a start request: what identifies the coordinator's model (`model_identity`).
 
     Raises:
         UpdateError: It is not one.

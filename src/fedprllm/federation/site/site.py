@@ -145,6 +145,7 @@ class Site:
             state=status["state"],
             code=status.get("code", ""),
             tensor=status.get("tensor", ""),
+            value=status.get("value"),
             n_ready=self.spool.n_ready,
         )
 

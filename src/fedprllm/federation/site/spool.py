@@ -96,9 +96,11 @@ class Spool:
         path = self.path("status.json")
         return read_json(path) if path.exists() else {"state": "idle"}
 
-    def set_status(self, state: str, code: str = "", tensor: str = "", message: str = "") -> None:
+    def set_status(
+        self, state: str, code: str = "", tensor: str = "", message: str = "", value: float | None = None
+    ) -> None:
         """Say where the computation stands; ``message`` is for the participant and never sent."""
-        status = {"state": state, "code": code, "tensor": tensor, "message": message}
+        status = {"state": state, "code": code, "tensor": tensor, "message": message, "value": value}
         write_json(self.path("status.json"), status)
 
     def forget(self, block: int) -> None:

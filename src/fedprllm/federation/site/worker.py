@@ -32,14 +32,13 @@ _DECISION_POLL_S = 0.05
 
 
 class _Failed(Exception):  # noqa: N818  it carries a status, it is no defect
-    def __init__(self, code: str, tensor: str = "", message: str = "") -> None:
+    def __init__(self, code: str, tensor: str = "", message: str = "", value: float | None = None) -> None:
         super().__init__(message or code)
-        self.code, self.tensor = code, tensor
+        self.code, self.tensor, self.value = code, tensor, value
 
 
 def main(arguments: list[str]) -> int:
     """Compute every update of a run; 0 when all are there."""
-    use_large_pages()
     folder, settings_file, name, owner = arguments
     spool = Spool(Path(folder))
     settings = SiteSettings(**read_json(Path(settings_file)))
@@ -55,7 +54,7 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
         _Walk(spool, settings, name, owner).run()
     except _Failed as failure:
         print(failure, file=sys.stderr)
-        spool.set_status("failed", failure.code, failure.tensor, str(failure))
+        spool.set_status("failed", failure.code, failure.tensor, str(failure), failure.value)
     except DataError as error:
         return _fail(spool, "data", error)
     except FedprllmError as error:
@@ -144,7 +143,8 @@ class _Walk:
     def _prepare(self) -> None:
         """Read the model, compare it with the coordinator's, read the text."""
         from fedprllm.models.blockwise import BlockwiseModel
-        from fedprllm.models.fingerprints import first_difference, model_digest, tensor_fingerprints
+        from fedprllm.models.fingerprints import first_difference, model_digest
+        from fedprllm.models.identity import describe_difference, model_identity, number_of
         from fedprllm.models.source import is_hub_id, resolve_model
         from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
         from fedprllm.pruning.inputs import make_participants
@@ -164,14 +164,16 @@ class _Walk:
         self.model = BlockwiseModel(folder, self.config.dtype, self.config.device)
         self._check_blocks(self.model.n_blocks)
         expected = read_json(self.spool.path("fingerprints.json"))
-        found = tensor_fingerprints(self.model)
+        found = model_identity(self.model)
         different = first_difference(expected, found)
         if different is not None:
             raise _Failed(
                 "model differs",
                 different,
-                f"the model at {named} is not the coordinator's: tensor '{different}' has other values; "
-                "get the model from where the coordinator got it, or name it with --model",
+                f"the model at {named} is not the coordinator's: "
+                f"{describe_difference(different, expected, found)}; get the model from where the "
+                "coordinator got it, or name it with --model",
+                number_of(different, found),
             )
         self.digest = model_digest(expected)
         (self.participant,), self.config = make_participants(
@@ -261,4 +263,5 @@ class _Walk:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     sys.exit(main(sys.argv[1:]))
