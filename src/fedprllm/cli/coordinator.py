@@ -208,7 +208,7 @@ def rehearse(
         sources = _rehearsal_data(data, participants, folder)
         threads = max(1, (os.cpu_count() or 1) // participants)
         people = {
-            f"site-{number}": SiteSettings(data=[source], model=named, threads=threads)
+            f"site-{number}": _rehearsing(source, named, threads, plan)
             for number, source in enumerate(sources, 1)
         }
         begin = time.monotonic()
@@ -238,6 +238,20 @@ def _rehearsal_data(data: list[str] | None, participants: int, folder: Path) -> 
             f"there are texts for {len(texts)} participants: give --data {participants} times for more"
         )
     return texts[:participants]
+
+
+def _rehearsing(source: str, model: str, threads: int | None, plan: RunPlan) -> SiteSettings:
+    """Settings of a rehearsal's participant: its text is the coordinator's own, so it needs no limits."""
+    return SiteSettings(
+        data=[source],
+        model=model,
+        threads=threads,
+        seed=plan.config.seed,
+        min_windows=1,
+        min_tokens=2,
+        min_participants=1,
+        confirm=False,
+    )
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -40,10 +41,26 @@ def participate(
     allow: Annotated[list[str] | None, typer.Option(help="kind of update that may leave [mask]")] = None,
     block_fraction: Annotated[float, typer.Option(help="share of the blocks to prune at most")] = 1.0,
     record: Annotated[Path | None, typer.Option(help="keep a copy of every message that leaves here")] = None,
+    min_windows: Annotated[int, typer.Option(help="share nothing made of fewer windows of text")] = 16,
+    min_tokens: Annotated[int, typer.Option(help="share nothing made of fewer tokens of text")] = 8192,
+    min_participants: Annotated[int, typer.Option(help="take part in no run with fewer participants")] = 3,
+    runs_per_text: Annotated[int, typer.Option(help="runs that one text may be used in")] = 3,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help=escape("of the choice of windows [default: drawn once, kept here]"), show_default=False
+        ),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="agree to every run within these limits without being asked")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="compute and show what would be sent; connect to nobody")
     ] = False,
-    config: Annotated[Path | None, typer.Option(help="with --dry-run: the run's TOML file")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="the run's TOML file: with --dry-run what to compute, else the only run to accept"),
+    ] = None,
     blocks: Annotated[int, typer.Option(help="with --dry-run: how many blocks to show")] = 1,
 ) -> None:
     """Take part in a federation with your own text, which stays here."""
@@ -59,12 +76,23 @@ def participate(
         allow=allow or list(DEFAULT_ALLOWED),
         block_fraction=block_fraction,
         record=None if record is None else str(record.resolve()),
+        min_windows=min_windows,
+        min_tokens=min_tokens,
+        min_participants=min_participants,
+        runs_per_text=runs_per_text,
+        seed=seed,
+        confirm=not yes,
+        plan=None if config is None or dry_run else _pinned(read_run_plan(config)),
     )
     if dry_run:
         _dry_run(settings, kit, config, blocks)
         return
     need_flare()
     _check_here(settings)
+    if settings.confirm and not sys.stdin.isatty():
+        raise ConfigError(
+            "there is no terminal to ask you at: pass --yes to agree to every run within your limits"
+        )
     from fedprllm.federation.flare.processes import participant_name, start_participant
     from fedprllm.federation.site.site import settings_path
     from fedprllm.files import write_json
@@ -79,7 +107,16 @@ def participate(
     ):
         errors.print(escape(line), soft_wrap=True)
     with ending():
-        attend(lambda: start_participant(kit), f"participant {name}", kit, _Complaints(kit))
+        attend(lambda: start_participant(kit), f"participant {name}", kit, _Watch(kit))
+
+
+def _pinned(plan: RunPlan) -> dict[str, Any]:
+    """The parts of a run that a participant can hold it to."""
+    return {
+        "model": plan.model,
+        "config": plan.config.model_dump(mode="json"),
+        "participants": plan.participants,
+    }
 
 
 def _check_here(settings: SiteSettings) -> None:
@@ -162,8 +199,8 @@ def ledger(
     console.print(f"{len(lines)} updates, {sum(line['bytes'] for line in lines):,} bytes")
 
 
-class _Complaints:
-    """Prints what the participant's own computations complain about, each once."""
+class _Watch:
+    """Asks the participant what runs ask, and prints each complaint of its computations once."""
 
     def __init__(self, kit: Path) -> None:
         from fedprllm.federation.site.site import work_folder
@@ -172,6 +209,7 @@ class _Complaints:
         self._shown: set[tuple[str, float]] = set()
 
     def __call__(self) -> None:
+        self._ask()
         for path in self._runs.glob("*/status.json"):
             with contextlib.suppress(FileNotFoundError):
                 key = (path.parent.name, path.stat().st_mtime)
@@ -179,3 +217,13 @@ class _Complaints:
                 if status.get("message") and key not in self._shown:
                     self._shown.add(key)
                     errors.print(f"[red]{status['code']}[/]: {escape(status['message'])}", soft_wrap=True)
+
+    def _ask(self) -> None:
+        from fedprllm.federation.site.consent import answer, open_questions
+
+        for folder, question in open_questions(self._runs):
+            table = Table(title=f"run {question['run'][:8]} asks", show_header=False, box=SIMPLE)
+            for name, text in question["lines"]:
+                table.add_row(name, escape(text))
+            errors.print(table)
+            answer(folder, typer.confirm("Take part in this run?", err=True))

@@ -141,6 +141,17 @@ class SiteSettings(Settings):
         float, Field(gt=0, le=1, description="share of the blocks that this participant prunes at most")
     ] = 1.0
     record: Annotated[str | None, Field(description="folder for a copy of every message that leaves")] = None
+    min_windows: Annotated[int, Field(ge=1, description="windows behind every update at least")] = 16
+    min_tokens: Annotated[int, Field(ge=2, description="tokens behind every update at least")] = 8192
+    min_participants: Annotated[int, Field(ge=1, description="participants of a run at least")] = 3
+    runs_per_text: Annotated[int, Field(ge=1, description="runs that one text may be used in")] = 3
+    seed: Annotated[
+        int | None, Field(ge=0, description="of the choice of windows; drawn once and kept here by default")
+    ] = None
+    confirm: Annotated[bool, Field(description="ask before the first computation of a run")] = True
+    plan: Annotated[
+        dict[str, Any] | None, Field(description="the one run that is accepted: model, config, participants")
+    ] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

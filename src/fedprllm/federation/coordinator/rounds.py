@@ -226,6 +226,7 @@ class Coordinator:
                 config=self._ask_for.config.model_dump(mode="json"),
                 survey=self._ask_for.survey,
                 blocks=list(blocks),
+                participants=sorted(self._samples),
                 outliers=[(found.n_outliers, found.n_scores) for found in self._ask_for.outliers],
             )
             alike = [name for name in names if tuple(self._samples[name]) == blocks]

@@ -42,7 +42,7 @@ _LENGTH = struct.Struct("<I")
 _FINGERPRINTS = TypeAdapter(dict[str, Annotated[str, Field(min_length=1, max_length=256)]])
 
 Operation = Literal["start", "state", "fetch", "refused", "decision", "finish"]
-State = Literal["idle", "working", "done", "failed"]
+State = Literal["idle", "waiting", "working", "done", "failed"]
 Code = Literal[
     "",
     "model missing",  # no such model here
@@ -52,6 +52,11 @@ Code = Literal[
     "memory",  # more than this participant grants
     "crashed",  # the computation died several times
     "too many blocks",  # more than this participant prunes
+    "too few tokens",  # the four limits are the participant's own
+    "too few participants",
+    "text used up",  # in as many runs as the participant grants
+    "another plan",
+    "not confirmed",
     "kind not allowed",  # the participant does not share what the run asks for
     "not ready",  # no such update yet
     "other run",
@@ -77,6 +82,7 @@ class Request(_Header):
         config: the resolved `PruneConfig`.
         survey: count outliers of the unpruned model instead of pruning (OWL).
         blocks: numbers of the blocks that this participant prunes; the others it only walks through.
+        participants: Names of everyone that takes part.
         outliers: of each block, how many scores stand out and of how many: what a survey found.
     """
 
@@ -87,6 +93,7 @@ class Request(_Header):
     config: dict[str, Any] = {}
     survey: bool = False
     blocks: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
+    participants: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=10_000)] = []
     outliers: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]] = []
 
 

@@ -150,9 +150,9 @@ class Site:
         )
 
     def _watch(self) -> dict[str, Any]:
-        if self._worker is not None and self._worker.poll() is None:
-            return {"state": "working"}
         status = self.spool.status
+        if self._worker is not None and self._worker.poll() is None:
+            return {"state": "waiting" if status["state"] == "waiting" else "working"}
         if status["state"] == "failed":
             self._worker = None
             return status

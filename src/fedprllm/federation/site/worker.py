@@ -22,6 +22,15 @@ from filelock import FileLock
 
 from fedprllm.errors import DataError, FedprllmError, ModelError
 from fedprllm.federation.plan import SiteSettings
+from fedprllm.federation.site.consent import (
+    Refused,
+    TextBudget,
+    ask,
+    check_request,
+    check_text,
+    own_seed,
+    text_identity,
+)
 from fedprllm.federation.site.spool import Spool, write_bytes
 from fedprllm.files import read_json, save_tensors, write_json
 from fedprllm.process import use_large_pages
@@ -55,6 +64,9 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
     except _Failed as failure:
         print(failure, file=sys.stderr)
         spool.set_status("failed", failure.code, failure.tensor, str(failure), failure.value)
+    except Refused as refusal:
+        print(refusal, file=sys.stderr)
+        spool.set_status("failed", refusal.code, message=str(refusal))
     except DataError as error:
         return _fail(spool, "data", error)
     except FedprllmError as error:
@@ -119,10 +131,12 @@ class _Walk:
         from fedprllm.pruning.survey import allocated
         from fedprllm.pruning.walk import Walker
 
+        check_request(self.settings, self.job)
         self._prepare()
         method: Any = survey_method(self.config) if self.job["survey"] else pruning_method(self.config)
         if self.job["outliers"]:
             method = method.with_sparsities(allocated(self.model, self._outliers(), self.config))
+        self._ask(method)
         self.walker = Walker(self.participant, method, self.model.n_blocks, self.job["blocks"])
         start = self._resume() if method.uses_inputs else self.spool.n_ready
         for index in range(start, self.model.n_blocks):
@@ -134,6 +148,39 @@ class _Walk:
         from fedprllm.core.owl import Outliers
 
         return [Outliers(*counts) for counts in self.job["outliers"]]
+
+    def _check_same_text(self) -> None:
+        """Refuse to continue a run with other windows than it was begun with."""
+        path, found = self.spool.path("text.json"), {"fingerprint": self.participant.fingerprint}
+        if path.exists() and read_json(path) != found:
+            raise _Failed(
+                "data",
+                message="the text has changed since this run began: put back what it was, or let the run go "
+                "on without this participant",
+            )
+        write_json(path, found)
+
+    @property
+    def _home(self) -> Path:
+        """The participant's folder for ledger and runs."""
+        return self.spool.folder.parent.parent
+
+    def _ask(self, method: Any) -> None:
+        """Count the run against the text, and wait until the participant agrees, if it wants to be asked."""
+        from fedprllm.federation.site.question import question_of
+
+        budget, text = TextBudget(self._home), text_identity(self.settings.data)
+        if not self.settings.confirm:
+            budget.spend(text, self.job["run"], self.settings.runs_per_text)
+            return
+        used = set(budget.runs_of(text)) | {self.job["run"]}
+        question = question_of(
+            self.job, method, self.model, self.participant, len(used), self.settings.runs_per_text
+        )
+        self.spool.set_status("waiting")
+        ask(self.spool.folder, question, lambda: self.spool.owner == self.owner)
+        self.spool.set_status("working")
+        budget.spend(text, self.job["run"], self.settings.runs_per_text)
 
     def _check_owner(self) -> None:
         """End if a later process, of a later job of the same run, has taken over."""
@@ -176,9 +223,15 @@ class _Walk:
                 number_of(different, found),
             )
         self.digest = model_digest(expected)
-        (self.participant,), self.config = make_participants(
-            self.model, {self.name: list(self.settings.data)}, self.config
+        seed = own_seed(self._home) if self.settings.seed is None else self.settings.seed
+        (self.participant,), config = make_participants(
+            self.model,
+            {self.name: list(self.settings.data)},
+            self.config.model_copy(update={"seed": seed}),
         )
+        self.config = self.config.model_copy(update={"window_length": config.window_length})
+        self._check_same_text()
+        check_text(self.settings, len(self.participant.windows), self.participant.n_tokens)
         self._memory = HiddenMemory(self.spool.spilled_folder, self.settings.memory_limit)
         self.participant.hidden = HiddenStates(self._memory, self.name)
 
