@@ -15,9 +15,18 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, did_you_mean
 
-__all__ = ["DEFAULT_ALLOWED", "Plan", "RunPlan", "SiteSettings", "read_plan", "read_run_plan"]
+__all__ = [
+    "DEFAULT_ALLOWED",
+    "DEFAULT_MESSAGE_MB",
+    "Plan",
+    "RunPlan",
+    "SiteSettings",
+    "read_plan",
+    "read_run_plan",
+]
 
 DEFAULT_ALLOWED = ("mask",)
+DEFAULT_MESSAGE_MB = 1024
 # The strategies that a federation can run: the others need everyone's text in one place, or no one else.
 FEDERATED = ("one-shot", "iterative")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -66,8 +75,8 @@ class Plan(_Written):
     )
     valid_days: Annotated[int, Field(ge=1, description="how long the certificates are valid")] = 360
     max_message_mb: Annotated[
-        int, Field(ge=1, description="longest message that server and sites receive, in MB (10^6 bytes)")
-    ] = 1024
+        int, Field(ge=1, description="longest message that the server receives, in MB (10^6 bytes)")
+    ] = DEFAULT_MESSAGE_MB
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -160,6 +169,9 @@ class SiteSettings(_Written):
         float, Field(gt=0, le=1, description="share of the blocks that this participant prunes at most")
     ] = 1.0
     record: Annotated[str | None, Field(description="folder for a copy of every message that leaves")] = None
+    max_message_mb: Annotated[
+        int, Field(ge=1, description="longest message that is received here, in MB (10^6 bytes)")
+    ] = DEFAULT_MESSAGE_MB
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
