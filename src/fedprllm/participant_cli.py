@@ -83,8 +83,8 @@ def participate(
     name = participant_name(kit)
     for file in altered_files(kit, settings.max_message_mb):
         errors.print(
-            f"[yellow]not used[/]: {escape(str(kit / file))} differs from what fedprllm installed here; of a kit, "
-            "only its address, certificates and key are taken",
+            f"[yellow]not used[/]: {escape(str(kit / file))} differs from what is installed here; "
+            "of a kit, only its address, certificates and key are taken",
             soft_wrap=True,
         )
     write_json(settings_path(kit), settings.model_dump(mode="json"))

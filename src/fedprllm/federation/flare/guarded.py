@@ -45,7 +45,7 @@ def install(communication: dict[str, Any], requests: RequestLog | None) -> None:
     Raises:
         RunError: This version of FLARE was not tested with the guard.
     """
-    global _installed  # noqa: PLW0603  what is changed is the process's too
+    global _installed
     check_version()
     if _installed:
         return

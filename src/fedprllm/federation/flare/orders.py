@@ -14,8 +14,9 @@ __all__ = ["CLIENT_FILE", "EXECUTOR", "client_configuration", "refusal"]
 EXECUTOR = "fedprllm.federation.flare.executor.ParticipantExecutor"
 CLIENT_FILE = "config/config_fed_client.json"
 
-# What FLARE adds beside: the server's half, and signatures.
-_OTHER_FILES = {"config/config_fed_server.json", ".__nvfl_sig.json", "config/.__nvfl_sig.json"}
+# What FLARE sends beside: the server's half, and who submitted and signed it.
+_SIGNATURES = {".__nvfl_sig.json", ".__nvfl_submitter.crt"}
+_OTHER_FILES = {"config/config_fed_server.json"} | _SIGNATURES | {f"config/{name}" for name in _SIGNATURES}
 _MAX_UNPACKED_BYTES = 1024 * 1024
 
 

@@ -76,7 +76,7 @@ class RequestLog:
                 entry = {
                     "from": "several",
                     "what": "further messages",
-                    "refused": "see the log of the engine",
+                    "refused": "see the engine's log",
                 }
                 key = json.dumps(entry, sort_keys=True)
             seen = self._seen.setdefault(key, _Seen())
