@@ -22,7 +22,15 @@ from fedprllm.federation.flare.configuration import (
     max_message_mb,
     site_configuration,
 )
-from fedprllm.federation.flare.policy import ADMIN, GUARDED, MAX_FRAME_BYTES, MB, SITE_ORDERS, check_version
+from fedprllm.federation.flare.policy import (
+    ADMIN,
+    GUARDED,
+    MAX_FRAME_BYTES,
+    MB,
+    SITE_ORDERS,
+    check_version,
+    opens,
+)
 from fedprllm.federation.flare.request_log import REQUESTS, Refused, RequestLog
 from fedprllm.federation.site import work_folder
 from fedprllm.files import read_json
@@ -54,6 +62,7 @@ def install(communication: dict[str, Any], requests: RequestLog | None) -> None:
     _fix_communication(communication)
     _limit_frames()
     _guard_cells(int(communication["streaming_max_blob_size"]), note)
+    _close_handlers()
     _refuse_super()
     _guard_job_processes()
     if requests is not None:
@@ -155,6 +164,26 @@ def _guard_cells(max_update_bytes: int, note: Callable[[Refused], None]) -> None
 
     CoreCell.__init__, Cell.__init__ = core, cell
     CoreCell.process_message, Adapter.call, RxTask.stop = receive, answer, end
+
+
+def _close_handlers() -> None:
+    """A handler that nothing may reach is not registered, so the list of what is open can be read."""
+    from nvflare.fuel.f3.cellnet.core_cell import CoreCell
+    from nvflare.fuel.f3.cellnet.defs import CellChannel
+    from nvflare.fuel.f3.streaming.byte_receiver import ByteReceiver
+    from nvflare.fuel.f3.streaming.stream_const import STREAM_CHANNEL
+
+    register, register_stream = CoreCell.register_request_cb, ByteReceiver.register_callback
+
+    def open_topic(self: Any, channel: str, topic: str, cb: Any, *arguments: Any, **options: Any) -> None:
+        if channel == STREAM_CHANNEL or opens(self.my_info.fqcn, channel, topic):
+            register(self, channel, topic, cb, *arguments, **options)
+
+    def open_stream(self: Any, channel: str, topic: str, cb: Any, *arguments: Any, **options: Any) -> None:
+        if channel == CellChannel.RETURN_ONLY or opens(self.cell.my_info.fqcn, channel, topic):
+            register_stream(self, channel, topic, cb, *arguments, **options)
+
+    CoreCell.register_request_cb, ByteReceiver.register_callback = open_topic, open_stream
 
 
 def _refuse_super() -> None:

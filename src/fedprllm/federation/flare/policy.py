@@ -29,6 +29,7 @@ __all__ = [
     "is_job_id",
     "limit",
     "may_talk",
+    "opens",
     "party",
     "root",
 ]
@@ -187,6 +188,15 @@ def may_talk(receiver: str, sender: str) -> bool:
     if None in kinds or not _related(receiver, sender):
         return False
     return kinds in ALLOWED or kinds[::-1] in ALLOWED
+
+
+def opens(receiver: str, channel: str, topic: str) -> bool:
+    """Something may come to ``receiver`` on this channel and topic (``*``: any), from anybody."""
+    kind = party(receiver)
+    known = {what for (whose, _), allowed in ALLOWED.items() if whose is kind for what in allowed}
+    if topic == "*":
+        return any(what.startswith(f"{channel}/") for what in known)
+    return f"{channel}/{topic}" in known
 
 
 def limit(receiver: str, sender: str, what: str, *, answer: bool = False) -> int | None:

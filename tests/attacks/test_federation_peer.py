@@ -1,0 +1,189 @@
+"""What a participant with software of its own tries on the other participants and on an honest server."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+pytest.importorskip("nvflare")
+
+from fedprllm.federation.flare.policy import MAX_FRAME_BYTES
+from fedprllm.federation.messages import Request, pack
+from tests.attacks.attackers import AttackedFederation, rss
+from tests.federation_processes import wait_until
+
+pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
+
+MB = 1024 * 1024
+SECRETS = ("PRIVATE KEY", "Once upon a time", "north.txt")
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory, shared):
+    """An honest server with an honest participant in a run, and a hostile one that holds the run up."""
+    folder = tmp_path_factory.mktemp("peer")
+    model = shared / "data" / "models" / "stories260K"
+    made = AttackedFederation(folder, model, ["north", "south"], 50, hostile=["south"])
+    with made:
+        made.running = made.begin("held", {"windows": 2, "window_length": 32}, deadline_s=600, silence_s=600)
+        worker = wait_until(lambda: made.worker("south"), "the computation of the hostile site")
+        worker.suspend()
+        ledger = made.kits / "north" / "fedprllm" / "ledger.jsonl"
+        wait_until(lambda: ledger.exists() and len(ledger.read_text().splitlines()) == 5, "north's updates")
+        yield made
+        made.running.kill()
+        made.running.communicate()
+
+
+@pytest.fixture(scope="module")
+def south(federation):
+    return federation.attackers["south"]
+
+
+@pytest.fixture(scope="module")
+def job(federation):
+    (line,) = [line for line in federation.requests("north") if line["what"] == "train.start_job"]
+    return line["job"]
+
+
+ORDERS = [
+    ("sys.shell", {"body": "cat local/fedprllm.json startup/client.key"}),
+    ("train.delete_run", {"headers": {"job_id": "fedprllm"}}),
+    ("train.shutdown", {}),
+    ("train.restart", {}),
+    ("sys.configure_site_log", {"body": "DEBUG"}),
+    ("sys.report_env", {}),
+]
+
+
+@pytest.mark.parametrize(("order", "more"), ORDERS)
+def test_a_peer_orders_nothing_at_another_site(federation, south, order, more):
+    answer = south("request", "admin", order, "north", order=order, **more)
+    assert answer["rc"] == "invalid_request"
+    assert "refused: south has nothing to say to north" in answer["error"]
+    assert not any(secret in str(answer) for secret in SECRETS)
+    assert federation.processes["north"].poll() is None
+    assert not [line for line in federation.requests("north") if line["what"] == order]
+
+
+def test_a_peer_cannot_send_as_the_server(federation, south):
+    n_lines = len(federation.requests("north"))
+    for origin in ("server", "north", "_admin_00000000-0000-4000-8000-000000000000"):
+        south.raw(origin, "north", "admin", "sys.shell")
+        line = f"south cannot speak for {origin}"
+        wait_until(lambda line=line: line in str(federation.refusals("server")), "the server's refusal", 20)
+    assert len(federation.requests("north")) == n_lines
+
+
+@pytest.mark.parametrize("origin", ["south", "server"])
+def test_a_peer_fetches_nothing_of_a_running_job(federation, south, job, origin):
+    ledger = federation.kits / "north" / "fedprllm" / "ledger.jsonl"
+    before = ledger.read_text()
+    run = (federation.run_folder("held") / ".run-id").read_text()
+    message = pack(Request(op="fetch", run=run)).hex()
+    fetched = [line for line in federation.requests("north") if line["what"] == "fetch"]
+    if origin == "south":
+        for way in ("request", "stream"):
+            answer = south(way, "aux_communication", "fedprllm", f"north.{job}", message=message)
+            assert "refused" in answer["error"], answer
+            assert not answer["body"] or "None" in answer["body"]
+    else:
+        south.raw(f"server.{job}", f"north.{job}", "aux_communication", "fedprllm", size=100)
+        wait_until(
+            lambda: f"south cannot speak for server.{job}" in str(federation.refusals("server")),
+            "refusal",
+            20,
+        )
+    assert ledger.read_text() == before
+    assert [line for line in federation.requests("north") if line["what"] == "fetch"] == fetched
+
+
+@pytest.mark.parametrize("channel", ["_net_manager", "cellnet.channel", "hci_channel", "server_command"])
+def test_a_peer_reaches_no_other_channel_of_the_server(south, channel):
+    topic = {"_net_manager": "stop", "cellnet.channel": "bulk", "hci_channel": "command"}.get(
+        channel, "abort"
+    )
+    answer = south("request", channel, topic, "server", size=10)
+    assert "not on the list of what a run needs" in answer["error"]
+
+
+def test_a_participant_is_no_coordinator(federation, south, tmp_path):
+    """FLARE checks no name of a certificate at an address of a coordinator's."""
+    from fedprllm.errors import RunError
+    from fedprllm.federation.flare.session import AdminSession
+
+    kit = tmp_path / "admin"
+    (kit / "startup").mkdir(parents=True)
+    ours = federation.kits
+    for name in ("client.crt", "client.key", "rootCA.pem"):
+        (kit / "startup" / name).write_bytes((ours / "south" / "startup" / name).read_bytes())
+    admin = (ours / "admin" / "startup" / "fed_admin.json").read_text()
+    (kit / "startup" / "fed_admin.json").write_text(admin)
+    with pytest.raises(RunError, match="does not answer") as caught:
+        AdminSession(kit, timeout_s=3)
+    print(caught.value)
+    assert "cannot speak for _admin_" in str(federation.refusals("server"))
+
+
+def grown(process, attack):
+    """How much memory a process took, at most, while it was attacked and a moment later."""
+    before = highest = rss(process)
+    attack()
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        highest = max(highest, rss(process))
+        time.sleep(0.02)
+    return highest - before
+
+
+def stream_headers(channel, topic, number, sequence=0, size=200 * MB):
+    return {
+        "sm__ch": channel,
+        "sm__tp": topic,
+        "sm__id": number,
+        "sm__sq": sequence,
+        "sm__dt": 1,
+        "sm__sz": size,
+        "cn__reply_expected": False,
+    }
+
+
+def test_unasked_frames_of_200_mb_take_no_memory_of_the_server(federation, south):
+    """The driver drops the connection at the length that a frame announces."""
+    server = federation.processes["server"]
+
+    def attack():
+        south.raw("south", "server", "task", "register", size=200 * MB, times=5)
+
+    assert grown(server, attack) < 20 * MAX_FRAME_BYTES
+    wait_until(lambda: "server" in south("peers"), "the connection to come back", 30)
+
+
+@pytest.mark.parametrize(
+    ("channel", "topic"),
+    [
+        ("aux_communication", "anything"),
+        ("return_only", "aux_communication:fedprllm"),
+        ("hci_channel", "command"),
+    ],
+)
+def test_unasked_streams_of_200_mb_take_no_memory_of_the_server(federation, south, job, channel, topic):
+    pid = federation.part("server", f"{job}").pid if channel == "return_only" else None
+    process = federation.processes["server"] if pid is None else federation.part("server", job)
+    target = "server" if pid is None else f"server.{job}"
+
+    def attack():
+        for number in range(5):
+            for sequence in range(40):
+                headers = stream_headers(channel, topic, 1000 + number, sequence)
+                south.raw("south", target, "sm__STREAM", "sm__DATA", headers=headers, size=MB)
+
+    assert grown(process, attack) < 20 * MAX_FRAME_BYTES
+    assert federation.processes["server"].poll() is None
+
+
+def test_the_run_is_still_there(federation):
+    assert federation.running.poll() is None
+    assert federation.processes["north"].poll() is None
+    assert federation.part("north", "worker_process") is not None
