@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -84,6 +85,10 @@ class Attacker:
 
     def end(self) -> None:
         end(self.process)  # type: ignore[arg-type]
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 class AttackedFederation(Federation):
@@ -105,6 +110,11 @@ class AttackedFederation(Federation):
             self.processes[name] = self.attackers[name].process  # type: ignore[assignment]
         else:
             super().start(name)
+
+    def __exit__(self, *error: object) -> None:
+        for attacker in self.attackers.values():
+            attacker.end()
+        super().__exit__(*error)
 
     def refusals(self, name: str) -> list[dict[str, Any]]:
         """What a site or the server wrote down as refused."""

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,11 +25,17 @@ MB = 1024 * 1024
 SECRETS = ("PRIVATE KEY", "Once upon a time", "north.txt")
 
 
+LISTING = Path(__file__).with_name("listing")
+
+
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory, shared):
     """An honest server with an honest participant in a run, and a hostile one that holds the run up."""
     folder = tmp_path_factory.mktemp("peer")
     model = shared / "data" / "models" / "stories260K"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FEDPRLLM_LISTING", str(folder))
+    patch.setenv("PYTHONPATH", str(LISTING), prepend=os.pathsep)
     made = AttackedFederation(folder, model, ["north", "south"], 50, hostile=["south"])
     with made:
         made.running = made.begin("held", {"windows": 2, "window_length": 32}, deadline_s=600, silence_s=600)
@@ -34,6 +46,7 @@ def federation(tmp_path_factory, shared):
         yield made
         made.running.kill()
         made.running.communicate()
+    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -108,22 +121,36 @@ def test_a_peer_reaches_no_other_channel_of_the_server(south, channel):
     assert "not on the list of what a run needs" in answer["error"]
 
 
-def test_a_participant_is_no_coordinator(federation, south, tmp_path):
-    """FLARE checks no name of a certificate at an address of a coordinator's."""
-    from fedprllm.errors import RunError
-    from fedprllm.federation.flare.session import AdminSession
+CELL = """
+import os, sys
+from nvflare.fuel.f3.cellnet.core_cell import CoreCell
+from nvflare.fuel.f3.message import Message
+port, address, channel, topic, startup = sys.argv[1:]
+keys = {"ca_cert": "rootCA.pem", "client_cert": "client.crt", "client_key": "client.key"}
+credentials = {key: os.path.join(startup, name) for key, name in keys.items()}
+cell = CoreCell(address, f"grpc://localhost:{port}", True, credentials)
+cell.start()
+while "server" not in cell.agents: pass
+reply = cell.send_request(channel, topic, "server", Message({"nonce": "x"}), 5)
+print("ANSWER", reply.get_header("cn__return_code"), reply.get_header("cn__error"), flush=True)
+os._exit(0)
+"""
 
-    kit = tmp_path / "admin"
-    (kit / "startup").mkdir(parents=True)
-    ours = federation.kits
-    for name in ("client.crt", "client.key", "rootCA.pem"):
-        (kit / "startup" / name).write_bytes((ours / "south" / "startup" / name).read_bytes())
-    admin = (ours / "admin" / "startup" / "fed_admin.json").read_text()
-    (kit / "startup" / "fed_admin.json").write_text(admin)
-    with pytest.raises(RunError, match="does not answer") as caught:
-        AdminSession(kit, timeout_s=3)
-    print(caught.value)
-    assert "cannot speak for _admin_" in str(federation.refusals("server"))
+
+def test_a_participant_is_no_coordinator(federation, south):
+    """FLARE checks no name of a certificate at an address of a coordinator's."""
+    address = "_admin_00000000-0000-4000-8000-000000000001"
+    port = str(federation.plan.port)
+    command = [sys.executable, "-W", "ignore", "-c", CELL, port, address, "cellnet.channel", "bye"]
+    answers = {
+        name: subprocess.run(
+            [*command, str(federation.kits / name / "startup")], capture_output=True, text=True, timeout=60
+        ).stdout
+        for name in ("admin", "south")
+    }
+    assert "ANSWER ok" in answers["admin"]
+    assert "ANSWER invalid_request" in answers["south"]
+    wait_until(lambda: f"cannot speak for {address}" in str(federation.refusals("server")), "refusal", 20)
 
 
 def grown(process, attack):
@@ -181,6 +208,62 @@ def test_unasked_streams_of_200_mb_take_no_memory_of_the_server(federation, sout
 
     assert grown(process, attack) < 20 * MAX_FRAME_BYTES
     assert federation.processes["server"].poll() is None
+
+
+ALWAYS = ["cellnet.channel:bye", "sm__STREAM:sm__ACK", "sm__STREAM:sm__DATA", "sm__STREAM:sm__ERROR"]
+# What is open in each process, as channel:topic. A line more is a way in: see docs/decisions/flare-guard.md.
+OPEN = {
+    "server": [
+        "aux_communication:*",
+        "hci_channel:*",
+        "server_parent_listener:*",
+        *(f"task:{topic}" for topic in ("challenge", "heart_beat", "quit", "register", "report_job_failure")),
+    ],
+    "server.JOB": ["aux_communication:*", "server_command:*"],
+    "north": ["admin:*"],
+    "north.JOB": ["aux_communication:*", "client_command:*"],
+}
+OPEN_STREAMS = {
+    "server": ["aux_communication:*", "hci_channel:*", "return_only:*"],
+    "server.JOB": ["aux_communication:*", "return_only:*", "server_command:*"],
+    "north": ["return_only:*"],
+    "north.JOB": ["aux_communication:*", "return_only:*"],
+}
+ORDERS_OF_A_SITE = [
+    "scheduler.cancel_resource",
+    "scheduler.check_resource",
+    "train.abort",
+    "train.deploy",
+    "train.notify_job_status",
+    "train.start_job",
+]
+
+
+def test_nothing_else_is_open_in_any_process(federation, job):
+    for name, word in (("server", "runner_process"), ("north", "worker_process")):
+        for process in (federation.processes[name], federation.part(name, word)):
+            process.send_signal(signal.SIGUSR2)
+    for address in OPEN:
+        path = federation.folder / f"{address.replace('JOB', job)}.json"
+        wait_until(path.exists, f"the list of {address}", 20)
+        found = json.loads(path.read_text())
+        assert found["requests"] == sorted([*OPEN[address], *ALWAYS]), address
+        assert found["streams"] == OPEN_STREAMS[address], address
+        assert found["orders"] == (ORDERS_OF_A_SITE if address == "north" else []), address
+
+
+def test_every_handler_of_flare_that_a_peer_may_not_use_is_refused(federation, south):
+    """FLARE opens these at a site that runs without the guard."""
+    opened = south("handlers")
+    assert "_net_manager:stop" in opened
+    assert len(opened) > 25
+    for handler in {*opened, "hci_channel:command", "server_parent_listener:get_clients", "task:new"}:
+        channel, topic = handler.split(":", 1)
+        if handler in ALWAYS:
+            continue
+        for target, reason in (("server", "not on the list"), ("north", "nothing to say to")):
+            answer = south("request", channel, topic, target, size=1)
+            assert reason in answer["error"], (handler, target, answer)
 
 
 def test_the_run_is_still_there(federation):

@@ -31,6 +31,7 @@ from nvflare.fuel.f3.streaming.stream_const import (
     STREAM_CHANNEL,
     STREAM_DATA_TOPIC,
     STREAM_ERROR_TOPIC,
+    StreamDataType,
     StreamHeaderKey,
 )
 from nvflare.fuel.f3.streaming.stream_types import StreamError
@@ -278,14 +279,24 @@ class Guard:
         if headers.get(Header.CHANNEL) == STREAM_CHANNEL:
             self._end_stream(headers, f"refused: {reason}")
         elif headers.get(Header.REPLY_EXPECTED):
-            self._cell._send_to_endpoint(endpoint, self._refusal_reply(endpoint, headers, reason))
+            self._cell._send_reply(self._refusal_reply(endpoint, headers, reason), endpoint)
 
     def _end_stream(self, headers: dict[str, Any], reason: str) -> None:
         task = RxTask.rx_task_map.get((headers[Header.ORIGIN], headers[StreamHeaderKey.STREAM_ID]))
         if task is not None:
             task.stop(StreamError(reason))
-        elif headers.get(StreamHeaderKey.SEQUENCE) == 0 and self.stream_cell is not None:
-            self.stream_cell.byte_receiver.reject(Message(headers), StreamError(reason))
+        elif headers.get(StreamHeaderKey.SEQUENCE) == 0:
+            kept = (StreamHeaderKey.STREAM_ID, StreamHeaderKey.CHANNEL, StreamHeaderKey.TOPIC)
+            told = {key: headers[key] for key in (*kept, StreamHeaderKey.STREAM_REQ_ID) if key in headers}
+            told |= {
+                StreamHeaderKey.DATA_TYPE: StreamDataType.ERROR,
+                StreamHeaderKey.ERROR_MSG: reason,
+                StreamHeaderKey.FAILED_DESTINATION: headers[Header.DESTINATION],
+            }
+            target = headers[Header.ORIGIN]
+            self._cell.fire_and_forget(
+                STREAM_CHANNEL, STREAM_ERROR_TOPIC, target, Message(told), optional=True
+            )
 
     def _refusal_reply(self, endpoint: Any, headers: dict[str, Any], reason: str) -> Message:
         """An answer; FLARE expects what was not for this process to come back instead."""
