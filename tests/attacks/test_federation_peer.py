@@ -85,7 +85,7 @@ def test_a_peer_cannot_send_as_the_server(federation, south):
     for origin in ("server", "north", "_admin_00000000-0000-4000-8000-000000000000"):
         south.raw(origin, "north", "admin", "sys.shell")
         line = f"south cannot speak for {origin}"
-        wait_until(lambda line=line: line in str(federation.refusals("server")), "the server's refusal", 20)
+        wait_until(lambda line=line: line in federation.log("server"), "the server's refusal", 20)
     assert len(federation.requests("north")) == n_lines
 
 
@@ -104,7 +104,7 @@ def test_a_peer_fetches_nothing_of_a_running_job(federation, south, job, origin)
     else:
         south.raw(f"server.{job}", f"north.{job}", "aux_communication", "fedprllm", size=100)
         wait_until(
-            lambda: f"south cannot speak for server.{job}" in str(federation.refusals("server")),
+            lambda: f"south cannot speak for server.{job}" in federation.log("server"),
             "refusal",
             20,
         )
@@ -150,7 +150,7 @@ def test_a_participant_is_no_coordinator(federation, south):
     }
     assert "ANSWER ok" in answers["admin"]
     assert "ANSWER invalid_request" in answers["south"]
-    wait_until(lambda: f"cannot speak for {address}" in str(federation.refusals("server")), "refusal", 20)
+    wait_until(lambda: f"cannot speak for {address}" in federation.log("server"), "refusal", 20)
 
 
 def grown(process, attack):
@@ -264,6 +264,18 @@ def test_every_handler_of_flare_that_a_peer_may_not_use_is_refused(federation, s
         for target, reason in (("server", "not on the list"), ("north", "nothing to say to")):
             answer = south("request", channel, topic, target, size=1)
             assert reason in answer["error"], (handler, target, answer)
+
+
+def test_the_server_counts_what_it_refused_without_being_flooded(federation, south):
+    path = federation.kits / "server" / "refused.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    for number in range(300):
+        south.raw("south", "server", "task", f"new-{number}")
+        south.raw("south", "server", "task", "again")
+    wait_until(lambda: "refused task/new-299 from south" in federation.log("server"), "the last one", 20)
+    lines = federation.refusals("server")
+    assert {line["from"] for line in lines} == {"south"}
+    assert path.stat().st_size - size < 60 * 250
 
 
 def test_the_run_is_still_there(federation):

@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("nvflare")
 
+from cryptography.x509.oid import NameOID
 from nvflare.lighter.utils import (
     Identity,
     generate_cert,
@@ -27,6 +28,7 @@ from nvflare.lighter.utils import (
     serialize_cert,
     sign_folders,
 )
+from nvflare.private.defs import RequestHeader
 
 from fedprllm.federation.flare.orders import CLIENT_FILE, client_configuration
 from fedprllm.federation.flare.policy import MAX_FRAME_BYTES
@@ -81,6 +83,8 @@ def federation(tmp_path_factory, shared):
     with made:
         server = made.attackers["server"]
         wait_until(lambda: "north" in server("peers"), "the participant")
+        # Before it has a token, a server of FLARE's takes no answer of it.
+        wait_until(lambda: "Successfully registered" in made.log("north"), "the participant's registration")
         (made.kits / "north" / "fedprllm").mkdir(exist_ok=True)
         (made.kits / "north" / "fedprllm" / "ledger.jsonl").write_text("{}\n")
         yield made
@@ -97,7 +101,7 @@ def order(server, topic, **what):
 
 LOOKING_AROUND = [
     ("sys.shell", {"body": "cat local/fedprllm.json startup/client.key"}),
-    ("sys.shell", {"body": "cat ../local/fedprllm.json", "headers": {"user_role": "super"}}),
+    ("sys.shell", {"body": "cat ../local/fedprllm.json", "headers": {RequestHeader.USER_ROLE: "super"}}),
     ("sys.report_env", {}),
     ("sys.sys_info", {}),
     ("sys.configure_site_log", {"body": '{"version": 1}'}),
@@ -156,9 +160,7 @@ def signed_by_super(federation, folder, files):
     """An app with the signature of a certificate of role super, which the authority made."""
     state = json.loads((federation.kits / ".authority" / "rehearsal" / "state" / "cert.json").read_text())
     authority, key = load_crt_bytes(state["root_cert"].encode()), load_private_key(state["root_pri_key"])
-    name = authority.subject.get_attributes_for_oid(__import__("cryptography").x509.NameOID.COMMON_NAME)[
-        0
-    ].value
+    (name,) = (part.value for part in authority.subject if part.oid == NameOID.COMMON_NAME)
     own_key, own_public = generate_keys()
     subject = Identity("coordinator@fedprllm.local", "fedprllm", "super")
     certificate = generate_cert(subject, Identity(name), key, own_public)
@@ -171,24 +173,24 @@ def signed_by_super(federation, folder, files):
     return {path.relative_to(app).as_posix(): path.read_bytes() for path in app.rglob("*") if path.is_file()}
 
 
+def of_role(role):
+    """Headers of an order by which the server says that somebody of this role gave it."""
+    meta = {"job_id": JOB, "submitter_name": "x", "submitter_org": "fedprllm", "submitter_role": role}
+    headers = {RequestHeader.JOB_ID: JOB, RequestHeader.APP_NAME: "app", RequestHeader.JOB_META: meta}
+    headers |= {RequestHeader.ADMIN_COMMAND: "submit_job", RequestHeader.REQUIRE_AUTHZ: "true"}
+    for name, value in (("NAME", "x"), ("ORG", "fedprllm"), ("ROLE", role)):
+        headers[getattr(RequestHeader, f"USER_{name}")] = value
+        headers[getattr(RequestHeader, f"SUBMITTER_{name}")] = value
+    return headers
+
+
 @pytest.mark.parametrize("role", ["super", "project_admin", "lead"])
 def test_code_of_a_job_is_refused_whoever_signed_it(federation, server, tmp_path, role):
     marker = tmp_path / "was-here"
     files = signed_by_super(federation, tmp_path, intruder(marker))
     assert ".__nvfl_sig.json" in files
-    who = {
-        f"{prefix}_{what}": value
-        for prefix in ("user", "submitter")
-        for what, value in {"name": "coordinator@fedprllm.local", "org": "fedprllm", "role": role}.items()
-    }
-    meta = {
-        "job_id": JOB,
-        "submitter_role": role,
-        "submitter_org": "fedprllm",
-        "submitter_name": "x",
-        "byoc": True,
-    }
-    headers = {"job_id": JOB, "app_name": "app", "job_meta": meta, "admin_command": "submit_job", **who}
+    headers = of_role(role)
+    headers["job_meta"]["byoc"] = True
     answer = order(server, "train.deploy", headers=headers, zip=zipped(files).hex())
     assert (answer["code"], "BYOC not permitted" in answer["body"]) == ("_error", True), answer
     assert not list((federation.kits / "north").rglob("intruder.py"))
@@ -199,9 +201,7 @@ def test_code_of_a_job_is_refused_whoever_signed_it(federation, server, tmp_path
 def test_role_super_may_not_even_submit_a_run(federation, server, tmp_path):
     """FLARE's authorizer allows everything to this role; the files are those of an honest run."""
     files = signed_by_super(federation, tmp_path, run_files())
-    meta = {"job_id": JOB, "submitter_role": "super", "submitter_org": "fedprllm", "submitter_name": "x"}
-    headers = {"job_id": JOB, "app_name": "app", "job_meta": meta, "require_authz": "true"}
-    headers |= {"admin_command": "submit_job", "user_role": "super", "user_name": "x", "user_org": "fedprllm"}
+    headers = of_role("super")
     answer = order(server, "train.deploy", headers=headers, zip=zipped(files).hex())
     assert (answer["code"], "role 'super' has no rights" in answer["body"]) == ("_error", True), answer
 
@@ -347,9 +347,8 @@ def first_byte(port):
 def test_another_user_reads_nothing_of_the_engine(federation):
     program = f"import os, sys; os.setgid({NOBODY}); os.setuid({NOBODY}); open(sys.argv[1]).read()"
     key = federation.kits / "north" / "engine" / "startup" / "client.key"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(key)], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-c", program, str(key)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "PermissionError" in done.stderr
 
 

@@ -35,10 +35,11 @@ class Refused:
     reason: str
 
 
+@dataclass
 class _Seen:
-    def __init__(self) -> None:
-        self.written = -_MINUTE_S
-        self.n_more = 0
+    entry: dict[str, Any]
+    written: float
+    n_more: int = 0
 
 
 class RequestLog:
@@ -71,28 +72,33 @@ class RequestLog:
     def _write(self, entry: dict[str, Any]) -> None:
         with self._lock:
             now = time.monotonic()
-            key = json.dumps(entry, sort_keys=True)
-            if key not in self._seen and "refused" in entry and self._n_kinds(now) >= _MAX_KINDS:
-                entry = {
-                    "from": "several",
-                    "what": "further messages",
-                    "refused": "see the engine's log",
-                }
-                key = json.dumps(entry, sort_keys=True)
-            seen = self._seen.setdefault(key, _Seen())
-            if now - seen.written < _MINUTE_S:
+            self._forget(now)
+            if (
+                "refused" in entry
+                and self._n_kinds(entry["from"]) >= _MAX_KINDS
+                and _key(entry) not in self._seen
+            ):
+                entry = {"from": entry["from"], "what": "more", "refused": "too many to list: see the log"}
+            seen = self._seen.get(_key(entry))
+            if seen is not None:
                 seen.n_more += 1
                 return
-            line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry}
-            self._append(line | {"times": 1 + seen.n_more})
-            seen.written, seen.n_more = now, 0
+            self._append(entry, 1)
+            self._seen[_key(entry)] = _Seen(entry, now)
 
-    def _n_kinds(self, now: float) -> int:
-        """Forget what was quiet for a minute, and count the rest."""
-        self._seen = {key: seen for key, seen in self._seen.items() if now - seen.written < _MINUTE_S}
-        return len(self._seen)
+    def _forget(self, now: float) -> None:
+        """What was first seen a minute ago is written with its count, and may be written again."""
+        for key, seen in list(self._seen.items()):
+            if now - seen.written >= _MINUTE_S:
+                del self._seen[key]
+                if seen.n_more:
+                    self._append(seen.entry, seen.n_more)
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _n_kinds(self, sender: str) -> int:
+        return sum(seen.entry["from"] == sender for seen in self._seen.values())
+
+    def _append(self, entry: dict[str, Any], times: int) -> None:
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry, "times": times}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
@@ -101,6 +107,10 @@ class RequestLog:
             raise RunError(
                 f"cannot write {self._path}: {error.strerror}; nothing is done for the coordinator without it"
             ) from None
+
+
+def _key(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True)
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:
@@ -149,5 +159,5 @@ def sentence(line: dict[str, Any]) -> str:
     ]
     words = ", ".join([f"{line['from']} asked: {line['what']}", *details])
     if line["times"] > 1:
-        words += f" ({line['times']} times since the last line)"
+        words += f" ({line['times']} times more)"
     return words + (f"; refused: {line['refused']}" if "refused" in line else "")
