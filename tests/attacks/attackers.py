@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from fedprllm.federation.flare.configuration import engine_folder, prepare_engine
-from fedprllm.federation.flare.processes import end
+from fedprllm.federation.flare.processes import _place_storage, end
 from fedprllm.federation.flare.request_log import read_requests
 from tests.federation_processes import Federation
 
@@ -29,6 +29,8 @@ class Attacker:
     def __init__(self, kit: Path) -> None:
         self.kit = kit
         is_server = kit.name == "server"
+        if is_server:
+            _place_storage(kit)
         workspace = kit if is_server else prepare_engine(kit, 1024)
         (workspace / "transfer").mkdir(exist_ok=True)
         config = "fed_server.json" if is_server else "fed_client.json"

@@ -40,7 +40,7 @@ def refusal(topic: object, job: object, app: object) -> str | None:
         app: Zip file of what is to be installed for ``train.deploy``.
     """
     if topic not in SITE_ORDERS:
-        return "not on the list of what a site is ordered to do"
+        return "not authorized: not on the list of what a site is ordered to do"
     if not (is_job_id(job) or (job is None and topic == "scheduler.cancel_resource")):
         return "the id of a job is a UUID, and this is none"
     return _app_refusal(app) if topic == "train.deploy" else None

@@ -73,12 +73,8 @@ class RequestLog:
         with self._lock:
             now = time.monotonic()
             self._forget(now)
-            if (
-                "refused" in entry
-                and self._n_kinds(entry["from"]) >= _MAX_KINDS
-                and _key(entry) not in self._seen
-            ):
-                entry = {"from": entry["from"], "what": "more", "refused": "too many to list: see the log"}
+            if "refused" in entry and _key(entry) not in self._seen:
+                entry = self._within_bounds(entry)
             seen = self._seen.get(_key(entry))
             if seen is not None:
                 seen.n_more += 1
@@ -94,8 +90,12 @@ class RequestLog:
                 if seen.n_more:
                     self._append(seen.entry, seen.n_more)
 
-    def _n_kinds(self, sender: str) -> int:
-        return sum(seen.entry["from"] == sender for seen in self._seen.values())
+    def _within_bounds(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """What a sender sends in too many forms is counted as one."""
+        n_kinds = sum(seen.entry["from"] == entry["from"] for seen in self._seen.values())
+        if n_kinds < _MAX_KINDS:
+            return entry
+        return {"from": entry["from"], "what": "more", "refused": "too many to list: see the log"}
 
     def _append(self, entry: dict[str, Any], times: int) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry, "times": times}
