@@ -59,6 +59,10 @@ class Refusal(Exception):  # noqa: N818  it is what the sender is told, not a de
     """Why a message is refused."""
 
 
+class _Impostor(Refusal):
+    """It names another origin than it can have: whoever it names is not told."""
+
+
 @dataclass
 class _Stream:
     what: str
@@ -157,7 +161,7 @@ class Guard:
         try:
             self._judge(str(endpoint.name), peer, message)
         except Refusal as refusal:
-            self._refuse(endpoint, message, str(refusal))
+            self._refuse(endpoint, message, str(refusal), tell=not isinstance(refusal, _Impostor))
             return False
         except Exception as error:  # noqa: BLE001  whatever a malformed message makes of FLARE's headers
             self._refuse(endpoint, message, f"malformed ({type(error).__name__})", tell=False)
@@ -197,7 +201,7 @@ class Guard:
         else:
             fits = claimed == there if there == "server" else there == here and claimed in (here, "server")
         if not fits:
-            raise Refusal(f"{_short(endpoint)} cannot speak for {_short(origin)}")
+            raise _Impostor(f"{_short(endpoint)} cannot speak for {_short(origin)}")
 
     def _is_certified(self, endpoint: str, peer: str | None) -> bool:
         """The certificate fits the address: FLARE lets any certificate have a coordinator's address."""
@@ -257,17 +261,12 @@ class Guard:
 
     # Refusing ----------------------------------------------------------------------------------
 
-    def _refuse(self, endpoint: Any, message: Message, reason: str, *, tell: bool = True) -> None:
+    def _refuse(self, endpoint: Any, message: Message, reason: str, *, tell: bool) -> None:
         headers = message.headers if isinstance(message.headers, dict) else {}
         refused = Refused(_short(endpoint.name), _subject(headers), reason)
         log.warning("refused %s from %s: %s", refused.what, refused.sender, reason)
         self._note(refused)
-        if not tell:
-            return
-        # Only whoever is behind the connection that it came over is told, not whoever it names.
-        if headers.get(Header.MSG_TYPE) != MessageType.REQ or root(refused.sender) != root(
-            str(headers.get(Header.ORIGIN))
-        ):
+        if not tell or headers.get(Header.MSG_TYPE) != MessageType.REQ:
             return
         try:
             self._tell(endpoint, headers, reason)
