@@ -14,7 +14,6 @@ import pytest
 
 pytest.importorskip("nvflare")
 
-from fedprllm.federation.flare.policy import MAX_FRAME_BYTES
 from fedprllm.federation.messages import Request, pack
 from tests.attacks.attackers import AttackedFederation, rss
 from tests.federation_processes import wait_until
@@ -22,6 +21,7 @@ from tests.federation_processes import wait_until
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
 
 MB = 1024 * 1024
+ROOM = 40 * MB  # that a process may take while it refuses 1 GB
 SECRETS = ("PRIVATE KEY", "Once upon a time", "north.txt")
 
 
@@ -183,7 +183,7 @@ def test_unasked_frames_of_200_mb_take_no_memory_of_the_server(federation, south
     def attack():
         south.raw("south", "server", "task", "register", size=200 * MB, times=5)
 
-    assert grown(server, attack) < 20 * MAX_FRAME_BYTES
+    assert grown(server, attack) < ROOM
     wait_until(lambda: "server" in south("peers"), "the connection to come back", 30)
 
 
@@ -206,7 +206,7 @@ def test_unasked_streams_of_200_mb_take_no_memory_of_the_server(federation, sout
                 headers = stream_headers(channel, topic, 1000 + number, sequence)
                 south.raw("south", target, "sm__STREAM", "sm__DATA", headers=headers, size=MB)
 
-    assert grown(process, attack) < 20 * MAX_FRAME_BYTES
+    assert grown(process, attack) < ROOM
     assert federation.processes["server"].poll() is None
 
 

@@ -31,10 +31,9 @@ from nvflare.lighter.utils import (
 from nvflare.private.defs import RequestHeader
 
 from fedprllm.federation.flare.orders import CLIENT_FILE, client_configuration
-from fedprllm.federation.flare.policy import MAX_FRAME_BYTES
 from fedprllm.files import write_json
 from tests.attacks.attackers import AttackedFederation, rss
-from tests.attacks.test_federation_peer import MB, SECRETS, grown, stream_headers
+from tests.attacks.test_federation_peer import MB, ROOM, SECRETS, grown, stream_headers
 from tests.federation_processes import wait_until
 
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
@@ -254,7 +253,7 @@ def test_unasked_frames_of_200_mb_take_no_memory_of_a_site(federation, server):
     def attack():
         server.raw("server", "north", "admin", "admin", size=200 * MB, times=5)
 
-    assert grown(federation.site, attack) < 20 * MAX_FRAME_BYTES
+    assert grown(federation.site, attack) < ROOM
     wait_until(lambda: "north" in server("peers"), "the participant to come back", 60)
 
 
@@ -266,7 +265,7 @@ def test_unasked_streams_of_200_mb_take_no_memory_of_a_site(federation, server, 
                 headers = stream_headers(channel, "admin", 2000 + number, sequence)
                 server.raw("server", "north", "sm__STREAM", "sm__DATA", headers=headers, size=MB)
 
-    assert grown(federation.site, attack) < 20 * MAX_FRAME_BYTES
+    assert grown(federation.site, attack) < ROOM
 
 
 # Another user of the same machine ---------------------------------------------------------------
