@@ -21,7 +21,7 @@ from tests.federation_processes import wait_until
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
 
 MB = 1024 * 1024
-ROOM = 40 * MB  # that a process may take while it refuses 1 GB
+ROOM = 64 * MB  # that a process may take while it refuses 1 GB
 SECRETS = ("PRIVATE KEY", "Once upon a time", "north.txt")
 
 
@@ -161,6 +161,7 @@ def grown(process, attack):
     while time.monotonic() < end:
         highest = max(highest, rss(process))
         time.sleep(0.02)
+    print(f"grew by {(highest - before) / 1e6:.0f} MB")
     return highest - before
 
 

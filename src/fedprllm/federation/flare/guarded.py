@@ -38,7 +38,7 @@ from fedprllm.files import read_json
 __all__ = ["install", "main"]
 
 # Frames that were received and wait for a thread; the connections wait when there are more.
-_MAX_WAITING_BYTES = 32 * MB
+_MAX_WAITING_BYTES = 16 * MB
 
 _installed = False
 
