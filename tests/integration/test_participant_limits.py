@@ -245,9 +245,7 @@ def test_changed_text_is_not_mixed_into_a_run(tmp_path, model, sites):
             shutil.rmtree(run / "state", ignore_errors=True)
             (run / "status.json").unlink(missing_ok=True)
     assert conduct(tmp_path, plan, channel) == "complete", outcome(tmp_path)
-    assert any(
-        "the text has changed since this run began" in message for message in messages(tmp_path)
-    )
+    assert any("the text has changed since this run began" in message for message in messages(tmp_path))
     assert "north" not in read_json(tmp_path / "runs" / "run" / "result.json")["participants"]
 
 

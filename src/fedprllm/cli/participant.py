@@ -18,7 +18,13 @@ from rich.table import Table
 
 from fedprllm.cli.console import absolute, attend, console, ending, errors, need_flare
 from fedprllm.errors import ConfigError
-from fedprllm.federation.plan import DEFAULT_ALLOWED, RunPlan, SiteSettings, read_run_plan
+from fedprllm.federation.plan import (
+    DEFAULT_ALLOWED,
+    DEFAULT_MESSAGE_MB,
+    RunPlan,
+    SiteSettings,
+    read_run_plan,
+)
 
 __all__ = ["ledger", "participate"]
 
@@ -54,6 +60,9 @@ def participate(
     yes: Annotated[
         bool, typer.Option("--yes", help="agree to every run within these limits without being asked")
     ] = False,
+    max_message_mb: Annotated[
+        int, typer.Option(help="longest message that is received here, in MB", min=1)
+    ] = DEFAULT_MESSAGE_MB,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="compute and show what would be sent; connect to nobody")
     ] = False,
@@ -83,6 +92,7 @@ def participate(
         seed=seed,
         confirm=not yes,
         plan=None if config is None or dry_run else _pinned(read_run_plan(config)),
+        max_message_mb=max_message_mb,
     )
     if dry_run:
         _dry_run(settings, kit, config, blocks)
@@ -93,21 +103,29 @@ def participate(
         raise ConfigError(
             "there is no terminal to ask you at: pass --yes to agree to every run within your limits"
         )
-    from fedprllm.federation.flare.processes import participant_name, start_participant
+    from fedprllm.federation.flare.configuration import altered_files, engine_folder, participant_name
+    from fedprllm.federation.flare.processes import start_participant
     from fedprllm.federation.site.site import settings_path
     from fedprllm.files import write_json
 
     name = participant_name(kit)
+    for file in altered_files(kit, settings.max_message_mb):
+        errors.print(
+            f"[yellow]not used[/]: {escape(str(kit / file))} differs from what is installed here; "
+            "of a kit, only its address, certificates and key are taken",
+            soft_wrap=True,
+        )
     write_json(settings_path(kit), settings.model_dump(mode="json"))
     for line in (
         f"text     {', '.join(settings.data)}: read here, never sent",
         f"model    {settings.model or 'from the hub, by the id that the coordinator names'}; "
         "its weights are compared with the coordinator's before anything is computed",
         f"leaves   {', '.join(settings.allow)}; every update is listed by 'fedprllm ledger {kit}'",
+        f"asked    whatever the coordinator asks is shown here, and by 'fedprllm ledger {kit} --requests'",
     ):
         errors.print(escape(line), soft_wrap=True)
     with ending():
-        attend(lambda: start_participant(kit), f"participant {name}", kit, _Watch(kit))
+        attend(lambda: start_participant(kit), f"participant {name}", engine_folder(kit), _News(kit))
 
 
 def _pinned(plan: RunPlan) -> dict[str, Any]:
@@ -175,8 +193,14 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
 def ledger(
     kit: Annotated[Path, typer.Argument(help="folder of your kit, or a ledger")],
     as_json: Annotated[bool, typer.Option("--json", help="print the lines as they are")] = False,
+    requests: Annotated[
+        bool, typer.Option("--requests", help="show what the coordinator asked, and what was refused")
+    ] = False,
 ) -> None:
-    """Show everything that was sent from here."""
+    """Show everything that was sent from here, or that was asked."""
+    if requests:
+        _show_requests(kit, as_json=as_json)
+        return
     from fedprllm.federation.site.site import LEDGER, work_folder
     from fedprllm.federation.site.spool import read_ledger
 
@@ -197,6 +221,39 @@ def ledger(
         )
     console.print(table)
     console.print(f"{len(lines)} updates, {sum(line['bytes'] for line in lines):,} bytes")
+
+
+def _show_requests(kit: Path, *, as_json: bool) -> None:
+    from fedprllm.federation.flare.request_log import REQUESTS, read_requests, sentence
+    from fedprllm.federation.site.site import work_folder
+
+    lines = read_requests(kit if kit.is_file() else work_folder(kit) / REQUESTS)
+    if as_json:
+        print(json.dumps(lines, indent=1))
+        return
+    for line in lines:
+        console.print(f"{line['time'][:19].replace('T', ' ')}  {escape(sentence(line))}", soft_wrap=True)
+    n_refused = sum(line["times"] for line in lines if "refused" in line)
+    console.print(f"{sum(line['times'] for line in lines)} requests, {n_refused} of them refused")
+
+
+class _News:
+    """Prints what the coordinator asks, and what the participant's own computations complain about."""
+
+    def __init__(self, kit: Path) -> None:
+        from fedprllm.federation.flare.request_log import REQUESTS, follow
+        from fedprllm.federation.site.site import work_folder
+
+        self._requests = follow(work_folder(kit) / REQUESTS)
+        self._complaints = _Watch(kit)
+
+    def __call__(self) -> None:
+        from fedprllm.federation.flare.request_log import sentence
+
+        for line in next(self._requests):
+            style = "yellow" if "refused" in line else "dim"
+            errors.print(f"[{style}]{line['time'][11:19]}[/] {escape(sentence(line))}", soft_wrap=True)
+        self._complaints()
 
 
 class _Watch:

@@ -15,11 +15,20 @@ from fedprllm.config import PruneConfig, ShareName
 from fedprllm.errors import ConfigError, did_you_mean
 from fedprllm.settings import Settings, read_toml
 
-__all__ = ["DEFAULT_ALLOWED", "Plan", "RunPlan", "SiteSettings", "read_plan", "read_run_plan"]
+__all__ = [
+    "DEFAULT_ALLOWED",
+    "DEFAULT_MESSAGE_MB",
+    "Plan",
+    "RunPlan",
+    "SiteSettings",
+    "read_plan",
+    "read_run_plan",
+]
 
 # Every kind of update there is: the keys of `fedprllm.sharing.SHARING`, which needs torch.
 KINDS = (*get_args(ShareName), "outliers")
 DEFAULT_ALLOWED = ("mask",)
+DEFAULT_MESSAGE_MB = 1024
 # The strategies that a federation can run: the others need everyone's text in one place, or no one else.
 FEDERATED = ("one-shot", "iterative")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -43,8 +52,8 @@ class Plan(Settings):
     )
     valid_days: Annotated[int, Field(ge=1, description="how long the certificates are valid")] = 360
     max_message_mb: Annotated[
-        int, Field(ge=1, description="longest message that server and sites receive, in MB (10^6 bytes)")
-    ] = 1024
+        int, Field(ge=1, description="longest message that the server receives, in MB (10^6 bytes)")
+    ] = DEFAULT_MESSAGE_MB
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -152,6 +161,9 @@ class SiteSettings(Settings):
     plan: Annotated[
         dict[str, Any] | None, Field(description="the one run that is accepted: model, config, participants")
     ] = None
+    max_message_mb: Annotated[
+        int, Field(ge=1, description="longest message that is received here, in MB (10^6 bytes)")
+    ] = DEFAULT_MESSAGE_MB
 
     @model_validator(mode="after")
     def _check(self) -> Self:
