@@ -499,6 +499,78 @@ def test_a_request_that_cannot_be_read_is_answered_with_a_code(tmp_path, federat
     assert read_reply(site.answer(pack(Request(op="fetch", run="0" * 32))))[0].code == "other run"
 
 
+def test_a_participant_that_only_claims_to_be_ready_is_left_out(tmp_path, model, federation):
+    """It says that everything is ready and answers every fetch with "not ready": once without end."""
+    channel = federation()
+    fetches = []
+
+    def claims(name, request, reply):
+        header, _ = read_request(request)
+        if name != "west" or header.op not in ("state", "fetch", "start"):
+            return reply
+        if header.op == "fetch":
+            fetches.append(header.block)
+            return pack(Reply(state="working", code="not ready", n_ready=99))
+        return pack(Reply(state="working", n_ready=99))
+
+    channel.meddle = claims
+    assert conduct(tmp_path, make_plan(model), channel) == "complete", outcome(tmp_path)
+    left = [event for event in events(tmp_path) if event["event"] == "left out"]
+    assert [(event["participant"], event["reason"]) for event in left] == [
+        ("west", "invalid updates: 3 in a row")
+    ]
+    assert fetches == [0, 0, 0]
+
+
+def test_claims_move_no_deadline(tmp_path, model, federation):
+    """A participant that never sends anything is late, however much it says it has."""
+    channel = federation()
+    claimed = iter(range(1, 10_000))
+
+    def claims(name, request, reply):
+        header, _ = read_request(request)
+        if name != "west" or header.op != "state":
+            return None if name == "west" and header.op == "fetch" else reply
+        return pack(Reply(state="working", n_ready=0 if next(claimed) % 2 else 99))
+
+    channel.meddle = claims
+    plan = make_plan(model, deadline_s=1, start_s=2, max_ballots=1000)
+    assert conduct(tmp_path, plan, channel) in ("complete", "quorum lost"), outcome(tmp_path)
+    assert any(event["participant"] == "west" for event in events(tmp_path) if event["event"] == "left out")
+
+
+@pytest.mark.parametrize(
+    ("share", "spoil", "words"),
+    [
+        ("weights", lambda t: t * 1000, "are not the model's"),
+        ("weights", lambda t: -t, "are not the model's"),
+        ("gram", lambda t: t - 2 * torch.diag(t.diagonal()).abs().max() * torch.ones_like(t), "negative"),
+        ("gram", lambda t: t + 3 * t.diagonal().max() * (1 - torch.eye(len(t))), "negative eigenvalue"),
+    ],
+)
+def test_a_ballot_that_no_text_gives_names_its_sender(tmp_path, model, federation, share, spoil, words):
+    channel = federation(allow=["mask", "weights", "gram"])
+    plan = make_plan(model, prune={"share": share}, max_ballots=1)
+
+    def spoiled(name, request, reply):
+        header, _ = read_request(request)
+        if name != "west" or header.op != "fetch" or header.block != 1:
+            return reply
+        state, payload = read_reply(reply)
+        update = wire.decode(payload, expect=None, max_bytes=len(payload))
+        tensors = dict(update.tensors)
+        name_of = next(n for n, t in tensors.items() if t.dtype != torch.bool)
+        tensors[name_of] = spoil(tensors[name_of].clone())
+        return pack(state, wire.encode(replace(update, tensors=tensors)))
+
+    channel.meddle = spoiled
+    assert conduct(tmp_path, plan, channel) == "complete", outcome(tmp_path)
+    refused = [event for event in events(tmp_path) if "refused" in event["event"]]
+    assert {event["participant"] for event in refused} == {"west"}
+    assert words in refused[0]["reason"]
+    assert "west" not in read_json(tmp_path / "runs" / "run" / "result.json")["participants"]
+
+
 def edited(model: Path, folder: Path, **entries: object) -> Path:
     """A copy of a model with other entries in its configuration."""
     shutil.copytree(model, folder)

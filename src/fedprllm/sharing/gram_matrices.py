@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -11,10 +10,12 @@ from torch import Tensor
 from fedprllm.core.sums import GramStatistics
 from fedprllm.errors import UpdateError
 from fedprllm.sharing.input_sums import distinct_inputs
-from fedprllm.sharing.interface import SUMS, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
+from fedprllm.sharing.interface import SUMS, Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.target import Target
 
 __all__ = ["GRAM"]
+
+_ROUNDING = 1e-6
 
 
 def _shapes(linears: Linears) -> Shapes:
@@ -31,13 +32,30 @@ def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one sig
     return update
 
 
-def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> None:  # noqa: ARG001
-    for name in distinct_inputs(linears):
-        gram = update[name]
+def _check(ballot: Ballot, target: Target) -> None:  # noqa: ARG001
+    for name in distinct_inputs(ballot.linears):
+        gram = ballot.update[name]
         if not (gram.diagonal() >= 0).all():
             raise UpdateError(f"the Gram matrix of '{name}' has a negative number on its diagonal")
         if not torch.allclose(gram, gram.T, rtol=1e-3, atol=1e-3 * float(gram.abs().max())):
             raise UpdateError(f"the Gram matrix of '{name}' is not symmetric")
+        if not _is_positive(gram):
+            raise UpdateError(
+                f"the Gram matrix of '{name}' has a negative eigenvalue: no sum of products of inputs has one"
+            )
+
+
+def _is_positive(gram: Tensor) -> bool:
+    """Whether no eigenvalue is below what rounding explains; one Cholesky factorization in float64.
+
+    A sum of float32 products of n channels is off by a few units of the last place of its largest diagonal
+    entry in each entry, and so by at most n times that in its eigenvalues.
+    """
+    values = gram.to(torch.float64)
+    values = (values + values.T) / 2
+    rounding = _ROUNDING * len(values) * float(values.diagonal().max())
+    shifted = values + rounding * torch.eye(len(values), dtype=torch.float64, device=values.device)
+    return not rounding or int(torch.linalg.cholesky_ex(shifted).info) == 0
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:

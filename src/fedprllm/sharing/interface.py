@@ -19,6 +19,7 @@ from fedprllm.sharing.target import Target
 __all__ = [
     "BITS",
     "SUMS",
+    "Ballot",
     "Linears",
     "Seen",
     "Shapes",
@@ -48,6 +49,21 @@ class Seen:
     block: Block
     statistics: BlockStatistics | None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One participant's update of a block, as it arrived: nothing in it is trusted.
+
+    Attributes:
+        linears: The Linears of the block.
+        update: Its tensors, of the declared shapes and types.
+        model: The model's own tensor of a weight, in the orientation of the checkpoint, read when asked for.
+    """
+
+    linears: Linears
+    update: Mapping[str, Tensor]
+    model: Callable[[str], Tensor]
 
 
 @dataclass
@@ -130,7 +146,7 @@ class Sharing:
     wire: Wire
     shapes: Callable[[Linears], Shapes]
     contribute: Callable[[Seen, Target], Tensors]
-    check: Callable[[Linears, Mapping[str, Tensor], Target], None]
+    check: Callable[[Ballot, Target], None]
     zeros: Callable[[Linears, torch.device], Totals]
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros

@@ -339,8 +339,8 @@ class Coordinator:
         if reply.state == "failed":
             self._leave_out(name, "failed", self._words(reply))
         elif reply.n_ready > standing.n_ready:
+            # Only an update that has arrived moves the deadline: a claim costs nothing.
             standing.n_ready = min(reply.n_ready, self._n_blocks)
-            standing.deadline = now + self.plan.deadline_s
             self._news = now
 
     def _words(self, reply: Reply) -> str:
@@ -384,7 +384,7 @@ class Coordinator:
             self._leave_out(name, "failed", self._words(reply))
             return
         if reply.code == "not ready":
-            standing.n_ready = min(standing.n_ready, block)
+            self._count_invalid(name, block, "it said the update was ready, and does not have it")
             return
         try:
             self.ballots.check(block, name, payload)
@@ -392,18 +392,26 @@ class Coordinator:
             self._refuse(name, block, error)
             return
         standing.n_invalid = 0
+        standing.deadline = max(standing.deadline, self._clock() + self.plan.deadline_s)
         write_bytes(self.ballots.path(block, name), payload)
 
     def _refuse(self, name: str, block: int, error: UpdateError) -> None:
+        """Have an update computed again that cannot be used."""
+        if not self._count_invalid(name, block, str(error)):
+            return
+        self.participants[name].deadline = self._clock() + self.plan.start_s + self.plan.deadline_s
+        self._ask([name], Request(op="refused", run=self._run_id, block=block))
+
+    def _count_invalid(self, name: str, block: int, reason: str) -> bool:
+        """Count an update that cannot be used, or was only claimed; whether its sender is still in."""
         standing = self.participants[name]
         standing.n_invalid += 1
-        self._note(name, f"update of block {block} refused", str(error))
+        standing.n_ready = min(standing.n_ready, block)
+        self._note(name, f"update of block {block} refused", reason)
         if standing.n_invalid >= self.plan.max_ballots:
             self._leave_out(name, "invalid updates", f"{standing.n_invalid} in a row")
-            return
-        standing.n_ready = min(standing.n_ready, block)
-        standing.deadline = self._clock() + self.plan.start_s + self.plan.deadline_s
-        self._ask([name], Request(op="refused", run=self._run_id, block=block))
+            return False
+        return True
 
     def _leave_out(self, name: str, reason: Reason, words: str) -> None:
         self._note(name, "left out", f"{reason}: {words}")
