@@ -119,7 +119,7 @@ def prune(
     *,
     out: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    eval_texts: Sequence[Source] | Mapping[str, Source] = (),
+    eval_texts: Source | Sequence[Source] | Mapping[str, Source] = (),
     progress: Progress = silent,
 ) -> PruneResult:
     """Prune one model together: several participants, each with its own text, in this process.
@@ -162,7 +162,7 @@ def _prune(
     participants: ParticipantInputs,
     config: PruneConfig,
     out: Path,
-    eval_texts: Sequence[Source] | Mapping[str, Source],
+    eval_texts: Source | Sequence[Source] | Mapping[str, Source],
     progress: Progress,
 ) -> PruneResult:
     named = name_participants(participants)

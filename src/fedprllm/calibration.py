@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedprllm.core.ties import generator
-from fedprllm.documents import read_documents
+from fedprllm.documents import Documents, read_documents
 from fedprllm.errors import ConfigError, DataError, did_you_mean
 
 __all__ = [
@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
 
 
 def token_windows(
-    sources: Sequence[str | Path],
+    sources: Sequence[str | Path | Documents],
     tokenizer: Tokenizer,
     *,
     n_windows: int,
@@ -106,7 +106,7 @@ def token_windows(
 
 
 def evaluation_windows(
-    sources: Sequence[str | Path],
+    sources: Sequence[str | Path | Documents],
     tokenizer: Tokenizer,
     *,
     window_length: int,

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["atomic_path", "free_bytes", "names_of", "read_json", "save_tensors", "write_json", "write_text"]
 
+_LONGEST_NAME = 100
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -92,18 +92,21 @@ def free_bytes(path: Path) -> int:
 
 
 def names_of(sources: Sequence[str | Path]) -> list[str]:
-    """A short name for each source: the file's stem, numbered where it occurs more than once.
+    """A short name for each source, no two alike: the file's stem, numbered where it is taken.
 
-    Names are safe as names of files: anything but letters, digits, dot, dash and underscore becomes a
-    dash.
+    Names are safe as names of files on every system: anything but letters, digits, dot, dash and underscore
+    becomes a dash, none is empty or begins with a dot, none is much longer than 100 characters, and none
+    differs from another in upper and lower case alone.
     """
-    stems = [
-        re.sub(r"[^\w.-]+", "-", str(source) if str(source).startswith("hf:") else Path(source).stem)
-        for source in sources
-    ]
-    seen: Counter[str] = Counter()
-    names = []
-    for stem in stems:
-        seen[stem] += 1
-        names.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
+    names: list[str] = []
+    taken: set[str] = set()
+    for source in sources:
+        stem = str(source) if str(source).startswith("hf:") else Path(source).stem
+        base = re.sub(r"[^\w.-]+", "-", stem).strip(".")[:_LONGEST_NAME] or "text"
+        name, number = base, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
     return names

@@ -87,7 +87,7 @@ def perplexities(
 
 def evaluate(
     model: str | Path,
-    texts: Sequence[str | Path] | Mapping[str, str | Path],
+    texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     *,
     window_length: int | None = None,
     max_tokens: int | None = None,
@@ -111,7 +111,8 @@ def evaluate(
     Raises:
         DataError, ModelError: a text or the model cannot be used.
     """
-    named = texts if isinstance(texts, Mapping) else dict(zip(names_of(texts), texts, strict=True))
+    listed = [texts] if isinstance(texts, (str, Path)) else texts
+    named = listed if isinstance(listed, Mapping) else dict(zip(names_of(listed), listed, strict=True))
     if not named:
         raise DataError("no text to evaluate on: give at least one")
     folder = resolve_model(model, progress=progress)
