@@ -149,7 +149,7 @@ def test_a_participant_is_no_coordinator(federation, south):
         for name in ("admin", "south")
     }
     assert "ANSWER ok" in answers["admin"]
-    assert "ANSWER invalid_request" in answers["south"]
+    assert "ANSWER timeout" in answers["south"]  # it may be somebody else's address, so nobody is told
     wait_until(lambda: f"cannot speak for {address}" in federation.log("server"), "refusal", 20)
 
 
