@@ -69,7 +69,7 @@ def read_documents(source: str | Path | Documents, *, keep_blank: bool = False) 
     of the hub.
 
     Raises:
-        DataError: missing, unreadable, empty, not text, malformed, without a text column, or a package that
+        DataError: Missing, unreadable, empty, not text, malformed, without a text column, or a package that
             reads it is not installed.
     """
     documents = source.texts if isinstance(source, Documents) else _read(source)
@@ -187,7 +187,7 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _type_of(value: object) -> str:
-    """A type as somebody who does not write Python calls it."""
+    """The name of a type for users who do not write Python."""
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
 

@@ -62,8 +62,8 @@ def did_you_mean(found: object, available: Iterable[object]) -> str:
     """Return ``"'x'; did you mean 'y'? Available: y, z."`` for an unknown name.
 
     Args:
-        found: what the user wrote.
-        available: every name that would have been accepted, in the order to show them.
+        found: What the user wrote.
+        available: Every name that would have been accepted, in the order to show them.
     """
     names = [str(name) for name in available]
     close = difflib.get_close_matches(str(found).lower(), names, n=1, cutoff=0.5)

@@ -30,7 +30,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path`` that becomes ``path`` when the block ends well.
 
     Raises:
-        RunError: the disk is full (what was written is removed; the run can go on later).
+        RunError: The disk is full (what was written is removed; the run can go on later).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""How long work tells that it goes on: the library reports steps, the command line draws bars."""
+"""Progress reporting: the library reports steps, the command line draws bars."""
 
 from __future__ import annotations
 

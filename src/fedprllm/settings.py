@@ -1,4 +1,4 @@
-"""What a person writes: options and TOML files, immutable, every mistake named in one line.
+"""Options and TOML files that a user writes: immutable, with every mistake explained in one line.
 
 Nothing here imports torch.
 """
@@ -18,7 +18,7 @@ __all__ = ["Settings", "choices_of", "read_toml"]
 
 
 class Settings(BaseModel):
-    """Options that a person writes, checked when they are made.
+    """Options that a user writes, checked when they are made.
 
     Attributes:
         subject: What the options are of, put before messages; nothing by default.

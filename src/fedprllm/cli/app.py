@@ -32,7 +32,7 @@ __all__ = ["main"]
 
 app = typer.Typer(
     name="fedprllm",
-    help="Prune one language model together: everyone keeps their text, only prune masks are shared.",
+    help="Prune one language model together: texts stay where they are, only small updates are shared.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,7 +55,7 @@ def _common(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Prune one language model together: everyone keeps their text, only small updates are shared."""
+    """Prune one language model together: texts stay where they are, only small updates are shared."""
 
 
 def main() -> None:
@@ -268,7 +268,7 @@ def _evaluate(
     window_length: Annotated[
         int | None, typer.Option(help=escape("tokens per window [default: 2048, or the model's limit]"))
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="evaluate at most so many tokens per text")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="most tokens to evaluate per text")] = None,
     bos: Annotated[str, typer.Option(help="beginning-of-sequence token: auto, every, start, never")] = "auto",
     tasks: Annotated[
         str | None, typer.Option(help="lm-eval tasks, comma separated (needs fedprllm[lm-eval])")

@@ -39,22 +39,24 @@ def participate(
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, ... [cpu]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads at most")] = None,
-    memory_gb: Annotated[float | None, typer.Option(help="memory of the computation at most, in GB")] = None,
+    threads: Annotated[int | None, typer.Option(help="most CPU threads to use")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="most memory for the computation, in GB")] = None,
     memory_limit: Annotated[
         str | None, typer.Option(help="memory for hidden states, such as 2GiB; the rest goes to files")
     ] = None,
     allow: Annotated[list[str] | None, typer.Option(help="kind of update that may leave [mask]")] = None,
-    block_fraction: Annotated[float, typer.Option(help="share of the blocks to prune at most")] = 1.0,
-    record: Annotated[Path | None, typer.Option(help="keep a copy of every message that leaves here")] = None,
-    min_windows: Annotated[int, typer.Option(help="share nothing made of fewer windows of text")] = 16,
-    min_tokens: Annotated[int, typer.Option(help="share nothing made of fewer tokens of text")] = 8192,
+    block_fraction: Annotated[float, typer.Option(help="largest share of the blocks to prune")] = 1.0,
+    record: Annotated[
+        Path | None, typer.Option(help="folder for a copy of every message that is sent")
+    ] = None,
+    min_windows: Annotated[int, typer.Option(help="share nothing made from fewer windows of text")] = 16,
+    min_tokens: Annotated[int, typer.Option(help="share nothing made from fewer tokens of text")] = 8192,
     min_participants: Annotated[int, typer.Option(help="take part in no run with fewer participants")] = 3,
-    runs_per_text: Annotated[int, typer.Option(help="runs that one text may be used in")] = 3,
+    runs_per_text: Annotated[int, typer.Option(help="number of runs that one text may be used in")] = 3,
     seed: Annotated[
         int | None,
         typer.Option(
-            help=escape("of the choice of windows [default: drawn once, kept here]"), show_default=False
+            help=escape("seed for the choice of windows [default: drawn once, kept here]"), show_default=False
         ),
     ] = None,
     yes: Annotated[
@@ -64,7 +66,7 @@ def participate(
         int, typer.Option(help="longest message that is received here, in MB", min=1)
     ] = DEFAULT_MESSAGE_MB,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="compute and show what would be sent; connect to nobody")
+        bool, typer.Option("--dry-run", help="compute and show what would be sent, without connecting")
     ] = False,
     config: Annotated[
         Path | None,
@@ -72,7 +74,7 @@ def participate(
     ] = None,
     blocks: Annotated[int, typer.Option(help="with --dry-run: how many blocks to show")] = 1,
 ) -> None:
-    """Take part in a federation with your own text, which stays here."""
+    """Take part in a federation with your own text, which stays on this machine."""
     if not data:
         raise ConfigError("no text: name it with --data")
     settings = SiteSettings(
@@ -141,7 +143,7 @@ def _check_here(settings: SiteSettings) -> None:
     """Refuse text or a model that is not there now, and not when the coordinator starts a run.
 
     Raises:
-        ConfigError: names the path.
+        ConfigError: Names the path.
     """
     for source in settings.data:
         if not source.startswith("hf:") and not Path(source).exists():

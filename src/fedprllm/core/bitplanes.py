@@ -44,7 +44,7 @@ _WORDS_PER_THREAD = 2**18
 # For place values below 2^4 a word may wait for its partner. So a carry meets the higher planes once in
 # 16 masks, and a mask costs about 6 operations instead of 2 per plane.
 _N_WAITING = 4
-_PLANES_SPLIT = 5  # a histogram of so many planes is quicker by halves, 2^planes of them, than by counts
+_PLANES_SPLIT = 5  # up to this many planes, a histogram by 2^planes halves is quicker than by counts
 _COUNTED_AT_ONCE = 2**18  # weights whose counts stay in the cache
 _SCORED_AT_ONCE = 2**24  # weights; bounds the memory that scores and keys take
 _ROWS_SUMMED_AT_ONCE = 255  # bits of a column; their sum fits a byte
@@ -56,8 +56,8 @@ class PackedVotes:
     Takes ``ceil(log2(total + 1)) + 4`` bits per weight.
 
     Attributes:
-        n_weights: number of weights that are voted on.
-        total: votes cast so far, the most that a weight can have: the participants, or the sum of what
+        n_weights: Number of weights that are voted on.
+        total: Votes cast so far, the most that a weight can have: the participants, or the sum of what
             each of them counts.
     """
 
@@ -76,12 +76,12 @@ class PackedVotes:
         Several at once are faster than one by one: the planes pass through the cache once for all.
 
         Args:
-            packed: each a mask of all weights, True = pruned, as `pack` makes it and a message holds it:
+            packed: Each a mask of all weights, True = pruned, as `pack` makes it and a message holds it:
                 ceil(n / 8) bytes, or 64-bit words of the same bytes. Unused bits are 0. Read, not kept.
-            weight: how many votes each of these masks counts, at least one.
+            weight: How many votes each of these masks counts, at least one.
 
         Raises:
-            UpdateError: a mask has another type or length, or an unused bit is set; none was added.
+            UpdateError: A mask has another type or length, or an unused bit is set; none was added.
         """
         masks = [_as_bytes(mask, self.n_weights) for mask in packed]
         assert weight >= 1, weight
@@ -104,7 +104,7 @@ class PackedVotes:
 
     @classmethod
     def of_planes(cls, planes: Integer[Tensor, "planes bytes"], n_weights: int) -> PackedVotes:
-        """The votes whose `planes` these are; ``total`` is the most that so many planes can count."""
+        """The votes whose `planes` these are; ``total`` is the most that these planes can count."""
         votes = cls(n_weights)
         votes.total = 2 ** len(planes) - 1
         for plane in planes.numpy():
@@ -146,10 +146,10 @@ class PackedVotes:
         """Add the number of candidates with each count to the histogram: halved plane by plane from the top.
 
         Args:
-            planes: that have not been looked at.
-            candidates: bits of the weights whose higher planes say ``votes``.
-            votes: the value of those planes.
-            histogram: added to.
+            planes: Planes that have not been looked at.
+            candidates: Bits of the weights whose higher planes say ``votes``.
+            votes: The value of those planes.
+            histogram: Added to.
         """
         if votes > self.total:
             return
@@ -172,10 +172,10 @@ class PackedVotes:
         Bit for bit what `masks.most_voted` makes of the counts (FedPrLLM, section 3).
 
         Args:
-            weight: the weights that were voted on.
-            grouping: what is compared with what.
-            ties: a key of `TIES`.
-            seed_parts: what the tie rule ``random`` is a function of.
+            weight: The weights that were voted on.
+            grouping: What is compared with what.
+            ties: A key of `TIES`.
+            seed_parts: What the tie rule ``random`` is a function of.
         """
         assert weight.numel() == self.n_weights
         shape = (weight.shape[0], weight.shape[1])

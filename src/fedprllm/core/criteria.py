@@ -51,8 +51,8 @@ class Criterion:
 
     Attributes:
         score: ``(weight, norm) -> score``.
-        uses_inputs: it looks at the inputs; if not, no forward pass is needed.
-        scores_rows: the scores of a row depend on no other row.
+        uses_inputs: Whether it looks at the inputs; if not, no forward pass is needed.
+        scores_rows: The scores of a row depend on no other row.
     """
 
     score: Callable[[Float[Tensor, "out in"], Float[Tensor, " in"]], Float[Tensor, "out in"]]

@@ -31,7 +31,7 @@ class Grouping:
 
     Attributes:
         group: ``layer``, ``row`` or ``column``; an N:M pattern takes precedence over it.
-        sparsity: fraction of each group that is pruned, in [0, 1]; a `Fraction` where it must be exact.
+        sparsity: Fraction of each group that is pruned, in [0, 1]; a `Fraction` where it must be exact.
         n_m: ``(N, M)`` keeps at most N non-zeros in M consecutive inputs; None for unstructured.
     """
 

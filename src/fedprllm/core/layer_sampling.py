@@ -16,10 +16,10 @@ def sampled_blocks(fraction: float | Fraction, n_blocks: int, seed: int, partici
     """The blocks that a participant draws: ``max(1, floor(fraction * n_blocks))`` of them at random.
 
     Args:
-        fraction: of the blocks, in (0, 1]: the resource that the participant declares.
-        n_blocks: blocks of the model.
-        seed: of the run.
-        participant: whatever tells it from the others.
+        fraction: Share of the blocks in (0, 1]: the resource that the participant declares.
+        n_blocks: Blocks of the model.
+        seed: Seed of the run.
+        participant: Whatever tells it from the others.
 
     Returns:
         Block numbers in ascending order.
@@ -34,16 +34,16 @@ def sampled_blocks(fraction: float | Fraction, n_blocks: int, seed: int, partici
 def sample_blocks(
     fractions: Mapping[str, float | Fraction], n_blocks: int, seed: int
 ) -> dict[str, list[int]] | None:
-    """The blocks that each participant prunes, so that every block has somebody.
+    """The blocks that each participant prunes, so that every block is pruned by at least one.
 
-    Everyone draws (`sampled_blocks`). The paper leaves open what becomes of a block that nobody drew; here
-    somebody takes it in exchange for the block that most participants drew, so that nobody prunes more
-    blocks than it declared.
+    Every participant draws (`sampled_blocks`). The paper leaves open what happens to a block that none
+    drew. Here a participant takes it in exchange for the block that most participants drew, so that none
+    prunes more blocks than it declared.
 
     Args:
-        fractions: by name of participant, in (0, 1].
-        n_blocks: blocks of the model.
-        seed: of the run.
+        fractions: Share of the blocks in (0, 1], by name of participant.
+        n_blocks: Blocks of the model.
+        seed: Seed of the run.
 
     Returns:
         Block numbers by participant, ascending; None if there are more blocks than all can prune together.

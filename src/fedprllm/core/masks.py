@@ -50,11 +50,11 @@ def prune_lowest(
     """Prune the ``k = floor(n * sparsity)`` lowest scores of every comparison group.
 
     Args:
-        scores: finite; lower is pruned first.
-        weight: the weights themselves, for the tie rule ``magnitude``.
-        grouping: what is compared with what.
-        ties: a key of `TIES`.
-        seed_parts: what the tie rule ``random`` is a function of.
+        scores: Finite; lower is pruned first.
+        weight: The weights themselves, for the tie rule ``magnitude``.
+        grouping: What is compared with what.
+        ties: A key of `TIES`.
+        seed_parts: What the tie rule ``random`` is a function of.
     """
     shape = (scores.shape[0], scores.shape[1])
     rule = TIES[ties]
@@ -79,13 +79,13 @@ def prune_by_score(
     no memory beside the weights.
 
     Args:
-        score: scores of float32 weights.
-        weight: in any precision.
-        grouping: what is compared with what.
-        ties: a key of `TIES`.
-        seed_parts: what the tie rule ``random`` is a function of.
-        scores_rows: the scores of a row depend on no other row.
-        counts_close: count the prunes that rounding may decide (`count_close`).
+        score: Scores of float32 weights.
+        weight: The weights, in any precision.
+        grouping: What is compared with what.
+        ties: A key of `TIES`.
+        seed_parts: What the tie rule ``random`` is a function of.
+        scores_rows: The scores of a row depend on no other row.
+        counts_close: Count the prunes that rounding may decide (`count_close`).
     """
     n_out, n_in = weight.shape
     by_rows = scores_rows and grouping.within_rows
@@ -125,9 +125,9 @@ def count_close(scores: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], g
     the tie rule decides; they count too.
 
     Args:
-        scores: as ranked; float32, not negative.
-        mask: what was pruned.
-        grouping: what was compared with what.
+        scores: As ranked; float32, not negative.
+        mask: What was pruned.
+        grouping: What was compared with what.
     """
     groups, pruned = grouping.split(scores), grouping.split(mask)
     # As whole numbers, in which floats that are not negative have the same order, a CPU masks them ten times

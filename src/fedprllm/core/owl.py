@@ -1,4 +1,4 @@
-"""How much each block loses, and whole numbers that add up to the sparsity of the model."""
+"""Sparsity by block (OWL), in whole numbers that add up to the sparsity of the model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Outliers:
     """Outlying scores among those of a block. Counts of participants merge by addition.
 
     Attributes:
-        n_outliers: scores above M times the mean of the block.
-        n_scores: all scores of the block.
+        n_outliers: Scores above M times the mean of the block.
+        n_scores: All scores of the block.
     """
 
     n_outliers: int
@@ -42,9 +42,9 @@ def outliers(scores: Callable[[], Scores], m: float = 5.0) -> Outliers:
     """Count ``S[o, j] > m * mean(S)``, the mean being over all Linears of a block.
 
     Args:
-        scores: makes the Wanda scores of the block's Linears, one after the other; called twice, so that
+        scores: Makes the Wanda scores of the block's Linears, one after the other; called twice, so that
             those of one Linear only are in memory.
-        m: how many times the mean an outlier exceeds.
+        m: How many times the mean an outlier exceeds.
 
     Source: Yin et al., OWL (ICML 2024), section 3.2: layer outlier distribution.
     """
@@ -72,9 +72,9 @@ def owl(
 
     Args:
         outlier_ratios: ``D`` of each block.
-        sizes: prunable weights of each block.
+        sizes: Prunable weights of each block.
         sparsity: ``S``, of the whole model, in [0, 1).
-        lam: the largest deviation from it.
+        lam: The largest deviation from it.
 
     Source: Yin et al., OWL (ICML 2024), section 3.3.
     """
@@ -95,13 +95,12 @@ def split_exactly(total_k: int, sizes: Sequence[int], ratios: Sequence[float]) -
     """Whole numbers in proportion to ``sizes * ratios`` that add up to ``total_k`` (largest remainder).
 
     Args:
-        total_k: weights to prune in all parts together.
-        sizes: weights of each part.
-        ratios: sparsity of each part, with ``sum(sizes * ratios)`` equal to ``total_k`` but for rounding.
+        total_k: Weights to prune in all parts together.
+        sizes: Weights of each part.
+        ratios: Sparsity of each part, with ``sum(sizes * ratios)`` equal to ``total_k`` but for rounding.
 
     Returns:
-        What each part loses: its quota rounded down or up. Among equal remainders the first is
-        rounded up.
+        What each part loses: its quota rounded down or up. Of equal remainders, the first is rounded up.
     """
     shares = [size * Fraction(ratio) for size, ratio in zip(sizes, ratios, strict=True)]
     total = sum(shares, Fraction())
@@ -133,9 +132,9 @@ def allocate(
     Args:
         outlier_ratios: ``D`` of each block.
         shapes: (out, in) of the Linears of each block.
-        group: the comparison group that decides what the model loses.
-        sparsity: of the whole model, in [0, 1).
-        lam: the largest deviation from it.
+        group: The comparison group that decides what the model loses.
+        sparsity: Sparsity of the whole model, in [0, 1).
+        lam: The largest deviation from it.
 
     Returns:
         For each block and Linear a share ``k / n`` of the ``n`` weights of one of its groups.
@@ -160,13 +159,13 @@ def _whole_groups(quotas: Sequence[int], n_groups: Sequence[int]) -> list[int]:
     """What each group of a part loses, when all groups of a part lose the same.
 
     Args:
-        quotas: what the parts are to lose.
-        n_groups: groups of each part.
+        quotas: What the parts are to lose.
+        n_groups: Groups of each part.
     """
     counts = [quota // n for quota, n in zip(quotas, n_groups, strict=True)]
     remainders = [quota % n for quota, n in zip(quotas, n_groups, strict=True)]
     left = sum(remainders)
-    # Whom rounding down spared most is the first to lose one weight more of each group.
+    # The part that rounding down spared most is the first to lose one more weight of each group.
     for part in sorted(range(len(counts)), key=lambda part: -Fraction(remainders[part], n_groups[part])):
         if remainders[part] and n_groups[part] <= left:
             counts[part] += 1

@@ -27,9 +27,9 @@ def select_lowest(
     Among equal scores the lowest ``tie_key`` goes first, among equal keys the lowest index.
 
     Args:
-        scores: finite numbers; lower is pruned first.
-        k: entries to mark per row, ``0 <= k <= n``.
-        tie_key: makes the keys that order equal scores, called only if a tie has to be decided; None
+        scores: Finite numbers; lower is pruned first.
+        k: Entries to mark per row, ``0 <= k <= n``.
+        tie_key: Makes the keys that order equal scores, called only if a tie has to be decided; None
             orders by index.
 
     Returns:

@@ -22,7 +22,7 @@ class InputStatistics:
 
     Attributes:
         sum_of_squares: ``sum_x x_j^2`` per input channel j.
-        n_tokens: number of tokens summed over.
+        n_tokens: Number of tokens summed over.
     """
 
     sum_of_squares: Float[Tensor, " in"]
@@ -56,7 +56,7 @@ class GramStatistics:
 
     Attributes:
         gram: ``X^T X = sum_x x x^T``, float64 or, at half the size, float32.
-        n_tokens: number of tokens summed over.
+        n_tokens: Number of tokens summed over.
     """
 
     gram: Float[Tensor, "in in"]

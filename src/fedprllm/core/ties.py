@@ -1,4 +1,4 @@
-"""Tie rules: who goes first among entries with equal scores or equal votes.
+"""Tie rules: which of several entries with equal scores or equal votes is pruned first.
 
 A rule is a function ``(weight, seed_parts) -> keys``; the lowest key is pruned first, equal keys go by
 the lowest index. One meaning in every comparison group, local and server.

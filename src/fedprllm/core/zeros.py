@@ -19,9 +19,9 @@ def copy_pruned(
     """Write a weight into ``target``, with exact +0.0 where the mask is True.
 
     Args:
-        weight: in any precision.
-        mask: of the same shape.
-        target: overwritten, in a precision of its own; may be the weight itself, whose other bits then stay.
+        weight: The weights, in any precision.
+        mask: Prune mask of the same shape.
+        target: Overwritten, in a precision of its own; may be the weight itself, whose other bits then stay.
     """
     bits = _bits(target)
 

@@ -34,7 +34,7 @@ def window_length_for(model: BlockwiseModel, asked: int | None) -> int:
     """The asked window length, or 2048 tokens, or less if the model takes less.
 
     Raises:
-        DataError: more tokens are asked for than the model takes.
+        DataError: More tokens are asked for than the model takes.
     """
     limit = model.max_window_length
     if asked is None:
@@ -53,10 +53,10 @@ def perplexities(
     """Perplexity of a model on several texts, in one walk over its blocks.
 
     Args:
-        model: the model.
-        texts: token windows by name of the text.
-        progress: told of every window and block.
-        weights_of: weights to take in place of the model's own, by name: a pruned model need not be written
+        model: The model.
+        texts: Token windows by name of the text.
+        progress: Told of every window and block.
+        weights_of: Weights to take in place of the model's own, by name: a pruned model need not be written
             to be measured.
     """
     windows = [window for text in texts.values() for window in text]
@@ -99,17 +99,17 @@ def evaluate(
     """Perplexity of a model on each text.
 
     Args:
-        model: hub id, local folder or GGUF file.
-        texts: paths of texts (see `fedprllm.documents.read_documents`), named or not.
-        window_length: tokens per window; 2048 or the model's limit by default.
-        max_tokens: evaluate at most this many tokens of each text.
-        bos: where to put a beginning-of-sequence token.
-        dtype: precision of the forward pass.
-        device: where to compute.
-        progress: told of every window and block.
+        model: Hub id, local folder or GGUF file.
+        texts: Paths of texts (see `fedprllm.documents.read_documents`), named or not.
+        window_length: Tokens per window; 2048 or the model's limit by default.
+        max_tokens: Evaluate at most this many tokens of each text.
+        bos: Where to put a beginning-of-sequence token.
+        dtype: Precision of the forward pass.
+        device: Where to compute.
+        progress: Told of every window and block.
 
     Raises:
-        DataError, ModelError: a text or the model cannot be used.
+        DataError, ModelError: A text or the model cannot be used.
     """
     listed = [texts] if isinstance(texts, (str, Path)) else texts
     named = listed if isinstance(listed, Mapping) else dict(zip(names_of(listed), listed, strict=True))

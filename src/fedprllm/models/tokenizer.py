@@ -46,7 +46,7 @@ def tokenizer_fingerprints(folder: Path) -> dict[str, str]:
     }
     if getattr(tokenizer, "is_fast", False):
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Truncation and padding are set by whoever calls it.
+        # Truncation and padding are set by the caller.
         steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
         parts["tokenizer.rules"] = {name: rules.get(name) for name in steps}
     return {name: _digest(value) for name, value in parts.items()}

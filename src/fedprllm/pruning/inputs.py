@@ -1,4 +1,4 @@
-"""What a user may name as participants, turned into participants, with every refusal before the compute."""
+"""From what a user names as participants to participants; mistakes are refused before the computation."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class PooledData:
     """Text in one place, dealt out to participants as if each had its own: for comparing variants.
 
     Attributes:
-        paths: the text files.
-        n_participants: how many participants to make.
+        paths: The text files.
+        n_participants: How many participants to make.
         partition: ``iid`` deals windows at random, ``file`` deals whole files, ``dirichlet`` gives the
             participants unequal shares of each file.
-        alpha: concentration of ``dirichlet``: small is unequal, large approaches ``iid``.
+        alpha: Concentration of ``dirichlet``: small is unequal, large approaches ``iid``.
     """
 
     paths: Sequence[Source]
@@ -76,7 +76,7 @@ def name_participants(participants: ParticipantInputs) -> dict[str, ParticipantI
     """Name each participant after its file, or by its number.
 
     Raises:
-        DataError: there are none, or something other than a list or mapping was given.
+        DataError: There are none, or something other than a list or mapping was given.
     """
     if isinstance(participants, PooledData):
         return participants
@@ -161,13 +161,13 @@ def _may_be_a_path(item: str | Path) -> bool:
 def make_participants(
     model: BlockwiseModel, named: Mapping[str, ParticipantInput] | PooledData, config: PruneConfig
 ) -> tuple[list[Participant], PruneConfig]:
-    """Read everyone's text into token windows.
+    """Read the participants' texts into token windows.
 
     Returns:
         The participants in the order of their names, and the configuration with its window length resolved.
 
     Raises:
-        DataError: a text or a tensor cannot be used; fewer windows than participants.
+        DataError: A text or a tensor cannot be used; fewer windows than participants.
     """
     items: list[Any] = [] if isinstance(named, PooledData) else list(named.values())
     tensors = [item for item in items if isinstance(item, Tensor)]
@@ -244,7 +244,7 @@ def _checked(name: str, windows: Tensor, model: BlockwiseModel) -> Tensor:
 
 
 def pool(people: Sequence[Participant]) -> Participant:
-    """One participant that holds everyone's windows, in an order that no one's place in a list changes."""
+    """One participant that holds all windows, in an order that does not depend on the participants' order."""
     lengths = {person.windows.shape[1] for person in people}
     if len(lengths) > 1:
         raise DataError(f"centralized pools all windows: expected one length, found {sorted(lengths)}")

@@ -49,7 +49,7 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:
 
 
 def pooled_norms(totals: Totals, linears: Linears) -> dict[str, Tensor]:
-    """``||X_j||_2`` of the input of each Linear over everyone's tokens, float32 [in]."""
+    """``||X_j||_2`` of the input of each Linear over the tokens of all participants, float32 [in]."""
     return {name: totals.sums[linear.source].sqrt().to(torch.float32) for name, linear in linears.items()}
 
 

@@ -31,12 +31,12 @@ class StudyData:
     """Participants by seed, number and partition, and texts to measure on by partition.
 
     Args:
-        model: whose tokenizer and limits count.
-        study: names the texts.
-        folder: where the parts of the domains are written.
+        model: The model whose tokenizer and limits count.
+        study: Names the texts.
+        folder: Where the parts of the domains are written.
 
     Raises:
-        DataError: a text cannot be read or is too short.
+        DataError: A text cannot be read or is too short.
     """
 
     def __init__(self, model: BlockwiseModel, study: StudyConfig, folder: Path) -> None:
@@ -76,7 +76,7 @@ class StudyData:
         Fewer participants are the first of more, so that what these computed serves both.
 
         Raises:
-            DataError: too little text for everyone's windows.
+            DataError: Too little text for all windows.
         """
         key = (cell.partition, cell.config.seed, cell.config.windows)
         if key not in self._made:

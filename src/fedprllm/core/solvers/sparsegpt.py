@@ -31,11 +31,11 @@ class Reconstruction:
     """A pruned Linear whose remaining weights were corrected.
 
     Attributes:
-        weight: float32 (float64 if the weight was); exact +0.0 where pruned.
-        pruned: the mask.
-        damping: what the factorisation needed, as a fraction of the mean diagonal: more than was asked
+        weight: Float32 (float64 if the weight was); exact +0.0 where pruned.
+        pruned: The mask.
+        damping: What the factorisation needed, as a fraction of the mean diagonal: more than was asked
             for if the Gram matrix was too close to singular.
-        n_dead: input channels that were zero on every token.
+        n_dead: Input channels that were zero on every token.
     """
 
     weight: Float[Tensor, "out in"]
@@ -70,17 +70,17 @@ def sparsegpt(
     * A failed factorisation raises the damping tenfold, and the result says so.
 
     Args:
-        weight: as the Linear applies it.
+        weight: As the Linear applies it.
         gram: ``X^T X``; only its upper triangle is read. Its precision is that of the factorisation.
-        sparsity: fraction of the matrix that is pruned, in [0, 1); unused with ``n_m``.
-        n_m: keep at most N non-zeros in M consecutive inputs, chosen every M columns; M divides them.
-        block_size: columns whose mask is chosen together, rounded down to a multiple of M.
-        damping: fraction of the mean diagonal that is added to the diagonal, > 0.
-        ties: a key of `TIES`; equal scores are rare outside of weights that are zero.
-        seed_parts: what the tie rule ``random`` is a function of.
+        sparsity: Fraction of the matrix that is pruned, in [0, 1); unused with ``n_m``.
+        n_m: Keep at most N non-zeros in M consecutive inputs, chosen every M columns; M divides them.
+        block_size: Columns whose mask is chosen together, rounded down to a multiple of M.
+        damping: Fraction of the mean diagonal that is added to the diagonal, > 0.
+        ties: A key of `TIES`; equal scores are rare outside of weights that are zero.
+        seed_parts: What the tie rule ``random`` is a function of.
 
     Raises:
-        ModelError: the Gram matrix cannot be factorised. The caller adds the name of the weight.
+        ModelError: The Gram matrix cannot be factorised. The caller adds the name of the weight.
 
     Source: Frantar & Alistarh, SparseGPT (ICML 2023), algorithm 1.
     """
@@ -147,7 +147,7 @@ class _Selection:
     """Chooses which weights of a few neighbouring columns go.
 
     Attributes:
-        grouping: an N:M pattern, or the whole matrix at a sparsity.
+        grouping: An N:M pattern, or the whole matrix at a sparsity.
         inverse_diagonal: ``[H_F^-1]_jj`` of every column j of the matrix.
         dead: True for a channel that was always zero.
     """

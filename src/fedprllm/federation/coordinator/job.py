@@ -72,13 +72,13 @@ def conduct_run(
     """Work on a run until it is complete or cannot go on, and write down how it ended.
 
     Args:
-        plan: what to run.
-        names: everyone in the federation; the plan may name fewer.
-        runs: folder of all runs.
-        job: name of this job, for the outcome.
-        channel: how to reach the participants.
-        stopped: asked between steps; True ends the job.
-        max_message_mb: what the sites and the server receive at most; no limit by default.
+        plan: What to run.
+        names: All participants of the federation; the plan may name fewer.
+        runs: Folder of all runs.
+        job: Name of this job, for the outcome.
+        channel: How to reach the participants.
+        stopped: Asked between steps; True ends the job.
+        max_message_mb: What the sites and the server receive at most; no limit by default.
 
     Returns:
         ``complete``, ``interrupted``, ``quorum lost`` or ``error``: what the outcome says.

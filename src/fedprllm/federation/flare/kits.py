@@ -47,7 +47,7 @@ def write_kits(plan: Plan, folder: Path) -> list[Path]:
         The folders of the new kits.
 
     Raises:
-        ConfigError: the folder holds kits of another federation.
+        ConfigError: The folder holds kits of another federation.
         RunError: FLARE could not make them.
     """
     known = folder / FEDERATION_FILE
@@ -104,13 +104,13 @@ class _Quiet:
 def _provision(plan: Plan, state: Path) -> Path:
     properties: dict[str, Any] = {"api_version": 3, "name": plan.name, "description": "fedprllm"}
     project = Project(name=plan.name, description="fedprllm", props=properties)
-    people = [
+    participants = [
         {"name": plan.server, "type": "server", "org": _ORGANISATION, "fed_learn_port": plan.port},
         *({"name": name, "type": "client", "org": _ORGANISATION} for name in plan.participants),
         {"name": ADMIN, "type": "admin", "org": _ORGANISATION, "role": "project_admin"},
     ]
-    for person in people:
-        project.add_participant(participant_from_dict(person))
+    for participant in participants:
+        project.add_participant(participant_from_dict(participant))
     builders = [
         WorkspaceBuilder(template_file=["master_template.yml"]),
         StaticFileBuilder(config_folder="config", scheme=plan.scheme),

@@ -137,7 +137,7 @@ def check_version(installed: str | None = None) -> None:
     """Refuse a version of FLARE that the guard was not tested with.
 
     Raises:
-        RunError: names both versions and what to install.
+        RunError: Names both versions and what to install.
     """
     found = installed or version("nvflare")
     if found not in TESTED_VERSIONS:

@@ -72,7 +72,7 @@ def _start(workspace: Path, module: str, config: str, options: list[str]) -> sub
     for folder in (scratch, workspace / "transfer"):
         folder.mkdir(exist_ok=True)
     arguments = ["-m", str(workspace), "-s", config, "--set", "secure_train=true", *options]
-    # FLARE leaves files where temporary files go; Python's warnings of a library are nobody's business.
+    # FLARE leaves files where temporary files go. Python's warnings do not belong on a terminal.
     environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONWARNINGS": "ignore", "MALLOC_ARENA_MAX": "4"}
     with (workspace / "console.txt").open("ab") as console:
         return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The coordinator's connection to the server: who is there, submit a job, how is it."""
+"""The coordinator's connection to the server: connected participants, submitting a job, and its state."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class AdminSession:
     """One authenticated session; use it as a context manager.
 
     Args:
-        kit: the coordinator's kit.
-        timeout_s: how long to try to reach the server.
+        kit: The coordinator's kit.
+        timeout_s: How long to try to reach the server.
 
     Raises:
-        RunError: the server cannot be reached, or refuses the kit.
+        RunError: The server cannot be reached, or refuses the kit.
     """
 
     def __init__(self, kit: Path, timeout_s: float = 6.0) -> None:

@@ -76,14 +76,14 @@ class Request(_Header):
     """The header of a request.
 
     Attributes:
-        run: hex digits of the run's id.
-        block: for fetch, refused and decision.
-        model: what the coordinator calls the model.
-        config: the resolved `PruneConfig`.
-        survey: count outliers of the unpruned model instead of pruning (OWL).
-        blocks: numbers of the blocks that this participant prunes; the others it only walks through.
-        participants: Names of everyone that takes part.
-        outliers: of each block, how many scores stand out and of how many: what a survey found.
+        run: Hex digits of the run's id.
+        block: Block index, for fetch, refused and decision.
+        model: What the coordinator calls the model.
+        config: The resolved `PruneConfig`.
+        survey: Count outliers of the unpruned model instead of pruning (OWL).
+        blocks: Numbers of the blocks that this participant prunes; the others it only walks through.
+        participants: Names of all participants of the run.
+        outliers: Number of outlying scores and of all scores of each block, as a survey found them.
     """
 
     op: Operation
@@ -101,9 +101,9 @@ class Reply(_Header):
     """The header of a reply.
 
     Attributes:
-        state: of the participant's computation.
-        code: what keeps it from going on.
-        n_ready: number of blocks, from the first one, whose update is ready.
+        state: State of the participant's computation.
+        code: Why it does not continue.
+        n_ready: Number of blocks, from the first one, whose update is ready.
         tensor: Name of the first tensor, or entry of the model's configuration, that differs.
         value: The value of that entry at the participant, if it is a number.
     """
@@ -126,7 +126,7 @@ def read_request(message: bytes) -> tuple[Request, memoryview]:
     """Return the header and the payload of a request.
 
     Raises:
-        UpdateError: it is not one.
+        UpdateError: The bytes are not such a message.
     """
     return _read(message, Request)
 
@@ -135,7 +135,7 @@ def read_reply(message: bytes) -> tuple[Reply, memoryview]:
     """Return the header and the payload of a reply.
 
     Raises:
-        UpdateError: it is not one.
+        UpdateError: The bytes are not such a message.
     """
     return _read(message, Reply)
 

@@ -5,8 +5,8 @@ An update has exactly one spelling: the reader accepts a message only if the wri
 the same bytes. A message holds names and numbers; nothing in it is executed or names a class.
 
 The reader looks at the length first, then at the checksum, the fields, the table of tensors and the
-values, and builds tensors only when everything holds. The checksum finds accidents, not forgers:
-who sent a message is the business of the connection it came through.
+values, and builds tensors only when everything holds. The checksum finds accidents, not forgeries:
+the connection authenticates the sender.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ class Update:
     Attributes:
         run_id: 16 bytes, those of the run's UUID.
         participant: 1 to 128 bytes of UTF-8 without control characters.
-        block: index of the decoder layer.
+        block: Index of the decoder layer.
         kind: ``mask`` (True = pruned), ``statistics`` (sums of squares per input), ``gram``,
             ``weights`` or ``outliers`` (how many scores stand out).
         model_fingerprint: 32 bytes that name the weights the update was computed from.
-        tensors: the content, by name. Their order does not matter.
-        n_tokens: number of calibration tokens behind the update.
+        tensors: The content, by name. Their order does not matter.
+        n_tokens: Number of calibration tokens behind the update.
     """
 
     run_id: bytes
@@ -105,10 +105,10 @@ class Expectation:
     Attributes:
         run_id: 16 bytes.
         model_fingerprint: 32 bytes.
-        block: index of the decoder layer.
-        kind: as in :class:`Update`.
-        shapes: shape of every tensor by name; all of them, and no other.
-        participant: who must have written it, or None for anybody.
+        block: Index of the decoder layer.
+        kind: As in :class:`Update`.
+        shapes: Shape of every tensor by name; all of them, and no other.
+        participant: Name of the sender, or None for any.
     """
 
     run_id: bytes
@@ -135,14 +135,14 @@ def encode(update: Update) -> bytes:
     """Return the one message that says ``update``.
 
     Args:
-        update: tensors may lie on any device and have any strides.
+        update: Tensors may lie on any device and have any strides.
 
     Returns:
         The message: 116 bytes, the participant, ``3 + len(name) + 4 * ndim`` bytes per tensor, and
         the values. A mask takes ``ceil(n / 8)`` bytes.
 
     Raises:
-        UpdateError: a field breaks a rule of the format; every reader would refuse the message.
+        UpdateError: A field breaks a rule of the format; every reader would refuse the message.
     """
     kind = _kind(update.kind)
     _check_length("run_id", update.run_id, 16)
@@ -176,15 +176,15 @@ def encode(update: Update) -> bytes:
 
 
 def decode(data: bytes | bytearray | memoryview, *, expect: Expectation | None, max_bytes: int) -> Update:
-    """Read a message from somebody who is not trusted.
+    """Read a message from an untrusted sender.
 
     A refused message costs no memory beyond the table of tensors and a fixed buffer; an accepted one
     costs its tensors (a mask has one byte per weight in memory, eight times its message).
 
     Args:
-        data: the message and nothing else; copied, so the tensors do not keep it alive.
-        expect: what was asked for, or None to read any valid update, for showing it.
-        max_bytes: longest message to look at; :func:`max_message_bytes` gives it.
+        data: The message and nothing else; copied, so the tensors do not keep it alive.
+        expect: What was asked for, or None to read any valid update, for showing it.
+        max_bytes: Longest message to look at; :func:`max_message_bytes` gives it.
 
     Returns:
         The update; :func:`encode` of it is ``data``.
@@ -219,7 +219,7 @@ def max_message_bytes(expect: Expectation) -> int:
     """Return the length of the longest message that can satisfy ``expect``.
 
     Raises:
-        UpdateError: the kind of ``expect`` does not exist.
+        UpdateError: The kind of ``expect`` does not exist.
     """
     name_bytes = MAX_PARTICIPANT_BYTES if expect.participant is None else len(expect.participant.encode())
     total_bytes = _FIXED.size + name_bytes + _DIGEST_BYTES

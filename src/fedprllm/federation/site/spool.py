@@ -121,7 +121,7 @@ def append_ledger(path: Path, run: str, block: int, summary: Mapping[str, Any], 
     """Write down, before it is sent, that an update leaves; flushed to the disk.
 
     Raises:
-        RunError: the line could not be written, so the update must not be sent.
+        RunError: The line could not be written, so the update must not be sent.
     """
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -147,7 +147,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Every update that was sent, oldest first.
 
     Raises:
-        RunError: there is no ledger, or a line of it is damaged (numbered).
+        RunError: There is no ledger, or a line of it is damaged (numbered).
     """
     if not path.exists():
         raise RunError(f"there is no ledger at {path}: nothing was sent from here")
