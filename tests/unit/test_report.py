@@ -248,7 +248,7 @@ def test_sparsity_that_differs_is_said_and_notes_are_listed(run_once, edited):
 
     page = report(edited(run_once(), differ))
     assert "The Linears have between 50.0 % and 75.0 % zeros." in page.text
-    assert page.tables["What went another way than asked for"][1:] == [["1", "damping raised to 0.1"]]
+    assert page.tables["Deviations from the requested settings"][1:] == [["1", "damping raised to 0.1"]]
 
 
 # What it leaves out ----------------------------------------------------------------------------
