@@ -46,7 +46,18 @@ def participate(kit, **environment):
     output, text = kit.parent / "output.txt", kit.parent / "text.txt"
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", MAIN, "participate", str(kit), "--data", str(text)],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-c",
+                MAIN,
+                "participate",
+                str(kit),
+                "--yes",
+                "--data",
+                str(text),
+            ],
             stdout=file,
             stderr=file,
             env={**os.environ, "COLUMNS": "300", **environment},

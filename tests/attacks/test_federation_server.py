@@ -57,7 +57,17 @@ class WatchedFederation(AttackedFederation):
         with (self.folder / "terminal.txt").open("ab") as terminal:
             options = ["--data", str(self.texts[name]), "--model", str(self.model), "--max-message-mb", "300"]
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", MAIN, "participate", str(self.kits / name), *options],
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    "-c",
+                    MAIN,
+                    "participate",
+                    str(self.kits / name),
+                    "--yes",
+                    *options,
+                ],
                 stdout=terminal,
                 stderr=terminal,
                 env={**os.environ, "COLUMNS": "300"},

@@ -101,10 +101,6 @@ def participate(
         return
     need_flare()
     _check_here(settings)
-    if settings.confirm and not sys.stdin.isatty():
-        raise ConfigError(
-            "there is no terminal to ask you at: pass --yes to agree to every run within your limits"
-        )
     from fedprllm.federation.flare.configuration import altered_files, engine_folder, participant_name
     from fedprllm.federation.flare.processes import start_participant
     from fedprllm.federation.site.site import settings_path
@@ -116,6 +112,10 @@ def participate(
             f"[yellow]not used[/]: {escape(str(kit / file))} differs from what is installed here; "
             "of a kit, only its address, certificates and key are taken",
             soft_wrap=True,
+        )
+    if settings.confirm and not sys.stdin.isatty():
+        raise ConfigError(
+            "there is no terminal to ask you at: pass --yes to agree to every run within your limits"
         )
     write_json(settings_path(kit), settings.model_dump(mode="json"))
     for line in (
