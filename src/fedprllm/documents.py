@@ -235,7 +235,7 @@ def _read_parquet(path: Path) -> list[str]:
     try:
         with parquet.ParquetFile(path) as file:
             fields = {field.name: field.type for field in file.schema_arrow}
-            strings = [name for name, kind in fields.items() if str(kind) in _STRINGS]
+            strings = [name for name, column_type in fields.items() if str(column_type) in _STRINGS]
             column = _text_column(strings, list(fields), path)
             return [text or "" for text in file.read(columns=[column]).column(column).to_pylist()]
     except pyarrow.ArrowException as error:
@@ -263,9 +263,9 @@ def _load(source: str | Path, load: Callable[..., Any], *args: object, **options
 
 
 def _dataset_column(dataset: Any, source: str | Path) -> list[str]:
-    kinds = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
-    strings = [name for name, kind in kinds.items() if kind in _STRINGS]
-    return [text or "" for text in dataset[_text_column(strings, list(kinds), source)]]
+    types = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
+    strings = [name for name, column_type in types.items() if column_type in _STRINGS]
+    return [text or "" for text in dataset[_text_column(strings, list(types), source)]]
 
 
 def _text_column(strings: list[str], columns: list[str], source: str | Path) -> str:

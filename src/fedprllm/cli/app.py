@@ -147,19 +147,19 @@ _PLAIN = {"window_length": int, "memory_limit": str}
 def _field_option(name: str) -> tuple[Any, Any]:
     """The option of a field of `PruneConfig`; unset means the file's value or the field's default."""
     field = PruneConfig.model_fields[name]
-    kind = field.annotation
-    choices = choices_of(kind)
+    value_type = field.annotation
+    choices = choices_of(value_type)
     help_text = field.description or ""
     if choices:
         help_text += f": {', '.join(choices)}"
     if field.default is not None:
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         help_text += f" [default: {default}]"
-    plain: Any = str if choices else _PLAIN.get(name, kind)
+    plain: Any = str if choices else _PLAIN.get(name, value_type)
     panel = _COMPUTE if name in _COMPUTE_FIELDS else _METHOD
     metavar = "NAME" if choices else None
     flag = "--" + name.replace("_", "-")
-    if kind is bool:
+    if value_type is bool:
         return bool | None, typer.Option(
             f"{flag}/--no-{flag[2:]}", help=escape(help_text), rich_help_panel=panel
         )
@@ -225,12 +225,14 @@ def _register_prune() -> None:
     _prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value_type, option]
             )
-            for name, (kind, option) in options.items()
+            for name, (value_type, option) in options.items()
         ]
     )
-    _prune.__annotations__ = {name: Annotated[kind, option] for name, (kind, option) in options.items()}
+    _prune.__annotations__ = {
+        name: Annotated[value_type, option] for name, (value_type, option) in options.items()
+    }
     app.command("prune")(_prune)
 
 

@@ -52,12 +52,14 @@ def study_command(bars: Any, console: Console) -> Any:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if name == "out" else None,
-                annotation=Annotated[kind, option],
+                annotation=Annotated[value_type, option],
             )
-            for name, (kind, option) in options.items()
+            for name, (value_type, option) in options.items()
         ]
     )
-    study.__annotations__ = {name: Annotated[kind, option] for name, (kind, option) in options.items()}
+    study.__annotations__ = {
+        name: Annotated[value_type, option] for name, (value_type, option) in options.items()
+    }
     return study
 
 

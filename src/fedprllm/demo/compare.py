@@ -54,7 +54,7 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
     Args:
         out: Folder for the texts and the runs; a demonstration that was killed continues there.
         sparsity: Fraction of zeros.
-        progress: Told what goes on.
+        progress: Reports what is going on.
 
     Returns:
         The federated run, whose ``record.comparison`` holds the perplexities of all models.

@@ -55,7 +55,7 @@ def perplexities(
     Args:
         model: The model.
         texts: Token windows by name of the text.
-        progress: Told of every window and block.
+        progress: Reports every window and block.
         weights_of: Weights to take in place of the model's own, by name: a pruned model need not be written
             to be measured.
     """
@@ -106,7 +106,7 @@ def evaluate(
         bos: Where to put a beginning-of-sequence token.
         dtype: Precision of the forward pass.
         device: Where to compute.
-        progress: Told of every window and block.
+        progress: Reports every window and block.
 
     Raises:
         DataError, ModelError: A text or the model cannot be used.

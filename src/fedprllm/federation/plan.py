@@ -37,7 +37,7 @@ _RESERVED = {"server", "coordinator", "admin"}
 
 
 class Plan(Settings):
-    """Who takes part and where the server is: what ``fedprllm federation init`` makes kits from.
+    """The participants and the server: what ``fedprllm federation init`` makes kits from.
 
     Raises:
         ConfigError: A name cannot be used, or occurs twice.

@@ -81,22 +81,22 @@ class BlockwiseModel:
     def _shared_inputs(self, found: list[dict[str, Linear]]) -> dict[str, str]:
         """For every Linear the first one of its block that reads the same input.
 
-        One block of every distinct kind is run on two tokens with zeros for weights: which Linears are handed
+        One block of every distinct form is run on two tokens with zeros for weights: which Linears are handed
         the same tensor depends on the code of the block alone. Nothing is read from the checkpoint.
         """
-        by_kind: dict[tuple[Any, ...], dict[str, str]] = {}
+        by_form: dict[tuple[Any, ...], dict[str, str]] = {}
         sources: dict[str, str] = {}
         with self._hollow(self.skeleton.base_model, outside_only=True):
             hidden = self._embed_one(torch.zeros(2, dtype=torch.int64))
         for index, linears in enumerate(found):
             shapes = tuple((linear.path, linear.shape) for linear in linears.values())
-            kind = (type(self._blocks[index]), shapes)
-            if kind not in by_kind:
+            form = (type(self._blocks[index]), shapes)
+            if form not in by_form:
                 with self._hollow(self._blocks[index]):
                     block = Block(index, linears, {}, self._call_block)
-                    by_kind[kind] = inputs_shared(block, hidden)
+                    by_form[form] = inputs_shared(block, hidden)
             names = {linear.path: name for name, linear in linears.items()}
-            sources |= {name: names[by_kind[kind][linear.path]] for name, linear in linears.items()}
+            sources |= {name: names[by_form[form][linear.path]] for name, linear in linears.items()}
         self._contexts.clear()
         return sources
 

@@ -64,7 +64,7 @@ def _config_entries(values: Mapping[str, Any], prefix: str = _CONFIG) -> dict[st
             entries |= _config_entries(value, f"{prefix}{name}.")
             continue
         text = json.dumps(value, sort_keys=True, default=str)
-        # A long list, such as the kind of every layer, goes by its digest.
+        # A long list, such as the type of every layer, goes by its digest.
         entries[f"{prefix}{name}"] = text if len(text) <= _LONGEST else _digest(text)
     return entries
 

@@ -43,7 +43,7 @@ def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress:
     Args:
         model: Id on the Hugging Face hub, local folder, or GGUF file.
         cache_dir: Where conversions are kept [default: $FEDPRLLM_CACHE, or the user's cache folder].
-        progress: Told of a download and of a conversion (see `fedprllm.progress`).
+        progress: Reports a download and of a conversion (see `fedprllm.progress`).
 
     Raises:
         ModelError: There is no such model, it is no decoder-only language model, or its files are
@@ -148,8 +148,8 @@ def build_skeleton(folder: Path, dtype: Any = None) -> Any:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {_reason(error)}") from error
     masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     if config.is_encoder_decoder or masked:
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
-        raise ModelError(f"{folder} is {kind} ({config.model_type}): only decoder-only models can be pruned")
+        form = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
+        raise ModelError(f"{folder} is {form} ({config.model_type}): only decoder-only models can be pruned")
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"{folder} is quantised: give the checkpoint from before the quantisation, or a GGUF"

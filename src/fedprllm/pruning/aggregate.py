@@ -114,8 +114,8 @@ def decide_and_write(
     Args:
         aggregate: The sums over all participants.
         writer: Of the pruned model; None if that block was written before.
-        announce: Told the decision before it takes effect, while the block still has its own weights.
-        clock: Told how long it takes.
+        announce: Called with the decision before it takes effect, while the block still has its own weights.
+        clock: Records how long it takes.
     """
     with clock.phase("aggregate") if clock else nullcontext():
         decision = aggregate.decide()

@@ -45,7 +45,7 @@ def prune_in_process(
         methods: How the run prunes, under None; and under its name, how a participant does that
             allocates sparsity for itself.
         run: An open run.
-        progress: Told of every participant's step.
+        progress: Reports every participant's step.
         samples: The blocks that each participant prunes, by name.
 
     Raises:

@@ -177,16 +177,16 @@ def make_participants(
     if isinstance(named, PooledData):
         return _deal_out(model, named, config), config
     tokenizer = load_tokenizer(model.folder) if len(tensors) < len(items) else None
-    people = []
+    members = []
     for name, item in named.items():
         if isinstance(item, Tensor):
-            people.append(Participant(name, _checked(name, item, model)))
+            members.append(Participant(name, _checked(name, item, model)))
         else:
             sources = [item] if isinstance(item, (str, Path, Documents)) else list(item)
             windows = _windows(sources, tokenizer, config, config.windows)
-            people.append(Participant(name, windows, [str(source) for source in sources]))
+            members.append(Participant(name, windows, [str(source) for source in sources]))
     # In the order of names, as in a federation over the network: sums of floats depend on it.
-    return sorted(people, key=lambda person: person.name), config
+    return sorted(members, key=lambda member: member.name), config
 
 
 def _windows(sources: Sequence[Source], tokenizer: Any, config: PruneConfig, n_windows: int) -> Tensor:
@@ -243,14 +243,14 @@ def _checked(name: str, windows: Tensor, model: BlockwiseModel) -> Tensor:
     return windows.to("cpu", torch.int64)
 
 
-def pool(people: Sequence[Participant]) -> Participant:
+def pool(members: Sequence[Participant]) -> Participant:
     """One participant that holds all windows, in an order that does not depend on the participants' order."""
-    lengths = {person.windows.shape[1] for person in people}
+    lengths = {member.windows.shape[1] for member in members}
     if len(lengths) > 1:
         raise DataError(f"centralized pools all windows: expected one length, found {sorted(lengths)}")
-    by_text = sorted(people, key=lambda person: person.fingerprint)
-    windows = torch.cat([person.windows for person in by_text])
-    return Participant("centralized", windows, [source for person in by_text for source in person.sources])
+    by_text = sorted(members, key=lambda member: member.fingerprint)
+    windows = torch.cat([member.windows for member in by_text])
+    return Participant("centralized", windows, [source for member in by_text for source in member.sources])
 
 
 def named_texts(texts: Source | Sequence[Source] | Mapping[str, Source]) -> dict[str, Source]:

@@ -54,7 +54,7 @@ class Participant:
         return self.windows.numel()
 
     def describe(self) -> ParticipantRecord:
-        """What the run's record says of this participant: no text, no token ids."""
+        """What the run records of this participant: no text, no token ids."""
         return ParticipantRecord(
             sources=self.sources,
             n_windows=self.windows.shape[0],

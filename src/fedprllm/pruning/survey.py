@@ -39,7 +39,7 @@ def survey_in_process(
         config: The resolved configuration.
         samples: The blocks that each of them looks at.
         run: An open run, which keeps the counts.
-        progress: Told of every step.
+        progress: Reports every step.
 
     Returns:
         Outliers by block, over all participants under the name None; under ``local-only`` those of each

@@ -53,7 +53,7 @@ class Walker:
         method: What it shares, and whose decision it walks on with.
         n_blocks: Number of blocks of the model.
         blocks: The blocks that it prunes; it only walks through the others. All by default.
-        clock: Told how long each phase takes.
+        clock: Records how long each phase takes.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Walker:
         return own_decision(block, statistics, self.method.target, self.participant.fingerprint)
 
     def _decide_from(self, block: Block, update: Mapping[str, Tensor]) -> BlockDecision:
-        """The server's kind of decision, from this participant's update alone."""
+        """What the server would decide from this participant's update alone."""
         totals: Totals = self.method.sharing.zeros(block.linears, block.device)
         n_tokens = self.participant.n_tokens
         totals.add(update, n_tokens, self.method.vote_weight(n_tokens))

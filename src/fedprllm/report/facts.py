@@ -105,7 +105,7 @@ class Facts:
         self.paths = list(dict.fromkeys(linear.path for _, linear in self.linears()))
 
     def voters(self, record: BlockRecord) -> list[str]:
-        """Who took part in a block, in the order of its agreement matrix."""
+        """Participants of a block, in the order of its agreement matrix."""
         return record.participants or self.voting
 
     def linears(self) -> Iterator[tuple[int, LinearRecord]]:

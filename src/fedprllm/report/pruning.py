@@ -47,7 +47,7 @@ _COMPUTED = "This run was computed in one process; framing and checksums of a ne
 
 
 def zeros(facts: Facts) -> Section:
-    """Share of zeros by block and kind of Linear."""
+    """Share of zeros by block and path of the Linear."""
     values = np.full((len(facts.paths), len(facts.blocks)), np.nan)
     numbers = [record.block for record in facts.blocks]
     for block, linear in facts.linears():
@@ -70,7 +70,7 @@ def zeros(facts: Facts) -> Section:
         limits=limits,
         names=("block", "", "share of zeros"),
     )
-    caption = "Share of zeros by block and kind of Linear, those that the dense model had included."
+    caption = "Share of zeros by block and path of the Linear, those that the dense model had included."
     if not (facts.strategy.server_votes or facts.strategy.pools_text) and len(facts.participants) > 1:
         caption += f" Shown is the model of the last participant, {facts.voting[-1]}."
     section = Section("sparsity", "Sparsity", [f"{spread}.", Plot(figure, caption), *_allocation(facts)])
@@ -141,7 +141,9 @@ def _votes(facts: Facts) -> list[str | Plot]:
     figure = plots.shares(shares, label, f"votes to prune, of {n} participants")
     return [
         lead,
-        Plot(figure, "Share of weights by number of participants that would prune them, by kind of Linear."),
+        Plot(
+            figure, "Share of weights by number of participants that would prune them, by path of the Linear."
+        ),
     ]
 
 
@@ -180,7 +182,7 @@ def _pairs(facts: Facts) -> list[str | Plot]:
         limits=limits,
         names=("", "", "agreement"),
     )
-    label = "Mean pairwise agreement by block and kind of Linear. Means over blocks: " + ", ".join(
+    label = "Mean pairwise agreement by block and path of the Linear. Means over blocks: " + ", ".join(
         f"{path} {np.nanmean(values):.3f}" for path, values in lines.items()
     )
     curves = plots.lines(lines, label, ("block", "mean pairwise agreement"), (chance, "random masks"))
@@ -191,7 +193,7 @@ def _pairs(facts: Facts) -> list[str | Plot]:
             f"Pairwise agreement of the masks: share of weights that both prune or both keep, mean over "
             f"all Linears weighted by their size, {sampled}. For reference: {reference}.{first}",
         ),
-        Plot(curves, f"The same, mean over all pairs, by block and kind of Linear ({sampled})."),
+        Plot(curves, f"The same, mean over all pairs, by block and path of the Linear ({sampled})."),
     ]
 
 
@@ -229,7 +231,7 @@ def ties(facts: Facts) -> Section:
     if facts.strategy.server_votes:
         rows = [_tie_row(facts, path, path) for path in facts.paths]
         rows.append(_tie_row(facts, "all Linears", None))
-        columns = ("kind of Linear", "prunes", "decided by a tie", "share of prunes")
+        columns = ("Linear", "prunes", "decided by a tie", "share of prunes")
         strong = frozenset({len(rows) - 1})
         section.parts.append(Table("The server's decision", columns, "lrrr", rows, strong))
     close = [linear.n_close for _, linear in facts.linears() if linear.n_close is not None]

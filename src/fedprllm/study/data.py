@@ -1,4 +1,4 @@
-"""Who takes part in a cell, and the texts it is measured on: all read before anything is computed."""
+"""The participants of a cell and the texts it is measured on, all read before anything is computed."""
 
 from __future__ import annotations
 

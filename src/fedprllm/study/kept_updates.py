@@ -113,7 +113,7 @@ class KeptWalks:
         Args:
             participant: Whose.
             config: A configuration that `is_served`.
-            advance: Told how many windows went through a block.
+            advance: Called with how many windows went through a block.
         """
         folder = self._folder / self.key(participant, config)
         record = folder / "walk.json"

@@ -61,7 +61,7 @@ class Lab:
             participants: Its participants.
             texts: Token windows to measure on, by name.
             n_models: Most participants whose models made alone are measured.
-            advance: Told how many windows went through a block.
+            advance: Called with how many windows went through a block.
         """
         start = time.perf_counter()
         method = self._from_walks if is_served(cell.config) else self._from_run

@@ -58,7 +58,7 @@ def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> 
     Args:
         config: What to compare, on which model and texts.
         out: Folder of the study; a study that was stopped, or asked for more, goes on there.
-        progress: Told of every window that went through a block.
+        progress: Reports every window that went through a block.
 
     Returns:
         The results that were written.

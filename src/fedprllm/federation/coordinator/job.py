@@ -241,7 +241,7 @@ def _longest(record: BlockRecord | SurveyRecord) -> int:
 def _participants_of(
     records: Sequence[BlockRecord], surveyed: Sequence[SurveyRecord], window_length: int
 ) -> dict[str, ParticipantRecord]:
-    """What the result says of each participant that counted: no more than its updates said."""
+    """What the result records of each counted participant: no more than its updates contain."""
     n_tokens: dict[str, int] = {}
     n_blocks: Counter[str] = Counter()
     n_bytes: Counter[str] = Counter()

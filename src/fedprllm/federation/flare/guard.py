@@ -135,7 +135,7 @@ class Guard:
         cell: FLARE's end point of this process (a `CoreCell`).
         max_update_bytes: Longest update or decision that was agreed on.
         coordinator: Name in the certificate of whoever may connect as coordinator.
-        note: Told of every refusal.
+        note: Reports every refusal.
     """
 
     def __init__(

@@ -194,7 +194,7 @@ def _refuse_super() -> None:
 
     def refuse(self: Any, context: Any) -> tuple[bool, str]:
         roles = (
-            [str(person.role).strip().lower() for person in (context.user, context.submitter)]
+            [str(identity.role).strip().lower() for identity in (context.user, context.submitter)]
             if context
             else []
         )

@@ -183,7 +183,7 @@ def _related(one: str, other: str) -> bool:
 
 
 def may_talk(receiver: str, sender: str) -> bool:
-    """There is anything at all that one of the two accepts from the other."""
+    """Whether one of the two accepts anything at all from the other."""
     kinds = party(receiver), party(sender)
     if None in kinds or not _related(receiver, sender):
         return False

@@ -83,7 +83,7 @@ def rehearse(
         folder: Made by `empty_folder`.
         participants: Settings by name of participant.
         plan: What to run.
-        tell: Told of progress, as in `fedprllm.federation.flare.supervisor.supervise`.
+        tell: Reports progress, as in `fedprllm.federation.flare.supervisor.supervise`.
         keep_kits: Leave the kits; a rehearsal that fails always does, for their logs.
 
     Returns:

@@ -35,7 +35,7 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
         federation: The participants and the server.
         admin_kit: The coordinator's kit.
         runs: The server's folder of runs, readable from here.
-        tell: Told of progress (``progress``, with the coordinator's status) and of events (``job``,
+        tell: Reports progress (``progress``, with the coordinator's status) and of events (``job``,
             ``again``, ``waiting``).
 
     Raises:

@@ -56,7 +56,7 @@ class Site:
         name: Name of the participant; the connection authenticates it.
         settings_file: Its own settings (`SiteSettings`, JSON).
         folder: Folder of its ledger and spools.
-        sent: Told of every update that leaves, in a few words without content.
+        sent: Reports every update that leaves, in a few words without content.
     """
 
     def __init__(
