@@ -122,7 +122,7 @@ def test_kept_although_nobody_retained_it_takes_the_original_weight() -> None:
 
 def test_nobody_contributed_is_our_own_mistake() -> None:
     zeros = torch.zeros(2, 2)
-    with pytest.raises(AssertionError, match="nobody contributed"):
+    with pytest.raises(AssertionError, match="no participant contributed"):
         fedspallm(zeros, zeros.to(torch.uint8), 0, zeros, Grouping("layer", 0.5), "index")
 
 

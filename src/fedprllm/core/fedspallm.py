@@ -21,30 +21,32 @@ def fedspallm(
     ties: str,
     seed_parts: tuple[object, ...] = (),
 ) -> tuple[Float[Tensor, "out in"], PruneMask]:
-    """Average over those who retained a weight, and prune exactly k of every comparison group.
+    """Average each weight over the participants that retained it, and prune exactly k of every group.
 
-    ``W'[o, j] = sum_i K_i W_i / sum_i K_i`` where ``K_i = 1`` if participant i retained it (l0 aggregation),
-    and 0 where the mask prunes: first what all of them pruned, then the most-voted (mask expansion).
+    ``W'[o, j] = sum_i K_i W_i / sum_i K_i`` where ``K_i = 1`` if participant i retained the weight (l0
+    aggregation). The mask prunes the weights that all participants pruned, then the most-voted of the others
+    (mask expansion); pruned weights are 0.
 
-    The paper leaves two cases open. If all pruned more than k of a group, the k among them that the tie
-    rule puts first are pruned. An entry that is kept although nobody retained it has no average, and
-    takes the original weight.
+    The paper leaves two cases open. If all participants pruned the same weights and there are more than k of
+    them in a group, the tie rule picks k of these. A weight that is kept although no participant retained it
+    has no average and takes its original value.
 
     Args:
         weight_sum: ``sum_i K_i W_i``.
         keep_counts: ``sum_i K_i``.
-        n_participants: how many contributed to this block, at least one: with layer sampling not all do.
-        weight: the original weight.
-        grouping: what is compared with what.
-        ties: a key of `TIES`.
-        seed_parts: what the tie rule ``random`` is a function of.
+        n_participants: Number of participants that contributed to this block, at least 1; with layer
+            sampling not all of them do.
+        weight: The original weights.
+        grouping: The comparison groups and their sparsity.
+        ties: A key of `TIES`.
+        seed_parts: Seed of the tie rule ``random``.
 
     Returns:
-        The weights in the precision of ``weight``, exact +0.0 where pruned, and the mask.
+        The weights in the precision of ``weight``, exact +0.0 where pruned, and the prune mask.
 
     Source: Bai et al., FedSpaLLM (NAACL 2025), l0 aggregation and adaptive mask expansion.
     """
-    assert n_participants >= 1, "nobody contributed to this block"
+    assert n_participants >= 1, "no participant contributed to this block"
     votes = n_participants - keep_counts.to(torch.int32)
     pruned = most_voted(votes, weight, grouping, ties, seed_parts)
     average = (weight_sum / keep_counts.clamp(min=1)).to(weight.dtype)
