@@ -257,5 +257,5 @@ def test_a_failed_factorisation_raises_the_damping_and_says_so(correlation: floa
 
 @pytest.mark.parametrize("gram", [pair(20.0), pair(float("nan")), -pair(0.0), pair(float("inf"))])
 def test_a_matrix_that_is_no_gram_matrix_is_refused(gram: torch.Tensor) -> None:
-    with pytest.raises(ModelError, match=r"Gram matrix of 2 inputs cannot be factorised.*10 times"):
+    with pytest.raises(ModelError, match=r"Gram matrix of 2 inputs cannot be factorized.*10 times"):
         sparsegpt(torch.ones(3, 2), gram, 0.5)

@@ -1,4 +1,4 @@
-"""The mathematics: tensors in, tensors out.
+"""Pure computation: tensors in, tensors out.
 
-No I/O, no logging, no clock, no engine, no choice of device. A mask entry that is True is pruned.
+No I/O, no logging, no clock, no federation engine, no choice of device. A mask entry of True means pruned.
 """

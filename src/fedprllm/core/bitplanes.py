@@ -1,12 +1,12 @@
-"""Votes in bit planes: any number of participants in ceil(log2(m + 1)) bits per weight.
+"""Vote counts stored as bit planes: the votes of m participants take ceil(log2(m + 1)) bits per weight.
 
-Plane p holds bit p of every weight's count, packed 64 weights to a word. A packed mask is added to all
-weights of a word at once by full adders: three words of one place value become one word of that value and
-one of the next. So a mask costs a few word operations per 64 weights, whatever the number of participants.
-The most-voted weights are read off the planes from the highest bit down, without the counts.
+Plane p holds bit p of every weight's count, packed 64 weights to a word. Full adders add a packed mask to
+all 64 weights of a word at once: three words of one place value become one word of that value and one of
+the next. A mask therefore costs a few word operations per 64 weights, however many participants there are.
+The most-voted weights are read off the planes from the highest bit down, without computing the counts.
 A mask that counts w times (by its participant's tokens) is added at the place values of w's binary digits.
 
-Bits lie as in the payload of a message: weight i, row by row, is bit ``i % 8`` of byte ``i // 8``.
+The bit order is that of a message payload: weight i, in row-major order, is bit ``i % 8`` of byte ``i // 8``.
 """
 
 from __future__ import annotations
@@ -37,28 +37,29 @@ Counts = NDArray[np.int64]
 Keys = Callable[[], Num[Tensor, "groups n"]]
 
 _ALL = np.uint64(2**64 - 1)
-# Words at a time: what a full adder reads and writes stays in the cache, and a call is not noticed.
+# Words per step: small enough for a full adder's operands to stay in the cache, large enough to hide the
+# overhead of a call.
 _CHUNK = 2**15
-# Words added by one thread at least; fewer are added before a second thread has been told.
+# Minimum words per thread; adding fewer takes less time than waking a second thread.
 _WORDS_PER_THREAD = 2**18
-# For place values below 2^4 a word may wait for its partner. So a carry meets the higher planes once in
-# 16 masks, and a mask costs about 6 operations instead of 2 per plane.
+# At place values below 2^4 a word may wait for its partner. A carry then reaches the higher planes only once
+# in 16 masks, and a mask costs about 6 operations instead of 2 per plane.
 _N_WAITING = 4
-_PLANES_SPLIT = 5  # up to this many planes, a histogram by 2^planes halves is quicker than by counts
-_COUNTED_AT_ONCE = 2**18  # weights whose counts stay in the cache
-_SCORED_AT_ONCE = 2**24  # weights; bounds the memory that scores and keys take
-_ROWS_SUMMED_AT_ONCE = 255  # bits of a column; their sum fits a byte
+_PLANES_SPLIT = 5  # up to this many planes, splitting 2^planes ways makes a histogram faster than counting
+_COUNTED_AT_ONCE = 2**18  # weights; their counts stay in the cache
+_SCORED_AT_ONCE = 2**24  # weights; bounds the memory for scores and keys
+_ROWS_SUMMED_AT_ONCE = 255  # bits of one column; their sum fits in a byte
 
 
 class PackedVotes:
-    """How many votes there are to prune each of ``n_weights`` weights.
+    """The number of votes to prune each of ``n_weights`` weights.
 
     Takes ``ceil(log2(total + 1)) + 4`` bits per weight.
 
     Attributes:
-        n_weights: Number of weights that are voted on.
-        total: Votes cast so far, the most that a weight can have: the participants, or the sum of what
-            each of them counts.
+        n_weights: Number of weights voted on.
+        total: Votes cast so far, and the most that one weight can have: the number of participants, or the
+            sum of their voting weights.
     """
 
     def __init__(self, n_weights: int) -> None:
@@ -67,21 +68,22 @@ class PackedVotes:
         self._n_words = -(-n_weights // 64)
         self._planes: list[Words] = []
         self._waiting = np.empty((_N_WAITING, self._n_words), np.uint64)
-        # Masks added since nothing waited: bit i says whether waiting[i] holds words of place value 2^i.
+        # Masks added since the last settling: bit i is set if waiting[i] holds words of place value 2^i.
         self._n_since = 0
 
     def add(self, *packed: Bytes | Words, weight: int = 1) -> None:
         """Add the masks of one or more participants.
 
-        Several at once are faster than one by one: the planes pass through the cache once for all.
+        Adding several at once is faster than one by one: the planes pass through the cache only once.
 
         Args:
-            packed: Each a mask of all weights, True = pruned, as `pack` makes it and a message holds it:
-                ceil(n / 8) bytes, or 64-bit words of the same bytes. Unused bits are 0. Read, not kept.
-            weight: How many votes each of these masks counts, at least one.
+            packed: Masks over all weights, True = pruned, in the format of `pack` and of messages:
+                ceil(n / 8) bytes, or the same bytes as 64-bit words. Unused bits are 0. The arrays are read,
+                not kept.
+            weight: Number of votes that each of these masks counts for, at least 1.
 
         Raises:
-            UpdateError: A mask has another type or length, or an unused bit is set; none was added.
+            UpdateError: A mask has the wrong type or length, or an unused bit is set; no mask was added.
         """
         masks = [_as_bytes(mask, self.n_weights) for mask in packed]
         assert weight >= 1, weight
@@ -94,7 +96,7 @@ class PackedVotes:
         self._n_since += len(masks) if weight == 1 else 0
 
     def planes(self) -> Integer[Tensor, "planes bytes"]:
-        """The bit planes, lowest first, as uint8: ceil(n / 8) bytes each, packed as masks are."""
+        """The bit planes, lowest first, as uint8: ceil(n / 8) bytes each, packed like masks."""
         self._settle()
         n_bytes = -(-self.n_weights // 8)
         planes = np.empty((len(self._planes), n_bytes), np.uint8)
@@ -104,7 +106,7 @@ class PackedVotes:
 
     @classmethod
     def of_planes(cls, planes: Integer[Tensor, "planes bytes"], n_weights: int) -> PackedVotes:
-        """The votes whose `planes` these are; ``total`` is the most that these planes can count."""
+        """Rebuild votes from their `planes`; ``total`` becomes the highest count those planes can hold."""
         votes = cls(n_weights)
         votes.total = 2 ** len(planes) - 1
         for plane in planes.numpy():
@@ -114,7 +116,7 @@ class PackedVotes:
         return votes
 
     def counts(self, start: int = 0, stop: int | None = None) -> Integer[Tensor, " n"]:
-        """Votes of the weights from ``start`` to before ``stop``, in the smallest type that holds them."""
+        """Votes for the weights in ``[start, stop)``, in the smallest integer type that holds them."""
         self._settle()
         stop = self.n_weights if stop is None else stop
         counts = np.empty(stop - start, _numpy_dtype(self.total))
@@ -134,7 +136,7 @@ class PackedVotes:
             for first in range(0, self._n_words, _CHUNK):
                 planes = [plane[first : first + _CHUNK] for plane in self._planes]
                 self._split(planes, np.full(len(planes[0]), _ALL), 0, histogram)
-            # Bits behind the last weight have no votes and are none.
+            # The unused bits after the last weight were counted as weights without votes.
             histogram[0] = self.n_weights - histogram[1:].sum()
             return torch.from_numpy(histogram)
         for first in range(0, self.n_weights, _COUNTED_AT_ONCE):
@@ -143,13 +145,13 @@ class PackedVotes:
         return torch.from_numpy(histogram)
 
     def _split(self, planes: list[Words], candidates: Words, votes: int, histogram: Counts) -> None:
-        """Add the number of candidates with each count to the histogram: halved plane by plane from the top.
+        """Add the candidates to the histogram, splitting them plane by plane from the highest down.
 
         Args:
-            planes: Planes that have not been looked at.
-            candidates: Bits of the weights whose higher planes say ``votes``.
-            votes: The value of those planes.
-            histogram: Added to.
+            planes: Planes not yet examined, lowest first.
+            candidates: Bits of the weights whose higher planes hold the value ``votes``.
+            votes: Value of the planes already examined.
+            histogram: Number of weights by votes; updated in place.
         """
         if votes > self.total:
             return
@@ -169,13 +171,13 @@ class PackedVotes:
     ) -> PruneMask:
         """Prune the ``k = floor(n * sparsity)`` most-voted weights of every comparison group.
 
-        Bit for bit what `masks.most_voted` makes of the counts (FedPrLLM, section 3).
+        Bit for bit the result of `masks.most_voted` on the counts (FedPrLLM, section 3).
 
         Args:
             weight: The weights that were voted on.
-            grouping: What is compared with what.
+            grouping: The comparison groups and their sparsity.
             ties: A key of `TIES`.
-            seed_parts: What the tie rule ``random`` is a function of.
+            seed_parts: Seed of the tie rule ``random``.
         """
         assert weight.numel() == self.n_weights
         shape = (weight.shape[0], weight.shape[1])
@@ -192,7 +194,7 @@ class PackedVotes:
         return PruneMask(mask.to(weight.device), n_ties)
 
     def _add_range(self, masks: list[Bytes], start: int, stop: int) -> None:
-        """Add the words from ``start`` to before ``stop`` of all masks."""
+        """Add the words ``[start, stop)`` of all masks."""
         buffers = np.empty((4, min(_CHUNK, stop - start)), np.uint64)
         for first in range(start, stop, _CHUNK):
             size = min(_CHUNK, stop - first)
@@ -201,7 +203,7 @@ class PackedVotes:
                 self._add_chunk(words, first, self._n_since + index, buffers[1:, :size])
 
     def _add_range_at(self, places: list[int], masks: list[Bytes], start: int, stop: int) -> None:
-        """Add the words of all masks once at each place value; what waits stays as it is."""
+        """Add the words ``[start, stop)`` of all masks at each place value; waiting words are left alone."""
         buffers = np.empty((3, min(_CHUNK, stop - start)), np.uint64)
         for first in range(start, stop, _CHUNK):
             size = min(_CHUNK, stop - first)
@@ -213,7 +215,7 @@ class PackedVotes:
                     self._ripple(buffers[1, :size], place, chunk, buffers[2, :size])
 
     def _add_chunk(self, carry: Words, first: int, n_since: int, buffers: Words) -> None:
-        """Add words of place value 1: full adders where a partner waits, half adders above."""
+        """Add words of place value 1: full adders where a partner is waiting, half adders above."""
         chunk = slice(first, first + len(carry))
         scratch, *outputs = buffers
         n_partners = min((~n_since & (n_since + 1)).bit_length() - 1, _N_WAITING)  # trailing ones
@@ -227,14 +229,14 @@ class PackedVotes:
             self._ripple(carry, n_partners, chunk, scratch)
 
     def _ripple(self, carry: Words, level: int, chunk: slice, scratch: Words) -> None:
-        """Half adders from ``level`` to the top, which no carry leaves; both buffers are overwritten."""
+        """Apply half adders from ``level`` to the top, where no carry remains; overwrites both buffers."""
         for plane in self._planes[level:]:
             np.bitwise_and(plane[chunk], carry, out=scratch)
             np.bitwise_xor(plane[chunk], carry, out=plane[chunk])
             carry, scratch = scratch, carry
 
     def _settle(self) -> None:
-        """Add what waits to the planes, so that they alone are the counts."""
+        """Add the waiting words to the planes, so that the planes alone hold the counts."""
         if self._n_since == 0:
             return
 
@@ -251,7 +253,7 @@ class PackedVotes:
         self._n_since = 0
 
     def _count(self, start: int, stop: int) -> NDArray[np.integer]:
-        """Counts of a few weights, from settled planes."""
+        """Counts of the weights in ``[start, stop)``, from settled planes."""
         words = slice(start // 64, -(-stop // 64))
         counts = np.zeros((words.stop - words.start) * 64, _numpy_dtype(self.total))
         for plane in reversed(self._planes):
@@ -266,7 +268,7 @@ class PackedVotes:
         step = _SCORED_AT_ONCE // m
         for start in range(0, len(mask), step):
             stop = min(start + step, len(mask))
-            # As in `masks.most_voted`: the partition of floats is the fast one.
+            # Floats as in `masks.most_voted`: only their partition is vectorized.
             scores = -self.counts(start * m, stop * m).to(exact_float(self.total)).reshape(-1, m)
             tie_key = None if all_keys is None else partial(all_keys.__getitem__, slice(start, stop))
             mask[start:stop], n = select_lowest(scores, k, tie_key)
@@ -276,10 +278,11 @@ class PackedVotes:
     def _most_voted(
         self, shape: tuple[int, int], grouping: Grouping, k: int, keys: Keys | None
     ) -> tuple[Bool[Tensor, "out in"], int]:
-        """Descend the planes: in each group, the bit of the threshold is 1 if k candidates have a 1.
+        """Find each group's vote threshold bit by bit, from the highest plane down.
 
-        Candidates agree with the threshold in all planes seen so far. Those that have a 1 where the
-        threshold has a 0 have more votes and are pruned; at the end the candidates are the ties.
+        Candidates agree with the threshold in all planes seen so far. The next bit of the threshold is 1 if
+        at least as many candidates have a 1 there as places are left; if it is 0, candidates with a 1 have
+        more votes than the threshold and are pruned. Candidates left at the end are tied at the threshold.
         """
         by_column = grouping.group == "column"
         count = _count_columns if by_column else _count_rows
@@ -305,36 +308,36 @@ class PackedVotes:
 
 
 def pack(mask: Bool[Tensor, "*shape"]) -> Bytes:
-    """Pack a mask row by row, 8 weights to a byte, the first in the lowest bit."""
+    """Pack a mask in row-major order, 8 weights to a byte, the first in the lowest bit."""
     return np.packbits(mask.detach().cpu().contiguous().numpy(), bitorder="little")
 
 
-# ---- adding ------------------------------------------------------------------------------------------
+# --- Adding ---
 
 
 def _as_bytes(packed: Bytes | Words, n_weights: int) -> Bytes:
-    """View a packed mask as its ceil(n / 8) bytes, and check it."""
+    """Check a packed mask and view it as its ceil(n / 8) bytes."""
     n_bytes = -(-n_weights // 8)
     expected = {np.dtype(np.uint8): n_bytes, np.dtype(np.uint64): -(-n_weights // 64)}.get(packed.dtype)
     if packed.shape != (expected,):
         raise UpdateError(
             f"packed mask of {n_weights} weights: expected {n_bytes} bytes (uint8) or {-(-n_bytes // 8)} "
-            f"words (uint64), found shape {packed.shape} of {packed.dtype}: "
-            "pack the mask of this matrix, whole"
+            f"words (uint64), found shape {packed.shape} of {packed.dtype}; "
+            "pack the complete mask of this matrix"
         )
     stored = np.ascontiguousarray(packed).view(np.uint8)
     last_byte = int(stored[n_bytes - 1]) if n_bytes else 0
     unused = last_byte >> (n_weights % 8 or 8)
     if unused or stored[n_bytes:].any():
         raise UpdateError(
-            f"packed mask of {n_weights} weights: expected unused bits of 0, found some set: "
-            "pack the mask of this matrix with zeros at its end"
+            f"packed mask of {n_weights} weights: expected the unused bits of the last byte or word to be 0, "
+            "found some set; pad the packed mask of this matrix with zeros"
         )
     return stored[:n_bytes]
 
 
 def _word_chunk(mask: Bytes, first: int, buffer: Words) -> Words:
-    """The words from ``first`` on: a view, or in the buffer if a word is not aligned or not whole."""
+    """The words from ``first`` on: a view, or a copy in the buffer if unaligned or incomplete."""
     part = mask[first * 8 : (first + len(buffer)) * 8]
     if part.nbytes == buffer.nbytes:
         words = part.view(np.uint64)
@@ -346,17 +349,20 @@ def _word_chunk(mask: Bytes, first: int, buffer: Words) -> Words:
 
 
 def _full_adder(total: Words, waiting: Words, carry: Words, output: Words, scratch: Words) -> None:
-    """``total + waiting + carry = total' + 2 * output``, bit by bit; changes the last two and ``total``."""
+    """Compute ``total + waiting + carry = total' + 2 * output`` bit by bit.
+
+    ``total`` is updated in place; ``output`` and ``scratch`` are overwritten.
+    """
     np.bitwise_xor(waiting, carry, out=scratch)
     np.bitwise_xor(total, waiting, out=output)
-    # The majority is `waiting` where it equals `carry`, and `total` where it does not.
+    # The majority of the three bits is `waiting` where it equals `carry`, and `total` elsewhere.
     np.bitwise_and(output, scratch, out=output)
     np.bitwise_xor(output, waiting, out=output)
     np.bitwise_xor(total, scratch, out=total)
 
 
 def _in_threads(task: Callable[[int, int], None], n_words: int, n_masks: int) -> None:
-    """Run ``task(start, stop)`` over all words, in as many threads as torch has; numpy frees the GIL."""
+    """Run ``task(start, stop)`` over all words in as many threads as torch uses; NumPy releases the GIL."""
     n_threads = min(torch.get_num_threads(), n_words * n_masks // _WORDS_PER_THREAD)
     if n_threads < 2:
         task(0, n_words)
@@ -369,11 +375,11 @@ def _numpy_dtype(total: int) -> np.dtype[np.integer]:
     return torch.empty(0, dtype=vote_dtype(total)).numpy().dtype
 
 
-# ---- selecting: a group is a row of words, or a column of bits -----------------------------------------
+# --- Selecting: a group is a row of words, or a column of bits ---
 
 
 def _in_rows(plane: Words, rows: tuple[int, int]) -> Words:
-    """A plane as rows of whole words."""
+    """A plane in which every row starts at a new word."""
     n_rows, n = rows
     if n_rows == 1 or n % 64 == 0:
         return plane.reshape(n_rows, -1)
@@ -381,7 +387,7 @@ def _in_rows(plane: Words, rows: tuple[int, int]) -> Words:
 
 
 def _unpacked(words: Words, n: int) -> Bits:
-    """The first ``n`` bits of each row."""
+    """The first ``n`` bits of each row of words."""
     bits = np.unpackbits(words.view(np.uint8), axis=1, count=n, bitorder="little")
     return bits.view(np.bool_)
 
@@ -411,14 +417,14 @@ def _count_columns(words: Words) -> Counts:
 
 
 def _spread(flags: NDArray[np.bool_], by_column: bool) -> Words:
-    """Words of ones for the groups whose flag is set, of a shape that broadcasts over all rows."""
+    """Words of ones for the groups whose flag is set, in a shape that broadcasts over all rows."""
     if by_column:
         return np.packbits(flags, bitorder="little").view(np.uint64)
     return np.where(flags, _ALL, np.uint64(0))[:, None]
 
 
 def _fill_places(above: Words, candidates: Words, places: Counts, keys: Keys | None) -> int:
-    """Add to ``above`` as many candidates of each row as it has places; how many a tie rule chose."""
+    """Add candidates to ``above`` until each row's places are filled; return how many a tie rule chose."""
     contested = (_count_rows(candidates) > places).nonzero()[0]
     chosen = candidates.copy()
     if len(contested) and keys is None:
@@ -434,7 +440,7 @@ def _fill_places(above: Words, candidates: Words, places: Counts, keys: Keys | N
 
 
 def _first_by_index(candidates: Words, places: Counts) -> Words:
-    """The first ``places`` candidates of each row, fewer than it has."""
+    """The first ``places`` candidates of each row; every row has more candidates than places."""
     per_word = np.bitwise_count(candidates)
     up_to = per_word.cumsum(axis=1, dtype=np.int64)
     taken = up_to <= places[:, None]
@@ -447,9 +453,9 @@ def _first_by_index(candidates: Words, places: Counts) -> Words:
 
 
 def _first_by_key(candidates: Words, places: Counts, keys: NDArray[np.floating]) -> Words:
-    """The ``places`` candidates of the lowest keys of each row, equal keys by index."""
+    """The ``places`` candidates of each row with the lowest keys; ties in the key go to the lowest index."""
     bits = _unpacked(candidates, keys.shape[1])
-    # NumPy's vectorised sort of whole rows is faster than a partition of each row to a place of its own.
+    # NumPy's vectorized sort of whole rows is faster than partitioning each row at its own place.
     ranked = np.sort(np.where(bits, keys, np.inf), axis=1)
     threshold = ranked[np.arange(len(places)), places - 1][:, None]
     lower = bits & (keys < threshold)
@@ -459,5 +465,5 @@ def _first_by_key(candidates: Words, places: Counts, keys: NDArray[np.floating])
 
 
 def _comparable(keys: Num[Tensor, "out in"]) -> Num[Tensor, "out in"]:
-    """Keys in a type that numpy can sort, in the same order."""
+    """Keys on the CPU, in a type that NumPy can sort; their order is unchanged."""
     return keys.cpu() if keys.element_size() > 2 else keys.cpu().to(torch.float32)

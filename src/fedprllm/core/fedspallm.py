@@ -21,26 +21,28 @@ def fedspallm(
     ties: str,
     seed_parts: tuple[object, ...] = (),
 ) -> tuple[Float[Tensor, "out in"], PruneMask]:
-    """Average the retained weights, and prune exactly k of every comparison group.
+    """Average each weight over the participants that retained it, and prune exactly k of every group.
 
-    ``W'[o, j] = sum_i K_i W_i / sum_i K_i`` where ``K_i = 1`` if participant i retained it (l0 aggregation),
-    and 0 where the mask prunes: first what all of them pruned, then the most-voted (mask expansion).
+    ``W'[o, j] = sum_i K_i W_i / sum_i K_i`` where ``K_i = 1`` if participant i retained the weight (l0
+    aggregation). The mask prunes the weights that all participants pruned, then the most-voted of the others
+    (mask expansion); pruned weights are 0.
 
-    The paper leaves two cases open. If all pruned more than k of a group, the k among them that the tie
-    rule puts first are pruned. An entry that is kept although no participant retained it has no average,
-    and takes the original weight.
+    The paper leaves two cases open. If all participants pruned the same weights and there are more than k of
+    them in a group, the tie rule picks k of these. A weight that is kept although no participant retained it
+    has no average and takes its original value.
 
     Args:
         weight_sum: ``sum_i K_i W_i``.
         keep_counts: ``sum_i K_i``.
-        n_participants: How many contributed to this block, at least one: with layer sampling not all do.
-        weight: The original weight.
-        grouping: What is compared with what.
+        n_participants: Number of participants that contributed to this block, at least 1; with layer
+            sampling not all of them do.
+        weight: The original weights.
+        grouping: The comparison groups and their sparsity.
         ties: A key of `TIES`.
-        seed_parts: What the tie rule ``random`` is a function of.
+        seed_parts: Seed of the tie rule ``random``.
 
     Returns:
-        The weights in the precision of ``weight``, exact +0.0 where pruned, and the mask.
+        The weights in the precision of ``weight``, exact +0.0 where pruned, and the prune mask.
 
     Source: Bai et al., FedSpaLLM (NAACL 2025), l0 aggregation and adaptive mask expansion.
     """

@@ -1,7 +1,7 @@
-"""Comparison groups: which weights are ranked against each other, and how many of them go.
+"""Comparison groups: which weights are ranked against each other, and how many of them are pruned.
 
-A weight matrix ``W[out, in]`` is viewed as ``[n_groups, n]``; selection happens inside each row of that
-view and is then viewed back.
+A weight matrix ``W[out, in]`` is viewed as ``[n_groups, n]``; weights are selected within each row of that
+view, and the result is viewed as ``[out, in]`` again.
 
 | group | a group is | n_groups | n |
 |---|---|---|---|
@@ -27,12 +27,12 @@ GroupName = Literal["layer", "row", "column"]
 
 @dataclass(frozen=True)
 class Grouping:
-    """How one matrix is split into comparison groups, and the fraction that each group loses.
+    """How a matrix is split into comparison groups, and the fraction pruned of each group.
 
     Attributes:
-        group: ``layer``, ``row`` or ``column``; an N:M pattern takes precedence over it.
+        group: ``layer``, ``row`` or ``column``; ignored if an N:M pattern is given.
         sparsity: Fraction of each group that is pruned, in [0, 1]; a `Fraction` where it must be exact.
-        n_m: ``(N, M)`` keeps at most N non-zeros in M consecutive inputs; None for unstructured.
+        n_m: ``(N, M)`` keeps at most N nonzeros in M consecutive inputs; None means unstructured.
     """
 
     group: GroupName
@@ -41,25 +41,25 @@ class Grouping:
 
     @property
     def within_rows(self) -> bool:
-        """Whether no group reaches beyond a row."""
+        """Whether every group lies within one row."""
         return self.n_m is not None or self.group == "row"
 
     def group_size(self, shape: tuple[int, int]) -> int:
-        """Number of weights compared with each other in a matrix of ``shape`` = (out, in)."""
+        """Number of weights per group in a matrix of ``shape`` = (out, in)."""
         if self.n_m:
             return self.n_m[1]
         n_out, n_in = shape
         return {"layer": n_out * n_in, "row": n_in, "column": n_out}[self.group]
 
     def n_pruned(self, shape: tuple[int, int]) -> int:
-        """``k = floor(n * sparsity)``, in exact arithmetic: 0.7 of 90 is 63, not the 62 of floats."""
+        """``k = floor(n * sparsity)`` in exact arithmetic: 0.7 of 90 is 63, where floats give 62."""
         if self.n_m:
             n, m = self.n_m
             return m - n
         return int(self.group_size(shape) * Fraction(str(self.sparsity)))
 
     def split(self, matrix: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "groups n"]:
-        """View a matrix as one row per comparison group; contiguous for ``column`` (a copy)."""
+        """View a matrix as one row per comparison group; ``column`` makes a contiguous copy."""
         if self.n_m:
             return matrix.reshape(-1, self.n_m[1])
         if self.group == "layer":

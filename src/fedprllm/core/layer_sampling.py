@@ -1,4 +1,4 @@
-"""Layer sampling: which blocks each participant prunes, by the resources it declares (FedSpaLLM)."""
+"""Layer sampling: which blocks each participant prunes, given its declared resources (FedSpaLLM)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["sample_blocks", "sampled_blocks"]
 
 
 def sampled_blocks(fraction: float | Fraction, n_blocks: int, seed: int, participant: str) -> list[int]:
-    """The blocks that a participant draws: ``max(1, floor(fraction * n_blocks))`` of them at random.
+    """Draw ``max(1, floor(fraction * n_blocks))`` blocks at random for a participant.
 
     Args:
-        fraction: Share of the blocks in (0, 1]: the resource that the participant declares.
-        n_blocks: Blocks of the model.
+        fraction: Fraction of the blocks, in (0, 1]: the resources that the participant declares.
+        n_blocks: Number of blocks in the model.
         seed: Seed of the run.
-        participant: Whatever tells it from the others.
+        participant: Anything that identifies the participant.
 
     Returns:
         Block numbers in ascending order.
@@ -34,19 +34,20 @@ def sampled_blocks(fraction: float | Fraction, n_blocks: int, seed: int, partici
 def sample_blocks(
     fractions: Mapping[str, float | Fraction], n_blocks: int, seed: int
 ) -> dict[str, list[int]] | None:
-    """The blocks that each participant prunes, so that every block is pruned by at least one.
+    """Assign blocks to participants so that every block has at least one.
 
-    Every participant draws (`sampled_blocks`). The paper leaves open what happens to a block that none
-    drew. Here a participant takes it in exchange for the block that most participants drew, so that none
-    prunes more blocks than it declared.
+    Each participant draws its blocks (`sampled_blocks`). The paper leaves open what happens to a block that
+    was not drawn at all; here one participant takes it in exchange for the block drawn most often, so that
+    no participant prunes more blocks than it declared.
 
     Args:
-        fractions: Share of the blocks in (0, 1], by name of participant.
-        n_blocks: Blocks of the model.
+        fractions: Fraction of the blocks, in (0, 1], by participant name.
+        n_blocks: Number of blocks in the model.
         seed: Seed of the run.
 
     Returns:
-        Block numbers by participant, ascending; None if there are more blocks than all can prune together.
+        Ascending block numbers by participant name; None if the model has more blocks than all participants
+        together can prune.
     """
     sample = {
         name: set(sampled_blocks(fraction, n_blocks, seed, name))

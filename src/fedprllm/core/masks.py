@@ -1,4 +1,4 @@
-"""Prune masks: from scores or votes to exactly k pruned weights in every comparison group."""
+"""Prune masks: turn scores or votes into exactly k pruned weights in every comparison group."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ __all__ = [
 ]
 
 
-_INFINITY = 0x7F800000  # the bits of a float32
+_INFINITY = 0x7F800000  # bit pattern of infinity in float32
 
 
 @dataclass(frozen=True)
 class PruneMask:
-    """The weights to prune, how many of them a tie decided, and how many rounding may (`count_close`)."""
+    """The weights to prune.
+
+    Attributes:
+        mask: True where a weight is pruned.
+        n_ties: Number of pruned weights that the tie rule chose.
+        n_close: Number of pruned weights that rounding may have decided (`count_close`); None if not counted.
+    """
 
     mask: Bool[Tensor, "out in"]
     n_ties: int
@@ -50,11 +56,11 @@ def prune_lowest(
     """Prune the ``k = floor(n * sparsity)`` lowest scores of every comparison group.
 
     Args:
-        scores: Finite; lower is pruned first.
+        scores: Finite scores; lower is pruned first.
         weight: The weights themselves, for the tie rule ``magnitude``.
-        grouping: What is compared with what.
+        grouping: The comparison groups and their sparsity.
         ties: A key of `TIES`.
-        seed_parts: What the tie rule ``random`` is a function of.
+        seed_parts: Seed of the tie rule ``random``.
     """
     shape = (scores.shape[0], scores.shape[1])
     rule = TIES[ties]
@@ -73,19 +79,19 @@ def prune_by_score(
     scores_rows: bool,
     counts_close: bool = False,
 ) -> PruneMask:
-    """Prune the lowest scores of every comparison group: `prune_lowest` of ``score(weight)``, bit by bit.
+    """Prune the lowest scores of every comparison group, bit for bit as `prune_lowest` of ``score(weight)``.
 
-    Scores are made and compared a few rows at a time where that is the same: they stay in the cache, and take
-    no memory beside the weights.
+    Where the result allows it, a few rows at a time are scored and compared, so that the scores stay in the
+    cache and take almost no memory on top of the weights.
 
     Args:
-        score: Scores of float32 weights.
+        score: Function that scores float32 weights.
         weight: The weights, in any precision.
-        grouping: What is compared with what.
+        grouping: The comparison groups and their sparsity.
         ties: A key of `TIES`.
-        seed_parts: What the tie rule ``random`` is a function of.
-        scores_rows: The scores of a row depend on no other row.
-        counts_close: Count the prunes that rounding may decide (`count_close`).
+        seed_parts: Seed of the tie rule ``random``.
+        scores_rows: Whether the scores of a row are independent of all other rows.
+        counts_close: Whether to count the pruned weights that rounding may have decided (`count_close`).
     """
     n_out, n_in = weight.shape
     by_rows = scores_rows and grouping.within_rows
@@ -107,7 +113,7 @@ def prune_by_score(
 
 
 def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A function that makes its value when it is first called, for whichever thread."""
+    """A thread-safe function that computes its value on the first call."""
     cached, lock = cache(make), Lock()
 
     def get() -> Tensor:
@@ -118,24 +124,24 @@ def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def count_close(scores: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], grouping: Grouping) -> int:
-    """Prunes that float rounding may decide: of scores that the lowest kept one hardly exceeds.
+    """Count the pruned weights whose score lies within rounding error of the lowest kept score.
 
-    A score of float32 sums, roots and products is within 2.5 units of its last place; so an order of two
-    scores is certain if they differ by more than five, here rounded up to a relative 2^-21. Of equal scores
-    the tie rule decides; they count too.
+    A score made of float32 sums, roots and products is accurate to 2.5 units in the last place, so the order
+    of two scores is certain if they differ by more than five units, here rounded up to a relative 2^-21.
+    Equal scores, which the tie rule decides, are counted too.
 
     Args:
-        scores: As ranked; float32, not negative.
-        mask: What was pruned.
-        grouping: What was compared with what.
+        scores: The ranked scores; float32, nonnegative.
+        mask: True where a weight was pruned.
+        grouping: The comparison groups.
     """
     groups, pruned = grouping.split(scores), grouping.split(mask)
-    # As whole numbers, in which floats that are not negative have the same order, a CPU masks them ten times
-    # as fast. Pruned ones get the bits of infinity.
+    # Nonnegative floats have the same order when read as integers, and a CPU masks integers ten times as
+    # fast. Pruned scores get the bits of infinity.
     hidden = groups.view(torch.int32) | (pruned.to(torch.int32) * _INFINITY)
     lowest_kept = hidden.amin(dim=1, keepdim=True).view(torch.float32)
     n_close = int((groups >= lowest_kept * (1 - 2.0**-21)).count_nonzero())
-    # Those that are kept are among them.
+    # The kept weights are counted above as well.
     return n_close - int((~pruned).count_nonzero())
 
 
@@ -146,12 +152,12 @@ def most_voted(
     ties: str,
     seed_parts: tuple[object, ...] = (),
 ) -> PruneMask:
-    """The server's mask: the k most-voted weights of every comparison group (FedPrLLM, section 3).
+    """The server's mask: prune the k most-voted weights of every comparison group (FedPrLLM, section 3).
 
-    Differs from the paper's code on purpose: ties follow one named rule in every group, where the code
-    draws at random for ``layer`` and takes the lowest index for ``row`` and ``column``.
+    Differs from the paper's code on purpose: ties follow one named rule for every kind of group, whereas
+    the code draws at random for ``layer`` and takes the lowest index for ``row`` and ``column``.
     """
-    # The partition of floats is the vectorised one.
+    # Floats, because only their partition is vectorized.
     exact = exact_float(torch.iinfo(votes.dtype).max)
     return prune_lowest(-votes.to(exact), weight, grouping, ties, seed_parts)
 
@@ -161,16 +167,16 @@ def scale_kept(
 ) -> Shaped[Tensor, "*shape"]:
     """``W * (m - V) / m``: the average of the locally pruned models (FedPrLLM, weight scaling).
 
-    The factor and the product are float32 whatever the precision of the weight, unlike the paper's code,
-    which rounds the factor to float16.
+    The factor and the product are float32 whatever the precision of the weight; the paper's code rounds the
+    factor to float16.
     """
     factor = (total - votes.to(torch.float32)) / total
-    # Adding zero turns -0.0, which a factor of zero makes of a negative weight, into +0.0.
+    # A factor of zero turns a negative weight into -0.0; adding zero makes that +0.0.
     return (weight.to(torch.float32) * factor + 0.0).to(weight.dtype)
 
 
 def exact_float(total: int) -> torch.dtype:
-    """The smallest floating type that holds every whole number up to ``total``, which is below 2^53."""
+    """The smallest floating-point type that holds every integer up to ``total``, which is below 2^53."""
     return torch.float32 if total <= 2**24 else torch.float64
 
 

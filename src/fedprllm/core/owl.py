@@ -1,4 +1,4 @@
-"""Sparsity by block (OWL), in whole numbers that add up to the sparsity of the model."""
+"""Sparsity allocation: how much to prune from each block, in whole weights that add up for the model."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ Scores = Iterable[Float[Tensor, "out in"]]
 
 @dataclass(frozen=True)
 class Outliers:
-    """Outlying scores among those of a block. Counts of participants merge by addition.
+    """Counts of the outlying scores of a block. Participants' counts merge by addition.
 
     Attributes:
-        n_outliers: Scores above M times the mean of the block.
-        n_scores: All scores of the block.
+        n_outliers: Number of scores above M times the mean score of the block.
+        n_scores: Number of all scores of the block.
     """
 
     n_outliers: int
     n_scores: int
 
     def __add__(self, other: Outliers) -> Outliers:
-        """Counts over the participants of both."""
+        """Counts over the participants behind both operands."""
         return Outliers(self.n_outliers + other.n_outliers, self.n_scores + other.n_scores)
 
     @property
     def ratio(self) -> float:
-        """``D``: the share of outliers, in [0, 1]."""
+        """``D``: the fraction of scores that are outliers, in [0, 1]."""
         return self.n_outliers / self.n_scores
 
 
 def outliers(scores: Callable[[], Scores], m: float = 5.0) -> Outliers:
-    """Count ``S[o, j] > m * mean(S)``, the mean being over all Linears of a block.
+    """Count ``S[o, j] > m * mean(S)``, with the mean over all Linears of a block.
 
     Args:
-        scores: Makes the Wanda scores of the block's Linears, one after the other; called twice, so that
-            those of one Linear only are in memory.
-        m: How many times the mean an outlier exceeds.
+        scores: Function that yields the Wanda scores of the block's Linears one after the other. It is called
+            twice, so that the scores of only one Linear are in memory at a time.
+        m: Multiple of the mean above which a score is an outlier.
 
     Source: Yin et al., OWL (ICML 2024), section 3.2: layer outlier distribution.
     """
@@ -59,22 +59,22 @@ def outliers(scores: Callable[[], Scores], m: float = 5.0) -> Outliers:
 def owl(
     outlier_ratios: Sequence[float], sizes: Sequence[int], sparsity: float, lam: float = 0.08
 ) -> list[float]:
-    """Sparsity of each block: the more outliers, the less is pruned.
+    """Sparsity of each block: the more outliers a block has, the less of it is pruned.
 
     ``A_b = 2 lam (D_b - min D) / (max D - min D)`` and ``S_b = S + mean(A) - A_b``.
 
-    Blocks with equal ratios all get ``S``. Differs from the paper's code on purpose:
+    If all ratios are equal, every block gets ``S``. Differs from the paper's code on purpose:
 
     * The mean weighs blocks by their size, so that ``sum_b n_b S_b = S sum_b n_b``.
-    * Centring alone can leave a block up to 2 lam away from S, although the paper confines it to
-      ``[S - lam, S + lam]``. Then all deviations shrink by the one factor that confines them.
-    * Near 0 and 1 the room is smaller: ``lam`` is at most ``S`` and ``1 - S``.
+    * Centering alone can leave a block up to 2 lam away from S, although the paper confines it to
+      ``[S - lam, S + lam]``. In that case all deviations are scaled down by one common factor to fit.
+    * Near 0 and 1 there is less room: ``lam`` is capped at ``S`` and at ``1 - S``.
 
     Args:
         outlier_ratios: ``D`` of each block.
-        sizes: Prunable weights of each block.
-        sparsity: ``S``, of the whole model, in [0, 1).
-        lam: The largest deviation from it.
+        sizes: Number of prunable weights of each block.
+        sparsity: ``S``, the sparsity of the whole model, in [0, 1).
+        lam: Largest deviation of a block from ``S``.
 
     Source: Yin et al., OWL (ICML 2024), section 3.3.
     """
@@ -92,15 +92,16 @@ def owl(
 
 
 def split_exactly(total_k: int, sizes: Sequence[int], ratios: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to ``sizes * ratios`` that add up to ``total_k`` (largest remainder).
+    """Split ``total_k`` into integers in proportion to ``sizes * ratios`` (largest-remainder method).
 
     Args:
-        total_k: Weights to prune in all parts together.
-        sizes: Weights of each part.
-        ratios: Sparsity of each part, with ``sum(sizes * ratios)`` equal to ``total_k`` but for rounding.
+        total_k: Number of weights to prune in all parts together.
+        sizes: Number of weights of each part.
+        ratios: Sparsity of each part; ``sum(sizes * ratios)`` is ``total_k`` up to rounding.
 
     Returns:
-        What each part loses: its quota rounded down or up. Of equal remainders, the first is rounded up.
+        The number of weights to prune from each part: its quota rounded down or up. Among parts with equal
+        remainders, the first is rounded up.
     """
     shares = [size * Fraction(ratio) for size, ratio in zip(sizes, ratios, strict=True)]
     total = sum(shares, Fraction())
@@ -123,21 +124,21 @@ def allocate(
     sparsity: float,
     lam: float = 0.08,
 ) -> list[list[Fraction]]:
-    """Sparsity of every Linear of every block by OWL, so that every comparison group loses whole weights.
+    """OWL's sparsity for every Linear, rounded so that every comparison group loses whole weights.
 
-    The model loses in total what it would lose if all blocks were pruned alike, exactly when groups are
-    whole Linears (``layer``). With ``row`` and ``column`` a Linear loses a multiple of its number of groups:
-    the total then falls short by less than one weight for each group of a Linear.
+    With the group ``layer`` (a whole Linear), the model loses exactly as many weights as under uniform
+    sparsity. With ``row`` and ``column``, a Linear loses a multiple of its number of groups, so the total can
+    fall short, by less than one weight for each group of a single Linear.
 
     Args:
         outlier_ratios: ``D`` of each block.
         shapes: (out, in) of the Linears of each block.
-        group: The comparison group that decides what the model loses.
+        group: Comparison group in which the weights to prune are decided.
         sparsity: Sparsity of the whole model, in [0, 1).
-        lam: The largest deviation from it.
+        lam: Largest deviation of a block from ``sparsity``.
 
     Returns:
-        For each block and Linear a share ``k / n`` of the ``n`` weights of one of its groups.
+        For each Linear of each block the fraction ``k / n`` pruned of the ``n`` weights of each group.
     """
     sizes = [sum(n_out * n_in for n_out, n_in in of_block) for of_block in shapes]
     ratios = owl(outlier_ratios, sizes, sparsity, lam)
@@ -156,16 +157,16 @@ def allocate(
 
 
 def _whole_groups(quotas: Sequence[int], n_groups: Sequence[int]) -> list[int]:
-    """What each group of a part loses, when all groups of a part lose the same.
+    """Number of weights to prune from each group of a part, equal for all groups of that part.
 
     Args:
-        quotas: What the parts are to lose.
-        n_groups: Groups of each part.
+        quotas: Number of weights to prune from each part.
+        n_groups: Number of groups in each part.
     """
     counts = [quota // n for quota, n in zip(quotas, n_groups, strict=True)]
     remainders = [quota % n for quota, n in zip(quotas, n_groups, strict=True)]
     left = sum(remainders)
-    # The part that rounding down spared most is the first to lose one more weight of each group.
+    # Parts that rounding down spared the most per group are the first to lose one more weight per group.
     for part in sorted(range(len(counts)), key=lambda part: -Fraction(remainders[part], n_groups[part])):
         if remainders[part] and n_groups[part] <= left:
             counts[part] += 1

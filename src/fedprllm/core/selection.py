@@ -1,8 +1,8 @@
 """Exact selection of the k lowest entries of every group, ties included.
 
-A threshold alone prunes too much where scores are equal. Here the threshold is found by partial
-selection (several times faster than a sort), everything below it is taken, and the places that are left
-go to entries equal to it in the order of a tie rule.
+A threshold alone prunes too many weights when scores are tied. Here partial selection finds the threshold
+(several times faster than sorting), every entry below it is selected, and a tie rule fills the remaining
+places from the entries that are equal to it.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ def select_lowest(
 ) -> tuple[Bool[Tensor, "groups n"], int]:
     """Mark exactly the ``k`` lowest entries of every row.
 
-    Among equal scores the lowest ``tie_key`` goes first, among equal keys the lowest index.
+    Among equal scores the lowest ``tie_key`` is marked first, and among equal keys the lowest index.
 
     Args:
         scores: Finite numbers; lower is pruned first.
-        k: Entries to mark per row, ``0 <= k <= n``.
-        tie_key: Makes the keys that order equal scores, called only if a tie has to be decided; None
-            orders by index.
+        k: Number of entries to mark per row, ``0 <= k <= n``.
+        tie_key: Function that computes the keys that order equal scores; called only if there is a tie to
+            decide. None orders by index.
 
     Returns:
-        The mask, and the number of marked entries that were chosen by the tie rule: those whose score
-        equals that of an entry of the same row which was left.
+        The mask, and the number of marked entries chosen by the tie rule: those whose score is also the
+        score of an unmarked entry in the same row.
     """
     if k == 0:
         return torch.zeros_like(scores, dtype=torch.bool), 0
     if k == scores.shape[1]:
         return torch.ones_like(scores, dtype=torch.bool), 0
     threshold, mask = _up_to_kth_lowest(scores, k)
-    # A sum of bytes takes a third of the time of a sum of booleans.
+    # Summing bytes takes a third of the time of summing booleans.
     surplus = mask.view(torch.uint8).sum(dim=1, dtype=torch.int32) - k
     contested = surplus.nonzero().squeeze(1)
     if contested.numel() == 0:
@@ -57,12 +57,12 @@ def select_lowest(
 def _up_to_kth_lowest(
     scores: Num[Tensor, "groups n"], k: int
 ) -> tuple[Num[Tensor, "groups 1"], Bool[Tensor, "groups n"]]:
-    """The k-th lowest score of each row, and which scores do not exceed it."""
+    """The k-th lowest score of each row, and a mask of the scores that do not exceed it."""
     if scores.device.type != "cpu":
         threshold = torch.kthvalue(scores, k, dim=1, keepdim=True).values
         return threshold, scores <= threshold
-    # NumPy's vectorised partition takes less than half the time of torch.kthvalue on a CPU
-    # (python -m benchmarks.selection --quick), and so does its comparison.
+    # On a CPU, NumPy's vectorized partition takes less than half the time of torch.kthvalue
+    # (python -m benchmarks.selection --quick); the same holds for its comparison.
     rows = scores.numpy()
     lowest = np.partition(rows, k - 1, axis=1)[:, k - 1 : k].copy()
     return torch.from_numpy(lowest), torch.from_numpy(rows <= lowest)
@@ -73,7 +73,7 @@ def _first_by_key(
     n_places: Int[Tensor, " groups"],
     keys: Num[Tensor, "groups n"] | None,
 ) -> Bool[Tensor, "groups n"]:
-    """Mark ``n_places`` candidates of each row: lowest key first, then lowest index."""
+    """Mark ``n_places`` candidates of each row, in order of key, then index."""
     rows, columns = candidates.nonzero(as_tuple=True)
     if keys is not None:
         order = keys[rows, columns].argsort(stable=True)

@@ -1,8 +1,8 @@
-"""What a participant observes of the inputs of a Linear: sums over its tokens, never means.
+"""Statistics of the inputs of a Linear: sums over a participant's tokens, never means.
 
-Sums of different participants merge by addition, and the sums of disjoint texts are the sums of the
-pooled text. They are kept in float64: adding float32 sums of windows in any order then gives the same
-float32 result in all but a vanishing share of cases.
+Participants' sums merge by addition: the sums of disjoint texts add up to those of the pooled text. They are
+kept in float64, so that adding the float32 sums of windows in any order rounds to the same float32 result in
+all but a vanishing fraction of cases.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class InputStatistics:
     """Running sums over the tokens that reached one input of a block.
 
     Attributes:
-        sum_of_squares: ``sum_x x_j^2`` per input channel j.
+        sum_of_squares: ``sum_x x_j^2`` for each input channel j, float64.
         n_tokens: Number of tokens summed over.
     """
 
@@ -30,11 +30,11 @@ class InputStatistics:
 
     @classmethod
     def zeros(cls, n_inputs: int) -> InputStatistics:
-        """Statistics of no tokens."""
+        """Statistics over no tokens."""
         return cls(torch.zeros(n_inputs, dtype=torch.float64))
 
     def add(self, inputs: Float[Tensor, "... in"]) -> None:
-        """Add the tokens of one forward pass, in the precision of float32 per pass."""
+        """Add the tokens of one forward pass, which are summed in float32."""
         flat = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
         norms = torch.linalg.vector_norm(flat, dim=0)
         self.sum_of_squares += norms.cpu().to(torch.float64).square()
@@ -46,7 +46,7 @@ class InputStatistics:
 
     @property
     def norm(self) -> Float[Tensor, " in"]:
-        """``||X_j||_2`` per input channel, float32."""
+        """``||X_j||_2`` of each input channel, float32."""
         return self.sum_of_squares.sqrt().to(torch.float32)
 
 
@@ -55,7 +55,7 @@ class GramStatistics:
     """Running sum of outer products over the tokens that reached one input of a block (SparseGPT).
 
     Attributes:
-        gram: ``X^T X = sum_x x x^T``, float64 or, at half the size, float32.
+        gram: ``X^T X = sum_x x x^T``, in float64 or, at half the size, float32.
         n_tokens: Number of tokens summed over.
     """
 
@@ -66,11 +66,11 @@ class GramStatistics:
     def zeros(
         cls, n_inputs: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
     ) -> GramStatistics:
-        """Statistics of no tokens; ``8 * n_inputs^2`` bytes in float64."""
+        """Statistics over no tokens; ``8 * n_inputs^2`` bytes in float64."""
         return cls(torch.zeros(n_inputs, n_inputs, dtype=dtype, device=device))
 
     def add(self, inputs: Float[Tensor, "... in"]) -> None:
-        """Add the tokens of one forward pass, in the precision of float32 per pass."""
+        """Add the tokens of one forward pass, which are summed in float32."""
         flat = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
         self.gram += (flat.T @ flat).to(self.gram.device)
         self.n_tokens += flat.shape[0]
@@ -81,10 +81,10 @@ class GramStatistics:
 
     @property
     def sum_of_squares(self) -> Float[Tensor, " in"]:
-        """``sum_x x_j^2`` per input channel j: the diagonal, in the type of `InputStatistics`."""
+        """``sum_x x_j^2`` for each input channel j: the diagonal, in float64 as in `InputStatistics`."""
         return self.gram.diagonal().cpu().to(torch.float64)
 
     @property
     def norm(self) -> Float[Tensor, " in"]:
-        """``||X_j||_2`` per input channel, float32."""
+        """``||X_j||_2`` of each input channel, float32."""
         return self.sum_of_squares.sqrt().to(torch.float32)

@@ -1,4 +1,4 @@
-"""Put zeros into weights and count them: as whole numbers of the same bits, which a CPU does faster."""
+"""Write and count zeros in weights, treating the bits as integers, which is faster on a CPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int8, torch.int16, torch.
 def copy_pruned(
     weight: Shaped[Tensor, "n m"], mask: Bool[Tensor, "n m"], target: Shaped[Tensor, "n m"]
 ) -> None:
-    """Write a weight into ``target``, with exact +0.0 where the mask is True.
+    """Copy a weight to ``target``, with exact +0.0 where the mask is True.
 
     Args:
-        weight: The weights, in any precision.
-        mask: Prune mask of the same shape.
-        target: Overwritten, in a precision of its own; may be the weight itself, whose other bits then stay.
+        weight: The weight, in any precision.
+        mask: True where the weight is pruned.
+        target: Tensor to overwrite, in any precision; if it is the weight itself, its kept entries are
+            untouched.
     """
     bits = _bits(target)
 
@@ -38,7 +39,7 @@ def count_zeros(weight: Shaped[Tensor, "n m"]) -> int:
     bits = _bits(weight)
 
     def count(rows: slice) -> int:
-        # Without its highest bit, the sign, -0.0 is zero like +0.0.
+        # Shifting out the sign bit makes -0.0 zero like +0.0.
         return int((bits[rows] << 1).count_nonzero())
 
     return bits.numel() - sum(in_threads(count, row_slices(weight)))

@@ -1,1 +1,1 @@
-"""Solvers: weights that reproduce a Linear's outputs with many of its weights set to zero."""
+"""Solvers: prune a Linear and choose new values for the remaining weights that preserve its outputs."""

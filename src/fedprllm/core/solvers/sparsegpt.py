@@ -1,9 +1,9 @@
-"""SparseGPT: prune, and correct the weights that stay for what was lost (Frantar & Alistarh 2023).
+"""SparseGPT: prune, and correct the remaining weights for what was lost (Frantar & Alistarh 2023).
 
-Columns (input channels) are visited from left to right. Pruning the weight ``w`` of column j adds to the
-layer's squared error at least ``w^2 / [H_F^-1]_jj``, where F are the columns from j on, and that least is
-reached by adding ``-w / [H_F^-1]_jj * [H_F^-1]_j,:`` to the row. With ``H^-1 = U^T U`` (U upper
-triangular) all these inverses are at hand: ``[H_F^-1]_j,: = U_jj * U_j,:``.
+Columns (input channels) are visited from left to right. Let F be the columns from j on. Pruning the weight
+``w`` of column j adds at least ``w^2 / [H_F^-1]_jj`` to the layer's squared error, and adding
+``-w / [H_F^-1]_jj * [H_F^-1]_j,:`` to the row attains this minimum. A single factorization ``H^-1 = U^T U``
+(U upper triangular) yields all these inverses: ``[H_F^-1]_j,: = U_jj * U_j,:``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedprllm.errors import ModelError
 
 __all__ = ["Reconstruction", "sparsegpt"]
 
-MAX_DAMPING = 10.0  # times the mean diagonal: the data hardly counts any more
+MAX_DAMPING = 10.0  # times the mean diagonal; at that point the data hardly matters
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Reconstruction:
     """A pruned Linear whose remaining weights were corrected.
 
     Attributes:
-        weight: Float32 (float64 if the weight was); exact +0.0 where pruned.
-        pruned: The mask.
-        damping: What the factorisation needed, as a fraction of the mean diagonal: more than was asked
-            for if the Gram matrix was too close to singular.
-        n_dead: Input channels that were zero on every token.
+        weight: The new weights in float32 (float64 if the original was); exact +0.0 where pruned.
+        pruned: The prune mask.
+        damping: Damping that the factorization needed, as a fraction of the mean diagonal; more than
+            requested if the Gram matrix was too close to singular.
+        n_dead: Number of input channels that were zero on every token.
     """
 
     weight: Float[Tensor, "out in"]
@@ -55,32 +55,33 @@ def sparsegpt(
     ties: str = "index",
     seed_parts: tuple[object, ...] = (),
 ) -> Reconstruction:
-    """Prune a Linear from the Gram matrix of its inputs, and update the weights that stay.
+    """Prune a Linear using the Gram matrix of its inputs, and update the remaining weights.
 
-    The mask of each block of columns is chosen when it is reached, from the weights as corrected so far:
-    the lowest ``w^2 / U_jj^2``. The Hessian is ``H = 2/n X^T X``; its factor 2/n cancels everywhere, so
-    the number of tokens is not asked for.
+    The mask of each block of columns is chosen when that block is reached, from the weights as corrected so
+    far: those with the lowest ``w^2 / U_jj^2``. The Hessian is ``H = 2/n X^T X``; its factor 2/n cancels
+    everywhere, so the number of tokens is not needed.
 
     Differs from the paper's code on purpose:
 
-    * Exactly ``floor(n * sparsity)`` weights of the matrix are pruned, none more where scores are equal.
-    * The weights of a dead channel (``H_jj = 0``) are the first to go in their block, by magnitude, and
-      those that the sparsity spares keep their value; the code sets all of them to zero.
-    * Dead channels do not count in the mean diagonal that scales the damping.
-    * A failed factorisation raises the damping tenfold, and the result says so.
+    * Exactly ``floor(n * sparsity)`` weights of the matrix are pruned, even if scores are equal.
+    * The weights of a dead channel (``H_jj = 0``) are pruned first in their block, smallest magnitude first,
+      and those that the sparsity spares keep their value; the code sets all of them to zero.
+    * Dead channels are left out of the mean diagonal that scales the damping.
+    * If the factorization fails, the damping is raised tenfold, and the result reports the value used.
 
     Args:
-        weight: As the Linear applies it.
-        gram: ``X^T X``; only its upper triangle is read. Its precision is that of the factorisation.
+        weight: The weights as the Linear applies them.
+        gram: ``X^T X``; only its upper triangle is read. The factorization uses its precision.
         sparsity: Fraction of the matrix that is pruned, in [0, 1); unused with ``n_m``.
-        n_m: Keep at most N non-zeros in M consecutive inputs, chosen every M columns; M divides them.
-        block_size: Columns whose mask is chosen together, rounded down to a multiple of M.
+        n_m: Keep at most N nonzeros in M consecutive inputs, chosen every M columns; M divides the number of
+            inputs.
+        block_size: Number of columns whose mask is chosen together, rounded down to a multiple of M.
         damping: Fraction of the mean diagonal that is added to the diagonal, > 0.
-        ties: A key of `TIES`; equal scores are rare outside of weights that are zero.
-        seed_parts: What the tie rule ``random`` is a function of.
+        ties: A key of `TIES`; equal scores are rare except for weights that are zero.
+        seed_parts: Seed of the tie rule ``random``.
 
     Raises:
-        ModelError: The Gram matrix cannot be factorised. The caller adds the name of the weight.
+        ModelError: The Gram matrix cannot be factorized. The caller adds the name of the weight.
 
     Source: Frantar & Alistarh, SparseGPT (ICML 2023), algorithm 1.
     """
@@ -95,7 +96,7 @@ def sparsegpt(
         Grouping("layer", sparsity, n_m), factor.diagonal().square(), dead, ties, seed_parts
     )
 
-    # Transposed, so that the weights of one input channel lie side by side in memory.
+    # Transposed, so that the weights of an input channel are contiguous in memory.
     columns = weight.detach().to(dtype).T.contiguous()
     mask = torch.zeros_like(columns, dtype=torch.bool)
     n_ties = 0
@@ -116,7 +117,7 @@ def sparsegpt(
 
 
 def _widths(block_size: int, n_m: tuple[int, int] | None) -> tuple[int, int]:
-    """Columns whose errors are propagated together, and those whose mask is chosen together."""
+    """Number of columns whose errors are propagated together, and whose mask is chosen together."""
     if n_m is None:
         return block_size, block_size
     return max(block_size // n_m[1], 1) * n_m[1], n_m[1]
@@ -128,9 +129,10 @@ def _correct(
     factor: Float[Tensor, "in in"],
     errors: Float[Tensor, "in out"],
 ) -> None:
-    """Fill ``errors`` with ``w / U_jj`` of what is pruned, and correct the columns to its right, in place.
+    """Set ``errors`` to ``w / U_jj`` of the pruned weights and correct the columns to their right in place.
 
-    Halves, not single columns: the corrections are then products of matrices, at several times the speed.
+    Recurses on halves instead of single columns: the corrections become matrix products, which are several
+    times faster.
     """
     n_columns = len(columns)
     if n_columns == 1:
@@ -144,12 +146,14 @@ def _correct(
 
 @dataclass(frozen=True)
 class _Selection:
-    """Chooses which weights of a few neighbouring columns go.
+    """Selects the weights to prune in a few neighboring columns.
 
     Attributes:
-        grouping: An N:M pattern, or the whole matrix at a sparsity.
+        grouping: An N:M pattern, or the whole matrix with its sparsity.
         inverse_diagonal: ``[H_F^-1]_jj`` of every column j of the matrix.
         dead: True for a channel that was always zero.
+        ties: A key of `TIES`.
+        seed_parts: Seed of the tie rule ``random``.
     """
 
     grouping: Grouping
@@ -159,11 +163,11 @@ class _Selection:
     seed_parts: tuple[object, ...]
 
     def __call__(self, columns: Float[Tensor, "in out"], first: int) -> tuple[Bool[Tensor, "in out"], int]:
-        """The mask of ``columns``, the first of which is column ``first``, and the number of ties."""
+        """The mask of ``columns``, which begin at column ``first`` of the matrix, and the number of ties."""
         here = slice(first, first + columns.shape[0])
         weight, split = columns.T.contiguous(), self.grouping.split
         loss = weight.square() / self.inverse_diagonal[here]
-        # Below every live weight, and in the order of magnitude: losing them costs nothing.
+        # Pruning dead weights costs nothing: they score below all live weights, in order of magnitude.
         scores = torch.where(self.dead[here], -1.0 / (1.0 + weight.abs()), loss)
         rule = TIES[self.ties]
         tie_key = None if rule is None else lambda: split(rule(weight, (*self.seed_parts, first)))
@@ -172,7 +176,7 @@ class _Selection:
         return self.grouping.join(selected, shape).T, n_ties
 
     def _n_pruned(self, n_out: int, here: slice) -> int:
-        """What these columns lose, so that the columns up to here have lost ``floor(n * sparsity)``."""
+        """Number of weights to prune here, so that all columns so far have lost ``floor(n * sparsity)``."""
         up_to_here = self.grouping.n_pruned((n_out, here.stop))
         return up_to_here if self.grouping.n_m else up_to_here - self.grouping.n_pruned((n_out, here.start))
 
@@ -180,14 +184,14 @@ class _Selection:
 def _inverse_factor(gram: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
     """The upper triangular U with ``U^T U = (H + damping * mean(diag H) * I)^-1``, and the damping used.
 
-    ``H = R R^T`` with R upper triangular is a Cholesky factorisation from the last column to the first, and
-    ``U = R^-1``: one factorisation and one triangular inverse, where the paper's code factorises,
-    inverts and factorises again.
+    ``H = R R^T`` with R upper triangular is a Cholesky factorization from the last column to the first, and
+    ``U = R^-1``: one factorization and one triangular inverse, where the paper's code factorizes, inverts
+    and factorizes again.
     """
     assert damping > 0, f"damping must be positive, found {damping}"
     diagonal = gram.diagonal()
     dead = diagonal == 0
-    # In units of the mean diagonal, so that neither tiny nor huge inputs leave the range of float32.
+    # In units of the mean diagonal, so that neither tiny nor huge inputs exceed the range of float32.
     unit = 1.0 if dead.all() else diagonal[~dead].mean()
     hessian = (gram / unit).flip(0, 1)
     hessian.diagonal().masked_fill_(dead.flip(0), 1.0)
@@ -200,7 +204,7 @@ def _inverse_factor(gram: Float[Tensor, "in in"], damping: float) -> tuple[Float
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), damping
         damping *= 10
     raise ModelError(
-        f"the Gram matrix of {len(gram)} inputs cannot be factorised, even with {MAX_DAMPING:g} times its "
-        "mean diagonal added: expected finite, positive semi-definite sums of x x^T; if the precision of "
-        "the model is float16, try bfloat16 or float32"
+        f"the Gram matrix of {len(gram)} inputs cannot be factorized, even with {MAX_DAMPING:g} times its "
+        "mean diagonal added: expected finite, positive semidefinite sums of x x^T; if the run uses dtype "
+        "float16, try bfloat16 or float32"
     )
