@@ -110,7 +110,7 @@ def test_folder_that_is_no_run_is_refused(tiny, windows, tmp_path):
     with pytest.raises(RunError, match=r"thesis\.tex"):
         prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="is a file"):
+    with pytest.raises(RunError, match="is a file: expected a folder"):
         prune(tiny("llama"), [windows(0)], out=tmp_path / "file")
 
 
@@ -118,14 +118,14 @@ def test_two_processes_do_not_share_a_run(tiny, windows, tmp_path):
     from filelock import FileLock
 
     (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(RunError, match="another process"):
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(RunError, match="another process is working on"):
         prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
 
 
 def test_too_little_space_is_refused_before_computing(tiny, windows, tmp_path, monkeypatch):
     monkeypatch.setattr("fedprllm.pruning.run_folder.free_bytes", lambda _: 1000)
     monkeypatch.setattr(_SharedWalk, "step", lambda *_: pytest.fail("computed"))
-    with pytest.raises(RunError, match=r"free, the run needs"):
+    with pytest.raises(RunError, match=r"free, but the run needs"):
         prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,1 +1,1 @@
-"""One walk over the blocks of a model: what participants contribute, and what is decided."""
+"""The walk over the blocks of a model: what each participant contributes and what is decided from it."""

@@ -1,7 +1,7 @@
-"""From contributions to a pruned block: sums over participants, the decision, its record, the shard.
+"""From contributions to a pruned block: add up the updates, decide, record, write the shard.
 
-In one process, at the coordinator of a federation, in a survey and in a study, this is the one place where
-updates are added up and decided upon.
+Updates are summed and turned into a decision only here, whether the run takes place in one process, at the
+coordinator of a federation, in a survey or in a study.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _Decided = TypeVar("_Decided")
 
 
 class Aggregate(Generic[_Decided]):
-    """The sums of one block over participants, and what is decided from them.
+    """One block's sums over participants, and the decision they lead to.
 
     Args:
-        block: The block, unpruned.
-        method: What is shared, and how it is decided upon.
+        block: The unpruned block.
+        method: What participants share and how a decision is made from it.
 
     Attributes:
         totals: The sums so far.
@@ -47,28 +47,33 @@ class Aggregate(Generic[_Decided]):
         self._n_tokens: dict[str, int] = {}
 
     def add(self, name: str, update: Mapping[str, Tensor], n_tokens: int) -> None:
-        """Add the update of a participant that has this many calibration tokens.
+        """Add one participant's update.
 
-        Sums of floating-point numbers depend on their order: participants are added in the order of their
-        names, everywhere.
+        Floating-point sums depend on the order of their terms, so callers always add participants in the
+        order of their names.
+
+        Args:
+            name: Name of the participant.
+            update: The tensors it shared, by name.
+            n_tokens: Number of its calibration tokens.
         """
         self.totals.add(update, n_tokens, self.method.vote_weight(n_tokens))
         self._agreement.add(update)
         self._n_tokens[name] = n_tokens
 
     def decide(self) -> _Decided:
-        """What follows from the sums."""
+        """Decide from the current sums."""
         return self.method.decide(self.totals, self.block, self.method.target)
 
     def agreement(self) -> dict[str, list[list[float]]]:
-        """How alike the participants' masks are (see `Agreement.summary`)."""
+        """Pairwise agreement of the participants' masks (see `Agreement.summary`)."""
         return self._agreement.summary()
 
     def record(self, decision: BlockDecision, **about: Any) -> BlockRecord:
-        """What a run keeps of the finished block: counts, never text.
+        """Summarize the finished block for the run's record: counts, never text.
 
         Args:
-            decision: What the block lost.
+            decision: The decision about the block.
             about: Further fields of the record.
         """
         linears = {name: self._linear(linear, decision) for name, linear in self.block.linears.items()}
@@ -85,7 +90,7 @@ class Aggregate(Generic[_Decided]):
 
     def _linear(self, linear: Linear, decision: BlockDecision) -> LinearRecord:
         pruned, votes = decision.masks[linear.name], self.totals.votes.get(linear.name)
-        # Votes that count tokens have too many values for a histogram.
+        # Votes weighted by tokens take too many values for a histogram.
         counted = votes is not None and self.totals.weight == self.totals.n_participants
         return LinearRecord(
             path=linear.path,
@@ -98,7 +103,7 @@ class Aggregate(Generic[_Decided]):
         )
 
     def keep(self, run: Run, record: BlockRecord, hidden: Mapping[str, Tensor] | None = None) -> None:
-        """Write the votes, the hidden states and the record, which makes the block finished."""
+        """Write the votes, the hidden states and finally the record, which marks the block as finished."""
         save_votes(run.votes_path(self.block.index), self.totals.votes, self.block.linears)
         run.finish_block(self.block.index, record, hidden)
 
@@ -109,13 +114,13 @@ def decide_and_write(
     announce: Callable[[BlockDecision], object] | None = None,
     clock: Clock | None = None,
 ) -> BlockDecision:
-    """Decide about a block, let the decision take effect, and write the pruned block.
+    """Decide about a block, apply the decision to it and write the pruned block.
 
     Args:
         aggregate: The sums over all participants.
-        writer: Of the pruned model; None if that block was written before.
-        announce: Called with the decision before it takes effect, while the block still has its own weights.
-        clock: Records how long it takes.
+        writer: Writer of the pruned model; None if the block has already been written.
+        announce: Called with the decision before it is applied, while the block still has its own weights.
+        clock: Records the time spent.
     """
     with clock.phase("aggregate") if clock else nullcontext():
         decision = aggregate.decide()

@@ -1,4 +1,4 @@
-"""How much the participants agree, from a sample of each mask that costs next to no memory."""
+"""How much the participants' masks agree, estimated from a small sample of each mask."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from fedprllm.models.block import Block
 
 __all__ = ["Agreement"]
 
-# At half sparsity the standard error of an agreement from this many weights is 0.4 % for one Linear.
+# At 50 % sparsity, this sample size gives a standard error of 0.4 % for the agreement on one Linear.
 _SAMPLE = 16_384
-# A matrix over more participants is neither readable nor cheap.
+# A larger matrix would be neither readable nor cheap.
 MAX_PARTICIPANTS = 64
 
 
 class Agreement:
-    """Pairwise agreement of the masks of one block: the share of weights two participants treat alike."""
+    """Pairwise agreement of one block's masks: the share of weights that two participants treat alike.
+
+    Args:
+        block: The block.
+        seed: Seed of the sampled positions.
+    """
 
     def __init__(self, block: Block, seed: int) -> None:
         self._block = block
@@ -35,14 +40,14 @@ class Agreement:
         self._samples: dict[str, list[Tensor]] = {name: [] for name in block.linears}
 
     def add(self, update: Mapping[str, Tensor]) -> None:
-        """Keep a sample of the masks in one participant's update; anything else in it is passed over."""
+        """Sample the masks in one participant's update; its other tensors are ignored."""
         for tensor, values in update.items():
             name = tensor.removesuffix(".mask")
             if values.dtype == torch.bool and len(self._samples[name]) < MAX_PARTICIPANTS:
                 self._samples[name].append(values.reshape(-1)[self._positions[name]])
 
     def summary(self) -> dict[str, list[list[float]]]:
-        """A matrix [participant, participant] of shares of equal mask entries, by path of the Linear."""
+        """Share of equal mask entries as a matrix [participant, participant], by path of the Linear."""
         matrices: dict[str, Any] = {}
         for name, samples in self._samples.items():
             if not samples:

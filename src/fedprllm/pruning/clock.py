@@ -1,4 +1,4 @@
-"""Seconds spent by phase."""
+"""Time spent per phase."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Clock"]
 
 
 class Clock(defaultdict[str, float]):
-    """Seconds by phase: ``with clock.phase("observe"): ...`` adds to one of them."""
+    """Seconds per phase: ``with clock.phase("observe"): ...`` adds to one of them."""
 
     def __init__(self) -> None:
         super().__init__(float)

@@ -1,7 +1,7 @@
 """Hidden states between two blocks: in memory up to a limit, in files beyond it.
 
-A window of 2048 tokens takes 32 MB at LLaMA-7B's width in float32; a hundred of them take as much memory as
-everything else of a walk together, and are needed one at a time.
+A window of 2048 tokens takes 32 MB at LLaMA-7B's width in float32. A hundred windows take as much memory as
+the rest of a walk together, yet they are needed only one at a time.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ _NAME = "hidden"
 
 
 class HiddenMemory:
-    """The memory that the hidden states of several participants share.
+    """A memory budget shared by the hidden states of several participants.
 
     Args:
-        folder: Where files go that exceed the limit; whatever it holds is removed.
-        limit_bytes: Limit for all states in memory together; None for no limit.
+        folder: Folder for the states that exceed the limit; its previous content is deleted.
+        limit_bytes: Limit for all states in memory together, in bytes; None for no limit.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int | None = None) -> None:
-        assert limit_bytes is None or folder is not None, "a limit needs a folder for what exceeds it"
+        assert limit_bytes is None or folder is not None, "a limit needs a folder for the states beyond it"
         self.folder = folder
         self._limit = limit_bytes
         self._used = 0
         self.clear()
 
     def take(self, n_bytes: int) -> bool:
-        """Reserve bytes, if that many are left."""
+        """Reserve memory if enough is left; returns whether it was."""
         fits = self._limit is None or self._used + n_bytes <= self._limit
         self._used += n_bytes * fits
         return fits
 
     def give_back(self, n_bytes: int) -> None:
-        """Return bytes that were taken."""
+        """Release reserved memory."""
         self._used -= n_bytes
 
     def clear(self) -> None:
-        """Remove all files."""
+        """Delete all files."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class HiddenStates:
-    """One participant's hidden states, by window; a window stays where it is, in memory or in a file.
+    """One participant's hidden states by window, each of which stays in memory or in its file.
 
     Args:
-        memory: Shared with others; by default without a limit.
-        name: Name of the participant, for file names.
+        memory: Memory budget, possibly shared with other participants; unlimited by default.
+        name: Name of the participant, used in file names.
     """
 
     def __init__(self, memory: HiddenMemory | None = None, name: str = "") -> None:
@@ -69,7 +69,7 @@ class HiddenStates:
         self._states: list[Hidden | Path] = []
 
     def fill(self, states: Iterable[Hidden]) -> None:
-        """Take new states in place of all that were there, one at a time."""
+        """Replace all states by new ones, taken one at a time."""
         self.clear()
         for number, state in enumerate(states):
             if self._memory.take(state.nbytes):
@@ -93,11 +93,11 @@ class HiddenStates:
 
     def __iter__(self) -> Iterator[Hidden]:
         for state in self._states:
-            # In memory of its own: matrix products may differ in the last bit where a file is mapped.
+            # Copied into fresh memory: on a mapped file, matrix products may differ in the last bit.
             yield _mapped(state).clone().to(self._device) if isinstance(state, Path) else state
 
     def __setitem__(self, number: int, state: Hidden) -> None:
-        """Replace the state of a window by one of the same size."""
+        """Replace a window's state by another of the same size."""
         place = self._states[number]
         if isinstance(place, Path):
             self._device = state.device
@@ -106,7 +106,7 @@ class HiddenStates:
             self._states[number] = state
 
     def kept(self) -> list[Hidden]:
-        """All states, for writing them: those in files as views of the files."""
+        """All states for writing; those in files are views of the files."""
         return [_mapped(state) if isinstance(state, Path) else state for state in self._states]
 
 

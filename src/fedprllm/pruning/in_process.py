@@ -1,7 +1,7 @@
-"""All participants in one process: one walk over the blocks, taken by all of them together.
+"""Pruning with all participants in one process: they walk through the blocks together.
 
-In memory at any time: one block, its votes, one participant's masks of it and all hidden states. The
-checkpoint is read once and written once, whatever the number of participants.
+At any time memory holds one block, its votes, one participant's masks and all hidden states. The checkpoint
+is read once and written once, regardless of the number of participants.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ def prune_in_process(
     progress: Progress,
     samples: Sample,
 ) -> None:
-    """Walk all blocks that are not finished yet, and leave the complete model(s) in the run's folder.
+    """Prune all unfinished blocks and leave the complete model or models in the run's folder.
 
     Args:
         model: The model to prune.
-        participants: In the order of their names; under ``centralized`` the one that holds all windows.
-        methods: How the run prunes, under None; and under its name, how a participant does that
-            allocates sparsity for itself.
+        participants: The participants in the order of their names; under ``centralized``, the single
+            participant that holds all windows.
+        methods: The run's method under the key None, and the methods of participants that allocate sparsity
+            for themselves under their names.
         run: An open run.
-        progress: Reports every participant's step.
+        progress: Notified of every participant's step.
         samples: The blocks that each participant prunes, by name.
 
     Raises:
@@ -73,7 +74,7 @@ def prune_in_process(
 
 
 class _SharedWalk:
-    """The walk of all participants, block by block."""
+    """All participants walking through the blocks together."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class _SharedWalk:
         ]
 
     def resume(self, n_finished: int) -> None:
-        """Bring all hidden states to the first block that is not finished."""
+        """Restore the hidden states before the first unfinished block."""
         if not self.method.uses_inputs or n_finished == self.model.n_blocks:
             return
         for walker in self.walkers:
@@ -106,7 +107,7 @@ class _SharedWalk:
                 )
 
     def step(self, index: int, advance: Advance) -> None:
-        """Prune one block for all participants and keep the result."""
+        """Prune one block for all participants and save the result."""
         clock = Clock()
         for walker in self.walkers:
             walker.clock = clock
@@ -132,7 +133,7 @@ class _SharedWalk:
             advance(1)
         if self.method.strategy.server_votes:
             decision = decide_and_write(aggregate, self.writers.get(None), clock=clock)
-        assert decision is not None, "without votes, participants decide for themselves"
+        assert decision is not None, "without a vote, every participant decides for itself"
         if self.method.strategy.follows_server:
             for walker in self.walkers:
                 walker.advance(block, decision.weights)
@@ -141,7 +142,7 @@ class _SharedWalk:
             aggregate.keep(self.run, record, self._hidden(block))
 
     def _write_own(self, walker: Walker, block: Block, decision: BlockDecision, clock: Clock) -> None:
-        """Write the block as a participant alone prunes it, where that is the model."""
+        """Write the block as this participant pruned it, if its own decision is a model."""
         strategy = self.method.strategy
         name = None if strategy.pools_text else walker.name
         if not strategy.server_votes and name in self.writers:
@@ -149,7 +150,7 @@ class _SharedWalk:
                 self.writers[name].write(block.index, {**block.tensors, **decision.weights})
 
     def _hidden(self, block: Block) -> dict[str, Tensor]:
-        """The input of the next block, by participant and window."""
+        """The next block's input by participant and window."""
         return {
             _hidden_name(walker, number): state
             for walker in self.walkers
@@ -159,5 +160,5 @@ class _SharedWalk:
 
 
 def _hidden_name(walker: Walker, window: int) -> str:
-    """By participant: two with the same text walk differently where they prune different blocks."""
+    """Participants with the same text still need separate states: they may prune different blocks."""
     return f"{walker.name}.{window}"

@@ -1,4 +1,4 @@
-"""How a run prunes: the rows of the tables that its configuration names, brought together."""
+"""How a run prunes: the table rows selected by its configuration, combined."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _Decided = TypeVar("_Decided")
 
 @dataclass(frozen=True)
 class Method(Generic[_Decided]):
-    """What participants share while walking, and what is decided from the sums.
+    """What participants share during the walk and what is decided from the sums.
 
     Attributes:
-        target: How much of each Linear is to be pruned.
-        strategy: Whose decision a participant walks on with.
+        target: How much of each Linear to prune.
+        strategy: Determines whose decision a participant walks on with.
         sharing: What leaves a participant.
-        decide: What is made of the sums over participants: a decision about the block, or of a survey its
-            outliers.
-        uses_inputs: Whether text is needed at all.
+        decide: Turns the sums over participants into a decision about the block or, in a survey, into the
+            block's outliers.
+        uses_inputs: Whether calibration text is needed at all.
     """
 
     target: Target
@@ -49,22 +49,22 @@ class Method(Generic[_Decided]):
     def walks_densely(self) -> bool:
         """Whether participants walk on with the unpruned block.
 
-        They do where they neither decide for themselves nor wait for the server.
+        This is the case if they neither decide for themselves nor wait for the server.
         """
         strategy = self.strategy
         return strategy.server_votes and not (self.sharing.shares_decision or strategy.follows_server)
 
     def vote_weight(self, n_tokens: int) -> int:
-        """What the votes of a participant count that has this many calibration tokens."""
+        """Weight of the votes of a participant with ``n_tokens`` calibration tokens."""
         return n_tokens if self.config.weighting == "tokens" else 1
 
     def with_sparsities(self, sparsities: Mapping[str, Fraction]) -> Method[_Decided]:
-        """The same method with a sparsity of its own for every Linear that is named."""
+        """The same method with an individual sparsity for each of the given Linears."""
         return replace(self, target=Target(self.config, sparsities))
 
 
 def pruning_method(config: PruneConfig) -> Method[BlockDecision]:
-    """How a run prunes."""
+    """The method that a run prunes with."""
     return Method(
         Target(config),
         STRATEGIES[config.strategy],
@@ -75,8 +75,8 @@ def pruning_method(config: PruneConfig) -> Method[BlockDecision]:
 
 
 def survey_method(config: PruneConfig) -> Method[Outliers]:
-    """How outliers are counted before pruning: one walk over the unpruned model, with Wanda's score."""
-    survey = decision_of(config).survey
+    """The method that counts outliers before pruning: a walk over the unpruned model with Wanda's score."""
+    survey = SURVEYS[config.share]
     config = config.model_copy(update={"strategy": "one-shot", "criterion": "wanda"})
     return Method(
         Target(config), STRATEGIES[config.strategy], SHARING[survey.kind], survey.decide, uses_inputs=True
@@ -84,6 +84,6 @@ def survey_method(config: PruneConfig) -> Method[Outliers]:
 
 
 def deciding_group(config: PruneConfig) -> GroupName:
-    """The comparison group of the decision that becomes the model."""
+    """The comparison group used by the decision that becomes the model."""
     own = not STRATEGIES[config.strategy].server_votes and SHARING[config.share].shares_decision
     return config.local_group if own else decision_of(config).group(config)

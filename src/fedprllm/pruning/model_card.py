@@ -1,4 +1,4 @@
-"""The model card of a pruned model: what it is, how it was made, how to use it."""
+"""The model card of a pruned model: what it is, how it was made and how to use it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ tags: [pruned, sparse, fedprllm]
 # {title}
 
 {source}, pruned to {sparsity:.1%} zeros in the Linear layers of its decoder blocks by {participants}.
-Embedding and head are untouched; pruned weights are exact zeros in an ordinary Hugging Face checkpoint.
+Embedding and head are unchanged; pruned weights are exact zeros in a standard Hugging Face checkpoint.
 
 | | |
 |---|---|
@@ -29,7 +29,7 @@ Embedding and head are untouched; pruned weights are exact zeros in an ordinary 
 | pattern | {pattern} |
 | comparison groups | local {local_group}, server {server_group} |
 | weight scaling | {scaled} |
-| ties | by {ties} |
+| tie rule | {ties} |
 | calibration | {windows} windows, {tokens:,} tokens |
 | prunable weights | {n_prunable:,} |
 | zeros among them | {n_zeros:,} |
@@ -43,13 +43,13 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
-The zeros save memory and time only in software that uses them (sparse kernels, sparse file formats).
-Method: FedPrLLM (arXiv 2505.13547). Made with fedprllm {version}.
+The zeros save memory and time only in software that exploits them (sparse kernels, sparse file formats).
+Method: FedPrLLM (arXiv 2505.13547). Created with fedprllm {version}.
 """
 
 
 def write_model_card(folder: Path, record: RunRecord) -> None:
-    """Write README.md into a pruned model's folder.
+    """Write the model card, ``README.md``, into a pruned model's folder.
 
     Args:
         folder: The model's folder.
@@ -62,7 +62,7 @@ def write_model_card(folder: Path, record: RunRecord) -> None:
         title=f"{Path(record.model.source).name}, {record.sparsity:.0%} sparse",
         source=record.model.source,
         sparsity=record.sparsity,
-        participants=f"{n} participants, each of which kept its text" if n > 1 else "one participant",
+        participants=f"{n} participants that kept their text local" if n > 1 else "one participant",
         strategy=config.strategy,
         criterion=config.criterion,
         pattern=config.pattern,
@@ -82,7 +82,7 @@ def write_model_card(folder: Path, record: RunRecord) -> None:
 
 
 def _evaluation(evaluation: Mapping[str, Sequence[Perplexity]]) -> str:
-    """A table of perplexities, one row per text, or nothing."""
+    """A table of perplexities with one row per text; empty if none were measured."""
     if not evaluation:
         return ""
     names = list(evaluation)

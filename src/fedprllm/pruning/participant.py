@@ -1,7 +1,7 @@
 """One participant of a run: it observes each block on its own text and computes the next block's input.
 
-The same class serves a participant among others in one process, the one participant that holds all text
-(centralized), and a site of a federation.
+The same class represents one of several participants in a process, the single participant that holds all text
+(``centralized``), and a site of a federation.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["Participant"]
 
 
 class Participant:
-    """A participant's calibration windows, and the hidden states of its walk.
+    """A participant's calibration windows and the hidden states of its walk.
 
     Attributes:
-        name: Its name in messages and files.
-        windows: Int64 token ids, [n_windows, window_length].
+        name: Name used in messages and files.
+        windows: Token ids, int64 [n_windows, window_length].
         fingerprint: SHA-256 of the windows.
         sources: Where the text came from, for the record.
-        hidden: One tensor [1, window_length, hidden_size] per window: the input of the next block. All in
-            memory, unless states with a limit are put in their place.
+        hidden: The next block's input, one tensor [1, window_length, hidden_size] per window. All of them are
+            in memory unless replaced by `HiddenStates` with a memory limit.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Participant:
         return self.windows.numel()
 
     def describe(self) -> ParticipantRecord:
-        """What the run records of this participant: no text, no token ids."""
+        """This participant's entry in the run's record; it holds neither text nor token ids."""
         return ParticipantRecord(
             sources=self.sources,
             n_windows=self.windows.shape[0],
@@ -63,21 +63,22 @@ class Participant:
         )
 
     def enter(self, model: BlockwiseModel) -> None:
-        """Embed the windows: the start of the walk."""
+        """Start the walk by embedding the windows."""
         self.hidden.fill(model.embed(self.windows))
 
     def observe(
         self, block: Block, observation: Observation = InputStatistics.zeros, *, walk_on: bool = False
     ) -> BlockStatistics:
-        """Sum up the inputs of the block's Linears over this participant's windows, and only those.
+        """Sum statistics of the Linears' inputs over this participant's windows.
 
         Args:
-            block: The block, unpruned.
-            observation: What is summed up.
-            walk_on: Feed the next block from this very pass: from the unpruned block.
+            block: The unpruned block.
+            observation: Creates the statistics to sum.
+            walk_on: Use the output of this pass, through the unpruned block, as the next block's input.
 
         Raises:
-            ModelError: An activation is NaN or infinite, or a Linear was never used (both named).
+            ModelError: An activation is NaN or infinite, or a Linear was never used; the message names the
+                weight.
         """
         statistics: BlockStatistics = {}
         with observing(block, statistics, observation):
@@ -87,16 +88,18 @@ class Participant:
                     self.hidden[number] = output
         for name in block.linears:
             if name not in statistics:
-                raise ModelError(f"'{name}' took no part in the forward pass of its block: cannot score it")
+                raise ModelError(
+                    f"'{name}' took no part in the forward pass of its block, so it cannot be scored"
+                )
             if not torch.isfinite(statistics[name].sum_of_squares).all():
                 raise ModelError(
-                    f"the inputs of '{name}' hold NaN or infinity on the text of participant "
+                    f"the inputs of '{name}' contain NaN or infinity on the text of participant "
                     f"'{self.name}': if the precision is float16, try bfloat16 or float32"
                 )
         return statistics
 
     def advance(self, block: Block, weights: Weights) -> None:
-        """Feed the windows through the block with ``weights`` in place of its own."""
+        """Pass the hidden states through the block with ``weights`` in place of its own."""
         with block.replaced(weights):
             for number, hidden in enumerate(self.hidden):
                 self.hidden[number] = block.forward(hidden)

@@ -1,4 +1,4 @@
-"""What is refused before the long computation, in one process and in a federation."""
+"""Checks that run before the long computation, both in one process and in a federation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fedprllm.sharing import SHARING, update_bytes
 __all__ = ["check_message_size", "check_pattern_divides", "check_update_size", "needed_bytes"]
 
 
-# What names, headers and the engine add to the values of an update, at most.
+# Upper bound on what names, headers and the engine add to the values of an update.
 _ENVELOPE = 1.02
 
 
 def check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
-    """Refuse an N:M pattern that does not divide the inputs of every Linear.
+    """Refuse an N:M pattern if M does not divide the number of inputs of every Linear.
 
     Raises:
-        ConfigError: Names the first Linear.
+        ConfigError: M does not divide a Linear's inputs; the message names the first such Linear.
     """
     if config.n_m is None:
         return
@@ -42,7 +42,8 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
     """Refuse to share more than the user allows, before anything is computed.
 
     Raises:
-        ConfigError: Names the first block, its megabytes and the limit.
+        ConfigError: An update would exceed ``max_update_mb``; the message names the first such block, its
+            size and the limit.
     """
     if config.max_update_mb is None:
         return
@@ -51,16 +52,19 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
         megabytes = update_bytes(sharing.shapes(linears)) / 1e6
         if megabytes > config.max_update_mb:
             raise ConfigError(
-                f"share {config.share} would send {megabytes:.3g} MB of block {index}, allowed are "
-                f"{config.max_update_mb:g} MB (max_update_mb): share statistics or mask, or allow more"
+                f"share {config.share} would send {megabytes:.3g} MB for block {index}, but max_update_mb "
+                f"allows {config.max_update_mb:g} MB: share statistics or mask, or raise max_update_mb"
             )
 
 
 def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_mb: float) -> None:
-    """Refuse a run whose updates, or whose decisions where participants wait for them, could not arrive.
+    """Refuse a run whose messages exceed the kits' limit and could never arrive.
+
+    Messages are updates and, if participants follow the server, its decisions.
 
     Raises:
-        ConfigError: Names the first block, its megabytes and the limit.
+        ConfigError: A message would be too large; the message names the first such block, the size and the
+            limit.
     """
     for index, linears in enumerate(model.linears):
         n_bytes = update_bytes(SHARING[config.share].shapes(linears))
@@ -68,14 +72,14 @@ def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_m
             n_bytes = max(n_bytes, _decision_bytes(linears, config))
         if n_bytes * _ENVELOPE > max_message_mb * 1e6:
             raise ConfigError(
-                f"block {index} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, the kits of this "
-                f"federation allow {max_message_mb:g} MB: share masks, or allow more in every kit's "
-                "local/comm_config.json and as max_message_mb in federation.json"
+                f"block {index} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, but the kits of this "
+                f"federation allow {max_message_mb:g} MB: share masks, or raise the limit in every kit's "
+                "local/comm_config.json and max_message_mb in federation.json"
             )
 
 
 def _decision_bytes(linears: Mapping[str, Linear], config: PruneConfig) -> int:
-    """Payload of the server's decision about a block: masks where they tell all of it, else weights."""
+    """Payload of the server's decision about a block: masks if they determine it, weights otherwise."""
     masks_tell_all = decision_of(config).only_zeroes and not config.scale_weights
     return sum(
         (linear.n_weights + 7) // 8 if masks_tell_all else linear.n_weights * linear.dtype.itemsize
@@ -84,7 +88,7 @@ def _decision_bytes(linears: Mapping[str, Linear], config: PruneConfig) -> int:
 
 
 def needed_bytes(model: BlockwiseModel, participants: Sequence[Participant], config: PruneConfig) -> int:
-    """What a run writes at most: its model(s), the votes, and hidden states: twice, and what spills."""
+    """Upper bound on the disk space of a run: models, votes, two sets of hidden states, spilled states."""
     strategy = STRATEGIES[config.strategy]
     n_models = 1 if strategy.server_votes or strategy.pools_text else len(participants)
     hidden_size = model.config.get_text_config().hidden_size

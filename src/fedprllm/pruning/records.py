@@ -1,6 +1,6 @@
-"""What a run records, as types: every block while it runs, and the result at its end.
+"""Typed records of a run: one per block while it runs, and the result at the end.
 
-Each is written as JSON with the names of its fields; ``path`` of a Linear is written as ``kind``.
+Each is stored as JSON under the names of its fields, except that a Linear's ``path`` is stored as ``kind``.
 """
 
 from __future__ import annotations
@@ -29,27 +29,30 @@ __all__ = [
 
 
 class Record(BaseModel):
-    """A record of one file."""
+    """Base class of everything that is stored as a JSON record."""
 
     model_config = ConfigDict(frozen=True, populate_by_name=True, extra="forbid")
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; fields that do not apply are left out."""
+        """The record as JSON values; fields that are None are omitted."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a record.
+        """Read a record from a JSON file.
 
         Raises:
-            RunError: The file is damaged, or another version of fedprllm wrote it.
+            RunError: The file is damaged or was written by another version of fedprllm.
         """
         try:
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, ValidationError) as error:
             reason = error.errors()[0] if isinstance(error, ValidationError) else None
             where = ".".join(map(str, reason["loc"])) + ": " + reason["msg"] if reason else str(error)
-            raise RunError(f"{path} cannot be read as the record of a run: {where}") from None
+            raise RunError(
+                f"{path} is not a valid run record ({where}): it is damaged or was written by another "
+                "version of fedprllm; restore it, or start a new run with another --out"
+            ) from None
 
 
 class LinearRecord(Record):
@@ -57,12 +60,13 @@ class LinearRecord(Record):
 
     Attributes:
         path: Path of its module inside the block.
-        shape: (out, in).
-        n_zeros: Zeros in the pruned weight, those that the dense one had included.
-        n_pruned: Weights that the mask prunes.
-        n_ties: Prunes that a tie rule decided.
-        n_close: Prunes that rounding may have decided; None where it was not counted.
-        vote_histogram: Number of weights by number of votes; None without votes, or where votes count tokens.
+        shape: Shape of its weight, (out, in).
+        n_zeros: Number of zeros in the pruned weight, including those of the dense weight.
+        n_pruned: Number of weights that the mask prunes.
+        n_ties: Number of prunes decided by a tie rule.
+        n_close: Number of prunes that rounding may have decided; None if not counted.
+        vote_histogram: Number of weights by number of votes; None if there was no vote or votes are weighted
+            by tokens.
     """
 
     path: Annotated[str, Field(alias="kind")]
@@ -80,19 +84,19 @@ class LinearRecord(Record):
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros."""
+        """Fraction of zeros."""
         return self.n_zeros / self.n_weights
 
 
 class _Received(Record):
-    """What the coordinator of a federation adds to a record; nothing in one process.
+    """Fields that the coordinator of a federation adds to a record; None in one process.
 
     Attributes:
-        block: Index of the block.
-        participants: Whose updates were added up, in the order of their names.
-        still_in: Who takes part in what follows.
-        update_bytes: Length of each one's update in bytes.
-        n_tokens: Number of calibration tokens behind it.
+        block: Block index.
+        participants: Participants whose updates were added up, in the order of their names.
+        still_in: Participants that take part in the following blocks.
+        update_bytes: Size of each participant's update in bytes.
+        n_tokens: Number of each participant's calibration tokens.
     """
 
     block: int
@@ -107,11 +111,11 @@ class BlockRecord(_Received):
 
     Attributes:
         linears: Its Linears by weight name.
-        sparsity: Share of its prunable weights that the masks prune.
-        participant_ties: Prunes that the tie rule decided in each participant's own masks.
-        agreement: Share of equal mask entries, [participant, participant] by path of the Linear.
-        notes: Deviations from the requested settings, in words.
-        seconds: Time spent by phase.
+        sparsity: Fraction of its prunable weights that the masks prune.
+        participant_ties: Number of prunes decided by the tie rule in each participant's own masks.
+        agreement: Share of equal mask entries, [participant, participant], by path of the Linear.
+        notes: Descriptions of deviations from the requested settings.
+        seconds: Time spent per phase, in seconds.
     """
 
     linears: dict[str, LinearRecord]
@@ -123,7 +127,7 @@ class BlockRecord(_Received):
 
     @property
     def n_zeros(self) -> int:
-        """Zeros in all of its Linears."""
+        """Number of zeros in all of its Linears."""
         return sum(linear.n_zeros for linear in self.linears.values())
 
 
@@ -131,7 +135,7 @@ class SurveyRecord(_Received):
     """A block of a survey.
 
     Attributes:
-        outliers: Outlying scores and all scores of the block.
+        outliers: Number of outlying scores and number of all scores in the block.
     """
 
     outliers: tuple[int, int]
@@ -151,7 +155,7 @@ class ModelRecord(Record):
     """Which model was pruned.
 
     Attributes:
-        source: What the user named.
+        source: The model as the user named it: hub id, folder or file.
         fingerprint: SHA-256 over the fingerprints of its tensors.
     """
 
@@ -160,15 +164,15 @@ class ModelRecord(Record):
 
 
 class ParticipantRecord(Record):
-    """A participant of a run: no text, no token ids.
+    """A participant of a run; the record holds neither text nor token ids.
 
     Attributes:
         sources: Where its text came from.
         n_windows: Number of calibration windows.
-        window_length: Tokens of each.
-        fingerprint: SHA-256 of the windows; None where they never left the participant.
-        n_blocks: Number of blocks it shared an update of.
-        update_bytes: Payload of everything it shared, in bytes.
+        window_length: Number of tokens per window.
+        fingerprint: SHA-256 of the windows; None in a federation, where it stays with the participant.
+        n_blocks: Number of blocks for which it shared an update.
+        update_bytes: Total payload that it shared, in bytes.
     """
 
     sources: list[str]
@@ -191,16 +195,17 @@ class RunRecord(Record):
         config: The resolved configuration.
         model: Which model was pruned.
         participants: The participants by name.
-        evaluation: Perplexities by model: ``dense``, and the names of ``models``.
-        versions: Versions of what the bits of a run depend on.
-        run_id: Hex digits that name a run of a federation; None in one process.
-        models: Folders of the pruned models, relative to the run's, by name.
+        evaluation: Perplexities by model: ``dense`` and the names in ``models``.
+        versions: Versions of the software that the exact bits of the result depend on.
+        run_id: Identifier of a federated run in hex digits; None in one process.
+        models: Folders of the pruned models by name, relative to the run's folder.
         n_prunable: Number of prunable weights.
-        n_participants: Number of participants that walked.
-        rounds: Rounds of communication.
-        update_bytes_per_block: Payload of one participant's update, in bytes by block.
-        survey_bytes_per_block: The same for the survey before.
-        outlier_ratios: Share of outliers by block; under ``local-only`` of each participant.
+        n_participants: Number of participants that walked through the model.
+        rounds: Number of communication rounds.
+        update_bytes_per_block: Payload of one participant's update for each block, in bytes.
+        survey_bytes_per_block: The same for the preceding survey.
+        outlier_ratios: Fraction of outliers in each block, under the key ``model`` or, with ``local-only``,
+            under each participant's name.
         blocks: Records of all blocks.
         comparison: Perplexities of models that the run is compared with.
     """
@@ -229,10 +234,10 @@ class RunRecord(Record):
 
     @property
     def n_zeros(self) -> int:
-        """Zeros among the prunable weights."""
+        """Number of zeros among the prunable weights."""
         return sum(record.n_zeros for record in self.blocks)
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros among the prunable weights."""
+        """Fraction of zeros among the prunable weights."""
         return self.n_zeros / self.n_prunable

@@ -1,14 +1,14 @@
-"""A run is a folder; a killed run continues at the last finished block.
+"""The folder of a run; a killed run continues after its last finished block.
 
 RUN/
-  run.json                  what is run: configuration, model, participants, versions
-  blocks/block-0007.json    record of a finished block (written last: its existence means finished)
+  run.json                  identity of the run: configuration, model, participants, versions
+  blocks/block-0007.json    record of a block (written last: its existence marks the block as finished)
   votes/block-0007.safetensors
-  state/hidden-0007.safetensors   hidden states after that block; only the newest is kept
-  state/spilled/            hidden states that exceed the memory limit, while a process works
-  model/                    the pruned model, moved here whole when it is complete
+  state/hidden-0007.safetensors   hidden states after that block; only the newest are kept
+  state/spilled/            hidden states beyond the memory limit, while a process is running
+  model/                    the pruned model, moved here as a whole once it is complete
   participants/NAME/model/  the same for each participant, under local-only
-  result.json               the manifest: written last, its existence means the run is complete
+  result.json               the result (written last: its existence marks the run as complete)
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ __all__ = ["Run", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the bits of a run depend on."""
+    """Versions of the software that the exact bits of a run depend on."""
     packages = {name: version(name) for name in ("fedprllm", "torch", "transformers", "safetensors")}
     return {"python": platform.python_version(), **packages}
 
 
 class Run:
-    """The folder of one run, held by one process at a time (use it as a context manager).
+    """The folder of one run: a context manager that one process can hold at a time.
 
     Args:
-        folder: The run's folder; made if it does not exist.
+        folder: The run's folder; created if it does not exist.
         identity: Everything that determines the result, as JSON values.
-        needed_bytes: What the run will write at most, checked before anything is computed.
+        needed_bytes: Upper bound on what the run will write, checked before anything is computed.
 
     Raises:
-        RunError: The folder holds something else, another configuration's run or a run that another
-            process works on; or the disk has too little space.
+        RunError: The folder holds other files or a run with another identity, or the disk has too little
+            free space.
+        RunBusy: Another process is working on the run.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], needed_bytes: int = 0) -> None:
@@ -61,10 +62,13 @@ class Run:
 
     @contextmanager
     def when_free(self, wait_s: float) -> Iterator[Run]:
-        """Hold the folder, waiting for a process that holds it but may be about to end.
+        """Hold the folder, waiting if necessary for a process that may be about to release it.
+
+        Args:
+            wait_s: Maximum wait in seconds.
 
         Raises:
-            RunBusy: It is still held after ``wait_s`` seconds.
+            RunBusy: The folder is still held after ``wait_s`` seconds.
         """
         end = time.monotonic() + wait_s
         with ExitStack() as stack:
@@ -80,12 +84,12 @@ class Run:
 
     def __enter__(self) -> Run:
         if self.folder.exists() and not self.folder.is_dir():
-            raise RunError(f"{self.folder} is a file: name a folder for the run")
+            raise RunError(f"{self.folder} is a file: expected a folder for the run; choose one with --out")
         manifest = self.folder / "run.json"
         if self.folder.exists() and not manifest.exists() and self._foreign_files():
             raise RunError(
-                f"{self.folder} holds {self._foreign_files()[0]!r} and no run.json: it is not the folder "
-                "of a run; name another one with --out"
+                f"{self.folder} is not a run's folder: it contains {self._foreign_files()[0]!r} but no "
+                "run.json; choose another folder with --out"
             )
         if not manifest.exists():
             self._check_space()
@@ -94,7 +98,8 @@ class Run:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise RunBusy(
-                f"another process works on {self.folder}: wait for it, or use another --out"
+                f"another process is working on {self.folder}: wait for it, or choose another folder with "
+                "--out"
             ) from None
         try:
             if manifest.exists():
@@ -118,8 +123,8 @@ class Run:
         free = free_bytes(self.folder)
         if free < self._needed_bytes:
             raise RunError(
-                f"the disk of {self.folder} has {free / 1e9:.1f} GB free, the run needs up to "
-                f"{self._needed_bytes / 1e9:.1f} GB: free some, or choose another disk with --out"
+                f"the disk of {self.folder} has {free / 1e9:.1f} GB free, but the run needs up to "
+                f"{self._needed_bytes / 1e9:.1f} GB: free some space, or choose another disk with --out"
             )
 
     def _check_identity(self, found: Mapping[str, Any]) -> None:
@@ -129,7 +134,7 @@ class Run:
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
             raise RunError(
                 f"{self.folder} belongs to another run: {name} is {theirs!r} there and {ours!r} "
-                f"here{more}; name another folder with --out, or delete that one"
+                f"here{more}; choose another folder with --out, or delete this one"
             )
 
     # Blocks ------------------------------------------------------------------------------------
@@ -142,25 +147,25 @@ class Run:
 
     @property
     def spilled_folder(self) -> Path:
-        """Where hidden states go for which there is no memory."""
+        """Folder for hidden states beyond the memory limit."""
         return self.folder / "state" / "spilled"
 
     def votes_path(self, block: int) -> Path:
-        """Where the votes of a block are kept."""
+        """File with the votes on a block."""
         return self.folder / "votes" / f"block-{block:04d}.safetensors"
 
     @property
     def n_finished(self) -> int:
-        """Number of blocks that need not be computed again."""
+        """Number of finished blocks."""
         block = 0
         while self._record_path(block).exists():
             block += 1
         return block
 
     def finish_block(self, block: int, record: Record, hidden: Mapping[str, Tensor] | None = None) -> None:
-        """Keep what a block gave; the record is written last and makes the block finished.
+        """Save the hidden states and the record, which is written last and marks the block as finished.
 
-        Its shard and its votes are written before.
+        The block's shard and votes must have been written before.
         """
         if hidden:
             save_tensors(self._hidden_path(block), {name: state.cpu() for name, state in hidden.items()})
@@ -169,7 +174,7 @@ class Run:
             self._hidden_path(block - 1).unlink(missing_ok=True)
 
     def hidden_after(self, block: int) -> dict[str, Tensor]:
-        """The hidden states that `finish_block` kept."""
+        """The hidden states saved by `finish_block`."""
         return load_file(self._hidden_path(block))
 
     def records(self) -> list[BlockRecord]:
@@ -183,33 +188,33 @@ class Run:
     # Models and result -------------------------------------------------------------------------
 
     def model_dir(self, participant: str | None = None) -> Path:
-        """Where a finished model is: the run's own, or a participant's."""
+        """Folder of a finished model: the run's own or a participant's."""
         parent = self.folder if participant is None else self.folder / "participants" / participant
         return parent / "model"
 
     def unfinished_model_dir(self, participant: str | None = None) -> Path:
-        """Where a model grows shard by shard until `publish_model` moves it."""
+        """Folder in which a model is written shard by shard until `publish_model` moves it."""
         return self.model_dir(participant).with_name("model.unfinished")
 
     def publish_model(self, participant: str | None = None) -> None:
-        """Move a complete model to its place; harmless if that was done before."""
+        """Move a complete model to its final folder; does nothing if it is already there."""
         unfinished = self.unfinished_model_dir(participant)
         if unfinished.exists():
             unfinished.replace(self.model_dir(participant))
 
     @property
     def is_complete(self) -> bool:
-        """Whether the manifest is there."""
+        """Whether the run is complete, that is, its result exists."""
         return (self.folder / "result.json").exists()
 
     def finish(self, record: RunRecord | SurveyRun) -> None:
-        """Write the manifest and drop what only an unfinished run needs."""
+        """Write the result and delete what only an unfinished run needs."""
         write_json(self.folder / "result.json", record.as_json())
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
 
 def _differences(found: Any, expected: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Paths at which two JSON values differ, with both values."""
+    """Paths at which two JSON values differ, each with both values."""
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         keys = [*expected, *(key for key in found if key not in expected)]
         return [

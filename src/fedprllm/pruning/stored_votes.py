@@ -1,8 +1,9 @@
-"""The votes a run keeps of a block: their bit planes, as they were counted.
+"""The votes on a block, stored as the bit planes in which they were counted.
 
-A safetensors file holds for each weight matrix a tensor uint8 [n_planes, ceil(n / 8)]: bit ``i % 8`` of byte
-``i // 8`` of plane p is bit p of the votes to prune weight i, counted row by row of [out, in]. Its metadata
-holds for each, as JSON, ``shape``, (out, in), and ``transposed``: the checkpoint stores it as [in, out].
+A safetensors file holds one tensor uint8 [n_planes, ceil(n / 8)] for each weight matrix: bit ``i % 8`` of
+byte ``i // 8`` of plane p is bit p of the number of votes to prune weight i, where weights are numbered row
+by row of [out, in]. The file's metadata holds, for each matrix, a JSON object with its ``shape`` (out, in)
+and ``transposed``, which is true if the checkpoint stores the matrix as [in, out].
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["StoredVotes", "save_votes"]
 
 
 def save_votes(path: Path, votes: Mapping[str, PackedVotes], linears: Mapping[str, Linear]) -> None:
-    """Write the votes on a block's Linears, if there are any, whole or not at all."""
+    """Write the votes on a block's Linears atomically; without votes, no file is written."""
     counted = {name: votes[name] for name in linears if name in votes}
     about = {
         name: json.dumps({"shape": linears[name].shape, "transposed": linears[name].transposed})
@@ -35,17 +36,17 @@ def save_votes(path: Path, votes: Mapping[str, PackedVotes], linears: Mapping[st
 
 
 class StoredVotes(Mapping[str, Tensor]):
-    """Votes by weight name, each read and counted when it is asked for.
+    """Votes by weight name, read and counted on access.
 
     Args:
-        files: Where the votes on each weight are.
+        files: The file with the votes on each weight, by weight name.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
 
     def __getitem__(self, name: str) -> Integer[Tensor, "n m"]:
-        """Votes in the orientation of the checkpoint, in the smallest type that holds them."""
+        """Votes in the checkpoint's orientation, in the smallest integer type that holds them."""
         with safe_open(self._files[name], framework="pt") as opened:
             about = json.loads(opened.metadata()[name])
             planes = opened.get_tensor(name).clone()

@@ -1,11 +1,11 @@
-"""The paper's strategies as a table: whose decision prunes a block during the walk, and for which model.
+"""The paper's strategies as a table: whose decision a participant walks on with, and which models result.
 
-| strategy | participants | walks on with | models made |
+| strategy | participants | walk on with | resulting model |
 |---|---|---|---|
-| one-shot | all | its own mask | the server's |
-| iterative | all | the server's mask | the server's |
-| centralized | one, with all text | its own mask | its own |
-| local-only | all, each alone | its own mask | one each |
+| one-shot | all, together | their own masks | the server's |
+| iterative | all, together | the server's mask | the server's |
+| centralized | one that holds all text | its own mask | its own |
+| local-only | all, each alone | their own masks | one per participant |
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["STRATEGIES", "Strategy"]
 
 @dataclass(frozen=True)
 class Strategy:
-    """How participants take part in a walk.
+    """How participants and the server share the work of a run.
 
     Attributes:
-        pools_text: One participant stands for all and holds all their windows.
-        server_votes: The participants' masks are summed and the server's decision is the model;
-            otherwise every participant's own decision is a model of its own.
-        follows_server: Participants feed the next block from the server's decision, which takes one
-            round of communication per block, not from their own.
+        pools_text: Whether a single participant stands for all and holds all of their windows.
+        server_votes: Whether the updates are summed and the server's decision becomes the model; otherwise
+            each participant's own decision becomes a separate model.
+        follows_server: Whether participants compute the next block's input from the server's decision instead
+            of their own, which takes one round of communication per block.
     """
 
     pools_text: bool = False

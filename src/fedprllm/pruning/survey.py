@@ -1,4 +1,4 @@
-"""How much each block loses (OWL): counted on the unpruned model before pruning starts, then fixed."""
+"""How much to prune each block (OWL): determined on the unpruned model before pruning starts."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def survey_in_process(
     run: Run,
     progress: Progress,
 ) -> dict[str | None, list[Outliers]]:
-    """Count the outliers of each block, once for a run.
+    """Count the outliers of each block, once per run.
 
     Args:
         model: The unpruned model.
-        participants: The participants that walk, in the order of their names.
+        participants: The participants that walk through the model, in the order of their names.
         config: The resolved configuration.
-        samples: The blocks that each of them looks at.
-        run: An open run, which keeps the counts.
-        progress: Reports every step.
+        samples: The blocks that each participant surveys, by name.
+        run: An open run, which stores the counts.
+        progress: Notified of every step.
 
     Returns:
-        Outliers by block, over all participants under the name None; under ``local-only`` those of each
-        participant. Nothing if all blocks are pruned alike.
+        Outliers by block: over all participants under the key None or, with ``local-only``, per participant
+        under its name. Empty if the allocation is uniform.
     """
     if config.allocation == "uniform":
         return {}
@@ -96,7 +96,7 @@ def _survey(
 def allocated(
     model: BlockwiseModel, outliers: Sequence[Outliers], config: PruneConfig
 ) -> dict[str, Fraction]:
-    """Sparsity of every Linear by weight name, the less the more outliers its block has."""
+    """Sparsity of every Linear by weight name; blocks with more outliers get a lower sparsity."""
     shares = allocate(
         [found.ratio for found in outliers],
         [[linear.shape for linear in of_block.values()] for of_block in model.linears],
@@ -112,23 +112,23 @@ def allocated(
 
 
 def outlier_ratios(outliers: Mapping[str | None, Sequence[Outliers]]) -> dict[str, list[float]]:
-    """For the result: the share of outliers by block, of each participant under ``local-only``."""
+    """Fraction of outliers in each block for the result; with ``local-only``, per participant."""
     return {name or "model": [found.ratio for found in counts] for name, counts in outliers.items()}
 
 
 def sampled(config: PruneConfig, names: Sequence[str], n_blocks: int) -> dict[str, list[int]]:
-    """The blocks that each participant prunes and shares.
+    """The blocks that each participant prunes and shares, by name.
 
     Raises:
-        ConfigError: There are more blocks than all of them prune together, or a name is unknown.
+        ConfigError: All participants together prune fewer blocks than the model has, or a name is unknown.
     """
     fractions = config.block_fractions(names)
     samples = sample_blocks(fractions, n_blocks, config.seed)
     if samples is None:
         total = float(sum(fractions.values()))
         raise ConfigError(
-            f"block_fraction {config.block_fraction} leaves blocks without a participant: {len(names)} "
-            f"participants prune {total:g} times the {n_blocks} blocks of the model, rounded down for each; "
-            "expected at least 1: raise it, or take more participants"
+            f"block_fraction {config.block_fraction} leaves some blocks without a participant: the "
+            f"{len(names)} participants together prune {total:g} times the model's {n_blocks} blocks "
+            "(rounded down for each), expected at least 1: raise block_fraction, or add participants"
         )
     return samples

@@ -1,12 +1,12 @@
-"""The walk: how a participant gets through the blocks of a model, and what it contributes on the way.
+"""The walk: how a participant goes through the blocks of a model and what it contributes on the way.
 
     for block in model:
-        contribution = walker.contribute(block)     # observe, decide for itself, share
+        contribution = walker.contribute(block)     # observe, decide locally, share
         ...                                         # the server decides, now or later
-        walker.advance(block, weights)              # compute the input of the next block
+        walker.advance(block, weights)              # compute the next block's input
 
-In one process, at a site, in a dry run, in a survey and in a study, this is the one place where a block is
-observed, an update is made and hidden states move on.
+Blocks are observed, updates are made and hidden states advance only here, whether in a single process, at a
+site, in a dry run, in a survey or in a study.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ __all__ = ["Contribution", "Walker"]
 
 @dataclass
 class Contribution:
-    """What a participant makes of a block.
+    """The outcome of one participant's step on a block.
 
     Attributes:
-        update: The tensors it shares, by name, and nothing else leaves it; None of a block left to others.
-        decision: Its own decision, where it makes one.
-        weights: The weights it walks on with, in place of the block's own; None where it has already computed
-            the next block's input, or waits for the server's decision.
+        update: The tensors that the participant shares, by name; nothing else leaves it. None if it does not
+            prune this block.
+        decision: The participant's own decision, if it makes one.
+        weights: The weights that replace the block's own when the participant walks on; None if it has
+            already computed the next block's input or waits for the server's decision.
     """
 
     update: dict[str, Tensor] | None = None
@@ -46,14 +47,15 @@ class Contribution:
 
 
 class Walker:
-    """A participant on its way through the blocks of a model.
+    """A participant walking through the blocks of a model.
 
     Args:
-        participant: Its text and hidden states.
-        method: What it shares, and whose decision it walks on with.
-        n_blocks: Number of blocks of the model.
-        blocks: The blocks that it prunes; it only walks through the others. All by default.
-        clock: Records how long each phase takes.
+        participant: Holds the text and the hidden states.
+        method: What the participant shares and whose decision it walks on with.
+        n_blocks: Number of blocks in the model.
+        blocks: Indices of the blocks that the participant prunes; it passes through the others unpruned or,
+            following the server, with the server's weights. All blocks by default.
+        clock: Records the time spent in each phase.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Walker:
 
     @property
     def name(self) -> str:
-        """Name of the participant."""
+        """The participant's name."""
         return self.participant.name
 
     @property
@@ -79,16 +81,16 @@ class Walker:
         return self.method.strategy.follows_server
 
     def enter(self, model: BlockwiseModel) -> None:
-        """Compute the input of the first block."""
+        """Compute the first block's input."""
         if self.method.uses_inputs:
             self.participant.enter(model)
 
     def walks_on(self, block: Block) -> bool:
-        """Whether the next block needs an input."""
+        """Whether the block's output is needed as the next block's input."""
         return self.method.uses_inputs and block.index + 1 < self._n_blocks
 
     def contribute(self, block: Block) -> Contribution:
-        """Observe a block, and make the update that the participant shares.
+        """Observe a block and make the update that the participant shares.
 
         Raises:
             ModelError: An activation is not finite, or a Linear was never used.
@@ -117,20 +119,21 @@ class Walker:
         return own_decision(block, statistics, self.method.target, self.participant.fingerprint)
 
     def _decide_from(self, block: Block, update: Mapping[str, Tensor]) -> BlockDecision:
-        """What the server would decide from this participant's update alone."""
+        """The decision that the server would make from this participant's update alone."""
         totals: Totals = self.method.sharing.zeros(block.linears, block.device)
         n_tokens = self.participant.n_tokens
         totals.add(update, n_tokens, self.method.vote_weight(n_tokens))
         decision = self.method.decide(totals, block, self.method.target)
-        assert isinstance(decision, BlockDecision), "a survey decides nothing about a block"
+        assert isinstance(decision, BlockDecision), "a survey makes no decision about a block"
         return decision
 
     def advance(self, block: Block, weights: Weights | None) -> None:
-        """Compute the next block's input with ``weights`` in place of the block's own, where there are any.
+        """Compute the next block's input with ``weights`` in place of the block's own.
 
         Args:
-            block: The block that was contributed to.
-            weights: ``Contribution.weights``, or the server's where the participant follows it.
+            block: The block to which the participant has contributed.
+            weights: ``Contribution.weights``, or the server's weights if the participant follows the server;
+                with None, nothing is computed.
         """
         if weights is not None and self.walks_on(block):
             with self.clock.phase("advance"):
