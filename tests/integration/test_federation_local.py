@@ -661,7 +661,9 @@ def test_an_update_that_would_be_too_large_is_refused_before_anything_is_asked(t
     plan = make_plan(model, prune={"share": "gram", "max_update_mb": 0.05})
     assert conduct(tmp_path, plan, channel) == "error"
     reason = outcome(tmp_path)["reason"]
-    assert re.search(r"share gram would send 0\.\d+ MB for block 0, but max_update_mb allows 0\.05 MB", reason)
+    assert re.search(
+        r"share gram would send 0\.\d+ MB for block 0, but max_update_mb allows 0\.05 MB", reason
+    )
     assert not channel.sent
 
 

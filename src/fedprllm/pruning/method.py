@@ -76,7 +76,7 @@ def pruning_method(config: PruneConfig) -> Method[BlockDecision]:
 
 def survey_method(config: PruneConfig) -> Method[Outliers]:
     """The method that counts outliers before pruning: a walk over the unpruned model with Wanda's score."""
-    survey = SURVEYS[config.share]
+    survey = decision_of(config).survey
     config = config.model_copy(update={"strategy": "one-shot", "criterion": "wanda"})
     return Method(
         Target(config), STRATEGIES[config.strategy], SHARING[survey.kind], survey.decide, uses_inputs=True
