@@ -1,4 +1,4 @@
-"""Share Gram matrices ``X^T X`` of the inputs: what a solver needs to correct the weights that stay."""
+"""Share Gram matrices ``X^T X`` of the inputs, from which a solver corrects the remaining weights."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> No
     for name in distinct_inputs(linears):
         gram = update[name]
         if not (gram.diagonal() >= 0).all():
-            raise UpdateError(f"the Gram matrix of '{name}' has a negative number on its diagonal")
+            raise UpdateError(
+                f"the Gram matrix of '{name}' has a negative number on its diagonal: expected sums of squares"
+            )
         if not torch.allclose(gram, gram.T, rtol=1e-3, atol=1e-3 * float(gram.abs().max())):
-            raise UpdateError(f"the Gram matrix of '{name}' is not symmetric")
+            raise UpdateError(f"the Gram matrix of '{name}' is not symmetric: expected X^T X")
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:
@@ -51,8 +53,8 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:
 
 GRAM = Sharing(
     kind="gram",
-    noun="sums of products of the inputs of the Linears",
-    content="For each distinct input of the Linears, the sum of products of each two channels.",
+    noun="sums of products of the Linears' inputs",
+    content="For each distinct input of the Linears, the sum of products of every pair of channels.",
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

@@ -1,4 +1,4 @@
-"""Share pruned weights, FedSpaLLM's way: each weight and one bit that says whether it was pruned."""
+"""Share pruned weights, as FedSpaLLM does: each weight plus one bit that says whether it was pruned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["WEIGHTS", "mask_name"]
 
 
 def mask_name(name: str) -> str:
-    """Name of the mask beside a weight's tensor."""
+    """Name of the mask that accompanies a weight."""
     return f"{name}.mask"
 
 
@@ -40,7 +40,7 @@ def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> No
         mask = update[mask_name(name)]
         check_mask(linear, mask, target)
         if (update[name][mask] != 0).any():
-            raise UpdateError(f"the weights of '{name}' are not zero where their mask prunes")
+            raise UpdateError(f"the weights of '{name}' are not all zero where their mask prunes them")
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:
@@ -54,7 +54,7 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:
 WEIGHTS = Sharing(
     kind="weights",
     noun="pruned weights",
-    content="The pruned weights, and one bit for each that says whether it was pruned.",
+    content="The pruned weights, and one bit per weight that says whether it was pruned.",
     shapes=_shapes,
     contribute=_contribute,
     check=_check,
