@@ -131,7 +131,17 @@ def federated(
 ) -> tuple[Path, dict[str, Any]]:
     """A run over a fresh federation: its folder, and what was measured of it."""
     people = {
-        name: SiteSettings(data=[path], model=model, threads=1, allow=["mask", "weights"])
+        name: SiteSettings(
+            data=[path],
+            model=model,
+            threads=1,
+            allow=["mask", "weights"],
+            seed=0,
+            min_windows=1,
+            min_tokens=2,
+            min_participants=1,
+            confirm=False,
+        )
         for name, path in data.items()
     }
     kits, port = folder / "kits", free_port()

@@ -14,7 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Shapes written in annotations are checked while testing, and only then.
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook("fedprllm.core", "beartype.beartype")
+import tests.shape_checks  # noqa: F401  the hook looks it up by name
+
+_hook = install_import_hook("fedprllm.core", "tests.shape_checks.check")
 
 import torch  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
@@ -26,11 +28,16 @@ transformers_logging.disable_progress_bar()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+LONGEST = "test_federation_flare.py"
 SMALL_MODEL = Path(__file__).parent / "fixtures" / "small-model"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Reference data may only add to the tests, and what it adds is marked."""
+    """Check the mark `shared`, and put the real engine first: the other worker does the rest meanwhile.
+
+    Reference data may only add to the tests, and what it adds is marked.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("federation") is None, item.path.name != LONGEST))
     for item in items:
         needs = "shared" in getattr(item, "fixturenames", ())
         if needs != (item.get_closest_marker("shared") is not None):

@@ -18,6 +18,15 @@ from fedprllm.files import write_json
 from fedprllm.models import blockwise, source
 
 NAMES = ["north", "south", "west"]
+# Settings that let a test share what little text it has, with the windows that a run in one process chooses.
+UNLIMITED: dict[str, Any] = {
+    "min_windows": 1,
+    "min_tokens": 2,
+    "min_participants": 1,
+    "runs_per_text": 99,
+    "seed": 0,
+    "confirm": False,
+}
 STORY = "Once upon a time there was a little {who} who saw {n} birds and gave them bread. "
 
 
@@ -110,7 +119,9 @@ def texts(folder: Path, names: Sequence[str] = NAMES) -> dict[str, str]:
 
 def make_site(folder: Path, name: str, text: str, model: Path | None, **settings: Any) -> Site:
     kit = folder / name
-    values = SiteSettings(data=[text], model=None if model is None else str(model), **settings)
+    values = SiteSettings(
+        data=[text], model=None if model is None else str(model), **{**UNLIMITED, **settings}
+    )
     write_json(settings_path(kit), values.model_dump(mode="json"))
     return Site(name, settings_path(kit), work_folder(kit))
 

@@ -16,6 +16,7 @@ import psutil
 from fedprllm.federation.flare.processes import end, start_participant, start_server
 from fedprllm.federation.flare.rehearsal import rehearsal_kits
 from fedprllm.federation.plan import SiteSettings
+from tests.federation_helpers import UNLIMITED
 
 STORY = "Once upon a time there was a little {who} who saw {n} birds and gave them bread. "
 PATIENCE_S = 240  # CI may be slow; everything is polled, so a fast machine waits no longer than it must
@@ -57,6 +58,7 @@ class Federation:
                 threads=1,
                 allow=["mask", "statistics"],
                 record=str(folder / "sent" / name),
+                **UNLIMITED,
             )
             for name, path in self.texts.items()
         }

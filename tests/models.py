@@ -68,3 +68,10 @@ def save_tiny(make_config: Callable[[], PreTrainedConfig], folder: Path) -> None
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.save_pretrained(folder)
+
+
+def save_one_block(name: str, folder: Path) -> None:
+    """Save a tiny model with the first block only, for what blocks do alike and many times."""
+    config = ARCHITECTURES[name]()
+    config.num_hidden_layers = 1
+    save_tiny(lambda: config, folder)

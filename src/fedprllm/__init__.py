@@ -6,7 +6,7 @@ result = prune("path/to/model", ["hospital_a.jsonl", "hospital_b.txt"], PruneCon
 
 from __future__ import annotations
 
-import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fedprllm.config import PruneConfig
@@ -15,45 +15,61 @@ from fedprllm.errors import (
     DataError,
     FedprllmError,
     ModelError,
+    RunBusy,
     RunError,
     UpdateError,
 )
 
 if TYPE_CHECKING:
     from fedprllm.api import PruneResult, prune
-    from fedprllm.evaluation.perplexity import Perplexity, evaluate
+    from fedprllm.evaluation.perplexity import evaluate
+    from fedprllm.evaluation.results import Perplexity
+    from fedprllm.pruning.inputs import Documents, PooledData
+    from fedprllm.pruning.records import BlockRecord, LinearRecord, ParticipantRecord, RunRecord
 
-# A walk allocates gigabytes for every block, and in pages of 4 kB Linux takes longer to hand them out than a
-# CPU to fill them. torch reads this when it first allocates; it asks for large pages where there are any.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+__version__ = "0.2.0"
 
-__version__ = "0.1.0"
+# Names that need torch are imported when they are first used: ``fedprllm --help`` must answer at once.
+_LAZY = {
+    "PruneResult": "fedprllm.api",
+    "prune": "fedprllm.api",
+    "evaluate": "fedprllm.evaluation.perplexity",
+    "Perplexity": "fedprllm.evaluation.results",
+    "Documents": "fedprllm.pruning.inputs",
+    "PooledData": "fedprllm.pruning.inputs",
+    "BlockRecord": "fedprllm.pruning.records",
+    "LinearRecord": "fedprllm.pruning.records",
+    "ParticipantRecord": "fedprllm.pruning.records",
+    "RunRecord": "fedprllm.pruning.records",
+}
+
 __all__ = [
+    "BlockRecord",
     "ConfigError",
     "DataError",
+    "Documents",
     "FedprllmError",
+    "LinearRecord",
     "ModelError",
+    "ParticipantRecord",
     "Perplexity",
+    "PooledData",
     "PruneConfig",
     "PruneResult",
+    "RunBusy",
     "RunError",
+    "RunRecord",
     "UpdateError",
     "evaluate",
     "prune",
 ]
 
-_LAZY = {
-    "PruneResult": "fedprllm.api",
-    "prune": "fedprllm.api",
-    "Perplexity": "fedprllm.evaluation.perplexity",
-    "evaluate": "fedprllm.evaluation.perplexity",
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for: ``fedprllm --help`` must answer at once."""
     if name in _LAZY:
-        from importlib import import_module
-
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fedprllm' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

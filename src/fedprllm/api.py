@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fedprllm.calibration import fingerprint
 from fedprllm.config import PruneConfig
-from fedprllm.deciding import SURVEYS
-from fedprllm.errors import RunError
+from fedprllm.deciding import decision_of
+from fedprllm.errors import ConfigError, RunError
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.fingerprints import model_digest, tensor_fingerprints
+from fedprllm.models.fingerprints import model_digest
+from fedprllm.models.identity import model_identity
+from fedprllm.models.in_memory import model_folder, source_name
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
 from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
@@ -41,6 +43,9 @@ from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled, survey_in_process
 from fedprllm.sharing import SHARING, update_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["PooledData", "PruneResult", "prune"]
 
@@ -108,37 +113,58 @@ class PruneResult:
 
 
 def prune(
-    model: str | Path,
+    model: str | Path | PreTrainedModel,
     participants: ParticipantInputs,
     config: PruneConfig | None = None,
     *,
     out: str | Path,
-    eval_texts: Sequence[Source] | Mapping[str, Source] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eval_texts: Source | Sequence[Source] | Mapping[str, Source] = (),
     progress: Progress = silent,
 ) -> PruneResult:
-    """Prune a model together.
+    """Prune one model together: several participants, each with its own text, in this process.
 
-    A run that was killed continues at the last finished block when it is called again with the same
-    arguments, and ends with the same bits; a complete run is not computed again.
+    FedPrLLM (arXiv 2505.13547), with the ways of sharing and deciding that `PruneConfig` names. A run that
+    was killed continues at the last finished block when it is called again with the same arguments, and ends
+    with the same bits; a complete run is not computed again.
 
     Args:
-        model: hub id, local Hugging Face folder, or GGUF file.
-        participants: one item for each participant, by name or in any order: a path, a list of paths
-            (see `fedprllm.documents.read_documents`), or token ids, int [n_windows, window_length], all
-            of which are used; or `PooledData`, text to be dealt out.
-        config: how to prune; the paper's best by default.
-        out: folder of the run; made if it does not exist.
-        eval_texts: texts on which the dense and the pruned model are evaluated, none by default.
-        progress: told what goes on (see `fedprllm.progress`).
+        model: Hub id, local Hugging Face folder, GGUF file, or a transformers model in memory.
+        participants: One item for each participant, in a list or by name. An item is one path (a string or
+            `Path`), a list of paths, `Documents`, a ``datasets.Dataset`` with a column ``text``, or token ids
+            (torch or numpy integers [n_windows, window_length], all of which are used). `PooledData` is text
+            in one place, to be dealt out.
+        config: How to prune; the paper's best settings by default.
+        out: Folder of the run, made if it does not exist.
+        tokenizer: Of a model in memory, where participants hold text.
+        eval_texts: Texts on which the dense and the pruned model are evaluated; none by default.
+        progress: Called with what is done and how many steps it takes (see `fedprllm.progress`).
 
     Returns:
         The result; ``result.model_dir`` loads with ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        ConfigError, DataError, ModelError: bad input, found before the long computation.
-        RunError: the folder belongs to another run, or the disk is full.
+        ConfigError, DataError, ModelError: Bad input, found before the long computation.
+        RunError: The folder belongs to another run or is in use, or the disk is full.
     """
     config = config or PruneConfig()
+    if not isinstance(config, PruneConfig):
+        raise ConfigError(
+            f"config must be a PruneConfig, found {type(config).__name__}: PruneConfig(**options)"
+        )
+    with model_folder(model, tokenizer) as folder:
+        return _prune(folder, source_name(model), participants, config, Path(out), eval_texts, progress)
+
+
+def _prune(
+    model: str | Path,
+    source: str,
+    participants: ParticipantInputs,
+    config: PruneConfig,
+    out: Path,
+    eval_texts: Source | Sequence[Source] | Mapping[str, Source],
+    progress: Progress,
+) -> PruneResult:
     named = name_participants(participants)
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, config.dtype, config.device)
@@ -150,14 +176,14 @@ def prune(
     identity = {
         "config": config.model_dump(mode="json"),
         "model": {
-            "source": str(model),
-            "fingerprint": model_digest(tensor_fingerprints(walked, progress)).hex(),
+            "source": source,
+            "fingerprint": model_digest(model_identity(walked, progress)).hex(),
         },
         "participants": {member.name: member.describe().as_json() for member in members},
         "evaluation": {name: fingerprint(torch.cat(text)) for name, text in tests.items()},
         "versions": versions(),
     }
-    with Run(Path(out), identity, needed_bytes(walked, members, config)) as run:
+    with Run(out, identity, needed_bytes(walked, members, config)) as run:
         if not run.is_complete:
             _run(walked, members, samples, config, run, tests, identity, progress)
     return PruneResult.load(out)
@@ -224,7 +250,7 @@ def _traffic(
     surveyed = config.allocation != "uniform"
     per_block = _payloads(model, config.share) if strategy.server_votes else [0] * model.n_blocks
     survey = (
-        _payloads(model, SURVEYS[config.share].kind)
+        _payloads(model, decision_of(config).survey.kind)
         if surveyed and strategy.server_votes
         else [0] * model.n_blocks
     )

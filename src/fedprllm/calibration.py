@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedprllm.core.ties import generator
-from fedprllm.documents import read_documents
+from fedprllm.documents import Documents, read_documents
 from fedprllm.errors import ConfigError, DataError, did_you_mean
 
 __all__ = [
@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
 
 
 def token_windows(
-    sources: Sequence[str | Path],
+    sources: Sequence[str | Path | Documents],
     tokenizer: Tokenizer,
     *,
     n_windows: int,
@@ -69,17 +69,17 @@ def token_windows(
     gives fewer: the number is the caller's to see.
 
     Args:
-        sources: what `read_documents` reads, pooled.
-        tokenizer: any of transformers.
-        n_windows: most windows to return; 0 means all.
-        window_length: tokens per window, a BOS token included.
-        seed: of the order and of the choice.
+        sources: What `read_documents` reads, pooled.
+        tokenizer: Any of transformers.
+        n_windows: Most windows to return; 0 means all.
+        window_length: Tokens per window, a BOS token included.
+        seed: Seeds the order and the choice.
         bos: ``auto``: in every window if the tokenizer adds one by itself, otherwise none (Gemma needs it in
             every window); ``every``; ``start``: before the joined text only; ``never``.
 
     Raises:
-        DataError: a source cannot be read, or all text is too short for one window.
-        ConfigError: a BOS token is asked for and the tokenizer has none, or a number is out of range.
+        DataError: A source cannot be read, or all text is too short for one window.
+        ConfigError: A BOS token is asked for and the tokenizer has none, or a number is out of range.
     """
     _check_lengths(window_length)
     if n_windows < 0:
@@ -106,7 +106,7 @@ def token_windows(
 
 
 def evaluation_windows(
-    sources: Sequence[str | Path],
+    sources: Sequence[str | Path | Documents],
     tokenizer: Tokenizer,
     *,
     window_length: int,
@@ -120,15 +120,15 @@ def evaluation_windows(
     one window gives a single shorter window.
 
     Args:
-        sources: what `read_documents` reads, pooled.
-        tokenizer: any of transformers.
-        window_length: tokens per window, a BOS token included.
-        bos: as in `token_windows`; the literature's protocol for Llama is ``start``.
-        max_tokens: use only this many tokens from the beginning of the text.
+        sources: What `read_documents` reads, pooled.
+        tokenizer: Any of transformers.
+        window_length: Tokens per window, a BOS token included.
+        bos: As in `token_windows`; the literature's protocol for Llama is ``start``.
+        max_tokens: Use only this many tokens from the beginning of the text.
 
     Raises:
-        DataError: a source cannot be read, or all text is shorter than two tokens.
-        ConfigError: a BOS token is asked for and the tokenizer has none, or a number is out of range.
+        DataError: A source cannot be read, or all text is shorter than two tokens.
+        ConfigError: A BOS token is asked for and the tokenizer has none, or a number is out of range.
     """
     _check_lengths(window_length, max_tokens)
     place = _bos_place(tokenizer, bos)
@@ -217,22 +217,22 @@ def partition(
     alpha: float,
     seed: int,
 ) -> list[Int[Tensor, "_ window_length"]]:
-    """Deal windows out to participants: each goes to exactly one, and everyone gets at least one.
+    """Deal windows out: each goes to exactly one participant, and each participant gets at least one.
 
     ``iid`` deals all windows out at random, sizes differ by at most one. ``file`` gives file i to participant
     ``i mod n``. ``dirichlet`` draws for each file its shares ``p ~ Dir(alpha, ..., alpha)`` over the
     participants (Hsu et al. 2019, with files for classes); small alpha: each file to few participants.
 
     Args:
-        windows_by_file: the windows of each file.
-        n_participants: how many to deal out to.
-        method: a key of the table above.
-        alpha: concentration of ``dirichlet``; the others do not look at it.
-        seed: of the draw.
+        windows_by_file: The windows of each file.
+        n_participants: How many to deal out to.
+        method: A key of the table above.
+        alpha: Concentration of ``dirichlet``; the others do not look at it.
+        seed: Seeds the draw.
 
     Raises:
-        DataError: fewer windows, or for ``file`` fewer files with windows, than participants.
-        ConfigError: the method is unknown, or a number is out of range.
+        DataError: Fewer windows, or for ``file`` fewer files with windows, than participants.
+        ConfigError: The method is unknown, or a number is out of range.
     """
     if method not in _PARTITIONS:
         raise ConfigError(f"unknown value of partition: {did_you_mean(method, _PARTITIONS)}")
@@ -275,18 +275,16 @@ def _dirichlet(sizes: Sequence[int], n_participants: int, alpha: float, seed: in
     if not 0 < alpha < math.inf:
         raise ConfigError(f"alpha must be greater than 0 and finite, found {alpha:g}: for example 0.5")
     random = np.random.default_rng(generator("partition dirichlet", seed).initial_seed())
-    everyone = np.arange(n_participants)
+    indices = np.arange(n_participants)
     owners = np.concatenate(
         [
             random.permutation(
-                np.repeat(
-                    everyone, _largest_remainder(size, random.dirichlet(np.full(n_participants, alpha)))
-                )
+                np.repeat(indices, _largest_remainder(size, random.dirichlet(np.full(n_participants, alpha))))
             )
             for size in sizes
         ]
     )
-    for participant in everyone:
+    for participant in indices:
         if participant not in owners:
             richest = np.bincount(owners, minlength=n_participants).argmax()
             owners[np.flatnonzero(owners == richest)[-1]] = participant

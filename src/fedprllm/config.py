@@ -16,9 +16,22 @@ from pydantic import BeforeValidator, ByteSize, Field, model_validator
 from fedprllm.errors import ConfigError, did_you_mean
 from fedprllm.settings import Settings
 
-__all__ = ["PruneConfig"]
+__all__ = ["CriterionName", "PruneConfig", "ShareName"]
 
 Group = Literal["layer", "row", "column"]
+# The names of the rows of `fedprllm.core.criteria.CRITERIA`.
+CriterionName = Literal[
+    "wanda",
+    "ria",
+    "magnitude",
+]
+# The names of the rows of `fedprllm.deciding.DECISIONS`: what a participant may share to prune.
+ShareName = Literal[
+    "mask",
+    "statistics",
+    "gram",
+    "weights",
+]
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -36,7 +49,7 @@ class PruneConfig(Settings):
     compares by layer, no weight scaling.
 
     Raises:
-        ConfigError: a value is unknown, out of range or contradicts another one.
+        ConfigError: A value is unknown, out of range or contradicts another one.
     """
 
     sparsity: Annotated[
@@ -45,9 +58,7 @@ class PruneConfig(Settings):
     pattern: Annotated[
         str, Field(description="unstructured, or N:M (at most N non-zeros in M consecutive inputs)")
     ] = "unstructured"
-    criterion: Annotated[
-        Literal["wanda", "ria", "magnitude"], Field(description="score by which weights are ranked")
-    ] = "wanda"
+    criterion: Annotated[CriterionName, Field(description="score by which weights are ranked")] = "wanda"
     local_group: Annotated[
         Literal["row", "layer", "column"],
         Field(description="weights a participant ranks against each other"),
@@ -58,42 +69,47 @@ class PruneConfig(Settings):
     ] = "layer"
     strategy: Annotated[
         Literal["one-shot", "iterative", "centralized", "local-only"],
-        Field(description="who decides what each block loses, and when"),
+        Field(description="whose decision prunes a block, and when it is made"),
     ] = "one-shot"
     share: Annotated[
-        Literal["mask", "statistics", "gram", "weights"],
-        Field(description="what a participant shares; gram prunes with SparseGPT, weights as FedSpaLLM"),
+        ShareName,
+        Field(
+            description="what a participant shares; gram is pruned with SparseGPT, weights as in FedSpaLLM"
+        ),
     ] = "mask"
     max_update_mb: Annotated[
         float | None, Field(gt=0, description="refuse to share more than this per block, in MB")
     ] = None
     allocation: Annotated[
         Literal["uniform", "owl"],
-        Field(description="sparsity of the blocks: all alike, or the less the more outliers (OWL)"),
+        Field(description="sparsity of the blocks: the same for all, or lower where outliers are more (OWL)"),
     ] = "uniform"
     owl_m: Annotated[
-        float, Field(gt=0, description="OWL: an outlier exceeds so many times its block's mean score")
+        float,
+        Field(gt=0, description="OWL: a score counts as an outlier above this multiple of its block's mean"),
     ] = 5.0
     owl_lambda: Annotated[
-        float, Field(ge=0, lt=1, description="OWL: how far a block's sparsity may lie from the model's")
+        float, Field(ge=0, lt=1, description="OWL: how far a block's sparsity may deviate from the model's")
     ] = 0.08
     block_fraction: Annotated[
         str,
         BeforeValidator(_spell_fractions),
-        Field(description="share of the blocks a participant prunes: F for all, or NAME=F,NAME=F"),
+        Field(description="share of the blocks that a participant prunes: F for all, or NAME=F,NAME=F"),
     ] = "1"
     weighting: Annotated[
         Literal["participants", "tokens"],
-        Field(description="what a vote counts: 1, or the participant's calibration tokens"),
+        Field(description="how much a vote counts: 1, or the participant's number of calibration tokens"),
     ] = "participants"
     scale_weights: Annotated[bool, Field(description="multiply the kept weights by (m - votes) / m")] = False
     ties: Annotated[
         Literal["index", "random", "magnitude"],
-        Field(description="who goes first among equals: lowest index, seeded draw, smallest weight"),
+        Field(
+            description="which of equal scores is pruned first: lowest index, seeded draw, smallest weight"
+        ),
     ] = "index"
     server_ties: Annotated[
         Literal["index", "random", "magnitude"] | None,
-        Field(description="the same among equal votes, where it is to differ from --ties"),
+        Field(description="the rule for equal votes, where it differs from --ties"),
     ] = None
     windows: Annotated[
         int, Field(ge=0, description="calibration windows per participant; 0 takes all of its text")
@@ -114,9 +130,11 @@ class PruneConfig(Settings):
     memory_limit: Annotated[
         ByteSize | None,
         # Left out of what identifies a run: it changes no bit.
-        Field(gt=0, exclude=True, description="memory for hidden states, as 2GiB; the rest goes to files"),
+        Field(
+            gt=0, exclude=True, description="memory for hidden states, such as 2GiB; the rest goes to files"
+        ),
     ] = None
-    seed: Annotated[int, Field(ge=0, description="of the choice of windows and of random ties")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed for the choice of windows and for random ties")] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -156,11 +174,11 @@ class PruneConfig(Settings):
         if set(fractions.values()) != {1} and self.strategy in ("centralized", "local-only"):
             raise ConfigError(
                 f"block_fraction shares the blocks out among participants: strategy {self.strategy} has "
-                "nobody to prune the others"
+                "no participant to prune the others"
             )
 
     def _fractions(self) -> dict[str, Fraction]:
-        """Fractions by participant; the one for everybody under the empty name."""
+        """Fractions by participant; the default under the empty name."""
         fractions: dict[str, Fraction] = {}
         for part in self.block_fraction.split(","):
             name, _, fraction = part.rpartition("=")
@@ -173,17 +191,17 @@ class PruneConfig(Settings):
         return fractions
 
     def block_fractions(self, names: Sequence[str]) -> dict[str, Fraction]:
-        """The share of the blocks that each participant prunes: who is not named prunes all.
+        """The share of the blocks that each participant prunes; participants not listed prune every block.
 
         Raises:
-            ConfigError: somebody is named who does not take part.
+            ConfigError: A name is listed that is not among the participants.
         """
         fractions = self._fractions()
-        everybody = fractions.pop("", Fraction(1))
+        default = fractions.pop("", Fraction(1))
         for name in fractions:
             if name not in names:
                 raise ConfigError(f"block_fraction: unknown participant {did_you_mean(name, names)}")
-        return {name: fractions.get(name, everybody) for name in names}
+        return {name: fractions.get(name, default) for name in names}
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -19,14 +19,47 @@ from typing import Any
 
 from fedprllm.errors import DataError, did_you_mean
 
-__all__ = ["read_documents"]
+__all__ = ["Documents", "read_documents"]
 
 _HUB = re.compile(r"hf:(?P<name>[^:\[\]]+)(?::(?P<config>[^:\[\]]+))?:(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?)")
 _STRINGS = {"string", "large_string", "string_view"}
 _NAMES_SHOWN = 20
 
 
-def read_documents(source: str | Path, *, keep_blank: bool = False) -> list[str]:
+class Documents:
+    """Texts that a program holds in memory, in place of a path.
+
+    Args:
+        texts: One string for each document.
+
+    Raises:
+        DataError: There is none that is not blank, or one of them is not a string.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        if isinstance(texts, (str, bytes)):
+            raise DataError("documents must be a list of strings, found one string: wrap it in a list")
+        self.texts = list(texts)
+        for number, text in enumerate(self.texts, start=1):
+            if not isinstance(text, str):
+                raise DataError(f"document {number} in memory: expected a string, found {_type_of(text)}")
+        if not any(text.strip() for text in self.texts):
+            raise DataError("the documents in memory hold no text: expected at least one that is not blank")
+
+    def __str__(self) -> str:
+        """What a record calls them: never their text."""
+        n = len(self.texts)
+        return f"{n} document{'' if n == 1 else 's'} in memory"
+
+    __repr__ = __str__
+
+    @classmethod
+    def of_dataset(cls, dataset: Any) -> Documents:
+        """The text column of a ``datasets.Dataset`` (the column ``text``, or the only one of strings)."""
+        return cls(_dataset_column(dataset, "the dataset in memory"))
+
+
+def read_documents(source: str | Path | Documents, *, keep_blank: bool = False) -> list[str]:
     """Read the documents of one source, in order, without the blank ones unless they are asked for.
 
     A plain text file is one document, whatever its suffix (UTF-8; a byte-order mark is dropped, line ends
@@ -36,10 +69,11 @@ def read_documents(source: str | Path, *, keep_blank: bool = False) -> list[str]
     of the hub.
 
     Raises:
-        DataError: missing, unreadable, empty, not text, malformed, without a text column, or a package that
+        DataError: Missing, unreadable, empty, not text, malformed, without a text column, or a package that
             reads it is not installed.
     """
-    return [document for document in _read(source) if keep_blank or document.strip()]
+    documents = source.texts if isinstance(source, Documents) else _read(source)
+    return [document for document in documents if keep_blank or document.strip()]
 
 
 def _read(source: str | Path) -> list[str]:
@@ -152,10 +186,18 @@ def _parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: not JSON: {reason}") from None
 
 
+def _type_of(value: object) -> str:
+    """The name of a type for users who do not write Python."""
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
+
+
 def _json_text(row: object, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else row
     if not isinstance(text, str):
-        found = f"an object with {_names(row)}" if isinstance(row, dict) else type(row).__name__
+        found = _type_of(text)
+        if isinstance(row, dict):
+            found = f'"text": {found}' if "text" in row else f"an object with {_names(row)}"
         raise DataError(f'{where}: expected a string or {{"text": a string}}, found {found}')
     try:
         text.encode()

@@ -1,4 +1,4 @@
-"""Atomic file writes: a file is complete or absent, because it is written under a temporary name and renamed."""
+"""Atomic file writes: a file gets its name only once it is complete, so it is whole or absent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["atomic_path", "free_bytes", "names_of", "read_json", "save_tensors", "write_json", "write_text"]
 
+_LONGEST_NAME = 100
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -92,18 +92,21 @@ def free_bytes(path: Path) -> int:
 
 
 def names_of(sources: Sequence[str | Path]) -> list[str]:
-    """A short name for each source: the stem of the file, numbered if it occurs more than once.
+    """A unique short name for each source: the stem of the file, with a number if it is taken.
 
-    The names are safe to use in file names: any character other than letters, digits, dot, dash and underscore
-    is replaced by a dash.
+    The names work as file names on every system. Any character other than letters, digits, dot, dash and
+    underscore becomes a dash; no name is empty, begins with a dot, is much longer than 100 characters, or
+    differs from another one only in case.
     """
-    stems = [
-        re.sub(r"[^\w.-]+", "-", str(source) if str(source).startswith("hf:") else Path(source).stem)
-        for source in sources
-    ]
-    seen: Counter[str] = Counter()
-    names = []
-    for stem in stems:
-        seen[stem] += 1
-        names.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
+    names: list[str] = []
+    taken: set[str] = set()
+    for source in sources:
+        stem = str(source) if str(source).startswith("hf:") else Path(source).stem
+        base = re.sub(r"[^\w.-]+", "-", stem).strip(".")[:_LONGEST_NAME] or "text"
+        name, number = base, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
     return names

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 __all__ = ["Progress", "silent"]
 
 Advance = Callable[[int], None]
-# ``with progress("pruning", 30) as advance: ... advance(1)``; the second argument is the total number of steps.
+# ``with progress("pruning", 30) as advance: ... advance(1)``; the number is the total number of steps.
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 

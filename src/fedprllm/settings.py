@@ -6,11 +6,11 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 
 from fedprllm.errors import ConfigError, did_you_mean
 
@@ -37,7 +37,7 @@ class Settings(BaseModel):
             raise ConfigError("\n".join(self._explain(defect) for defect in error.errors())) from None
 
     @classmethod
-    def _explain(cls, defect: ErrorDetails) -> str:
+    def _explain(cls, defect: Mapping[str, Any]) -> str:
         """Describe one mistake in the user's terms instead of pydantic's."""
         known = cls.model_fields
         name = ".".join(str(part) for part in defect["loc"]) or "configuration"

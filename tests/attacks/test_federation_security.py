@@ -1,7 +1,7 @@
 """What a hostile coordinator, server or stranger tries against real sites.
 
-The server of these tests is as hostile as it can be: it allows everything, so whatever is refused, the
-site refuses.
+The server of these tests is as hostile as it can be: it runs without the guard and allows everything, so
+whatever is refused, the site refuses.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fedprllm.federation.flare.processes import end, start_participant
 from fedprllm.federation.flare.session import job_files
 from fedprllm.federation.plan import Plan, RunPlan
 from fedprllm.files import write_json
+from tests.attacks.attackers import AttackedFederation
 from tests.federation_processes import Federation, finish, wait_until
 
 pytestmark = [
@@ -81,7 +82,7 @@ def coordinator(federation):
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory, small_model):
     folder = tmp_path_factory.mktemp("attacked")
-    made = Federation(folder, small_model, ["north"], 50)
+    made = AttackedFederation(folder, small_model, ["north"], 50, hostile=["server"])
     everything = {"format_version": "1.0", "permissions": {"project_admin": "any"}}
     local = made.kits / "server" / "local"
     write_json(local / "authorization.json", everything)

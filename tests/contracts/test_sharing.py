@@ -12,6 +12,7 @@ from fedprllm.pruning.method import pruning_method
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.walk import Walker
 from fedprllm.sharing import SHARING, update_bytes
+from fedprllm.sharing.interface import Ballot
 from tests.contracts.test_walk import assert_same_bits, weights_of
 
 SHARES = list(DECISIONS)
@@ -155,7 +156,7 @@ def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, wi
         assert update is not None
         declared = sharing.shapes(block.linears)
         assert {name: (tuple(t.shape), t.dtype) for name, t in update.items()} == declared
-        sharing.check(block.linears, update, method.target)
+        sharing.check(Ballot(block.linears, update, block.tensors.__getitem__), method.target)
         name = next(iter(update))
         damaged = dict(update)
         if share == "mask" or share == "weights":
@@ -163,7 +164,7 @@ def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, wi
         else:
             damaged[name] = -update[name]
         with pytest.raises(UpdateError, match=name):
-            sharing.check(block.linears, damaged, method.target)
+            sharing.check(Ballot(block.linears, damaged, block.tensors.__getitem__), method.target)
 
 
 def test_votes_can_weigh_tokens(tiny, windows, tmp_path):

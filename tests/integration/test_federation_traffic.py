@@ -92,7 +92,7 @@ def test_the_updates_that_left_are_those_of_the_ledgers(recorded):
         if frame.update:
             update = wire.decode(frame.update, expect=None, max_bytes=len(frame.update))
             assert update.kind == "mask"
-            assert f"/{update.participant} " in frame.about["process"] + " "
+            assert f"/{update.participant}/engine " in frame.about["process"] + " "
 
 
 def test_everything_else_is_the_engine_s_own_or_small(recorded):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,31 +12,10 @@ from fedprllm.federation.plan import SiteSettings
 from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
 from fedprllm.pruning.in_process import _SharedWalk
 from tests.contracts.test_walk import assert_same_bits
+from tests.dying import exit_code, people, prune_and_die
 from tests.isolation import torch_threads
 
 _STATE = 16 * 32 * 4  # bytes: tokens, hidden size, float32
-
-_KILLED = """
-import os, signal, sys
-import torch
-from fedprllm import PruneConfig, prune
-from fedprllm.pruning.run_folder import Run
-model, out = sys.argv[1:]
-torch.set_num_threads(1)
-finish_block = Run.finish_block
-def dying(self, index, *args):
-    if index == 1:
-        assert list(self.spilled_folder.glob("*.safetensors"))
-        os.kill(os.getpid(), signal.SIGKILL)
-    finish_block(self, index, *args)
-Run.finish_block = dying
-people = [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
-prune(model, people, PruneConfig(memory_limit=1), out=out)
-"""
-
-
-def people() -> list[torch.Tensor]:
-    return [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -76,9 +53,9 @@ def test_a_limit_changes_no_bit_and_no_identity(tiny, tmp_path, monkeypatch, opt
 
 def test_a_killed_run_continues_with_any_limit(tiny, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, "-W", "ignore", "-c", _KILLED, str(tiny("llama")), str(out)]
-    child = subprocess.run(command, capture_output=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    config = PruneConfig(memory_limit=1)
+    killed = exit_code(prune_and_die, tiny("llama"), out, config, "before", 1, True)
+    assert killed == -signal.SIGKILL
     with torch_threads(1):
         undisturbed = prune(tiny("llama"), people(), out=tmp_path / "undisturbed")
         resumed = prune(tiny("llama"), people(), PruneConfig(memory_limit=2 * _STATE), out=out)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from fedprllm import PruneConfig, prune
-from fedprllm.evaluation.perplexity import load_tokenizer, perplexities
+from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.tokenizer import load_tokenizer
 from tests.library_text import KINDS, library_text
 
 LENGTH = 128

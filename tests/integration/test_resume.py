@@ -14,39 +14,25 @@ import torch
 from fedprllm import PruneConfig, RunError, prune
 from fedprllm.pruning.in_process import _SharedWalk
 from tests.contracts.test_walk import assert_same_bits
+from tests.dying import exit_code, people, prune_and_die
 from tests.isolation import torch_threads
 
 _CHILD = """
-import json, os, signal, sys
+import sys
 import torch
-from fedprllm import PruneConfig, prune
-from fedprllm.pruning.run_folder import Run
-model, out, seed, strategy, phase, block = sys.argv[1:7]
+from fedprllm import prune
+from tests.dying import people
 torch.set_num_threads(1)
-finish_block = Run.finish_block
-def dying(self, index, record, hidden):
-    if index == int(block) and phase == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    finish_block(self, index, record, hidden)
-    if index == int(block) and phase == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
-Run.finish_block = dying
-people = [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
-prune(model, people, PruneConfig(strategy=strategy, seed=int(seed)), out=out)
+prune(sys.argv[1], people(), out=sys.argv[2])
 """
-
-
-def people() -> list[torch.Tensor]:
-    return [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
 
 
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative", "centralized", "local-only"])
 @pytest.mark.parametrize(("phase", "block"), [("before", 1), ("after", 1), ("after", 2)])
 def test_killed_run_continues_to_the_same_bits(tiny, tmp_path, strategy, phase, block):
     out = tmp_path / "killed"
-    arguments = [str(tiny("llama")), str(out), "0", strategy, phase, str(block)]
-    child = subprocess.run([sys.executable, "-W", "ignore", "-c", _CHILD, *arguments], capture_output=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    config = PruneConfig(strategy=strategy)
+    assert exit_code(prune_and_die, tiny("llama"), out, config, phase, block, False) == -signal.SIGKILL
     assert not (out / "result.json").exists()
     assert not (out / "model").exists()
     finished = sorted(path.name for path in (out / "blocks").glob("*.json"))
@@ -76,8 +62,7 @@ def test_killed_at_arbitrary_moments(tiny, tmp_path):
     with torch_threads(1):
         undisturbed = prune(tiny("llama"), people(), out=tmp_path / "undisturbed")
     out = tmp_path / "killed"
-    arguments = [str(tiny("llama")), str(out), "0", "one-shot", "never", "0"]
-    command = [sys.executable, "-W", "ignore", "-c", _CHILD, *arguments]
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(tiny("llama")), str(out)]
     # The first moments fall into the start of the process, the later ones into the walk.
     for attempt in range(4):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

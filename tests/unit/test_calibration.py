@@ -125,7 +125,7 @@ def test_reads_text(tmp_path: Path, name: str, content: bytes, expected: list[st
         ("a.txt", b"\xef\xbb\xbfab\xe9f", "0xe9 at byte offset 5"),
         ("a.jsonl", b'"a"\n{"text": \n', "line 2: not JSON"),
         ("a.jsonl", b'"a"\n\n{"body": "b"}', r"line 3: expected .* found an object with body"),
-        ("a.jsonl", b"3", "line 1: expected a string .* found int"),
+        ("a.jsonl", b"3", "line 1: expected a string .* found a number"),
         ("a.jsonl", b'{"text": null}', "line 1: expected"),
         ("a.jsonl", b'"a\\ud800b"', "line 1: .* surrogate pair at character 1"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),

@@ -16,7 +16,7 @@ ROOT = Path(fedprllm.__file__).parent
 # below it, and never from another room of its own floor.
 FLOORS = [
     ["errors"],
-    ["settings", "files", "progress"],
+    ["settings", "files", "progress", "process"],
     ["config"],
     ["core"],
     ["documents"],
@@ -28,6 +28,7 @@ FLOORS = [
     ["report"],
     ["study", "demo"],
     ["cli"],
+    ["__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -248,7 +248,7 @@ def test_sparsity_that_differs_is_said_and_notes_are_listed(run_once, edited):
 
     page = report(edited(run_once(), differ))
     assert "The Linears have between 50.0 % and 75.0 % zeros." in page.text
-    assert page.tables["What went another way than asked for"][1:] == [["1", "damping raised to 0.1"]]
+    assert page.tables["Deviations from the requested settings"][1:] == [["1", "damping raised to 0.1"]]
 
 
 # What it leaves out ----------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_sparsity_that_differs_is_said_and_notes_are_listed(run_once, edited):
     [
         (3, {}, "Not measured: the run was given no text to evaluate on.", "Compared with"),
         (1, {}, "Left out: there is one participant", "votes to prune"),
-        (3, {"strategy": "centralized"}, "Left out: everyone's text was pooled", "The server's decision"),
+        (3, {"strategy": "centralized"}, "Left out: all text was pooled", "The server's decision"),
         (3, {"strategy": "centralized"}, "Nothing: the text itself was pooled.", "would send 0"),
         (3, {"strategy": "local-only"}, "Nothing: every participant pruned alone.", "The server's decision"),
         (3, {"strategy": "local-only"}, "Nobody voted in this run", "Each participant would send"),
@@ -485,7 +485,7 @@ def test_allocation_and_unequal_shares_are_shown(run_once):
     assert rows[1][:2] == ["before pruning, to find outliers", f"{8 * len(ratios)} bytes"]
     assert rows[3][1] == f"{sent['site-1']:,} to {sent['site-0']:,} bytes"
     assert page.tables["By participant"][2] == ["site-1", "1", f"{sent['site-1']:,} bytes"]
-    assert "Not everyone took part in every block" in page.text
+    assert "Not every participant took part in every block" in page.text
 
 
 @pytest.mark.parametrize("share", ["mask", "statistics", "gram", "weights"])

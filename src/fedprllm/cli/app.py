@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,13 +25,14 @@ from fedprllm.cli.participant import ledger, participate
 from fedprllm.cli.study import study_command
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
+from fedprllm.process import use_large_pages
 from fedprllm.settings import choices_of, read_toml
 
 __all__ = ["main"]
 
 app = typer.Typer(
     name="fedprllm",
-    help="Prune one language model together: everyone keeps their text, only prune masks are shared.",
+    help="Prune one language model together: texts stay where they are, only small updates are shared.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,9 +42,26 @@ console = Console()
 errors = Console(stderr=True)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.print(f"fedprllm {version('fedprllm')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Prune one language model together: texts stay where they are, only small updates are shared."""
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2."""
     try:
+        use_large_pages()
         app()
     except FedprllmError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
@@ -249,7 +268,7 @@ def _evaluate(
     window_length: Annotated[
         int | None, typer.Option(help=escape("tokens per window [default: 2048, or the model's limit]"))
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="evaluate at most so many tokens per text")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="most tokens to evaluate per text")] = None,
     bos: Annotated[str, typer.Option(help="beginning-of-sequence token: auto, every, start, never")] = "auto",
     tasks: Annotated[
         str | None, typer.Option(help="lm-eval tasks, comma separated (needs fedprllm[lm-eval])")

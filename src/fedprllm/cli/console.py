@@ -1,4 +1,4 @@
-"""What the commands of a federation share: terminals, and ends that leave nothing behind."""
+"""What the commands of a federation share: terminals, and clean endings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _leave(status: int) -> None:
 
 
 def heed() -> None:
-    """Be interrupted again if we were: the engine catches every exception here and there, this one too."""
+    """Re-raise a pending interrupt: the engine swallows exceptions, this one included."""
     if _asked_to_end.is_set():
         raise KeyboardInterrupt
 
@@ -82,13 +82,13 @@ def attend(start: Callable[[], Any], what: str, kit: Path, look: Callable[[], ob
     """Keep a process of the engine running until it ends or we are interrupted.
 
     Args:
-        start: starts it.
-        what: it is, for messages.
-        kit: it belongs to.
-        look: called every second.
+        start: Starts it.
+        what: What the process is, for messages.
+        kit: The kit it belongs to.
+        look: Called every second.
 
     Raises:
-        RunError: it ended by itself with an error.
+        RunError: It ended with an error of its own.
     """
     from fedprllm.federation.flare.processes import running
 

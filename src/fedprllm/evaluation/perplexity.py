@@ -11,21 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from fedprllm.calibration import Bos, evaluation_windows
-from fedprllm.errors import DataError, ModelError
+from fedprllm.errors import DataError
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import names_of
 from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
+from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.progress import Progress, silent
 
-__all__ = ["Perplexity", "evaluate", "load_tokenizer", "perplexities", "window_length_for"]
+__all__ = ["Perplexity", "evaluate", "perplexities", "window_length_for"]
 
 DEFAULT_WINDOW_LENGTH = 2048
 
@@ -34,7 +34,7 @@ def window_length_for(model: BlockwiseModel, asked: int | None) -> int:
     """The asked window length, or 2048 tokens, or less if the model takes less.
 
     Raises:
-        DataError: more tokens are asked for than the model takes.
+        DataError: More tokens are asked for than the model takes.
     """
     limit = model.max_window_length
     if asked is None:
@@ -42,23 +42,6 @@ def window_length_for(model: BlockwiseModel, asked: int | None) -> int:
     if limit is not None and asked > limit:
         raise DataError(f"window length {asked} exceeds the {limit} tokens the model takes at most")
     return asked
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        ModelError: the folder has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): text needs one; give token "
-            "windows from Python instead"
-        ) from None
 
 
 def perplexities(
@@ -70,10 +53,10 @@ def perplexities(
     """Perplexity of a model on several texts, in one walk over its blocks.
 
     Args:
-        model: the model.
-        texts: token windows by name of the text.
-        progress: told of every window and block.
-        weights_of: weights to take in place of the model's own, by name: a pruned model need not be written
+        model: The model.
+        texts: Token windows by name of the text.
+        progress: Told of every window and block.
+        weights_of: Weights to take in place of the model's own, by name: a pruned model need not be written
             to be measured.
     """
     windows = [window for text in texts.values() for window in text]
@@ -104,7 +87,7 @@ def perplexities(
 
 def evaluate(
     model: str | Path,
-    texts: Sequence[str | Path] | Mapping[str, str | Path],
+    texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     *,
     window_length: int | None = None,
     max_tokens: int | None = None,
@@ -116,19 +99,20 @@ def evaluate(
     """Perplexity of a model on each text.
 
     Args:
-        model: hub id, local folder or GGUF file.
-        texts: paths of texts (see `fedprllm.documents.read_documents`), named or not.
-        window_length: tokens per window; 2048 or the model's limit by default.
-        max_tokens: evaluate at most this many tokens of each text.
-        bos: where to put a beginning-of-sequence token.
-        dtype: precision of the forward pass.
-        device: where to compute.
-        progress: told of every window and block.
+        model: Hub id, local folder or GGUF file.
+        texts: Paths of texts (see `fedprllm.documents.read_documents`), named or not.
+        window_length: Tokens per window; 2048 or the model's limit by default.
+        max_tokens: Evaluate at most this many tokens of each text.
+        bos: Where to put a beginning-of-sequence token.
+        dtype: Precision of the forward pass.
+        device: Where to compute.
+        progress: Told of every window and block.
 
     Raises:
-        DataError, ModelError: a text or the model cannot be used.
+        DataError, ModelError: A text or the model cannot be used.
     """
-    named = texts if isinstance(texts, Mapping) else dict(zip(names_of(texts), texts, strict=True))
+    listed = [texts] if isinstance(texts, (str, Path)) else texts
+    named = listed if isinstance(listed, Mapping) else dict(zip(names_of(listed), listed, strict=True))
     if not named:
         raise DataError("no text to evaluate on: give at least one")
     folder = resolve_model(model, progress=progress)

@@ -15,7 +15,7 @@ class Perplexity(BaseModel):
 
     Attributes:
         text: Name of the text.
-        perplexity: exp of ``nll``.
+        perplexity: Exp of ``nll``.
         nll: Mean negative log-likelihood in nats per predicted token.
         n_tokens: Number of predicted tokens.
         n_windows: Number of windows evaluated.

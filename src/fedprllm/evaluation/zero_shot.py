@@ -1,4 +1,4 @@
-"""Zero-shot tasks by lm-eval, an optional extra, on task data of one's own or of the hub."""
+"""Zero-shot tasks by lm-eval, an optional extra, on your own task data or the hub's."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def zero_shot(
     """Accuracy and the like of a model on lm-eval tasks.
 
     Args:
-        model: hub id, local folder or GGUF file.
-        tasks: names of lm-eval tasks or groups.
-        task_folder: a folder with task files (YAML) of your own.
-        limit: examples per task; all by default.
-        dtype: precision of the forward pass.
-        device: where to compute.
-        batch_size: examples at once.
+        model: Hub id, local folder or GGUF file.
+        tasks: Names of lm-eval tasks or groups.
+        task_folder: A folder with task files (YAML) of your own.
+        limit: Examples per task; all by default.
+        dtype: Precision of the forward pass.
+        device: Where to compute.
+        batch_size: Examples at once.
 
     Returns:
         A row for each task and metric: task, metric, value, stderr (NaN where lm-eval gives none).
 
     Raises:
-        ConfigError: a task is unknown.
-        ModelError: lm-eval is not installed, or the model cannot be used.
+        ConfigError: A task is unknown.
+        ModelError: Lm-eval is not installed, or the model cannot be used.
     """
     try:
         from lm_eval import simple_evaluate

@@ -1,1 +1,1 @@
-"""Who talks to whom: all participants in one process, or a federation over the network."""
+"""A federation over the network: the coordinator, the participants' sites, and the messages between them."""

@@ -1,4 +1,4 @@
-"""What people write for a federation: the coordinator's plan and run, each participant's own settings.
+"""What is configured in a federation: the coordinator's plan and runs, and each participant's own settings.
 
 Nothing here imports torch or the engine.
 """
@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import ByteSize, Field, model_validator
 
-from fedprllm.config import PruneConfig
+from fedprllm.config import PruneConfig, ShareName
 from fedprllm.errors import ConfigError, did_you_mean
 from fedprllm.settings import Settings, read_toml
 
-__all__ = ["DEFAULT_ALLOWED", "Plan", "RunPlan", "SiteSettings", "read_plan", "read_run_plan"]
+__all__ = [
+    "DEFAULT_ALLOWED",
+    "DEFAULT_MESSAGE_MB",
+    "Plan",
+    "RunPlan",
+    "SiteSettings",
+    "read_plan",
+    "read_run_plan",
+]
 
 # Every kind of update there is: the keys of `fedprllm.sharing.SHARING`, which needs torch.
-KINDS = ("mask", "statistics", "gram", "weights", "outliers")
+KINDS = (*get_args(ShareName), "outliers")
 DEFAULT_ALLOWED = ("mask",)
-# The strategies that a federation can run: the others need everyone's text in one place, or no one else.
+DEFAULT_MESSAGE_MB = 1024
+# The strategies that a federation can run: the others need all text in one place, or no other participants.
 FEDERATED = ("one-shot", "iterative")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -31,10 +40,10 @@ class Plan(Settings):
     """Who takes part and where the server is: what ``fedprllm federation init`` makes kits from.
 
     Raises:
-        ConfigError: a name cannot be used, or occurs twice.
+        ConfigError: A name cannot be used, or occurs twice.
     """
 
-    name: Annotated[str, Field(description="of the federation, in its certificates")] = "fedprllm"
+    name: Annotated[str, Field(description="name of the federation, in its certificates")] = "fedprllm"
     server: Annotated[str, Field(description="host name at which participants reach the server")]
     port: Annotated[int, Field(ge=1, le=65535, description="the one port that must be open")] = 8002
     participants: Annotated[list[str], Field(min_length=1, description="one name for each participant")]
@@ -43,8 +52,8 @@ class Plan(Settings):
     )
     valid_days: Annotated[int, Field(ge=1, description="how long the certificates are valid")] = 360
     max_message_mb: Annotated[
-        int, Field(ge=1, description="longest message that server and sites receive, in MB (10^6 bytes)")
-    ] = 1024
+        int, Field(ge=1, description="longest message that the server receives, in MB (10^6 bytes)")
+    ] = DEFAULT_MESSAGE_MB
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -65,10 +74,10 @@ class Plan(Settings):
 
 
 class RunPlan(Settings):
-    """One run of a federation: which model, how it is pruned, and what happens when somebody fails.
+    """One run of a federation: which model, how it is pruned, and what happens when a participant fails.
 
     Raises:
-        ConfigError: a strategy that needs no federation, a quorum that cannot be reached, a bad name.
+        ConfigError: A strategy that needs no federation, a quorum that cannot be reached, a bad name.
     """
 
     name: Annotated[str, Field(description="folder of the run below the server's runs folder")]
@@ -79,7 +88,7 @@ class RunPlan(Settings):
     participants: Annotated[
         list[str], Field(description="names of the participants; all of the plan if empty")
     ] = Field(default_factory=list)
-    quorum: Annotated[int, Field(ge=1, description="participants without whom the run stops")] = 1
+    quorum: Annotated[int, Field(ge=1, description="fewest participants with which the run goes on")] = 1
     deadline_s: Annotated[
         float, Field(gt=0, description="seconds a participant has for a block before it is left out")
     ] = 3600.0
@@ -141,6 +150,21 @@ class SiteSettings(Settings):
         float, Field(gt=0, le=1, description="share of the blocks that this participant prunes at most")
     ] = 1.0
     record: Annotated[str | None, Field(description="folder for a copy of every message that leaves")] = None
+    min_windows: Annotated[int, Field(ge=1, description="fewest windows behind an update")] = 16
+    min_tokens: Annotated[int, Field(ge=2, description="fewest tokens behind an update")] = 8192
+    min_participants: Annotated[int, Field(ge=1, description="fewest participants of a run")] = 3
+    runs_per_text: Annotated[int, Field(ge=1, description="runs that one text may be used in")] = 3
+    seed: Annotated[
+        int | None,
+        Field(ge=0, description="seed for the choice of windows; drawn once and kept here by default"),
+    ] = None
+    confirm: Annotated[bool, Field(description="ask before the first computation of a run")] = True
+    plan: Annotated[
+        dict[str, Any] | None, Field(description="the one run that is accepted: model, config, participants")
+    ] = None
+    max_message_mb: Annotated[
+        int, Field(ge=1, description="longest message that is received here, in MB (10^6 bytes)")
+    ] = DEFAULT_MESSAGE_MB
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -154,7 +178,7 @@ def read_plan(path: Path) -> Plan:
     """Read ``plan.toml``.
 
     Raises:
-        ConfigError: the file or a value in it cannot be used.
+        ConfigError: The file or a value in it cannot be used.
     """
     try:
         return Plan(**read_toml(path))
@@ -166,7 +190,7 @@ def read_run_plan(path: Path) -> RunPlan:
     """Read the ``config.toml`` of a run; a model path in it is relative to the file.
 
     Raises:
-        ConfigError: the file or a value in it cannot be used.
+        ConfigError: The file or a value in it cannot be used.
     """
     values = read_toml(path)
     model = values.get("model")

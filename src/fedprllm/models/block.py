@@ -59,9 +59,9 @@ class Block:
     """One decoder block with its weights in memory.
 
     Attributes:
-        index: position in the model.
-        linears: its prunable weights by name.
-        tensors: all its tensors by name, in the precision and orientation of the checkpoint.
+        index: Position in the model.
+        linears: Its prunable weights by name.
+        tensors: All its tensors by name, in the precision and orientation of the checkpoint.
     """
 
     index: int

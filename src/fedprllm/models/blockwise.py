@@ -35,12 +35,12 @@ class BlockwiseModel:
     """A causal language model of which one block at a time is in memory.
 
     Args:
-        folder: a Hugging Face folder with safetensors (see `fedprllm.models.source.resolve_model`).
-        dtype: precision of the forward passes.
-        device: where they run.
+        folder: A Hugging Face folder with safetensors (see `fedprllm.models.source.resolve_model`).
+        dtype: Precision of the forward passes.
+        device: Where they run.
 
     Raises:
-        ModelError: no decoder blocks, no Linear in them, fused experts, a quantised checkpoint, tensors
+        ModelError: No decoder blocks, no Linear in them, fused experts, a quantised checkpoint, tensors
             missing from the checkpoint, or a device that does not exist.
     """
 

@@ -30,11 +30,11 @@ class Checkpoint:
     """The tensors of a model folder, by the names its transformers model uses.
 
     Args:
-        folder: a Hugging Face folder with one or several safetensors files.
-        prefix: base-model prefix that the files may leave out (the hub's GPT-2 does).
+        folder: A Hugging Face folder with one or several safetensors files.
+        prefix: Base-model prefix that the files may leave out (the hub's GPT-2 does).
 
     Raises:
-        ModelError: the folder has no safetensors, or a file of its index is missing or broken.
+        ModelError: The folder has no safetensors, or a file of its index is missing or broken.
     """
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
@@ -92,7 +92,7 @@ class Checkpoint:
         """SHA-256 of the type, shape and bytes of some tensors, of which a few are in memory at a time.
 
         Raises:
-            ModelError: a tensor holds NaN or infinity (named).
+            ModelError: A tensor holds NaN or infinity (named).
         """
         # While one thread waits for the disk, another one computes.
         digests = in_threads(lambda name: _fingerprint(name, self.load([name])[name]), names)

@@ -15,7 +15,7 @@ def tensor_fingerprints(model: BlockwiseModel, progress: Progress = silent) -> d
     """SHA-256 of every tensor by name: first those outside blocks, then block by block.
 
     Raises:
-        ModelError: a weight is not finite (named).
+        ModelError: A weight is not finite (named).
     """
     stored = [name for name in model.skeleton.state_dict() if name in model.checkpoint]
     blocks = [[name for name in stored if name.startswith(f"{block}.")] for block in model.block_names]

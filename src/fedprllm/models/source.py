@@ -41,14 +41,14 @@ def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress:
     (``h.0.ln_1.weight`` for ``transformer.h.0.ln_1.weight``). A conversion holds the model in memory.
 
     Args:
-        model: id on the Hugging Face hub, local folder, or GGUF file.
-        cache_dir: where conversions are kept [default: $FEDPRLLM_CACHE, or the user's cache folder].
-        progress: told of a download and of a conversion (see `fedprllm.progress`).
+        model: Id on the Hugging Face hub, local folder, or GGUF file.
+        cache_dir: Where conversions are kept [default: $FEDPRLLM_CACHE, or the user's cache folder].
+        progress: Told of a download and of a conversion (see `fedprllm.progress`).
 
     Raises:
-        ModelError: there is no such model, it is no decoder-only language model, or its files are
+        ModelError: There is no such model, it is no decoder-only language model, or its files are
             incomplete or corrupted.
-        RunError: the cache cannot be written.
+        RunError: The cache cannot be written.
     """
     path = _local_path(model) or _download(str(model), progress)
     if path.is_file() and path.suffix.lower() != ".gguf":

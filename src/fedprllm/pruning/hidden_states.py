@@ -1,4 +1,4 @@
-"""Hidden states between two blocks: in memory up to a limit, beyond it in files.
+"""Hidden states between two blocks: in memory up to a limit, in files beyond it.
 
 A window of 2048 tokens takes 32 MB at LLaMA-7B's width in float32; a hundred of them take as much memory as
 everything else of a walk together, and are needed one at a time.
@@ -27,8 +27,8 @@ class HiddenMemory:
     """The memory that the hidden states of several participants share.
 
     Args:
-        folder: where files go that exceed the limit; whatever it holds is removed.
-        limit_bytes: of all states in memory together; None for no limit.
+        folder: Where files go that exceed the limit; whatever it holds is removed.
+        limit_bytes: Limit for all states in memory together; None for no limit.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int | None = None) -> None:
@@ -39,7 +39,7 @@ class HiddenMemory:
         self.clear()
 
     def take(self, n_bytes: int) -> bool:
-        """Set some bytes aside, if there are so many left."""
+        """Reserve bytes, if that many are left."""
         fits = self._limit is None or self._used + n_bytes <= self._limit
         self._used += n_bytes * fits
         return fits
@@ -58,8 +58,8 @@ class HiddenStates:
     """One participant's hidden states, by window; a window stays where it is, in memory or in a file.
 
     Args:
-        memory: shared with others; by default without a limit.
-        name: of the participant, for the names of files.
+        memory: Shared with others; by default without a limit.
+        name: Name of the participant, for file names.
     """
 
     def __init__(self, memory: HiddenMemory | None = None, name: str = "") -> None:

@@ -106,7 +106,7 @@ class _SharedWalk:
                 )
 
     def step(self, index: int, advance: Advance) -> None:
-        """Prune one block for everyone and keep the result."""
+        """Prune one block for all participants and keep the result."""
         clock = Clock()
         for walker in self.walkers:
             walker.clock = clock
@@ -132,7 +132,7 @@ class _SharedWalk:
             advance(1)
         if self.method.strategy.server_votes:
             decision = decide_and_write(aggregate, self.writers.get(None), clock=clock)
-        assert decision is not None, "whoever is not voted for decides alone"
+        assert decision is not None, "without votes, participants decide for themselves"
         if self.method.strategy.follows_server:
             for walker in self.walkers:
                 walker.advance(block, decision.weights)

@@ -11,7 +11,7 @@ from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.groups import GroupName
 from fedprllm.core.owl import Outliers
-from fedprllm.deciding import SURVEYS, BlockDecision, decision_of
+from fedprllm.deciding import BlockDecision, decision_of
 from fedprllm.models.block import Block
 from fedprllm.pruning.strategies import STRATEGIES, Strategy
 from fedprllm.sharing import SHARING, Sharing, Target, Totals
@@ -76,7 +76,7 @@ def pruning_method(config: PruneConfig) -> Method[BlockDecision]:
 
 def survey_method(config: PruneConfig) -> Method[Outliers]:
     """How outliers are counted before pruning: one walk over the unpruned model, with Wanda's score."""
-    survey = SURVEYS[config.share]
+    survey = decision_of(config).survey
     config = config.model_copy(update={"strategy": "one-shot", "criterion": "wanda"})
     return Method(
         Target(config), STRATEGIES[config.strategy], SHARING[survey.kind], survey.decide, uses_inputs=True

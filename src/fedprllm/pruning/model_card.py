@@ -62,7 +62,7 @@ def write_model_card(folder: Path, record: RunRecord) -> None:
         title=f"{Path(record.model.source).name}, {record.sparsity:.0%} sparse",
         source=record.model.source,
         sparsity=record.sparsity,
-        participants=f"{n} participants who kept their text" if n > 1 else "one participant",
+        participants=f"{n} participants, each of which kept its text" if n > 1 else "one participant",
         strategy=config.strategy,
         criterion=config.criterion,
         pattern=config.pattern,

@@ -1,4 +1,4 @@
-"""One participant of a run: it observes each block on its own text and walks on.
+"""One participant of a run: it observes each block on its own text and computes the next block's input.
 
 The same class serves a participant among others in one process, the one participant that holds all text
 (centralized), and a site of a federation.
@@ -25,14 +25,14 @@ __all__ = ["Participant"]
 
 
 class Participant:
-    """Someone's calibration windows, and the hidden states of the walk over them.
+    """A participant's calibration windows, and the hidden states of its walk.
 
     Attributes:
-        name: for messages and files.
-        windows: int64 token ids, [n_windows, window_length].
+        name: Its name in messages and files.
+        windows: Int64 token ids, [n_windows, window_length].
         fingerprint: SHA-256 of the windows.
-        sources: where the text came from, for the record.
-        hidden: one tensor [1, window_length, hidden_size] per window: the input of the next block. All in
+        sources: Where the text came from, for the record.
+        hidden: One tensor [1, window_length, hidden_size] per window: the input of the next block. All in
             memory, unless states with a limit are put in their place.
     """
 
@@ -72,12 +72,12 @@ class Participant:
         """Sum up the inputs of the block's Linears over this participant's windows, and only those.
 
         Args:
-            block: the block, unpruned.
-            observation: what is summed up.
-            walk_on: feed the next block from this very pass: from the unpruned block.
+            block: The block, unpruned.
+            observation: What is summed up.
+            walk_on: Feed the next block from this very pass: from the unpruned block.
 
         Raises:
-            ModelError: an activation is NaN or infinite, or a Linear was never used (both named).
+            ModelError: An activation is NaN or infinite, or a Linear was never used (both named).
         """
         statistics: BlockStatistics = {}
         with observing(block, statistics, observation):

@@ -25,7 +25,7 @@ def check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
     """Refuse an N:M pattern that does not divide the inputs of every Linear.
 
     Raises:
-        ConfigError: names the first Linear.
+        ConfigError: Names the first Linear.
     """
     if config.n_m is None:
         return
@@ -42,7 +42,7 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
     """Refuse to share more than the user allows, before anything is computed.
 
     Raises:
-        ConfigError: names the first block, its megabytes and the limit.
+        ConfigError: Names the first block, its megabytes and the limit.
     """
     if config.max_update_mb is None:
         return
@@ -60,7 +60,7 @@ def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_m
     """Refuse a run whose updates, or whose decisions where participants wait for them, could not arrive.
 
     Raises:
-        ConfigError: names the first block, its megabytes and the limit.
+        ConfigError: Names the first block, its megabytes and the limit.
     """
     for index, linears in enumerate(model.linears):
         n_bytes = update_bytes(SHARING[config.share].shapes(linears))

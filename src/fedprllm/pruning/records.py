@@ -62,7 +62,7 @@ class LinearRecord(Record):
         n_pruned: Weights that the mask prunes.
         n_ties: Prunes that a tie rule decided.
         n_close: Prunes that rounding may have decided; None where it was not counted.
-        vote_histogram: Number of weights by number of votes; None where nobody voted, or votes count tokens.
+        vote_histogram: Number of weights by number of votes; None without votes, or where votes count tokens.
     """
 
     path: Annotated[str, Field(alias="kind")]

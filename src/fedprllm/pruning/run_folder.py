@@ -44,12 +44,12 @@ class Run:
     """The folder of one run, held by one process at a time (use it as a context manager).
 
     Args:
-        folder: the run's folder; made if it does not exist.
-        identity: everything that determines the result, as JSON values.
-        needed_bytes: what the run will write at most, checked before anything is computed.
+        folder: The run's folder; made if it does not exist.
+        identity: Everything that determines the result, as JSON values.
+        needed_bytes: What the run will write at most, checked before anything is computed.
 
     Raises:
-        RunError: the folder holds something else, another configuration's run or a run that another
+        RunError: The folder holds something else, another configuration's run or a run that another
             process works on; or the disk has too little space.
     """
 

@@ -38,7 +38,7 @@ class StoredVotes(Mapping[str, Tensor]):
     """Votes by weight name, each read and counted when it is asked for.
 
     Args:
-        files: where the votes on each weight are.
+        files: Where the votes on each weight are.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:

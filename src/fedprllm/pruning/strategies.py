@@ -1,11 +1,11 @@
-"""The strategies of the paper, as a table: who decides what a block loses while walking, and for whom.
+"""The paper's strategies as a table: whose decision prunes a block during the walk, and for which model.
 
 | strategy | participants | walks on with | models made |
 |---|---|---|---|
-| one-shot | everyone | its own mask | the server's |
-| iterative | everyone | the server's mask | the server's |
-| centralized | one, who holds all text | its own mask | its own |
-| local-only | everyone, alone | its own mask | one each |
+| one-shot | all | its own mask | the server's |
+| iterative | all | the server's mask | the server's |
+| centralized | one, with all text | its own mask | its own |
+| local-only | all, each alone | its own mask | one each |
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["STRATEGIES", "Strategy"]
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a walk is shared out.
+    """How participants take part in a walk.
 
     Attributes:
-        pools_text: one participant stands for all and holds all their windows.
-        server_votes: the participants' masks are summed and the server's decision is the model;
+        pools_text: One participant stands for all and holds all their windows.
+        server_votes: The participants' masks are summed and the server's decision is the model;
             otherwise every participant's own decision is a model of its own.
-        follows_server: participants feed the next block from the server's decision, which takes one
+        follows_server: Participants feed the next block from the server's decision, which takes one
             round of communication per block, not from their own.
     """
 

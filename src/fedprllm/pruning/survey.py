@@ -35,7 +35,7 @@ def survey_in_process(
 
     Args:
         model: The unpruned model.
-        participants: Those who walk, in the order of their names.
+        participants: The participants that walk, in the order of their names.
         config: The resolved configuration.
         samples: The blocks that each of them looks at.
         run: An open run, which keeps the counts.

@@ -16,7 +16,7 @@ from fedprllm.report.drawing import DASHES, MARKERS, MUTED, PAGE, SEQUENTIAL, SE
 
 __all__ = ["MAX_NAMED", "MAX_PRINTED", "bars", "grouped_bars", "heatmap", "lines", "shares"]
 
-# A matrix of at most so many rows has its values printed into it.
+# A matrix with at most this many rows has its values printed into it.
 MAX_PRINTED = 12
 # Rows of a heatmap with more than this are numbered, not named.
 MAX_NAMED = 24
@@ -66,10 +66,10 @@ def grouped_bars(
     The axis is linear from 0; or, if values differ by more than ten times, logarithmic from 1.
 
     Args:
-        groups: value by row by group; an infinite value is drawn to the edge.
-        colours: number of the series colour by row; 0 is muted.
-        label: what the figure shows, in words.
-        axis_label: what the values are.
+        groups: Value by row by group; an infinite value is drawn to the edge.
+        colours: Number of the series colour by row; 0 is muted.
+        label: What the figure shows, in words.
+        axis_label: What the values are.
     """
     values = [value for group in groups.values() for value in group.values()]
     finite = [value for value in values if np.isfinite(value)] or [1.0]
@@ -185,11 +185,11 @@ def heatmap(
 
     Args:
         values: [row, column].
-        rows: name of each row.
-        columns: name of each column.
-        label: what the figure shows, in words.
-        limits: values of the darkest and the lightest colour.
-        names: of the column axis, the row axis and the values.
+        rows: Name of each row.
+        columns: Name of each column.
+        label: What the figure shows, in words.
+        limits: Values of the darkest and the lightest colour.
+        names: Labels of the column axis, the row axis and the values.
     """
     square = list(rows) == list(columns)
     height = 0.7 + (0.3 if square else 0.23) * len(rows) if len(rows) <= MAX_NAMED else 6.2
@@ -254,10 +254,10 @@ def lines(
     """One line per name over 0, 1, 2, ..., told apart by colour, dash and mark.
 
     Args:
-        series: values by name; NaN leaves a gap.
-        label: what the figure shows, in words.
-        names: of the horizontal and the vertical axis.
-        reference: a value drawn as a level line, and its name.
+        series: Values by name; NaN leaves a gap.
+        label: What the figure shows, in words.
+        names: Labels of the horizontal and the vertical axis.
+        reference: A value drawn as a level line, and its name.
     """
     n = max(len(values) for values in series.values())
     with drawing(label, 3.4) as drawn:

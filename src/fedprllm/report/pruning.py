@@ -76,7 +76,7 @@ def zeros(facts: Facts) -> Section:
     section = Section("sparsity", "Sparsity", [f"{spread}.", Plot(figure, caption), *_allocation(facts)])
     notes = [[str(record.block), note] for record in facts.blocks for note in record.notes]
     if notes:
-        section.parts.append(Table("What went another way than asked for", ("block", "note"), "ll", notes))
+        section.parts.append(Table("Deviations from the requested settings", ("block", "note"), "ll", notes))
     return section
 
 
@@ -105,7 +105,7 @@ def agreement(facts: Facts) -> Section:
     """How alike the participants' masks are: votes, and pairs."""
     section = Section("agreement", "How much the participants agree")
     if len(facts.voting) < 2:
-        why = "everyone's text was pooled" if facts.strategy.pools_text else "there is one participant"
+        why = "all text was pooled" if facts.strategy.pools_text else "there is one participant"
         section.parts.append(f"Left out: {why}, so there is one mask only.")
         return section
     if not facts.blocks[0].agreement:
@@ -132,7 +132,7 @@ def _votes(facts: Facts) -> list[str | Plot]:
         f"({percent(1 - by_chance)} if masks were random)."
     )
     if facts.dropouts:
-        lead += " Not everyone took part in every block: fewer votes were possible there."
+        lead += " Not every participant took part in every block, so fewer votes were possible there."
     if not facts.strategy.server_votes:
         lead += " Nobody voted in this run: the masks were counted for this page only."
     label = "Share of weights by number of votes. " + "; ".join(
@@ -141,7 +141,7 @@ def _votes(facts: Facts) -> list[str | Plot]:
     figure = plots.shares(shares, label, f"votes to prune, of {n} participants")
     return [
         lead,
-        Plot(figure, "Share of weights by number of participants who would prune them, by kind of Linear."),
+        Plot(figure, "Share of weights by number of participants that would prune them, by kind of Linear."),
     ]
 
 
@@ -275,9 +275,9 @@ def traffic(facts: Facts) -> Section:
         return section
     rounds = facts.record.rounds
     how = (
-        "after each block the server returns its decision, and everyone goes on from that"
+        "after each block the server returns its decision, and all participants continue from it"
         if facts.strategy.follows_server
-        else "everyone walks through all blocks alone and sends all of it at the end"
+        else "each participant walks through all blocks alone and sends its updates at the end"
     )
     low, high = min(per_block), max(per_block)
     each = f"{low:,}" if low == high else f"{low:,} to {high:,}"

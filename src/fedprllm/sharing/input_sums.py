@@ -6,13 +6,11 @@ add up over participants. Query, key and value read the same input, as do gate a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from fedprllm.errors import UpdateError
-from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.interface import SUMS, Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.target import Target
 
 __all__ = ["STATISTICS", "distinct_inputs", "pooled_norms"]
@@ -35,9 +33,9 @@ def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one sig
     }
 
 
-def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> None:  # noqa: ARG001
-    for name in distinct_inputs(linears):
-        if not (update[name] >= 0).all():
+def _check(ballot: Ballot, target: Target) -> None:  # noqa: ARG001
+    for name in distinct_inputs(ballot.linears):
+        if not (ballot.update[name] >= 0).all():
             raise UpdateError(
                 f"the sums of squares of '{name}' contain a negative number or NaN: expected numbers >= 0"
             )
@@ -61,6 +59,7 @@ STATISTICS = Sharing(
     kind="statistics",
     noun="sums over the Linears' inputs",
     content="For each distinct input of the Linears, the sum of squares of each channel.",
+    wire=Wire(2, SUMS, SUMS, not_negative="sums of squares"),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,19 @@ from fedprllm.models.block import Block, Linear
 from fedprllm.models.observe import BlockStatistics, Observation
 from fedprllm.sharing.target import Target
 
-__all__ = ["Linears", "Seen", "Shapes", "Sharing", "Tensors", "Totals", "update_bytes"]
+__all__ = [
+    "BITS",
+    "SUMS",
+    "Ballot",
+    "Linears",
+    "Seen",
+    "Shapes",
+    "Sharing",
+    "Tensors",
+    "Totals",
+    "Wire",
+    "update_bytes",
+]
 
 Tensors = dict[str, Tensor]
 Linears = Mapping[str, Linear]
@@ -36,6 +49,21 @@ class Seen:
     block: Block
     statistics: BlockStatistics | None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One participant's update of a block, as received: its values are not trusted.
+
+    Attributes:
+        linears: The Linears of the block.
+        update: Tensors of the update, in the declared shapes and types.
+        model: Reads the model's original tensor of a weight by name, in the orientation of the checkpoint.
+    """
+
+    linears: Linears
+    update: Mapping[str, Tensor]
+    model: Callable[[str], Tensor]
 
 
 @dataclass
@@ -73,6 +101,26 @@ class Totals:
         self.weight += weight
 
 
+class Wire(NamedTuple):
+    """How the tensors of a kind of update are written in a message (docs/wire-format.md).
+
+    Attributes:
+        code: Number of the kind; never reused for another kind.
+        dtypes: Types that a tensor may have.
+        mask_dtypes: Types that a tensor whose name ends in ``.mask`` may have.
+        not_negative: Name of the values if none of them may be negative; otherwise empty.
+    """
+
+    code: int
+    dtypes: tuple[torch.dtype, ...]
+    mask_dtypes: tuple[torch.dtype, ...]
+    not_negative: str = ""
+
+
+BITS = (torch.bool,)
+SUMS = (torch.float32, torch.float64)
+
+
 @dataclass(frozen=True)
 class Sharing:
     """A way of sharing: what a participant sends for each block, and how updates add up.
@@ -83,6 +131,7 @@ class Sharing:
         kind: Name of the kind of update in plans, settings, messages and ledgers.
         noun: Short noun phrase for what is shared, used inside sentences.
         content: One sentence on what an update contains, for the report and the participant's terminal.
+        wire: How an update is written in a message.
         shapes: Returns the shape and type of every tensor of a valid update, given the Linears of a block.
         contribute: Makes a participant's update from what it has seen.
         check: Refuses an update that has the right shapes but cannot come from an honest participant.
@@ -94,9 +143,10 @@ class Sharing:
     kind: str
     noun: str
     content: str
+    wire: Wire
     shapes: Callable[[Linears], Shapes]
     contribute: Callable[[Seen, Target], Tensors]
-    check: Callable[[Linears, Mapping[str, Tensor], Target], None]
+    check: Callable[[Ballot, Target], None]
     zeros: Callable[[Linears, torch.device], Totals]
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros

@@ -12,7 +12,7 @@ from fedprllm.core.criteria import wanda
 from fedprllm.core.owl import Outliers, outliers
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block
-from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.interface import Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.target import Target
 
 __all__ = ["OUTLIERS", "block_outliers", "n_weights", "outlier_total"]
@@ -46,8 +46,9 @@ def _contribute(seen: Seen, target: Target) -> Tensors:
     return {_COUNT: torch.tensor([found.n_outliers], dtype=torch.float64)}
 
 
-def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> None:  # noqa: ARG001
-    count, most = float(update[_COUNT][0]), n_weights(linears)
+def _check(ballot: Ballot, target: Target) -> None:
+    # At most 1 / m of all scores can exceed m times their mean.
+    count, most = float(ballot.update[_COUNT][0]), int(n_weights(ballot.linears) / target.config.owl_m)
     if not (0 <= count <= most and count.is_integer()):
         raise UpdateError(
             f"the number of outliers in a block must be a whole number from 0 to {most}, found {count:g}"
@@ -67,6 +68,7 @@ OUTLIERS = Sharing(
     kind="outliers",
     noun="numbers of outlying scores",
     content="For each block, the number of outlying scores.",
+    wire=Wire(5, (torch.float64,), (torch.float64,), not_negative="counts"),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

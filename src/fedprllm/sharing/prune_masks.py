@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from fedprllm.core.bitplanes import PackedVotes
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Linear
-from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.interface import BITS, Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.target import Target
 
 __all__ = ["MASKS", "check_mask", "zero_votes"]
@@ -24,9 +22,9 @@ def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one sig
     return dict(seen.masks)
 
 
-def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> None:
-    for name, linear in linears.items():
-        check_mask(linear, update[name], target)
+def _check(ballot: Ballot, target: Target) -> None:
+    for name, linear in ballot.linears.items():
+        check_mask(linear, ballot.update[name], target)
 
 
 def check_mask(linear: Linear, mask: Tensor, target: Target) -> None:
@@ -61,6 +59,7 @@ MASKS = Sharing(
     kind="mask",
     noun="prune masks",
     content="One bit per prunable weight: whether the participant would prune it.",
+    wire=Wire(1, BITS, BITS),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import PrunedWeights
-from fedprllm.sharing.interface import Linears, Seen, Shapes, Sharing, Tensors, Totals
+from fedprllm.sharing.interface import BITS, Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
 from fedprllm.sharing.prune_masks import check_mask, zero_votes
 from fedprllm.sharing.target import Target
 
@@ -35,12 +32,17 @@ def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one sig
     return update
 
 
-def _check(linears: Linears, update: Mapping[str, Tensor], target: Target) -> None:
-    for name, linear in linears.items():
-        mask = update[mask_name(name)]
+def _check(ballot: Ballot, target: Target) -> None:
+    for name, linear in ballot.linears.items():
+        mask, weight = ballot.update[mask_name(name)], ballot.update[name]
         check_mask(linear, mask, target)
-        if (update[name][mask] != 0).any():
+        if (weight[mask] != 0).any():
             raise UpdateError(f"the weights of '{name}' are not all zero where their mask prunes them")
+        if not torch.equal(weight[~mask], linear.stored(ballot.model(name))[~mask]):
+            raise UpdateError(
+                f"the weights of '{name}' that its mask keeps differ from the model's: expected a participant "
+                "to prune weights and leave the others unchanged"
+            )
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:
@@ -55,6 +57,7 @@ WEIGHTS = Sharing(
     kind="weights",
     noun="pruned weights",
     content="The pruned weights, and one bit per weight that says whether it was pruned.",
+    wire=Wire(4, (torch.float32, torch.float16, torch.bfloat16), BITS),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

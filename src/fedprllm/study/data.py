@@ -14,9 +14,9 @@ from fedprllm.config import PruneConfig
 from fedprllm.core.ties import generator
 from fedprllm.documents import read_documents
 from fedprllm.errors import DataError
-from fedprllm.evaluation.perplexity import load_tokenizer
 from fedprllm.files import names_of, write_text
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.pruning.inputs import PooledData, make_participants
 from fedprllm.pruning.participant import Participant
 from fedprllm.study.questions import Cell, StudyConfig
@@ -31,12 +31,12 @@ class StudyData:
     """Participants by seed, number and partition, and texts to measure on by partition.
 
     Args:
-        model: whose tokenizer and limits count.
-        study: names the texts.
-        folder: where the parts of the domains are written.
+        model: The model whose tokenizer and limits count.
+        study: Names the texts.
+        folder: Where the parts of the domains are written.
 
     Raises:
-        DataError: a text cannot be read or is too short.
+        DataError: A text cannot be read or is too short.
     """
 
     def __init__(self, model: BlockwiseModel, study: StudyConfig, folder: Path) -> None:
@@ -76,7 +76,7 @@ class StudyData:
         Fewer participants are the first of more, so that what these computed serves both.
 
         Raises:
-            DataError: too little text for everyone's windows.
+            DataError: Too little text for all windows.
         """
         key = (cell.partition, cell.config.seed, cell.config.windows)
         if key not in self._made:

@@ -54,7 +54,7 @@ def is_served(config: PruneConfig) -> bool:
     others_default = all(
         getattr(config, name) == field.default for name, field in fields.items() if name not in known
     )
-    # Centralized statistics are centralized masks: who holds all text decides alone.
+    # Centralized statistics are centralized masks: one participant with all text decides alone.
     alone = config.strategy != "one-shot" and config.share != "mask"
     return config.share in _SHARES and config.strategy in _STRATEGIES and others_default and not alone
 
@@ -64,8 +64,8 @@ class KeptWalk:
     """The updates of one participant, block by block, in a folder.
 
     Attributes:
-        folder: one safetensors file per block; masks as packed bits.
-        record: what was noted about the walk.
+        folder: One safetensors file per block; masks as packed bits.
+        record: What was noted about the walk.
     """
 
     folder: Path
@@ -81,9 +81,9 @@ class KeptWalks:
     """KeptWalks by what they depend on, computed when they are first asked for.
 
     Args:
-        model: the model.
-        digest: its fingerprint.
-        folder: where they are kept.
+        model: The model.
+        digest: Its fingerprint.
+        folder: Where they are kept.
     """
 
     def __init__(self, model: BlockwiseModel, digest: str, folder: Path) -> None:
@@ -111,9 +111,9 @@ class KeptWalks:
         """A participant's one-shot walk through all blocks, or its record from before.
 
         Args:
-            participant: whose.
-            config: that `is_served`.
-            advance: told how many windows went through a block.
+            participant: Whose.
+            config: A configuration that `is_served`.
+            advance: Told how many windows went through a block.
         """
         folder = self._folder / self.key(participant, config)
         record = folder / "walk.json"

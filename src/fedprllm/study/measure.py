@@ -39,9 +39,9 @@ class Lab:
     """Measures cells on one model.
 
     Args:
-        model: the dense model.
-        walks: of participants, kept.
-        scratch: where runs that are computed whole are written, and removed once measured.
+        model: The dense model.
+        walks: Walks of participants that are kept.
+        scratch: Where runs that are computed whole are written, and removed once measured.
     """
 
     def __init__(self, model: BlockwiseModel, walks: KeptWalks, scratch: Path) -> None:
@@ -57,11 +57,11 @@ class Lab:
         """Everything a study keeps of a cell, as JSON values.
 
         Args:
-            cell: what to measure.
-            participants: its participants.
-            texts: token windows to measure on, by name.
-            n_models: of how many participants the models made alone are measured, at most.
-            advance: told how many windows went through a block.
+            cell: What to measure.
+            participants: Its participants.
+            texts: Token windows to measure on, by name.
+            n_models: Most participants whose models made alone are measured.
+            advance: Told how many windows went through a block.
         """
         start = time.perf_counter()
         method = self._from_walks if is_served(cell.config) else self._from_run
@@ -212,14 +212,14 @@ class _MeanAgreement:
                 self._n_weights += size
 
     def mean(self) -> list[list[float]] | None:
-        """The matrix; None where nobody shared a mask."""
+        """The matrix; None where no masks were shared."""
         if self._sum is None:
             return None
         return [[round(value, 5) for value in row] for row in (self._sum / self._n_weights).tolist()]
 
 
 def n_alone(cell: Cell, n_participants: int, at_most: int) -> int:
-    """How many of the models made alone are measured: a sample, unless everyone's text is different."""
+    """How many of the models made alone are measured: a sample, unless all texts differ."""
     return min(n_participants, at_most) if cell.partition == "iid" else n_participants
 
 

@@ -35,7 +35,7 @@ class StudyConfig(Settings):
     The first value of a list is the one that a question about something else is asked at.
 
     Raises:
-        ConfigError: a value is unknown, out of range or contradicts another one.
+        ConfigError: A value is unknown, out of range or contradicts another one.
     """
 
     subject: ClassVar[str] = "study: "
@@ -110,11 +110,11 @@ class Question:
     """A question and the grids that answer it.
 
     Attributes:
-        title: as a heading.
-        paper: what the paper finds, or that it does not ask.
-        grids: made from the study's own lists of values.
-        pairs: comparisons that answer it: ``(axis, value, other value)``, everything else being equal.
-        by: an axis for each of whose values the comparisons are made apart.
+        title: As a heading.
+        paper: What the paper finds, or that it does not ask.
+        grids: Made from the study's own lists of values.
+        pairs: Comparisons that answer it: ``(axis, value, other value)``, everything else being equal.
+        by: An axis for each of whose values the comparisons are made apart.
     """
 
     title: str
@@ -227,10 +227,10 @@ class Cell:
     """One setting under one seed.
 
     Attributes:
-        config: of the run.
-        participants: how many there are.
-        partition: how text was dealt out: one of `PARTITIONS`.
-        questions: which it helps to answer.
+        config: Configuration of the run.
+        participants: How many there are.
+        partition: How text was dealt out: one of `PARTITIONS`.
+        questions: Which it helps to answer.
     """
 
     config: PruneConfig
@@ -263,7 +263,7 @@ def cells_of(study: StudyConfig) -> list[Cell]:
     """Every cell of the study once, those of one seed together.
 
     Raises:
-        ConfigError: a grid names an unknown option, or a combination that is refused.
+        ConfigError: A grid names an unknown option, or a combination that is refused.
     """
     cells: dict[str, Cell] = {}
     for seed in study.seeds:

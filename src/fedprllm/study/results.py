@@ -21,10 +21,10 @@ class Results:
     """A complete study.
 
     Attributes:
-        config: what was asked.
-        cells: each with what was measured of it.
-        dense: perplexities of the model as it was.
-        about: model and versions.
+        config: What was asked.
+        cells: Each with what was measured of it.
+        dense: Perplexities of the model as it was.
+        about: Model and versions.
     """
 
     config: StudyConfig
@@ -47,7 +47,7 @@ class Spread:
     """A perplexity over seeds: each is the mean over the models that a seed gave.
 
     Attributes:
-        values: one for each seed.
+        values: One for each seed.
     """
 
     values: tuple[float, ...]
@@ -142,7 +142,7 @@ class Difference:
     """One setting against another with everything else equal, seed and text included.
 
     Attributes:
-        axis, base, other: what differs.
+        axis, base, other: What differs.
         values: ``nll(other) - nll(base)`` of each pair, in nats per token.
     """
 

@@ -25,7 +25,8 @@ from fedprllm.calibration import fingerprint
 from fedprllm.errors import RunError
 from fedprllm.files import free_bytes, read_json, write_json
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.fingerprints import model_digest, tensor_fingerprints
+from fedprllm.models.fingerprints import model_digest
+from fedprllm.models.identity import model_identity
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
 from fedprllm.pruning.participant import Participant
@@ -55,16 +56,16 @@ def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> 
     """Measure all cells of a study that are not measured yet, and write tables, plots and a page.
 
     Args:
-        config: what to compare, on which model and texts.
-        out: folder of the study; a study that was stopped, or asked for more, goes on there.
-        progress: told of every window that went through a block.
+        config: What to compare, on which model and texts.
+        out: Folder of the study; a study that was stopped, or asked for more, goes on there.
+        progress: Told of every window that went through a block.
 
     Returns:
         The results that were written.
 
     Raises:
-        ConfigError, DataError, ModelError: bad input, found before anything is computed.
-        RunError: another process works on the folder, or the disk has too little space.
+        ConfigError, DataError, ModelError: Bad input, found before anything is computed.
+        RunError: Another process works on the folder, or the disk has too little space.
     """
     out = Path(out)
     cells = cells_of(config)
@@ -86,7 +87,7 @@ def _study(
     config: StudyConfig, cells: list[Cell], model: BlockwiseModel, out: Path, progress: Progress
 ) -> Results:
     data = StudyData(model, config, out / "texts")
-    digest = model_digest(tensor_fingerprints(model, progress)).hex()
+    digest = model_digest(model_identity(model, progress)).hex()
     walks = KeptWalks(model, digest, out / "walks")
     jobs = [_job(cell, data, digest, out) for cell in cells]
     dense_texts = {job.cell.partition == "iid": job.texts for job in jobs}
@@ -120,11 +121,11 @@ def _study(
 
 
 def _job(cell: Cell, data: StudyData, digest: str, out: Path) -> _Job:
-    everyone, texts = data.participants(cell), data.texts(cell)
+    members, texts = data.participants(cell), data.texts(cell)
     name = _hash(
-        [digest, cell.key, [participant.fingerprint for participant in everyone], _fingerprints(texts)]
+        [digest, cell.key, [participant.fingerprint for participant in members], _fingerprints(texts)]
     )
-    return _Job(cell, everyone, texts, out / "cells" / f"{name}.json")
+    return _Job(cell, members, texts, out / "cells" / f"{name}.json")
 
 
 def _fingerprints(texts: dict[str, list[Tensor]]) -> dict[str, str]:

@@ -104,7 +104,7 @@ def _own_table(cells: Sequence[Measured]) -> Table:
         [name, str(own), str(others)] for name, (own, others) in own_and_others(cells).items()
     ]
     caption = "Perplexity on held-out text, mean over participants"
-    return Table(caption, ("", "of one's own", "of the others"), "lrr", rows)
+    return Table(caption, ("", "on its own text", "on the others'"), "lrr", rows)
 
 
 def _table(cells: Sequence[Measured], spreads: Mapping[str, Mapping[str, Spread]]) -> Table:
@@ -173,7 +173,7 @@ def _without(cell: Cell, axis: str) -> Cell:
 
 
 def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
-    """A map of who agrees with whom, of the setting with the most participants under the first seed."""
+    """Pairwise agreement, of the setting with the most participants under the first seed."""
     shared = [(cell, found) for cell, found in cells if found.get("agreement")]
     if not shared:
         return []

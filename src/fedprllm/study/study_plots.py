@@ -21,9 +21,9 @@ def dots(panels: Panels, dense: Mapping[str, float], label: str) -> Markup:
     """One panel per text, one row per setting: each seed a dot, the mean a bar.
 
     Args:
-        panels: perplexity by setting by text; every text has the same settings.
-        dense: perplexity of the dense model by text.
-        label: what the figure shows, in words.
+        panels: Perplexity by setting by text; every text has the same settings.
+        dense: Perplexity of the dense model by text.
+        label: What the figure shows, in words.
     """
     names = list(next(iter(panels.values())))
     with drawing(label, 0.9 + 0.25 * len(names)) as drawn:
@@ -62,11 +62,11 @@ def curves(
     """One panel per text, one curve per method over a number, bars of one standard deviation.
 
     Args:
-        panels: perplexity by number by method by text.
-        dense: perplexity of the dense model by text.
-        label: what the figure shows, in words.
-        axis_label: what the number is.
-        doubling: the horizontal axis is logarithmic to base 2.
+        panels: Perplexity by number by method by text.
+        dense: Perplexity of the dense model by text.
+        label: What the figure shows, in words.
+        axis_label: What the number is.
+        doubling: The horizontal axis is logarithmic to base 2.
     """
     with drawing(label, 3.2) as drawn:
         all_axes = _panels(drawn.figure, drawn.axes, len(panels))

@@ -1,4 +1,4 @@
-"""The files a study leaves: tables for a person, a spreadsheet and a program, the page and its plots."""
+"""The files that a study writes: tables for readers, spreadsheets and programs, the page and its plots."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from torch import Tensor
+
 from fedprllm.errors import UpdateError
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.names import from_wire, to_wire
@@ -14,6 +16,7 @@ from fedprllm.models.block import Block
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.pruning.aggregate import Aggregate
 from fedprllm.pruning.method import Method
+from fedprllm.sharing.interface import Ballot
 
 __all__ = ["Ballots", "Received"]
 
@@ -72,7 +75,11 @@ class Ballots(Generic[_Decided]):
             UpdateError: Says what is wrong with it.
         """
         update = self._read(block, name, message)
-        self.method.sharing.check(self.model.linears[block], update.tensors, self.method.target)
+        ballot = Ballot(self.model.linears[block], update.tensors, self._stored)
+        self.method.sharing.check(ballot, self.method.target)
+
+    def _stored(self, name: str) -> Tensor:
+        return self.model.checkpoint.load([name])[name]
 
     def _read(self, block: int, name: str, message: bytes | memoryview) -> wire.Update:
         linears = self.model.linears[block]

@@ -23,7 +23,8 @@ from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
 from fedprllm.files import write_json, write_text
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.fingerprints import model_digest, tensor_fingerprints
+from fedprllm.models.fingerprints import model_digest
+from fedprllm.models.identity import model_identity
 from fedprllm.models.source import resolve_model
 from fedprllm.pruning.method import Method, pruning_method, survey_method
 from fedprllm.pruning.model_card import write_model_card
@@ -71,13 +72,13 @@ def conduct_run(
     """Work on a run until it is complete or cannot go on, and write down how it ended.
 
     Args:
-        plan: what to run.
-        names: everyone in the federation; the plan may name fewer.
-        runs: folder of all runs.
-        job: name of this job, for the outcome.
-        channel: how to reach the participants.
-        stopped: asked between steps; True ends the job.
-        max_message_mb: what the sites and the server receive at most; no limit by default.
+        plan: What to run.
+        names: All participants of the federation; the plan may name fewer.
+        runs: Folder of all runs.
+        job: Name of this job, for the outcome.
+        channel: How to reach the participants.
+        stopped: Asked between steps; True ends the job.
+        max_message_mb: What the sites and the server receive at most; no limit by default.
 
     Returns:
         ``complete``, ``interrupted``, ``quorum lost`` or ``error``: what the outcome says.
@@ -113,7 +114,7 @@ def _conduct(
         check_message_size(model, config, max_message_mb)
     config = config.model_copy(update={"window_length": window_length_for(model, config.window_length)})
     sampled(config, taking_part, model.n_blocks)
-    fingerprints = tensor_fingerprints(model)
+    fingerprints = model_identity(model)
     run_id = run_id_of(folder)
     identity: dict[str, Any] = {
         "config": config.model_dump(mode="json"),

@@ -5,8 +5,8 @@ the run's folder until the block is decided. So its memory is bounded by one blo
 interrupted run continues, and the order in which participants answer changes nothing.
 
 RUN/federation/
-  status.json              progress, for whoever watches
-  events.jsonl             who was refused or left out, when and why
+  status.json              progress, for display
+  events.jsonl             which participants were refused or left out, when and why
   updates/block-0007/NAME.update
 """
 
@@ -31,6 +31,7 @@ from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLos
 from fedprllm.federation.protocol.messages import Reply, Request, pack, read_reply
 from fedprllm.federation.site.spool import write_bytes
 from fedprllm.files import write_json
+from fedprllm.models.identity import entry_name
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.survey import sampled
 
@@ -38,8 +39,8 @@ __all__ = ["Ask", "Coordinator"]
 
 _POLL_S = 0.2  # between two questions at least
 _MAX_POLL_S = 5.0
-_PATIENT = 20  # a question in so many parts of the time since the last news: what is late is 5 % late
-_ANSWER_S = 5.0  # for a small question; who is slower is asked again
+_PATIENT = 20  # questions per time since the last news: a late answer is noticed 5 % late at most
+_ANSWER_S = 5.0  # for a small question; a slower participant is asked again
 _SLOWEST_BYTES_PER_S = 250_000  # 2 Mbit/s: a slower line counts as none
 
 Reason = Literal["absent", "deadline", "failed", "invalid updates"]
@@ -47,15 +48,15 @@ Reason = Literal["absent", "deadline", "failed", "invalid updates"]
 
 @dataclass
 class _Standing:
-    """What the coordinator knows of a participant.
+    """What the coordinator knows about a participant.
 
     Attributes:
-        n_ready: number of updates it says it has.
-        last_answer: when it answered last.
-        deadline: until when its next update must be there.
-        n_invalid: updates in a row that were invalid or did not arrive.
-        lost_at: when it last failed to deliver an update.
-        n_decisions: it has the decisions about so many blocks.
+        n_ready: Number of updates it says it has.
+        last_answer: When it last answered.
+        deadline: Until when its next update must be there.
+        n_invalid: Updates in a row that were invalid or did not arrive.
+        lost_at: When it last failed to deliver an update.
+        n_decisions: Number of blocks whose decision it has.
     """
 
     n_ready: int = 0
@@ -86,14 +87,14 @@ class Ask:
 
 
 class Coordinator:
-    """Conducts one run from wherever its folder says it is to its end.
+    """Conducts one run to its end, from wherever its folder says it stands.
 
     Args:
         ask: What is asked of the participants.
         ballots: Checks and keeps their updates.
         decider: Finishes blocks.
         plan: Names, quorum, deadlines.
-        names: Everyone that takes part.
+        names: Names of all participants.
         run: The open folder of the run, or of the survey.
         channel: How to reach them.
         folder: For its own files.
@@ -171,8 +172,8 @@ class Coordinator:
         """Decide every block that is not decided yet.
 
         Raises:
-            QuorumLost: too few participants are left.
-            Interrupted: a participant is gone but may come back.
+            QuorumLost: Too few participants are left.
+            Interrupted: A participant is gone but may come back.
         """
         blocks = range(self.run.n_finished, self._n_blocks)
         if self._missing(blocks):
@@ -189,12 +190,12 @@ class Coordinator:
         self._show("finished")
 
     def finish(self) -> None:
-        """Tell everyone that the run is complete; who does not hear it only keeps its spool longer."""
+        """Tell all participants that the run is complete; one that misses it only keeps its spool longer."""
         self._ask(list(self.participants), Request(op="finish", run=self._run_id))
         shutil.rmtree(self._folder / "updates", ignore_errors=True)
 
     def _start(self, blocks: Sequence[int]) -> None:
-        """Tell everyone what is to be done; leave out who is not there in time."""
+        """Tell all participants what to do, and leave out those that do not answer in time."""
         self._show("waiting for participants")
         payload = json.dumps(dict(self._ask_for.fingerprints)).encode()
         begin = self._clock()
@@ -215,7 +216,7 @@ class Coordinator:
         self._check_quorum()
 
     def _ask_to_start(self, names: Sequence[str], payload: bytes) -> dict[str, tuple[Reply, memoryview]]:
-        """Give each its own blocks; who has the same is asked at once."""
+        """Give each participant its blocks; those with the same blocks are asked together."""
         answers: dict[str, tuple[Reply, memoryview]] = {}
         for blocks in {tuple(self._samples[name]) for name in names}:
             request = Request(
@@ -225,6 +226,7 @@ class Coordinator:
                 config=self._ask_for.config.model_dump(mode="json"),
                 survey=self._ask_for.survey,
                 blocks=list(blocks),
+                participants=sorted(self._samples),
                 outliers=[(found.n_outliers, found.n_scores) for found in self._ask_for.outliers],
             )
             alike = [name for name in names if tuple(self._samples[name]) == blocks]
@@ -232,7 +234,7 @@ class Coordinator:
         return answers
 
     def _collect(self, blocks: Sequence[int]) -> None:
-        """Get the updates of some blocks from everyone who is left."""
+        """Get the updates of some blocks from all remaining participants."""
         while missing := self._missing(blocks):
             self._check_stopped()
             self._listen({name: wanted[0] for name, wanted in missing.items()})
@@ -254,7 +256,7 @@ class Coordinator:
         return min(max(_POLL_S, since_news / _PATIENT), _MAX_POLL_S, self.plan.silence_s / 4)
 
     def _missing(self, blocks: Sequence[int]) -> dict[str, list[int]]:
-        """Blocks whose update is not here yet, by participant; nobody who has sent them all."""
+        """Blocks whose update has not arrived, by participant; without participants that have sent all."""
         missing = {
             name: [block for block in blocks if not self.ballots.path(block, name).exists()]
             for name in self.participants
@@ -267,7 +269,7 @@ class Coordinator:
         names = [name for name in self.participants if block in self._samples[name]]
         if not names:
             raise QuorumLost(
-                f"nobody is left who prunes block {block}: {self._folder / 'events.jsonl'} says why; what "
+                f"no participant is left to prune block {block}: see {self._folder / 'events.jsonl'}; what "
                 "was decided is kept, run it again when they are back"
             )
         self._decider.decide(block, names, list(self.participants))
@@ -292,10 +294,10 @@ class Coordinator:
         return answers
 
     def _listen(self, waited_for: Mapping[str, int]) -> None:
-        """Ask how far they are; leave out who failed or is late.
+        """Ask participants how far they are, and leave out those that failed or are late.
 
         Args:
-            waited_for: the block whose update is missing, by participant.
+            waited_for: The block whose update is missing, by participant.
         """
         self._deliver_decision(waited_for)
         present = [name for name in waited_for if name in self.participants]
@@ -312,7 +314,7 @@ class Coordinator:
                 self._leave_out(name, "deadline", f"block {standing.n_ready} took more than its time")
 
     def _deliver_decision(self, waited_for: Mapping[str, int]) -> None:
-        """Give the newest decision to those who need it for the block that is missing."""
+        """Send the newest decision to the participants that need it for their missing block."""
         n_decided = self.run.n_finished
         if not (n_decided and self._follows_server):
             return
@@ -337,23 +339,27 @@ class Coordinator:
         if reply.state == "failed":
             self._leave_out(name, "failed", self._words(reply))
         elif reply.n_ready > standing.n_ready:
+            # Only an update that has arrived moves the deadline: a claim costs nothing.
             standing.n_ready = min(reply.n_ready, self._n_blocks)
-            standing.deadline = now + self.plan.deadline_s
             self._news = now
 
     def _words(self, reply: Reply) -> str:
-        """A participant's trouble in the coordinator's words: nothing of what it sends is repeated."""
-        tensor = f": '{reply.tensor}'" if reply.tensor in self._ask_for.fingerprints else ""
-        return f"{reply.code}{tensor}"
+        """A participant's failure in the coordinator's own words: text that it sends is never repeated."""
+        known = self._ask_for.fingerprints
+        if reply.tensor not in known:
+            return reply.code
+        if reply.value is None:
+            return f"{reply.code}: '{reply.tensor}'"
+        return f"{reply.code}: {entry_name(reply.tensor)}: {known[reply.tensor]} here, {reply.value:g} there"
 
     def _patience_s(self, n_bytes: int) -> float:
-        """How long a message of this size may take."""
+        """Seconds that a message of this size may take."""
         return self.plan.silence_s + n_bytes / _SLOWEST_BYTES_PER_S
 
     def _may_be_asked(self, standing: _Standing, block: int) -> bool:
-        """It says it has the update, and has said anything since it last failed to deliver one.
+        """Whether it says it has the update, and has answered since it last failed to deliver one.
 
-        So who is gone is not left out for what it does not deliver, but counts as silent.
+        An unreachable participant counts as silent, not as failing to deliver.
         """
         return standing.n_ready > block and standing.last_answer > standing.lost_at
 
@@ -378,7 +384,7 @@ class Coordinator:
             self._leave_out(name, "failed", self._words(reply))
             return
         if reply.code == "not ready":
-            standing.n_ready = min(standing.n_ready, block)
+            self._count_invalid(name, block, "it said the update was ready, and does not have it")
             return
         try:
             self.ballots.check(block, name, payload)
@@ -386,18 +392,26 @@ class Coordinator:
             self._refuse(name, block, error)
             return
         standing.n_invalid = 0
+        standing.deadline = max(standing.deadline, self._clock() + self.plan.deadline_s)
         write_bytes(self.ballots.path(block, name), payload)
 
     def _refuse(self, name: str, block: int, error: UpdateError) -> None:
+        """Have an update computed again that cannot be used."""
+        if not self._count_invalid(name, block, str(error)):
+            return
+        self.participants[name].deadline = self._clock() + self.plan.start_s + self.plan.deadline_s
+        self._ask([name], Request(op="refused", run=self._run_id, block=block))
+
+    def _count_invalid(self, name: str, block: int, reason: str) -> bool:
+        """Count an update that cannot be used, or was only claimed; whether its sender is still in."""
         standing = self.participants[name]
         standing.n_invalid += 1
-        self._note(name, f"update of block {block} refused", str(error))
+        standing.n_ready = min(standing.n_ready, block)
+        self._note(name, f"update of block {block} refused", reason)
         if standing.n_invalid >= self.plan.max_ballots:
             self._leave_out(name, "invalid updates", f"{standing.n_invalid} in a row")
-            return
-        standing.n_ready = min(standing.n_ready, block)
-        standing.deadline = self._clock() + self.plan.start_s + self.plan.deadline_s
-        self._ask([name], Request(op="refused", run=self._run_id, block=block))
+            return False
+        return True
 
     def _leave_out(self, name: str, reason: Reason, words: str) -> None:
         self._note(name, "left out", f"{reason}: {words}")
@@ -405,7 +419,7 @@ class Coordinator:
 
     def _check_quorum(self) -> None:
         if len(self.participants) < self.plan.quorum:
-            left = ", ".join(self.participants) or "nobody"
+            left = ", ".join(self.participants) or "none"
             self._show("quorum lost")
             raise QuorumLost(
                 f"{len(self.participants)} participants are left ({left}), the quorum is {self.plan.quorum}: "

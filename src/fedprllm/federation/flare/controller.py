@@ -63,7 +63,7 @@ class CoordinatorController(Controller):  # type: ignore[misc]
     """Runs in the server's job process.
 
     Args:
-        plan: a `RunPlan`, as JSON.
+        plan: A `RunPlan`, as JSON.
     """
 
     def __init__(self, plan: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
@@ -12,7 +14,11 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.fl_context_utils import add_job_audit_event
 
+from fedprllm.errors import RunError, UpdateError
+from fedprllm.federation.flare.configuration import kit_of
 from fedprllm.federation.flare.controller import MESSAGE, TOPIC
+from fedprllm.federation.flare.request_log import REQUESTS, RequestLog
+from fedprllm.federation.protocol.messages import read_request
 from fedprllm.federation.site.site import Site, settings_path, work_folder
 
 __all__ = ["ParticipantExecutor"]
@@ -24,11 +30,13 @@ class ParticipantExecutor(Executor):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._site: Site | None = None
+        self._requests: RequestLog | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Listen while the job lives."""
         if event_type == EventType.START_RUN:
-            kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_ROOT))
+            kit = kit_of(Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_ROOT)))
+            self._requests = RequestLog(work_folder(kit) / REQUESTS)
             self._site = Site(
                 fl_ctx.get_identity_name(),
                 settings_path(kit),
@@ -41,8 +49,13 @@ class ParticipantExecutor(Executor):  # type: ignore[misc]
 
     def _answer(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:  # noqa: ARG002
         message = request.get(MESSAGE)
-        if self._site is None or not isinstance(message, bytes):
+        if self._site is None or self._requests is None or not isinstance(message, bytes):
             return make_reply(ReturnCode.BAD_REQUEST_DATA)
+        try:
+            self._requests.note("server", **_described(message))
+        except RunError as error:
+            print(error, file=sys.stderr)
+            return make_reply(ReturnCode.HANDLER_EXCEPTION)
         reply = make_reply(ReturnCode.OK)
         reply[MESSAGE] = self._site.answer(message)
         return reply
@@ -56,3 +69,19 @@ class ParticipantExecutor(Executor):  # type: ignore[misc]
     ) -> Shareable:
         """No tasks: everything is asked by messages."""
         return make_reply(ReturnCode.TASK_UNKNOWN)
+
+
+def _described(message: bytes) -> dict[str, Any]:
+    """What a request asks for, in words for the participant."""
+    try:
+        request, payload = read_request(message)
+    except UpdateError:
+        return {"what": "something that is not a request"}
+    described: dict[str, Any] = {"what": request.op, "run": request.run}
+    if request.op in ("fetch", "refused", "decision"):
+        described["block"] = request.block
+    if request.op == "start":
+        described["model"] = request.model[:200]
+    if len(payload):
+        described["bytes"] = len(payload)
+    return described

@@ -1,11 +1,7 @@
-"""Start-up kits: certificates and configuration for the server, each participant and the coordinator.
+"""Start-up kits: certificates for the server, each participant and the coordinator, and where the server is.
 
-FLARE's provisioning makes the certificates; what a site lets in and out is written here:
-
-* no code from outside (``byoc: none``), and of the installed classes only ours;
-* no shell, no logs, no environment: the coordinator can start and stop a run and see that a site is up;
-* nothing is streamed to the server;
-* a message longer than the plan allows is refused before room is made for it.
+FLARE's provisioning makes the certificates. The server's kit also configures the server; a participant's kit
+configures nothing (`fedprllm.federation.flare.configuration` does, at the participant).
 """
 
 from __future__ import annotations
@@ -24,34 +20,21 @@ from nvflare.lighter.provisioner import Provisioner
 from nvflare.lighter.spec import Project
 
 from fedprllm.errors import ConfigError, RunError
+from fedprllm.federation.flare.configuration import RIGHTS, log_configuration
+from fedprllm.federation.flare.orders import EXECUTOR
+from fedprllm.federation.flare.policy import ADMIN
 from fedprllm.federation.plan import Plan
 from fedprllm.files import read_json, write_json
 
 __all__ = ["ADMIN", "CONTROLLER", "EXECUTOR", "FEDERATION_FILE", "write_kits"]
 
-ADMIN = "coordinator@fedprllm.local"
-EXECUTOR = "fedprllm.federation.flare.executor.ParticipantExecutor"
 CONTROLLER = "fedprllm.federation.flare.controller.CoordinatorController"
 FEDERATION_FILE = "federation.json"
 # Where provisioning keeps the private key of the federation's own certificate authority.
 STATE = ".authority"
 
 _ORGANISATION = "fedprllm"
-_BASE = "nvflare.app_common"
 _HEARTBEAT_TIMEOUT_S = 30
-
-# On a site, ``project_admin`` is whoever holds the coordinator's kit.
-_SITE_RIGHTS = {
-    "submit_job": "any",
-    "manage_job": "any",
-    "view": "any",
-    "clone_job": "none",
-    "download_job": "none",
-    "operate": "none",
-    "shell_commands": "none",
-    "byoc": "none",
-}
-_SERVER_RIGHTS = _SITE_RIGHTS | {"operate": "any"}
 
 
 def write_kits(plan: Plan, folder: Path) -> list[Path]:
@@ -64,7 +47,7 @@ def write_kits(plan: Plan, folder: Path) -> list[Path]:
         The folders of the new kits.
 
     Raises:
-        ConfigError: the folder holds kits of another federation.
+        ConfigError: The folder holds kits of another federation.
         RunError: FLARE could not make them.
     """
     known = folder / FEDERATION_FILE
@@ -85,17 +68,22 @@ def write_kits(plan: Plan, folder: Path) -> list[Path]:
             written.append(kit)
     shutil.rmtree(made)
     for kit in written:
+        _remove_scripts(kit)
         if kit.name == "server":
             _configure_server(kit, plan)
         elif kit.name != "admin":
-            _configure_site(kit)
-        if kit.name != "admin":
-            limit = {"streaming_max_blob_size": plan.max_message_mb * 1_000_000}
-            write_json(kit / "local" / "comm_config.json", limit)
+            # A participant's FLARE is configured from its own installed package, not by the coordinator.
+            shutil.rmtree(kit / "local")
     for kit in (folder / "server", folder / "admin"):
         write_json(kit / "local" / FEDERATION_FILE, plan.model_dump(mode="json"))
     write_json(known, plan.model_dump(mode="json"))
     return written
+
+
+def _remove_scripts(kit: Path) -> None:
+    """FLARE's own start scripts would start its processes without the guard."""
+    for script in (*kit.glob("startup/*.sh"), *kit.glob("startup/*.ipynb"), *kit.rglob("readme.txt")):
+        script.unlink()
 
 
 class _Quiet:
@@ -116,13 +104,13 @@ class _Quiet:
 def _provision(plan: Plan, state: Path) -> Path:
     properties: dict[str, Any] = {"api_version": 3, "name": plan.name, "description": "fedprllm"}
     project = Project(name=plan.name, description="fedprllm", props=properties)
-    people = [
+    participants = [
         {"name": plan.server, "type": "server", "org": _ORGANISATION, "fed_learn_port": plan.port},
         *({"name": name, "type": "client", "org": _ORGANISATION} for name in plan.participants),
         {"name": ADMIN, "type": "admin", "org": _ORGANISATION, "role": "project_admin"},
     ]
-    for person in people:
-        project.add_participant(participant_from_dict(person))
+    for participant in participants:
+        project.add_participant(participant_from_dict(participant))
     builders = [
         WorkspaceBuilder(template_file=["master_template.yml"]),
         StaticFileBuilder(config_folder="config", scheme=plan.scheme),
@@ -136,41 +124,6 @@ def _provision(plan: Plan, state: Path) -> Path:
     if context.get(CtxKey.BUILD_ERROR) or logger.errors:
         raise RunError(f"provisioning failed: {'; '.join(logger.errors)[:500]}")
     return Path(context[CtxKey.CURRENT_PROD_DIR])
-
-
-def _authorization(rights: dict[str, str]) -> dict[str, Any]:
-    return {"format_version": "1.0", "permissions": {"project_admin": rights}}
-
-
-def _configure_site(kit: Path) -> None:
-    local = kit / "local"
-    resources = {
-        "format_version": 2,
-        "class_list_enforcement_mode": "enforce",
-        "class_allow_list": [EXECUTOR],
-        "allow_log_streaming": False,
-        "client": {"retry_timeout": 30, "compression": "Gzip"},
-        "components": [
-            {
-                "id": "resource_manager",
-                "path": f"{_BASE}.resource_managers.gpu_resource_manager.GPUResourceManager",
-                "args": {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0, "expiration_period": 300},
-            },
-            {
-                "id": "resource_consumer",
-                "path": f"{_BASE}.resource_consumers.gpu_resource_consumer.GPUResourceConsumer",
-                "args": {},
-            },
-            {
-                "id": "process_launcher",
-                "path": f"{_BASE}.job_launcher.client_process_launcher.ClientProcessJobLauncher",
-                "args": {},
-            },
-        ],
-    }
-    _replace(local, "resources.json", resources)
-    _replace(local, "authorization.json", _authorization(_SITE_RIGHTS))
-    _finish_local(local)
 
 
 def _configure_server(kit: Path, plan: Plan) -> None:
@@ -187,20 +140,13 @@ def _configure_server(kit: Path, plan: Plan) -> None:
             component["args"] |= {"min_schedule_interval": 1.0, "max_schedule_interval": 5.0}
     resources["components"] = components
     _replace(local, "resources.json", resources)
-    _replace(local, "authorization.json", _authorization(_SERVER_RIGHTS))
-    _finish_local(local)
+    policy = {"format_version": "1.0", "permissions": {"project_admin": RIGHTS | {"operate": "any"}}}
+    _replace(local, "authorization.json", policy)
+    _replace(local, "log_config.json", log_configuration())
+    (local / "privacy.json.sample").unlink(missing_ok=True)
+    write_json(local / "comm_config.json", {"streaming_max_blob_size": plan.max_message_mb * 1_000_000})
 
 
 def _replace(local: Path, name: str, content: dict[str, Any]) -> None:
     (local / f"{name}.default").unlink(missing_ok=True)
     write_json(local / name, content)
-
-
-def _finish_local(local: Path) -> None:
-    """Logs go to files of the workspace; the console belongs to fedprllm."""
-    (local / "privacy.json.sample").unlink(missing_ok=True)
-    log_config = read_json(local / "log_config.json.default")
-    root = log_config["loggers"]["root"]
-    root["handlers"] = ["logFileHandler", "errorFileHandler"]
-    log_config["handlers"] = {name: log_config["handlers"][name] for name in root["handlers"]}
-    _replace(local, "log_config.json", log_config)

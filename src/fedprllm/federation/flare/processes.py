@@ -13,6 +13,13 @@ from pathlib import Path
 import psutil
 
 from fedprllm.errors import RunError
+from fedprllm.federation.flare.configuration import (
+    check_allow_list,
+    max_message_mb,
+    participant_name,
+    prepare_engine,
+)
+from fedprllm.federation.flare.policy import GUARDED, check_version
 from fedprllm.files import read_json, write_json
 
 __all__ = ["end", "participant_name", "running", "start_participant", "start_server"]
@@ -20,29 +27,19 @@ __all__ = ["end", "participant_name", "running", "start_participant", "start_ser
 _GRACE_S = 5.0
 
 
-def participant_name(kit: Path) -> str:
-    """The name in a participant's kit.
-
-    Raises:
-        RunError: the folder is no kit of a participant.
-    """
-    path = kit / "startup" / "fed_client.json"
-    if not path.exists():
-        raise RunError(
-            f"{kit} is no participant's kit: {path} is missing; unpack the kit and name its folder"
-        )
-    return str(read_json(path)["client"]["fqsn"])
-
-
 def start_server(kit: Path) -> subprocess.Popen[bytes]:
     """Start the server of a kit in a process group of its own.
 
     Raises:
-        RunError: the folder is no kit of a server.
+        RunError: The folder is no kit of a server, it would let in every class, or FLARE is of another
+            version than was tested.
     """
     if not (kit / "startup" / "fed_server.json").exists():
         raise RunError(f"{kit} is no server's kit: startup/fed_server.json is missing")
-    _place_storage(kit.resolve())
+    check_version()
+    kit = kit.resolve()
+    check_allow_list(kit / "local" / "resources.json")
+    _place_storage(kit)
     return _start(kit, "nvflare.private.fed.app.server.server_train", "fed_server.json", [])
 
 
@@ -59,27 +56,28 @@ def _place_storage(kit: Path) -> None:
 
 
 def start_participant(kit: Path) -> subprocess.Popen[bytes]:
-    """Start the site of a kit in a process group of its own.
+    """Start the site of a kit in a process group of its own, configured from the installed package.
 
     Raises:
-        RunError: the folder is no kit of a participant.
+        RunError: The folder is no kit of a participant, or FLARE is of another version than was tested.
     """
-    name = participant_name(kit)
-    return _start(kit, "nvflare.private.fed.app.client.client_train", "fed_client.json", [f"uid={name}"])
+    check_version()
+    name, kit = participant_name(kit), kit.resolve()
+    engine = prepare_engine(kit, max_message_mb(kit))
+    return _start(engine, "nvflare.private.fed.app.client.client_train", "fed_client.json", [f"uid={name}"])
 
 
-def _start(kit: Path, module: str, config: str, options: list[str]) -> subprocess.Popen[bytes]:
-    kit = kit.resolve()
-    scratch = kit / "scratch"
-    for folder in (scratch, kit / "transfer"):
+def _start(workspace: Path, module: str, config: str, options: list[str]) -> subprocess.Popen[bytes]:
+    scratch = workspace / "scratch"
+    for folder in (scratch, workspace / "transfer"):
         folder.mkdir(exist_ok=True)
-    arguments = ["-m", str(kit), "-s", config, "--set", "secure_train=true", *options]
-    # FLARE leaves files where temporary files go; Python's warnings of a library are nobody's business.
+    arguments = ["-m", str(workspace), "-s", config, "--set", "secure_train=true", *options]
+    # FLARE leaves files where temporary files go. Python's warnings do not belong on a terminal.
     environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONWARNINGS": "ignore", "MALLOC_ARENA_MAX": "4"}
-    with (kit / "console.txt").open("ab") as console:
+    with (workspace / "console.txt").open("ab") as console:
         return subprocess.Popen(
-            [sys.executable, "-u", "-m", module, *arguments, "org=fedprllm", "config_folder=config"],
-            cwd=kit,
+            [sys.executable, "-u", "-m", GUARDED, module, *arguments, "org=fedprllm", "config_folder=config"],
+            cwd=workspace,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=console,

@@ -29,7 +29,7 @@ _MARK = ".rehearsal"
 
 
 def free_port() -> int:
-    """A port that nobody listens on at this moment."""
+    """A port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -39,7 +39,7 @@ def empty_folder(folder: Path) -> Path:
     """Make the folder of a rehearsal, or empty that of an earlier one; returns it.
 
     Raises:
-        ConfigError: the folder holds something else, which would be lost.
+        ConfigError: The folder holds something else, which would be lost.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
         raise ConfigError(f"{folder} is not empty and not of a rehearsal: name another folder with --out")
@@ -49,11 +49,13 @@ def empty_folder(folder: Path) -> Path:
     return folder
 
 
-def rehearsal_kits(folder: Path, people: Mapping[str, SiteSettings]) -> Plan:
+def rehearsal_kits(folder: Path, participants: Mapping[str, SiteSettings]) -> Plan:
     """Write kits for a federation on the loopback, each with its participant's settings."""
-    federation = Plan(name="rehearsal", server="localhost", port=free_port(), participants=sorted(people))
+    federation = Plan(
+        name="rehearsal", server="localhost", port=free_port(), participants=sorted(participants)
+    )
     write_kits(federation, folder)
-    for name, settings in people.items():
+    for name, settings in participants.items():
         write_json(settings_path(folder / name), settings.model_dump(mode="json"))
     return federation
 
@@ -69,7 +71,7 @@ def _everyone(kits: Path, names: Sequence[str]) -> Iterator[None]:
 
 def rehearse(
     folder: Path,
-    people: Mapping[str, SiteSettings],
+    participants: Mapping[str, SiteSettings],
     plan: RunPlan,
     tell: Tell = silent,
     *,
@@ -78,25 +80,25 @@ def rehearse(
     """Run a federation from nothing to the pruned model; every process has ended when it returns.
 
     Args:
-        folder: from `empty_folder`.
-        people: settings by name of participant.
-        plan: what to run.
-        tell: told of progress, as in `fedprllm.federation.flare.supervisor.supervise`.
-        keep_kits: leave the kits; a rehearsal that fails always does, for their logs.
+        folder: Made by `empty_folder`.
+        participants: Settings by name of participant.
+        plan: What to run.
+        tell: Told of progress, as in `fedprllm.federation.flare.supervisor.supervise`.
+        keep_kits: Leave the kits; a rehearsal that fails always does, for their logs.
 
     Returns:
         The folder of the run.
 
     Raises:
-        RunError: the run could not be completed.
+        RunError: The run could not be completed.
     """
     kits = folder / "kits"
-    federation = rehearsal_kits(kits, people)
+    federation = rehearsal_kits(kits, participants)
     with _everyone(kits, federation.participants):
         run = supervise(plan, federation, kits / "admin", kits / "server" / "runs", tell)
     kept = run.rename(folder / plan.name)
     (folder / "ledgers").mkdir()
-    for name in people:
+    for name in participants:
         shutil.copy(work_folder(kits / name) / LEDGER, folder / "ledgers" / f"{name}.jsonl")
     if not keep_kits:
         shutil.rmtree(kits)

@@ -1,4 +1,4 @@
-"""The coordinator's connection to the server: who is there, submit a job, how is it."""
+"""The coordinator's connection to the server: connected participants, submitting a job, and its state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from typing import Any
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedprllm.errors import RunError
+from fedprllm.federation.flare.configuration import HARDENING
+from fedprllm.federation.flare.guarded import install
 from fedprllm.federation.flare.kits import ADMIN, CONTROLLER, EXECUTOR
+from fedprllm.federation.flare.orders import client_configuration
 from fedprllm.federation.plan import RunPlan
 
 __all__ = ["AdminSession", "job_files"]
 
+_MAX_ANSWER_BYTES = 16 * 1024 * 1024
 _ENDED = ("FINISHED:", "ABANDONED", "FAILED")
 
 
@@ -35,13 +39,8 @@ def job_files(plan: RunPlan, controller: str = CONTROLLER, executor: str = EXECU
         "task_data_filters": [],
         "task_result_filters": [],
     }
-    client = {
-        "format_version": 2,
-        "executors": [{"tasks": ["fedprllm"], "executor": {"path": executor, "args": {}}}],
-        "components": [],
-        "task_data_filters": [],
-        "task_result_filters": [],
-    }
+    client = client_configuration()
+    client["executors"][0]["executor"]["path"] = executor
     return {
         "meta.json": {
             "name": plan.name,
@@ -58,16 +57,17 @@ class AdminSession:
     """One authenticated session; use it as a context manager.
 
     Args:
-        kit: the coordinator's kit.
-        timeout_s: how long to try to reach the server.
+        kit: The coordinator's kit.
+        timeout_s: How long to try to reach the server.
 
     Raises:
-        RunError: the server cannot be reached, or refuses the kit.
+        RunError: The server cannot be reached, or refuses the kit.
     """
 
     def __init__(self, kit: Path, timeout_s: float = 6.0) -> None:
         if not (kit / "startup" / "fed_admin.json").exists():
             raise RunError(f"{kit} is no coordinator's kit: startup/fed_admin.json is missing")
+        install({"streaming_max_blob_size": _MAX_ANSWER_BYTES, **HARDENING}, None)
         kit = kit.resolve()  # the working directory changes below
         _log_to(kit / "log.txt")
         with _working_in(kit), contextlib.redirect_stdout(io.StringIO()):

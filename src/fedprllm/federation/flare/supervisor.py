@@ -24,22 +24,22 @@ Tell = Callable[[str, dict[str, Any]], None]
 
 
 def silent(what: str, details: dict[str, Any]) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell: Tell = silent) -> Path:
     """Run until the run is complete; returns its folder.
 
     Args:
-        plan: what to run.
-        federation: who takes part.
-        admin_kit: the coordinator's kit.
-        runs: the server's folder of runs, readable from here.
-        tell: told of progress (``progress``, with the coordinator's status) and of events (``job``,
+        plan: What to run.
+        federation: The participants and the server.
+        admin_kit: The coordinator's kit.
+        runs: The server's folder of runs, readable from here.
+        tell: Told of progress (``progress``, with the coordinator's status) and of events (``job``,
             ``again``, ``waiting``).
 
     Raises:
-        RunError: too few participants are left, or several jobs in a row got nowhere.
+        RunError: Too few participants are left, or several jobs in a row got nowhere.
     """
     folder = runs / plan.name
     names = sorted(plan.participants or federation.participants)
@@ -113,7 +113,7 @@ def _session(admin_kit: Path, tell: Tell) -> AdminSession:
 
 
 def _wait_for(session: AdminSession, names: list[str], plan: RunPlan, tell: Tell) -> None:
-    """Wait until everyone is connected, or long enough and a quorum is."""
+    """Wait until all participants are connected, or until a quorum is after long enough."""
     end = time.monotonic() + plan.join_s
     while True:
         absent = sorted(set(names) - set(session.connected()))

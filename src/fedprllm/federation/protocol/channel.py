@@ -1,4 +1,4 @@
-"""What the coordinator needs of whoever carries its messages, and how a run ends before its end."""
+"""What the coordinator needs of a transport, and the ways a run ends early."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Channel", "Interrupted", "QuorumLost"]
 
 
 class Channel(Protocol):
-    """How messages reach participants; the engine's part."""
+    """How messages reach participants: the engine's part."""
 
     def present(self) -> set[str]:
         """Names of the participants that can be asked at all."""
@@ -25,4 +25,4 @@ class QuorumLost(RunError):  # noqa: N818  what happened, not a defect
 
 
 class Interrupted(Exception):  # noqa: N818
-    """Somebody is gone who may come back: to be continued with another job."""
+    """A participant is gone that may come back: another job continues the run."""

@@ -40,7 +40,7 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     """The weights, in the checkpoint's orientation, that a decision leaves of a block.
 
     Raises:
-        UpdateError: the message is not the coordinator's decision about this block.
+        UpdateError: The message is not the coordinator's decision about this block.
     """
     masks = wire.Expectation(
         run_id=run_id,

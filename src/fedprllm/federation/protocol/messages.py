@@ -39,10 +39,10 @@ __all__ = [
 
 MAX_HEADER_BYTES = 64 * 1024
 _LENGTH = struct.Struct("<I")
-_FINGERPRINTS = TypeAdapter(dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]])
+_FINGERPRINTS = TypeAdapter(dict[str, Annotated[str, Field(min_length=1, max_length=256)]])
 
 Operation = Literal["start", "state", "fetch", "refused", "decision", "finish"]
-State = Literal["idle", "working", "done", "failed"]
+State = Literal["idle", "waiting", "working", "done", "failed"]
 Code = Literal[
     "",
     "model missing",  # no such model here
@@ -52,6 +52,11 @@ Code = Literal[
     "memory",  # more than this participant grants
     "crashed",  # the computation died several times
     "too many blocks",  # more than this participant prunes
+    "too few tokens",  # the four limits are the participant's own
+    "too few participants",
+    "text used up",  # in as many runs as the participant grants
+    "another plan",
+    "not confirmed",
     "kind not allowed",  # the participant does not share what the run asks for
     "not ready",  # no such update yet
     "other run",
@@ -71,13 +76,14 @@ class Request(_Header):
     """The header of a request.
 
     Attributes:
-        run: hex digits of the run's id.
-        block: for fetch, refused and decision.
-        model: what the coordinator calls the model.
-        config: the resolved `PruneConfig`.
-        survey: count outliers of the unpruned model instead of pruning (OWL).
-        blocks: numbers of the blocks that this participant prunes; the others it only walks through.
-        outliers: of each block, how many scores stand out and of how many: what a survey found.
+        run: Hex digits of the run's id.
+        block: Block index, for fetch, refused and decision.
+        model: What the coordinator calls the model.
+        config: The resolved `PruneConfig`.
+        survey: Count outliers of the unpruned model instead of pruning (OWL).
+        blocks: Numbers of the blocks that this participant prunes; the others it only walks through.
+        participants: Names of all participants of the run.
+        outliers: Number of outlying scores and of all scores of each block, as a survey found them.
     """
 
     op: Operation
@@ -87,6 +93,7 @@ class Request(_Header):
     config: dict[str, Any] = {}
     survey: bool = False
     blocks: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
+    participants: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=10_000)] = []
     outliers: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]] = []
 
 
@@ -94,16 +101,18 @@ class Reply(_Header):
     """The header of a reply.
 
     Attributes:
-        state: of the participant's computation.
-        code: what keeps it from going on.
-        n_ready: number of blocks, from the first one, whose update is ready.
-        tensor: name of the first tensor that differs.
+        state: State of the participant's computation.
+        code: Why it does not continue.
+        n_ready: Number of blocks, from the first one, whose update is ready.
+        tensor: Name of the first tensor, or entry of the model's configuration, that differs.
+        value: The value of that entry at the participant, if it is a number.
     """
 
     state: State = "idle"
     code: Code = ""
     n_ready: Annotated[int, Field(ge=0, lt=2**31)] = 0
     tensor: Annotated[str, Field(max_length=255)] = ""
+    value: Annotated[float | None, Field(allow_inf_nan=False)] = None
 
 
 def pack(header: Request | Reply, payload: bytes = b"") -> bytes:
@@ -117,7 +126,7 @@ def read_request(message: bytes) -> tuple[Request, memoryview]:
     """Return the header and the payload of a request.
 
     Raises:
-        UpdateError: it is not one.
+        UpdateError: The bytes are not such a message.
     """
     return _read(message, Request)
 
@@ -126,13 +135,13 @@ def read_reply(message: bytes) -> tuple[Reply, memoryview]:
     """Return the header and the payload of a reply.
 
     Raises:
-        UpdateError: it is not one.
+        UpdateError: The bytes are not such a message.
     """
     return _read(message, Reply)
 
 
 def read_fingerprints(payload: memoryview) -> dict[str, str]:
-    """Return the payload of a start request: SHA-256 of every tensor of the coordinator's model, by name.
+    """Return the payload of a start request: what identifies the coordinator's model (`model_identity`).
 
     Raises:
         UpdateError: It is not one.

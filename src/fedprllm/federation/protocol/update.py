@@ -5,8 +5,8 @@ An update has exactly one spelling: the reader accepts a message only if the wri
 the same bytes. A message holds names and numbers; nothing in it is executed or names a class.
 
 The reader looks at the length first, then at the checksum, the fields, the table of tensors and the
-values, and builds tensors only when everything holds. The checksum finds accidents, not forgers:
-who sent a message is the business of the connection it came through.
+values, and builds tensors only when everything holds. The checksum finds accidents, not forgeries:
+the connection authenticates the sender.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import numpy as np
 import torch
 
 from fedprllm.errors import UpdateError, did_you_mean
+from fedprllm.sharing import SHARING
+from fedprllm.sharing.interface import Wire
 
 __all__ = ["VERSION", "Expectation", "Update", "decode", "encode", "max_message_bytes"]
 
@@ -68,22 +70,7 @@ _CODES = {encoding.dtype: code for code, encoding in _ENCODINGS.items()}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class _Kind(NamedTuple):
-    code: int
-    dtypes: tuple[torch.dtype, ...]  # of a tensor
-    mask_dtypes: tuple[torch.dtype, ...]  # of a tensor whose name ends in ".mask"
-
-
-_BITS = (torch.bool,)
-_SUMS = (torch.float32, torch.float64)
-_KINDS: dict[str, _Kind] = {
-    "mask": _Kind(1, _BITS, _BITS),
-    "statistics": _Kind(2, _SUMS, _SUMS),
-    "gram": _Kind(3, _SUMS, _SUMS),
-    "weights": _Kind(4, (torch.float32, torch.float16, torch.bfloat16), _BITS),
-    "outliers": _Kind(5, (torch.float64,), (torch.float64,)),
-}
-_NOT_NEGATIVE = {"statistics": "sums of squares", "outliers": "counts"}
+_KINDS: dict[str, Wire] = {kind: row.wire for kind, row in SHARING.items()}
 _KIND_NAMES = {kind.code: name for name, kind in _KINDS.items()}
 
 
@@ -94,12 +81,12 @@ class Update:
     Attributes:
         run_id: 16 bytes, those of the run's UUID.
         participant: 1 to 128 bytes of UTF-8 without control characters.
-        block: index of the decoder layer.
+        block: Index of the decoder layer.
         kind: ``mask`` (True = pruned), ``statistics`` (sums of squares per input), ``gram``,
             ``weights`` or ``outliers`` (how many scores stand out).
         model_fingerprint: 32 bytes that name the weights the update was computed from.
-        tensors: the content, by name. Their order does not matter.
-        n_tokens: number of calibration tokens behind the update.
+        tensors: The content, by name. Their order does not matter.
+        n_tokens: Number of calibration tokens behind the update.
     """
 
     run_id: bytes
@@ -118,10 +105,10 @@ class Expectation:
     Attributes:
         run_id: 16 bytes.
         model_fingerprint: 32 bytes.
-        block: index of the decoder layer.
-        kind: as in :class:`Update`.
-        shapes: shape of every tensor by name; all of them, and no other.
-        participant: who must have written it, or None for anybody.
+        block: Index of the decoder layer.
+        kind: As in :class:`Update`.
+        shapes: Shape of every tensor by name; all of them, and no other.
+        participant: Name of the sender, or None for any.
     """
 
     run_id: bytes
@@ -148,14 +135,14 @@ def encode(update: Update) -> bytes:
     """Return the one message that says ``update``.
 
     Args:
-        update: tensors may lie on any device and have any strides.
+        update: Tensors may lie on any device and have any strides.
 
     Returns:
         The message: 116 bytes, the participant, ``3 + len(name) + 4 * ndim`` bytes per tensor, and
         the values. A mask takes ``ceil(n / 8)`` bytes.
 
     Raises:
-        UpdateError: a field breaks a rule of the format; every reader would refuse the message.
+        UpdateError: A field breaks a rule of the format; every reader would refuse the message.
     """
     kind = _kind(update.kind)
     _check_length("run_id", update.run_id, 16)
@@ -189,15 +176,15 @@ def encode(update: Update) -> bytes:
 
 
 def decode(data: bytes | bytearray | memoryview, *, expect: Expectation | None, max_bytes: int) -> Update:
-    """Read a message from somebody who is not trusted.
+    """Read a message from an untrusted sender.
 
     A refused message costs no memory beyond the table of tensors and a fixed buffer; an accepted one
     costs its tensors (a mask has one byte per weight in memory, eight times its message).
 
     Args:
-        data: the message and nothing else; copied, so the tensors do not keep it alive.
-        expect: what was asked for, or None to read any valid update, for showing it.
-        max_bytes: longest message to look at; :func:`max_message_bytes` gives it.
+        data: The message and nothing else; copied, so the tensors do not keep it alive.
+        expect: What was asked for, or None to read any valid update, for showing it.
+        max_bytes: Longest message to look at; :func:`max_message_bytes` gives it.
 
     Returns:
         The update; :func:`encode` of it is ``data``.
@@ -232,7 +219,7 @@ def max_message_bytes(expect: Expectation) -> int:
     """Return the length of the longest message that can satisfy ``expect``.
 
     Raises:
-        UpdateError: the kind of ``expect`` does not exist.
+        UpdateError: The kind of ``expect`` does not exist.
     """
     name_bytes = MAX_PARTICIPANT_BYTES if expect.participant is None else len(expect.participant.encode())
     total_bytes = _FIXED.size + name_bytes + _DIGEST_BYTES
@@ -380,9 +367,9 @@ def _check_values(kind: str, name: str, values: torch.Tensor) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
         found = next(value for value in (low, high) if not math.isfinite(value))
         raise _refuse(f"values of {name!r}", "finite numbers", found, "the calibration overflowed")
-    if kind in _NOT_NEGATIVE and low < 0:
+    if _KINDS[kind].not_negative and low < 0:
         raise _refuse(
-            f"values of {name!r}", f"{_NOT_NEGATIVE[kind]}, 0 or more", low, "send them as they are"
+            f"values of {name!r}", f"{_KINDS[kind].not_negative}, 0 or more", low, "send them as they are"
         )
 
 
@@ -400,7 +387,7 @@ def _allowed_dtypes(kind: str, name: str) -> tuple[torch.dtype, ...]:
     return _kind(kind).mask_dtypes if name.endswith(".mask") else _kind(kind).dtypes
 
 
-def _kind(name: str) -> _Kind:
+def _kind(name: str) -> Wire:
     if name not in _KINDS:
         raise UpdateError(f"unknown kind of update {did_you_mean(name, _KINDS)}")
     return _KINDS[name]

@@ -18,11 +18,11 @@ class TensorPreview:
     """One tensor of an update.
 
     Attributes:
-        name: of the Linear inside its block, as it is in the message.
-        shape: of the tensor.
-        dtype: of its values.
-        payload_bytes: that it takes in the message.
-        rows: the beginning of its first rows as they would be sent: ``#`` is a weight to prune, ``.`` one
+        name: Name of the Linear inside its block, as in the message.
+        shape: Shape of the tensor.
+        dtype: Type of its values.
+        payload_bytes: Bytes that it takes in the message.
+        rows: The beginning of its first rows as they would be sent: ``#`` is a weight to prune, ``.`` one
             to keep; other kinds show their numbers.
     """
 
@@ -38,12 +38,12 @@ class Preview:
     """The update of one block.
 
     Attributes:
-        block: index of the decoder layer.
-        n_blocks: of the model.
-        kind: of the update.
-        n_tokens: number of tokens it is computed from, which is part of the message.
-        message_bytes: of the whole message.
-        tensors: what it holds, all of it.
+        block: Index of the decoder layer.
+        n_blocks: Number of blocks of the model.
+        kind: Kind of the update.
+        n_tokens: Number of tokens it is computed from, which is part of the message.
+        message_bytes: Length of the whole message.
+        tensors: What it holds, all of it.
     """
 
     block: int
@@ -59,10 +59,10 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
 
     Every block after the first is computed from the participant's own decisions, or from the unpruned
     blocks if it makes none; in an iterative run it would follow the coordinator's.
-    Allocation and layer sampling depend on everyone: shown is every block at the sparsity of the model.
+    Allocation and layer sampling depend on all participants: every block is shown at the model's sparsity.
 
     Raises:
-        DataError, ModelError: the text or the model cannot be used.
+        DataError, ModelError: The text or the model cannot be used.
     """
     from fedprllm.federation.protocol import update as wire
     from fedprllm.federation.protocol.names import to_wire

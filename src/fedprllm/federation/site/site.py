@@ -53,10 +53,10 @@ class Site:
     """One participant, as the coordinator sees it.
 
     Args:
-        name: of the participant; the connection vouches for it.
-        settings_file: its own settings (`SiteSettings`, JSON).
-        folder: for its ledger and its spools.
-        sent: told of every update that leaves, in a few words without content.
+        name: Name of the participant; the connection authenticates it.
+        settings_file: Its own settings (`SiteSettings`, JSON).
+        folder: Folder of its ledger and spools.
+        sent: Told of every update that leaves, in a few words without content.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Site:
         return Spool(self.folder / "runs" / self._run)
 
     def answer(self, message: bytes) -> bytes:
-        """Answer a request; never raises for what the request holds or what goes wrong here."""
+        """Answer a request; whatever goes wrong becomes an answer."""
         with self._lock:
             try:
                 request, payload = read_request(message)
@@ -145,13 +145,14 @@ class Site:
             state=status["state"],
             code=status.get("code", ""),
             tensor=status.get("tensor", ""),
+            value=status.get("value"),
             n_ready=self.spool.n_ready,
         )
 
     def _watch(self) -> dict[str, Any]:
-        if self._worker is not None and self._worker.poll() is None:
-            return {"state": "working"}
         status = self.spool.status
+        if self._worker is not None and self._worker.poll() is None:
+            return {"state": "waiting" if status["state"] == "waiting" else "working"}
         if status["state"] == "failed":
             self._worker = None
             return status

@@ -96,9 +96,11 @@ class Spool:
         path = self.path("status.json")
         return read_json(path) if path.exists() else {"state": "idle"}
 
-    def set_status(self, state: str, code: str = "", tensor: str = "", message: str = "") -> None:
+    def set_status(
+        self, state: str, code: str = "", tensor: str = "", message: str = "", value: float | None = None
+    ) -> None:
         """Say where the computation stands; ``message`` is for the participant and never sent."""
-        status = {"state": state, "code": code, "tensor": tensor, "message": message}
+        status = {"state": state, "code": code, "tensor": tensor, "message": message, "value": value}
         write_json(self.path("status.json"), status)
 
     def forget(self, block: int) -> None:
@@ -119,7 +121,7 @@ def append_ledger(path: Path, run: str, block: int, summary: Mapping[str, Any], 
     """Write down, before it is sent, that an update leaves; flushed to the disk.
 
     Raises:
-        RunError: the line could not be written, so the update must not be sent.
+        RunError: The line could not be written, so the update must not be sent.
     """
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -145,7 +147,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Every update that was sent, oldest first.
 
     Raises:
-        RunError: there is no ledger, or a line of it is damaged (numbered).
+        RunError: There is no ledger, or a line of it is damaged (numbered).
     """
     if not path.exists():
         raise RunError(f"there is no ledger at {path}: nothing was sent from here")

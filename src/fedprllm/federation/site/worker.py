@@ -22,8 +22,18 @@ from filelock import FileLock
 
 from fedprllm.errors import DataError, FedprllmError, ModelError
 from fedprllm.federation.plan import SiteSettings
+from fedprllm.federation.site.consent import (
+    Refused,
+    TextBudget,
+    ask,
+    check_request,
+    check_text,
+    own_seed,
+    text_identity,
+)
 from fedprllm.federation.site.spool import Spool, write_bytes
 from fedprllm.files import read_json, save_tensors, write_json
+from fedprllm.process import use_large_pages
 
 __all__ = ["main"]
 
@@ -31,9 +41,9 @@ _DECISION_POLL_S = 0.05
 
 
 class _Failed(Exception):  # noqa: N818  it carries a status, it is no defect
-    def __init__(self, code: str, tensor: str = "", message: str = "") -> None:
+    def __init__(self, code: str, tensor: str = "", message: str = "", value: float | None = None) -> None:
         super().__init__(message or code)
-        self.code, self.tensor = code, tensor
+        self.code, self.tensor, self.value = code, tensor, value
 
 
 def main(arguments: list[str]) -> int:
@@ -53,7 +63,10 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
         _Walk(spool, settings, name, owner).run()
     except _Failed as failure:
         print(failure, file=sys.stderr)
-        spool.set_status("failed", failure.code, failure.tensor, str(failure))
+        spool.set_status("failed", failure.code, failure.tensor, str(failure), failure.value)
+    except Refused as refusal:
+        print(refusal, file=sys.stderr)
+        spool.set_status("failed", refusal.code, message=str(refusal))
     except DataError as error:
         return _fail(spool, "data", error)
     except FedprllmError as error:
@@ -118,10 +131,12 @@ class _Walk:
         from fedprllm.pruning.survey import allocated
         from fedprllm.pruning.walk import Walker
 
+        check_request(self.settings, self.job)
         self._prepare()
         method: Any = survey_method(self.config) if self.job["survey"] else pruning_method(self.config)
         if self.job["outliers"]:
             method = method.with_sparsities(allocated(self.model, self._outliers(), self.config))
+        self._ask(method)
         self.walker = Walker(self.participant, method, self.model.n_blocks, self.job["blocks"])
         start = self._resume() if method.uses_inputs else self.spool.n_ready
         for index in range(start, self.model.n_blocks):
@@ -134,6 +149,39 @@ class _Walk:
 
         return [Outliers(*counts) for counts in self.job["outliers"]]
 
+    def _check_same_text(self) -> None:
+        """Refuse to continue a run with other windows than it was begun with."""
+        path, found = self.spool.path("text.json"), {"fingerprint": self.participant.fingerprint}
+        if path.exists() and read_json(path) != found:
+            raise _Failed(
+                "data",
+                message="the text has changed since this run began: put back what it was, or let the run go "
+                "on without this participant",
+            )
+        write_json(path, found)
+
+    @property
+    def _home(self) -> Path:
+        """The participant's folder for ledger and runs."""
+        return self.spool.folder.parent.parent
+
+    def _ask(self, method: Any) -> None:
+        """Count the run against the text, and wait until the participant agrees, if it wants to be asked."""
+        from fedprllm.federation.site.question import question_of
+
+        budget, text = TextBudget(self._home), text_identity(self.settings.data)
+        if not self.settings.confirm:
+            budget.spend(text, self.job["run"], self.settings.runs_per_text)
+            return
+        used = set(budget.runs_of(text)) | {self.job["run"]}
+        question = question_of(
+            self.job, method, self.model, self.participant, len(used), self.settings.runs_per_text
+        )
+        self.spool.set_status("waiting")
+        ask(self.spool.folder, question, lambda: self.spool.owner == self.owner)
+        self.spool.set_status("working")
+        budget.spend(text, self.job["run"], self.settings.runs_per_text)
+
     def _check_owner(self) -> None:
         """End if a later process, of a later job of the same run, has taken over."""
         if self.spool.owner != self.owner:
@@ -142,7 +190,8 @@ class _Walk:
     def _prepare(self) -> None:
         """Read the model, compare it with the coordinator's, read the text."""
         from fedprllm.models.blockwise import BlockwiseModel
-        from fedprllm.models.fingerprints import first_difference, model_digest, tensor_fingerprints
+        from fedprllm.models.fingerprints import first_difference, model_digest
+        from fedprllm.models.identity import describe_difference, model_identity, number_of
         from fedprllm.models.source import is_hub_id, resolve_model
         from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
         from fedprllm.pruning.inputs import make_participants
@@ -162,19 +211,27 @@ class _Walk:
         self.model = BlockwiseModel(folder, self.config.dtype, self.config.device)
         self._check_blocks(self.model.n_blocks)
         expected = read_json(self.spool.path("fingerprints.json"))
-        found = tensor_fingerprints(self.model)
+        found = model_identity(self.model)
         different = first_difference(expected, found)
         if different is not None:
             raise _Failed(
                 "model differs",
                 different,
-                f"the model at {named} is not the coordinator's: tensor '{different}' has other values; "
-                "get the model from where the coordinator got it, or name it with --model",
+                f"the model at {named} is not the coordinator's: "
+                f"{describe_difference(different, expected, found)}; get the model from where the "
+                "coordinator got it, or name it with --model",
+                number_of(different, found),
             )
         self.digest = model_digest(expected)
-        (self.participant,), self.config = make_participants(
-            self.model, {self.name: list(self.settings.data)}, self.config
+        seed = own_seed(self._home) if self.settings.seed is None else self.settings.seed
+        (self.participant,), config = make_participants(
+            self.model,
+            {self.name: list(self.settings.data)},
+            self.config.model_copy(update={"seed": seed}),
         )
+        self.config = self.config.model_copy(update={"window_length": config.window_length})
+        self._check_same_text()
+        check_text(self.settings, len(self.participant.windows), self.participant.n_tokens)
         self._memory = HiddenMemory(self.spool.spilled_folder, self.settings.memory_limit)
         self.participant.hidden = HiddenStates(self._memory, self.name)
 
@@ -259,4 +316,5 @@ class _Walk:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     sys.exit(main(sys.argv[1:]))

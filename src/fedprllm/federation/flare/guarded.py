@@ -1,0 +1,278 @@
+"""``python -m fedprllm.federation.flare.guarded MODULE ARGUMENTS``: a process of FLARE, behind the guard.
+
+Server, sites and their processes of a job are started through here, and start their own through here. What
+is changed in FLARE is listed in `install`; docs/decisions/flare-guard.md says why each.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedprllm.errors import FedprllmError
+from fedprllm.federation.flare import orders
+from fedprllm.federation.flare.configuration import (
+    DEFAULT_MESSAGE_MB,
+    HARDENING,
+    kit_of,
+    max_message_mb,
+    site_configuration,
+)
+from fedprllm.federation.flare.policy import (
+    ADMIN,
+    GUARDED,
+    MAX_FRAME_BYTES,
+    MB,
+    SITE_ORDERS,
+    check_version,
+    opens,
+)
+from fedprllm.federation.flare.request_log import REQUESTS, Refused, RequestLog
+from fedprllm.federation.site.site import work_folder
+from fedprllm.files import read_json
+
+__all__ = ["install", "main"]
+
+# Frames that were received and wait for a thread; the connections wait when there are more.
+_MAX_WAITING_BYTES = 16 * MB
+
+_installed = False
+
+
+def install(communication: dict[str, Any], requests: RequestLog | None) -> None:
+    """Change FLARE in this process, once: do it before a cell is made.
+
+    Args:
+        communication: FLARE's ``comm_config.json``.
+        requests: Where refusals and the server's orders are written down; None in the coordinator's process.
+
+    Raises:
+        RunError: This version of FLARE was not tested with the guard.
+    """
+    global _installed
+    check_version()
+    if _installed:
+        return
+    _installed = True
+    note = requests.note_refused if requests is not None else lambda refused: None  # noqa: ARG005
+    _fix_communication(communication)
+    _limit_frames()
+    _guard_cells(int(communication["streaming_max_blob_size"]), note)
+    _close_handlers()
+    _refuse_super()
+    _guard_job_processes()
+    if requests is not None:
+        _limit_orders(requests)
+
+
+def _fix_communication(communication: dict[str, Any]) -> None:
+    """FLARE searches all of its workspace for this file, where a job's files lie too."""
+    from nvflare.fuel.f3.comm_config import CommConfigurator
+
+    CommConfigurator._configuration = communication
+    CommConfigurator._config_loaded = True
+
+
+def _limit_frames() -> None:
+    """Each driver refuses a frame by the length it announces, before it makes room."""
+    from nvflare.fuel.f3.drivers import aio_conn, aio_grpc_driver, aio_http_driver, grpc_driver, socket_conn
+    from nvflare.fuel.f3.sfm.conn_manager import ConnManager
+
+    for driver in (aio_conn, aio_http_driver, socket_conn):
+        driver.MAX_FRAME_SIZE = MAX_FRAME_BYTES
+    for driver in (aio_grpc_driver, grpc_driver):
+        driver.GRPC_DEFAULT_OPTIONS = [
+            ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+            ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+        ]
+    waiting = _Waiting(_MAX_WAITING_BYTES)
+    process_frame, process_frame_task = ConnManager.process_frame, ConnManager.process_frame_task
+
+    def queue(self: Any, connection: Any, frame: Any) -> None:
+        waiting.enter(len(frame))
+        process_frame(self, connection, frame)
+
+    def begin(self: Any, connection: Any, frame: Any) -> None:
+        waiting.leave(len(frame))
+        process_frame_task(self, connection, frame)
+
+    ConnManager.process_frame, ConnManager.process_frame_task = queue, begin
+
+
+class _Waiting:
+    """Bytes that wait; whoever brings more than fit waits too, but never for ever."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._n_bytes = most, 0
+        self._changed = threading.Condition()
+
+    def enter(self, n_bytes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_bytes + n_bytes <= self._most, timeout=60.0)
+            self._n_bytes += n_bytes
+
+    def leave(self, n_bytes: int) -> None:
+        with self._changed:
+            self._n_bytes -= n_bytes
+            self._changed.notify_all()
+
+
+def _guard_cells(max_update_bytes: int, note: Callable[[Refused], None]) -> None:
+    from nvflare.fuel.f3.cellnet.cell import Adapter, Cell
+    from nvflare.fuel.f3.cellnet.core_cell import CoreCell
+    from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
+    from nvflare.fuel.f3.drivers.driver_params import DriverParams
+    from nvflare.fuel.f3.sfm.conn_manager import NullConnection
+    from nvflare.fuel.f3.streaming.byte_receiver import RxTask
+
+    from fedprllm.federation.flare.guard import Guard
+
+    make_core, make_cell = CoreCell.__init__, Cell.__init__
+    process, call, stop = CoreCell.process_message, Adapter.call, RxTask.stop
+
+    def core(self: Any, *arguments: Any, **options: Any) -> None:
+        self.fedprllm_guard = None  # a message that comes before there is a guard finds none, and fails
+        make_core(self, *arguments, **options)
+        self.fedprllm_guard = Guard(self, max_update_bytes, ADMIN, note)
+
+    def cell(self: Any, *arguments: Any, **options: Any) -> None:
+        make_cell(self, *arguments, **options)
+        self.core_cell.fedprllm_guard.stream_cell = self
+
+    def receive(self: Any, endpoint: Any, connection: Any, app_id: int, message: Any) -> None:
+        if not isinstance(connection, NullConnection):  # a process speaks to itself without one
+            peer = connection.get_conn_properties().get(DriverParams.PEER_CN.value)
+            if not self.fedprllm_guard.admits(endpoint, peer, message):
+                return
+        process(self, endpoint, connection, app_id, message)
+
+    def answer(self: Any, future: Any, *arguments: Any, **options: Any) -> None:
+        try:
+            call(self, future, *arguments, **options)
+        finally:
+            origin = future.headers.get(MessageHeaderKey.ORIGIN)
+            self.cell.core_cell.fedprllm_guard.streams.release(origin, future.get_stream_id())
+
+    def end(self: Any, error: Any = None, notify: bool = True) -> None:
+        stop(self, error, notify)
+        if error is not None:
+            self.cell.fedprllm_guard.streams.release(self.origin, self.sid)
+
+    CoreCell.__init__, Cell.__init__ = core, cell
+    CoreCell.process_message, Adapter.call, RxTask.stop = receive, answer, end
+
+
+def _close_handlers() -> None:
+    """A handler that nothing may reach is not registered, so the list of what is open can be read."""
+    from nvflare.fuel.f3.cellnet.core_cell import CoreCell
+    from nvflare.fuel.f3.cellnet.defs import CellChannel
+    from nvflare.fuel.f3.streaming.byte_receiver import ByteReceiver
+    from nvflare.fuel.f3.streaming.stream_const import STREAM_CHANNEL
+
+    register, register_stream = CoreCell.register_request_cb, ByteReceiver.register_callback
+
+    def open_topic(self: Any, channel: str, topic: str, cb: Any, *arguments: Any, **options: Any) -> None:
+        if channel == STREAM_CHANNEL or opens(self.my_info.fqcn, channel, topic):
+            register(self, channel, topic, cb, *arguments, **options)
+
+    def open_stream(self: Any, channel: str, topic: str, cb: Any, *arguments: Any, **options: Any) -> None:
+        if channel == CellChannel.RETURN_ONLY or opens(self.cell.my_info.fqcn, channel, topic):
+            register_stream(self, channel, topic, cb, *arguments, **options)
+
+    CoreCell.register_request_cb, ByteReceiver.register_callback = open_topic, open_stream
+
+
+def _refuse_super() -> None:
+    """FLARE allows everything to a role of this name, "for testing"."""
+    from nvflare.fuel.sec.authz import Authorizer
+
+    authorize = Authorizer.authorize
+
+    def refuse(self: Any, context: Any) -> tuple[bool, str]:
+        roles = (
+            [str(person.role).strip().lower() for person in (context.user, context.submitter)]
+            if context
+            else []
+        )
+        if "super" in roles:
+            return False, "role 'super' has no rights in a federation of fedprllm"
+        return authorize(self, context)  # type: ignore[no-any-return]
+
+    Authorizer.authorize = refuse
+
+
+def _guard_job_processes() -> None:
+    """The processes that this one starts for a job are guarded like this one."""
+    from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
+    from nvflare.app_common.job_launcher.server_process_launcher import ServerProcessJobLauncher
+
+    for launcher in (ClientProcessJobLauncher, ServerProcessJobLauncher):
+        launcher.get_command = _guarded_command(launcher.get_command)
+
+
+def _guarded_command(get_command: Callable[..., str]) -> Callable[..., str]:
+    def guarded(self: Any, job_meta: Any, fl_ctx: Any) -> str:
+        interpreter, found, rest = get_command(self, job_meta, fl_ctx).partition(" -m nvflare.")
+        if not found:
+            raise RuntimeError("FLARE starts the process of a job in another way than the guard knows")
+        return f"{interpreter} -u -m {GUARDED} nvflare.{rest}"
+
+    return guarded
+
+
+def _limit_orders(requests: RequestLog) -> None:
+    """A site knows the orders of a run and no others, and writes down each one before it follows it."""
+    from nvflare.private.admin_defs import error_reply
+    from nvflare.private.defs import RequestHeader, new_cell_message
+    from nvflare.private.fed.client.admin import FedAdminAgent
+
+    register, dispatch = FedAdminAgent.register_processor, FedAdminAgent._dispatch_request
+
+    def keep(self: Any, processor: Any) -> None:
+        if set(processor.get_topics()) <= SITE_ORDERS:
+            register(self, processor)
+
+    def obey(self: Any, request: Any) -> Any:
+        order = request.payload
+        job = order.get_header(RequestHeader.JOB_ID)
+        reason = orders.refusal(order.topic, job, order.body)
+        if reason is not None:
+            requests.note_refused(Refused("server", str(order.topic)[:64], reason))
+            self.cell.logger.error(f"refused order {str(order.topic)[:64]!a}: {reason}")
+            return new_cell_message({}, error_reply(reason))
+        requests.note("server", order.topic, job=job)
+        return dispatch(self, request)
+
+    FedAdminAgent.register_processor, FedAdminAgent._dispatch_request = keep, obey
+
+
+def _communication(workspace: Path, *, is_site: bool) -> dict[str, Any]:
+    kit = kit_of(workspace)
+    if is_site:
+        return site_configuration(max_message_mb(kit))["comm_config.json"]
+    path = workspace / "local" / "comm_config.json"
+    own = read_json(path) if path.exists() else {}
+    own.pop("grpc", None)  # its options would lift the limit of a frame
+    return {"streaming_max_blob_size": DEFAULT_MESSAGE_MB * 1_000_000, **own, **HARDENING}
+
+
+def main() -> None:
+    """Start the module that the command line names."""
+    module, sys.argv = sys.argv[1], sys.argv[1:]
+    workspace = Path(sys.argv[sys.argv.index("-m") + 1]).resolve()
+    is_site = ".client." in module
+    kit = kit_of(workspace)
+    path = work_folder(kit) / REQUESTS if is_site else kit / "refused.jsonl"
+    try:
+        install(_communication(workspace, is_site=is_site), RequestLog(path))
+    except FedprllmError as error:
+        sys.exit(f"error: {error}")
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What a process of a federation hears, and from whom: as a table for `fedprllm.federation.flare.guard`.
+
+FLARE registers some forty handlers in every process (shell, deletion, log configuration, a change of the
+server's address, ...) and relays messages between sites. A run needs the few of this table. Whatever is
+missing here is refused, so a handler that a later FLARE adds stays closed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+from importlib.metadata import version
+
+from fedprllm.errors import RunError
+
+__all__ = [
+    "ADMIN",
+    "ALLOWED",
+    "GUARDED",
+    "MAX_FRAME_BYTES",
+    "MAX_OPEN_STREAMS",
+    "MB",
+    "SITE_ORDERS",
+    "TESTED_VERSIONS",
+    "UPDATE",
+    "Party",
+    "check_version",
+    "is_job_id",
+    "limit",
+    "may_talk",
+    "opens",
+    "party",
+    "root",
+]
+
+# The versions of FLARE whose handlers and connections were read and attacked with this guard in place.
+TESTED_VERSIONS = ("2.9.0",)
+
+# The name in the coordinator's certificate.
+ADMIN = "coordinator@fedprllm.local"
+
+# Runs a module of FLARE behind the guard.
+GUARDED = "fedprllm.federation.flare.guarded"
+
+KB, MB = 1024, 1024 * 1024
+# Longer messages are streamed in pieces of 1 MiB, so no honest frame is longer than this. The drivers refuse
+# a longer one by the length it announces, before they make room for it.
+MAX_FRAME_BYTES = 2 * MB
+# Streams that one sender may have open at a time; an honest one has a handful.
+MAX_OPEN_STREAMS = 64
+# As a limit: the longest message that was agreed on, as `max_message_mb`.
+UPDATE = -1
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ADMIN_PREFIX = "_admin_"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+class Party(Enum):
+    """Kinds of process that take part in a federation."""
+
+    SERVER = "server"
+    SERVER_JOB = "the server's process of a job"
+    SITE = "site"
+    SITE_JOB = "a site's process of a job"
+    COORDINATOR = "coordinator"
+
+
+_BYE = {"cellnet.channel/bye": 4 * KB}
+_REGISTER = {"task/challenge": 64 * KB, "task/register": 64 * KB, "task/quit": 64 * KB}
+
+# (receiver, sender): what the receiver accepts, as channel/topic, and how many bytes at most.
+ALLOWED: Mapping[tuple[Party, Party], Mapping[str, int]] = {
+    (Party.SERVER, Party.SITE): {
+        **_BYE,
+        **_REGISTER,
+        "task/heart_beat": 64 * KB,
+        "task/report_job_failure": 64 * KB,
+    },
+    (Party.SERVER, Party.SITE_JOB): _BYE,
+    (Party.SERVER, Party.SERVER_JOB): {
+        **_BYE,
+        "server_parent_listener/get_clients": 64 * KB,
+        "server_parent_listener/heartbeat": 64 * KB,
+        "server_parent_listener/update_run_status": 64 * KB,
+    },
+    (Party.SERVER, Party.COORDINATOR): {
+        **_BYE,
+        **_REGISTER,
+        "hci_channel/command": 1 * MB,
+        # A job is submitted as a file in pieces of 1 MiB.
+        "aux_communication/ObjectStreamer.Request": 2 * MB,
+        "aux_communication/ObjectStreamer.Abort": 64 * KB,
+    },
+    (Party.SERVER_JOB, Party.SERVER): {
+        **_BYE,
+        "server_command/abort": 64 * KB,
+        "server_command/handle_dead_job": 64 * KB,
+    },
+    (Party.SERVER_JOB, Party.SITE_JOB): {
+        "server_command/get_task": 64 * KB,
+        "aux_communication/__sync_runner__": 64 * KB,
+        "aux_communication/__job_heartbeat__": 64 * KB,
+    },
+    # Of the orders that come on this channel, a site knows those of SITE_ORDERS.
+    (Party.SITE, Party.SERVER): {**_BYE, "admin/admin": 1 * MB},
+    (Party.SITE, Party.SITE_JOB): {**_BYE, "admin/train.notify_job_status": 64 * KB},
+    (Party.SITE_JOB, Party.SITE): {**_BYE, "client_command/abort": 64 * KB},
+    (Party.SITE_JOB, Party.SERVER): _BYE,
+    (Party.SITE_JOB, Party.SERVER_JOB): {
+        "aux_communication/fedprllm": UPDATE,
+        "aux_communication/__end_run__": 64 * KB,
+    },
+    (Party.COORDINATOR, Party.SERVER): {**_BYE, "hci_channel/SESSION_EXPIRED": 64 * KB},
+}
+
+# Answers that are longer than the others; every other one has at most 1 MiB.
+_LONG_ANSWERS = {"aux_communication/fedprllm": UPDATE, "hci_channel/command": 16 * MB}
+_ANSWER_BYTES = 1 * MB
+
+# Orders of the server that a site follows: say that there is room for a run (there always is), receive it,
+# start it, stop it, and hear how it ended.
+SITE_ORDERS = frozenset(
+    {
+        "scheduler.check_resource",
+        "scheduler.cancel_resource",
+        "train.deploy",
+        "train.start_job",
+        "train.abort",
+        "train.notify_job_status",
+    }
+)
+
+
+def check_version(installed: str | None = None) -> None:
+    """Refuse a version of FLARE that the guard was not tested with.
+
+    Raises:
+        RunError: Names both versions and what to install.
+    """
+    found = installed or version("nvflare")
+    if found not in TESTED_VERSIONS:
+        tested = ", ".join(TESTED_VERSIONS)
+        raise RunError(
+            f"NVIDIA FLARE {found} is installed, and fedprllm was tested with {tested} only: another version "
+            "may open new ways into this machine. Nothing was started. "
+            f"Install the tested one: pip install 'nvflare=={TESTED_VERSIONS[-1]}'"
+        )
+
+
+def is_job_id(value: object) -> bool:
+    """A job's id is a UUID: it becomes the name of a folder and a word of a command line."""
+    return isinstance(value, str) and _UUID.fullmatch(value) is not None
+
+
+def root(address: str) -> str:
+    """The machine of an address: ``north`` of ``north.JOB``."""
+    return address.partition(".")[0]
+
+
+def party(address: str) -> Party | None:
+    """What an address stands for; None if it is none that a federation uses."""
+    machine, dot, job = address.partition(".")
+    if dot and not is_job_id(job):
+        return None
+    if machine == "server":
+        return Party.SERVER_JOB if dot else Party.SERVER
+    if machine.startswith(_ADMIN_PREFIX):
+        return Party.COORDINATOR if is_job_id(machine.removeprefix(_ADMIN_PREFIX)) and not dot else None
+    if _NAME.fullmatch(machine):
+        return Party.SITE_JOB if dot else Party.SITE
+    return None
+
+
+def _related(one: str, other: str) -> bool:
+    """Neither two sites nor the processes of two jobs have anything to say to each other."""
+    kinds = {party(one), party(other)}
+    if kinds <= {Party.SITE, Party.SITE_JOB} and root(one) != root(other):
+        return False
+    jobs = {address.partition(".")[2] for address in (one, other)} - {""}
+    return len(jobs) < 2
+
+
+def may_talk(receiver: str, sender: str) -> bool:
+    """There is anything at all that one of the two accepts from the other."""
+    kinds = party(receiver), party(sender)
+    if None in kinds or not _related(receiver, sender):
+        return False
+    return kinds in ALLOWED or kinds[::-1] in ALLOWED
+
+
+def opens(receiver: str, channel: str, topic: str) -> bool:
+    """Something may come to ``receiver`` on this channel and topic (``*``: any), from anybody."""
+    kind = party(receiver)
+    known = {what for (whose, _), allowed in ALLOWED.items() if whose is kind for what in allowed}
+    if topic == "*":
+        return any(what.startswith(f"{channel}/") for what in known)
+    return f"{channel}/{topic}" in known
+
+
+def limit(receiver: str, sender: str, what: str, *, answer: bool = False) -> int | None:
+    """Bytes that ``receiver`` accepts of ``sender`` as ``what`` (channel/topic); None if it accepts none.
+
+    Args:
+        receiver: Address of the process that the message is for.
+        sender: Address of the process that the message is from.
+        what: ``channel/topic`` of a request; of the request that it answers, for an answer.
+        answer: The message answers a request of the receiver.
+    """
+    if not may_talk(receiver, sender):
+        return None
+    asked, asking = (sender, receiver) if answer else (receiver, sender)
+    allowed = ALLOWED.get((party(asked), party(asking)), {})  # type: ignore[arg-type]  # both are known here
+    if what not in allowed:
+        return None
+    return _LONG_ANSWERS.get(what, _ANSWER_BYTES) if answer else allowed[what]

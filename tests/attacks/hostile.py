@@ -1,0 +1,111 @@
+"""A process of FLARE without the guard, which sends what it is told to: ``hostile.py MODULE ARGUMENTS``.
+
+It reads one order per line from its standard input, JSON, and answers with one line each, after ``ANSWER``.
+It stands for a participant or a server that runs whatever software it likes, with its own valid kit.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+import threading
+import time
+
+from nvflare.apis.shareable import Shareable
+from nvflare.fuel.f3.cellnet.cell import Cell
+from nvflare.fuel.f3.cellnet.core_cell import CoreCell
+from nvflare.fuel.f3.message import Message
+from nvflare.private.admin_defs import Message as Order
+
+_cells: list[Cell] = []
+_make = Cell.__init__
+
+
+def _remember(self, *arguments, **options):
+    _make(self, *arguments, **options)
+    _cells.append(self)
+
+
+Cell.__init__ = _remember
+
+
+def _payload(what):
+    """What is sent: an order of an administrator, a request of a job, or so many bytes."""
+    if "order" in what:
+        order = Order(
+            topic=what["order"], body=bytes.fromhex(what["zip"]) if "zip" in what else what.get("body", "")
+        )
+        order.set_headers(what.get("headers", {}))
+        return order
+    if "message" in what:
+        request = Shareable()
+        request["message"] = bytes.fromhex(what["message"])
+        request.set_peer_props({"__identity_name__": "server"})
+        return request
+    return bytes(what.get("size", 0))
+
+
+def request(channel, topic, target, timeout=4.0, **what):
+    """Send a request, as FLARE would, and say what came back."""
+    reply = _cells[0].core_cell.send_request(channel, topic, target, Message(payload=_payload(what)), timeout)
+    body = getattr(reply.payload, "body", reply.payload)
+    return {
+        "rc": reply.get_header("cn__return_code"),
+        "error": str(reply.get_header("cn__error", "")),
+        "body": str(body)[:2000],
+        "code": getattr(reply.payload, "headers", {}).get("_rtnCode", "")
+        if reply.payload is not None
+        else "",
+    }
+
+
+def stream(channel, topic, target, timeout=4.0, **what):
+    """The same as a stream in pieces."""
+    reply = _cells[0]._send_request(channel, target, topic, Message(payload=_payload(what)), timeout)
+    return {
+        "rc": reply.get_header("cn__return_code"),
+        "error": str(reply.get_header("cn__error", "")),
+        "body": "",
+    }
+
+
+def raw(headers, size=0, times=1):
+    """Put frames on the connection to the server, with whatever headers."""
+    core: CoreCell = _cells[0].core_cell
+    n_sent = 0
+    for _ in range(times):
+        for _ in range(100):  # a connection that was dropped comes back
+            names = [name for name in core.agents if name in ("server", headers["cn__destination"])]
+            if names:
+                break
+            time.sleep(0.1)
+        endpoint = core.agents[names[0]].endpoint
+        n_sent += not core._send_to_endpoint(endpoint, Message(dict(headers), bytes(size)))
+    return {"n_sent": n_sent}
+
+
+def handlers():
+    """Every channel and topic that FLARE itself opens in such a process."""
+    return sorted(_cells[0].core_cell.req_reg.reg)
+
+
+def peers():
+    """Who is connected."""
+    return sorted(_cells[0].core_cell.agents) if _cells else []
+
+
+def _obey():
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = globals()[order.pop("do")](**order)
+        except Exception as error:  # noqa: BLE001  whatever it is, the test is told
+            answer = {"rc": "", "error": repr(error), "body": ""}
+        print("ANSWER" + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    module, sys.argv = sys.argv[1], sys.argv[1:]
+    threading.Thread(target=_obey, daemon=True).start()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

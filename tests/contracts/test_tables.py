@@ -1,0 +1,55 @@
+"""The tables agree with the words that a user writes, and every row is complete."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from fedprllm.config import CriterionName, PruneConfig, ShareName
+from fedprllm.core.criteria import CRITERIA
+from fedprllm.core.ties import TIES
+from fedprllm.deciding import DECISIONS
+from fedprllm.federation.plan import KINDS
+from fedprllm.pruning.method import pruning_method, survey_method
+from fedprllm.pruning.strategies import STRATEGIES
+from fedprllm.settings import choices_of
+from fedprllm.sharing import SHARING
+
+
+def test_every_word_is_a_row_and_every_row_a_word():
+    assert set(get_args(CriterionName)) == set(CRITERIA)
+    assert set(get_args(ShareName)) == set(DECISIONS)
+    assert set(KINDS) == set(SHARING)
+    assert set(choices_of(PruneConfig.model_fields["strategy"].annotation)) == set(STRATEGIES)
+    assert set(choices_of(PruneConfig.model_fields["ties"].annotation)) == set(TIES)
+
+
+def test_rows_go_by_their_own_names():
+    assert all(row.kind == kind for kind, row in SHARING.items())
+    for decisions in DECISIONS.values():
+        names = [decision.name for decision in decisions]
+        assert len(names) == len(set(names))
+
+
+def test_no_two_kinds_have_one_number_on_the_wire():
+    codes = [row.wire.code for row in SHARING.values()]
+    assert len(codes) == len(set(codes))
+    # A number that was given away is part of the format: messages in ledgers were written with it.
+    assert {kind: row.wire.code for kind, row in SHARING.items()} == {
+        "mask": 1,
+        "statistics": 2,
+        "gram": 3,
+        "weights": 4,
+        "outliers": 5,
+    }
+
+
+@pytest.mark.parametrize("share", DECISIONS)
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+def test_a_participant_is_asked_for_the_kinds_that_a_run_uses(share, allocation):
+    config = PruneConfig(share=share, allocation=allocation)
+    used = {pruning_method(config).sharing.kind}
+    if allocation == "owl":
+        used.add(survey_method(config).sharing.kind)
+    assert set(config.kinds) == used

@@ -1,0 +1,141 @@
+"""What a Python program may give as a participant, and the names that participants get."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedprllm import DataError, Documents, PooledData, evaluate, prune
+from fedprllm.files import names_of
+from fedprllm.pruning.inputs import name_participants
+from tests.contracts.test_walk import assert_same_bits
+
+STORY = "The cat sat on the mat and looked at the moon.\nIt was late. "
+
+
+class Dataset:
+    """What is asked of a ``datasets.Dataset``: its features, and a column."""
+
+    def __init__(self, **columns: list) -> None:
+        self._columns = columns
+        self.column_names = list(columns)
+        kinds = {name: "string" if isinstance(rows[0], str) else "int64" for name, rows in columns.items()}
+        self.features = {name: type("Value", (), {"dtype": kind}) for name, kind in kinds.items()}
+
+    def __getitem__(self, name: str) -> list:
+        return self._columns[name]
+
+
+def test_every_way_to_give_a_text_gives_the_same_model(small_model, tmp_path):
+    from fedprllm import PruneConfig
+
+    texts = [f"{STORY} {number} " * 40 for number in range(4)]
+    path = tmp_path / "notes.jsonl"
+    import json
+
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = PruneConfig(windows=2, window_length=32)
+    expected = prune(small_model, {"a": str(path)}, config, out=tmp_path / "path")
+    ways = {
+        "documents": Documents(texts),
+        "strings": texts,
+        "dataset": Dataset(id=[1, 2, 3, 4], text=texts),
+        "list-of-paths": [str(path)],
+    }
+    for name, way in ways.items():
+        found = prune(small_model, {"a": way}, config, out=tmp_path / name)
+        assert_same_bits(expected.model_dir, found.model_dir)
+        assert "moon" not in str(found.record), name
+    assert prune(small_model, {"a": texts}, config, out=tmp_path / "strings").record.participants[
+        "a"
+    ].sources == ["4 documents in memory"]
+
+
+def test_token_ids_of_any_kind(tiny, windows, tmp_path):
+    ids = windows(0)
+    expected = prune(tiny("llama"), {"a": ids}, out=tmp_path / "torch")
+    for name, way in {
+        "numpy": ids.numpy(),
+        "lists": ids.tolist(),
+        "int32": ids.numpy().astype(np.int32),
+    }.items():
+        assert_same_bits(expected.model_dir, prune(tiny("llama"), {"a": way}, out=tmp_path / name).model_dir)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (["missing/notes.txt"], "no such file or folder"),
+        (["notes.txt", STORY], "mixes paths and text"),
+        ([1.5, 2.5], "holds float"),
+        ([[1, 2], [3]], "lists of one length"),
+        ([], "found list without items"),
+        (iter([1]), "found list_iterator"),
+        (None, "found NoneType"),
+        (42, "found int"),
+        (np.zeros((2, 4)), "must be integers"),
+        (Dataset(id=[1], body=[2]), "expected a column 'text'"),
+        ([STORY, ""], None),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(small_model, tmp_path, item, words):
+    from fedprllm import PruneConfig
+
+    config = PruneConfig(windows=1, window_length=8)
+    if words is None:
+        prune(small_model, {"a": item}, config, out=tmp_path / "run")
+        return
+    with pytest.raises(DataError, match=words) as refusal:
+        prune(small_model, {"a": item}, config, out=tmp_path / "run")
+    assert "moon" not in str(refusal.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_generator_of_participants_is_refused(tiny, windows, tmp_path):
+    with pytest.raises(DataError, match="must be a list or a mapping with one item each, found generator"):
+        prune(tiny("llama"), (windows(n) for n in range(2)), out=tmp_path / "run")
+
+
+def test_a_string_is_one_path_everywhere(small_model, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text(STORY * 200)
+    (one,) = evaluate(small_model, str(path), window_length=64, max_tokens=256)
+    assert one.text == "x"
+    assert PooledData(str(path), 2).paths == [str(path)]
+    ids = torch.ones(1, 8, dtype=torch.int64)
+    result = prune(small_model, [ids], out=tmp_path / "run", eval_texts=str(path))
+    assert [row.text for row in result.evaluation["dense"]] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["d1/notes.txt", "d2/notes.txt", "d3/notes-2.txt"], ["notes", "notes-2", "notes-2-2"]),
+        (["notes-2.txt", "a/notes.txt", "b/notes.txt"], ["notes-2", "notes", "notes-3"]),
+        (["a.b.txt", "a.c.txt"], ["a.b", "a.c"]),
+        (["..", ".", ".hidden"], ["text", "text-2", "hidden"]),
+        (["Notes.txt", "notes.txt"], ["Notes", "notes-2"]),
+        (["north station.txt", "north-station.txt"], ["north-station", "north-station-2"]),
+    ],
+)
+def test_names_are_distinct_and_safe(sources, names):
+    assert names_of(sources) == names
+
+
+def test_a_long_name_is_cut_and_stays_distinct():
+    names = names_of([f"{'x' * 250}{end}.txt" for end in "ab"])
+    assert len(set(names)) == 2
+    assert all(len(name) <= 104 for name in names)
+
+
+def test_no_text_disappears(tmp_path):
+    paths = []
+    for folder, name in (("d1", "notes.txt"), ("d2", "notes.txt"), ("d3", "notes-2.txt")):
+        path = tmp_path / folder / name
+        path.parent.mkdir()
+        path.write_text(folder)
+        paths.append(str(path))
+    named = name_participants(paths)
+    assert isinstance(named, dict)
+    assert sorted(map(str, named.values())) == paths
