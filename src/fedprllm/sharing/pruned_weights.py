@@ -40,8 +40,8 @@ def _check(ballot: Ballot, target: Target) -> None:
             raise UpdateError(f"the weights of '{name}' are not all zero where their mask prunes them")
         if not torch.equal(weight[~mask], linear.stored(ballot.model(name))[~mask]):
             raise UpdateError(
-                f"the weights of '{name}' that its mask keeps differ from the model's: expected a participant "
-                "to prune weights and leave the others unchanged"
+                f"the weights of '{name}' that its mask keeps are not the model's: expected a participant to "
+                "leave them unchanged"
             )
 
 
