@@ -1,16 +1,15 @@
-"""Every error a user can cause, as one small tree.
+"""All errors that a user can cause, in one small tree.
 
 FedprllmError
-├── ConfigError    an option has a value it cannot have, or two options contradict each other
+├── ConfigError    an option has an invalid value, or options contradict each other
 ├── DataError      a text file or a token window cannot be used
-├── ModelError     a model cannot be read, walked or pruned
+├── ModelError     a model cannot be read, processed block by block, or pruned
 ├── RunError       a run folder cannot be used, or the disk is full
-│   └── RunBusy    another process works on the run folder
-└── UpdateError    an update of a participant is not what the run asked for
+│   └── RunBusy    another process is using the run folder
+└── UpdateError    a participant's update does not match what the run asked for
 
-Each message names the thing, what was expected, what was found and what to do. The command line
-prints the message and exits with status 2; anything outside this tree is a defect of ours and keeps
-its traceback.
+Each message says what is wrong, what was expected, what was found and what to do. The command line prints
+the message and exits with status 2. Any exception outside this tree is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ __all__ = [
 
 
 class FedprllmError(Exception):
-    """Base of every error that a user can cause and repair."""
+    """Base class of all errors that a user can cause and fix."""
 
 
 class ConfigError(FedprllmError, ValueError):
-    """An option has a value it cannot have, or two options contradict each other."""
+    """An option has an invalid value, or options contradict each other."""
 
 
 class DataError(FedprllmError, ValueError):
@@ -43,27 +42,27 @@ class DataError(FedprllmError, ValueError):
 
 
 class ModelError(FedprllmError):
-    """A model cannot be read, walked or pruned."""
+    """A model cannot be read, processed block by block, or pruned."""
 
 
 class RunError(FedprllmError):
-    """A run folder cannot be used, or the disk under it is full."""
+    """A run folder cannot be used, or its disk is full."""
 
 
-class RunBusy(RunError):  # noqa: N818  a state, which passes
-    """Another process works on the run folder."""
+class RunBusy(RunError):  # noqa: N818  a temporary state
+    """Another process is using the run folder."""
 
 
 class UpdateError(FedprllmError, ValueError):
-    """An update of a participant is not what the run asked for."""
+    """A participant's update does not match what the run asked for."""
 
 
 def did_you_mean(found: object, available: Iterable[object]) -> str:
     """Return ``"'x'; did you mean 'y'? Available: y, z."`` for an unknown name.
 
     Args:
-        found: What the user wrote.
-        available: Every name that would have been accepted, in the order to show them.
+        found: The name that the user wrote.
+        available: All accepted names, in the order in which to show them.
     """
     names = [str(name) for name in available]
     close = difflib.get_close_matches(str(found).lower(), names, n=1, cutoff=0.5)

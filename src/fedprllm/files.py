@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, then renamed."""
+"""Atomic file writes: a file gets its name only once it is complete, so it is whole or absent."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` that becomes ``path`` when the block ends well.
+    """Yield a temporary path next to ``path``, and rename it to ``path`` when the ``with`` block succeeds.
 
     Raises:
-        RunError: The disk is full (what was written is removed; the run can go on later).
+        RunError: The disk is full. The incomplete file is removed, and the run can be resumed later.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
         raise RunError(
             f"no space left while writing {path}: {free_bytes(path.parent) / 1e6:.0f} MB are free. "
-            "Finished blocks are kept: free some space and run the same command again"
+            "Finished blocks are kept; free some space and run the same command again"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,31 +51,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _NO_SPACE
-    # safetensors reports the operating system's error in its text only.
+    # safetensors reports the operating system's error only in its message.
     return any(f"(os error {code})" in str(error) for code in _NO_SPACE)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
-    # The processes of a site that only carry bytes write files too, and have no use for torch.
+    """Write a safetensors file atomically."""
+    # Imported here because site processes that only pass bytes on write files too, without needing torch.
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        # safetensors makes files that only their owner can read, whatever the umask says.
+        # safetensors creates files that only their owner can read, whatever the umask.
         temporary.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -92,11 +92,11 @@ def free_bytes(path: Path) -> int:
 
 
 def names_of(sources: Sequence[str | Path]) -> list[str]:
-    """A short name for each source, no two alike: the file's stem, numbered where it is taken.
+    """A unique short name for each source: the stem of the file, with a number if it is taken.
 
-    Names are safe as names of files on every system: anything but letters, digits, dot, dash and underscore
-    becomes a dash, none is empty or begins with a dot, none is much longer than 100 characters, and none
-    differs from another in upper and lower case alone.
+    The names work as file names on every system. Any character other than letters, digits, dot, dash and
+    underscore becomes a dash; no name is empty, begins with a dot, is much longer than 100 characters, or
+    differs from another one only in case.
     """
     names: list[str] = []
     taken: set[str] = set()

@@ -1,4 +1,4 @@
-"""Progress reporting: the library reports steps, the command line draws bars."""
+"""Progress reporting: the library reports steps, and the command line draws bars."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 __all__ = ["Progress", "silent"]
 
 Advance = Callable[[int], None]
-# ``with progress("pruning", 30) as advance: ... advance(1)``; the number is the total of all steps.
+# ``with progress("pruning", 30) as advance: ... advance(1)``; the number is the total number of steps.
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 

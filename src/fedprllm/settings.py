@@ -1,4 +1,4 @@
-"""Options and TOML files that a user writes: immutable, with every mistake explained in one line.
+"""Options and TOML files written by users: immutable, with one clear line for each mistake.
 
 Nothing here imports torch.
 """
@@ -18,13 +18,13 @@ __all__ = ["Settings", "choices_of", "read_toml"]
 
 
 class Settings(BaseModel):
-    """Options that a user writes, checked when they are made.
+    """Base class of user-written options, validated on creation.
 
     Attributes:
-        subject: What the options are of, put before messages; nothing by default.
+        subject: Prefix of error messages that says where the options come from; empty by default.
 
     Raises:
-        ConfigError: A value is unknown, missing, of the wrong type, out of range or contradicts another one.
+        ConfigError: A value is unknown, missing, of the wrong type, out of range, or contradicts another one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +38,7 @@ class Settings(BaseModel):
 
     @classmethod
     def _explain(cls, defect: Mapping[str, Any]) -> str:
-        """One defect in the user's words instead of pydantic's."""
+        """Describe one mistake in the user's terms instead of pydantic's."""
         known = cls.model_fields
         name = ".".join(str(part) for part in defect["loc"]) or "configuration"
         cause = defect.get("ctx", {}).get("error")
@@ -56,7 +56,7 @@ class Settings(BaseModel):
 
 
 def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The words that an option takes; none if it takes anything else."""
+    """The values that an option accepts if it is an enumeration; otherwise empty."""
     for part in (annotation, *get_args(annotation)):
         if get_origin(part) is Literal:
             return get_args(part)
@@ -64,13 +64,13 @@ def choices_of(annotation: Any) -> tuple[str, ...]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; dashes in the names of top-level options count as underscores.
+    """Read a TOML file; dashes in top-level option names are treated as underscores.
 
     Raises:
-        ConfigError: The file cannot be read or is not TOML.
+        ConfigError: The file cannot be read or is not valid TOML.
     """
     try:
-        # Some editors put a byte-order mark before the first option.
+        # Some editors put a byte-order mark at the start of the file.
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None

@@ -1,17 +1,16 @@
-"""How the server decides from the sums of what participants shared.
+"""How the server decides what to prune from the sums of what participants shared.
 
-A decision is a function ``(totals, block, target) -> BlockDecision`` and a row in `DECISIONS`, under the kind
-of update that it needs the sums of. The first row of a kind is its default.
+A decision is a function ``(totals, block, target) -> BlockDecision`` plus an entry in `DECISIONS`, under the
+kind of update whose sums it needs. The first entry of a kind is its default.
 
-| kind shared | decision | |
+| kind shared | decision | meaning |
 |---|---|---|
 | mask | vote | prune the most-voted weights (FedPrLLM) |
 | statistics | score | score as if all text were in one place |
-| gram | sparsegpt | prune and correct the weights that stay |
-| weights | average | average what was retained (FedSpaLLM) |
+| gram | sparsegpt | prune, and correct the remaining weights |
+| weights | average | average the retained weights (FedSpaLLM) |
 
-A survey comes before pruning and decides how much each block is to lose; a decision names the survey that
-goes with it.
+A survey runs before pruning and determines how much to prune from each block; a decision names its survey.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ class Survey:
     """How outliers are counted before pruning starts.
 
     Attributes:
-        kind: What participants share for it.
-        decide: The outliers of a block, from the sums over participants.
+        kind: Kind of update that participants share for it.
+        decide: Returns the outliers of a block, given the sums over participants.
     """
 
     kind: str
@@ -56,12 +55,12 @@ class Decision:
     """How the server decides about a block.
 
     Attributes:
-        name: The word for it.
-        decide: What the block loses, from the sums over participants.
-        group: The comparison group of the decision, from the configuration.
-        only_zeroes: It zeroes weights and changes no other, so that masks tell all of it; with scaling it
-            changes the others too.
-        survey: How outliers are counted before, for sparsity by outliers (OWL).
+        name: Name of the decision.
+        decide: Decides what to prune from a block, given the sums over participants.
+        group: Returns the decision's comparison group, given the configuration.
+        only_zeroes: Whether the decision only zeroes weights, so that masks describe it completely. With
+            weight scaling it changes the other weights too.
+        survey: Survey that counts outliers before pruning if sparsity is allocated by OWL.
     """
 
     name: str
@@ -95,5 +94,5 @@ DECISIONS: dict[str, tuple[Decision, ...]] = {
 
 
 def decision_of(config: PruneConfig) -> Decision:
-    """The decision that a configuration asks for."""
+    """The decision that a configuration selects."""
     return DECISIONS[config.share][0]

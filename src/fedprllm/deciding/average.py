@@ -1,4 +1,4 @@
-"""Decide by averaging: each weight is the mean over the participants that retained it (FedSpaLLM)."""
+"""Decide by averaging: each weight becomes its mean over the participants that retained it (FedSpaLLM)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["by_average"]
 
 
 def by_average(totals: Totals, block: Block, target: Target) -> BlockDecision:
-    """Average the retained weights and prune the most-voted (Bai et al., NAACL 2025)."""
+    """Average the retained weights and prune the most-voted ones (Bai et al., NAACL 2025)."""
     config = target.config
     masks, decided = {}, {}
     for name, linear in block.linears.items():

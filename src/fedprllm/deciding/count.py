@@ -1,4 +1,4 @@
-"""Decide how much a block is to lose: count its outlying scores, before pruning starts (OWL)."""
+"""Decide how much to prune from a block: count its outlying scores before pruning starts (OWL)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["count_pooled", "count_shared"]
 
 
 def count_shared(totals: Totals, block: Block, target: Target) -> Outliers:  # noqa: ARG001
-    """Outliers that participants counted, each by its own text, among all scores of all of them."""
+    """Outliers that each participant counted on its own text, out of all scores of all participants."""
     return Outliers(outlier_total(totals), totals.n_participants * n_weights(block.linears))
 
 
 def count_pooled(totals: Totals, block: Block, target: Target) -> Outliers:
-    """Outliers by the scores of the pooled text."""
+    """Outliers among the scores of the pooled text."""
     return block_outliers(block, pooled_norms(totals, block.linears), target.config)

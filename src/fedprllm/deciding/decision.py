@@ -1,4 +1,4 @@
-"""A decision about a block: what it loses, and the weights that are left."""
+"""A decision about a block: what is pruned, and the resulting weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["BlockDecision"]
 
 @dataclass
 class BlockDecision:
-    """What a block loses: one participant's own decision, or the server's.
+    """What is pruned from a block, decided by one participant or by the server.
 
     Attributes:
-        masks: The prune mask of each Linear, [out, in].
-        weights: The pruned weights, in the orientation and precision of the checkpoint; each may be made only
-            when it is asked for (`PrunedWeights`).
-        notes: Deviations from the requested settings, in words.
+        masks: Prune mask of each Linear, [out, in].
+        weights: The pruned weights, in the orientation and precision of the checkpoint; they may be created
+            only on access (`PrunedWeights`).
+        notes: Deviations from the requested settings, one sentence each.
     """
 
     masks: dict[str, PruneMask]
@@ -27,19 +27,19 @@ class BlockDecision:
 
     @classmethod
     def of_masks(cls, block: Block, masks: dict[str, PruneMask]) -> BlockDecision:
-        """The decision that zeroes what the masks prune and changes nothing else."""
+        """The decision that zeroes the weights the masks prune and changes no others."""
         return cls(masks, PrunedWeights(block, {name: pruned.mask for name, pruned in masks.items()}))
 
     @property
     def n_ties(self) -> int:
-        """Number of weights that were pruned by the tie rule."""
+        """Number of pruned weights that the tie rule chose."""
         return sum(pruned.n_ties for pruned in self.masks.values())
 
     def take_effect(self, block: Block) -> None:
-        """Write the pruned weights over the block's own, which are not needed any more.
+        """Overwrite the block's original weights with the pruned ones.
 
-        Whatever is derived from the block's own weights (such as the message that tells participants of the
-        decision) has to be made before.
+        Anything derived from the original weights, such as the message that sends the decision to the
+        participants, must be made before this call.
         """
         for name in self.weights:
             self.weights.write(name, block.tensors[name])

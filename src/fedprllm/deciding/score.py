@@ -23,20 +23,21 @@ __all__ = ["by_pooled_score", "own_decision"]
 def own_decision(
     block: Block, statistics: BlockStatistics | None, target: Target, fingerprint: str
 ) -> BlockDecision:
-    """A participant's own prune masks, and the weights it walks on with (FedPrLLM, section 3: local pruning).
+    """A participant's own prune masks and pruned weights (FedPrLLM, section 3: local pruning).
 
     Args:
         block: The block, unpruned.
         statistics: Sums over the participant's inputs; None for a criterion that uses no text.
-        target: What is to be pruned.
-        fingerprint: Of its text; seeds random ties, so that order and names of participants change nothing.
+        target: What the run prunes.
+        fingerprint: Fingerprint of the participant's text. It seeds random ties, so that the names and the
+            order of participants have no effect.
     """
     norms = None if statistics is None else {name: sums.norm for name, sums in statistics.items()}
     return _by_score(block, norms, target, ("local", fingerprint))
 
 
 def by_pooled_score(totals: Totals, block: Block, target: Target) -> BlockDecision:
-    """Score as if all text were in one place; the local group is what scores are compared in."""
+    """Score as if all text were in one place, and compare scores within the local group."""
     norms = pooled_norms(totals, block.linears)
     return _by_score(block, norms, target, ("server",), counts_close=True)
 
@@ -52,11 +53,11 @@ def _by_score(
     """Prune the lowest scores.
 
     Args:
-        block: The block, with its weights.
+        block: The block, unpruned.
         norms: ``||X_j||_2`` of the input of each Linear; None for a criterion that uses no text.
-        target: Criterion, groups, sparsity, ties.
-        seed_parts: What random ties are drawn for, besides the weight.
-        counts_close: Count the prunes that rounding may decide.
+        target: Criterion, groups, sparsity and tie rule.
+        seed_parts: Seed of random ties, in addition to the run's seed and the weight's name.
+        counts_close: Whether to count the pruned weights that rounding may have decided.
     """
     config = target.config
     criterion = CRITERIA[config.criterion]

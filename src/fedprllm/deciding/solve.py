@@ -1,4 +1,4 @@
-"""Decide by a solver: prune, and correct the weights that stay so that outputs change least."""
+"""Decide with a solver: prune, and correct the remaining weights so that the outputs change least."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def by_sparsegpt(totals: Totals, block: Block, target: Target) -> BlockDecision:
         except ModelError as error:
             raise ModelError(f"'{name}': {error}") from None
         if result.damping > 0.01:
-            notes.append(f"{name}: damping raised to {result.damping:g} of the mean diagonal")
+            notes.append(f"{name}: damping raised to {result.damping:g} times the mean diagonal")
         if result.n_dead:
             notes.append(f"{name}: {result.n_dead} input channels were zero on every token")
         masks[name] = result.pruned

@@ -1,4 +1,4 @@
-"""Decide by vote: prune the weights that most participants would prune (FedPrLLM, section 3)."""
+"""Decide by vote: prune the weights that the most participants would prune (FedPrLLM, section 3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCALED_AT_ONCE = 2**20  # weights
 
 
 def by_votes(totals: Totals, block: Block, target: Target) -> BlockDecision:
-    """Prune the most-voted weights of every server comparison group, and scale the others if asked to."""
+    """Prune the most-voted weights of every server comparison group; scale the others if configured."""
     config = target.config
     masks = {
         name: totals.votes[name].most_voted(
@@ -41,7 +41,7 @@ def by_votes(totals: Totals, block: Block, target: Target) -> BlockDecision:
 
 
 def _scaled(weight: Tensor, linear: Linear, votes: PackedVotes) -> Tensor:
-    """The weight times ``(m - votes) / m``, a few rows at a time: counts are larger than planes."""
+    """The weight times ``(m - votes) / m``, a few rows at a time: counts take more memory than planes."""
     scaled = torch.empty_like(weight)
     source, target = linear.stored(weight), linear.stored(scaled)
     n_out, n_in = linear.shape

@@ -1,14 +1,14 @@
-"""What participants share of a block. How the server decides from the sums is `fedprllm.deciding`.
+"""What participants share about a block. `fedprllm.deciding` covers how the server decides from the sums.
 
-A way of sharing is a handful of functions and a row in `SHARING`.
+A way of sharing is a handful of functions plus an entry in `SHARING`.
 
-| kind | a participant shares of each block |
+| kind | what a participant shares for each block |
 |---|---|
 | mask | its prune masks, one bit per weight |
-| statistics | sums of squares of each distinct input |
+| statistics | the sums of squares of each distinct input |
 | gram | ``X^T X`` of each distinct input |
 | weights | its pruned weights |
-| outliers | the number of scores that stand out, before pruning starts |
+| outliers | the number of outlying scores, before pruning starts |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Share Gram matrices ``X^T X`` of the inputs: what a solver needs to correct the weights that stay."""
+"""Share Gram matrices ``X^T X`` of the inputs, from which a solver corrects the remaining weights."""
 
 from __future__ import annotations
 
@@ -36,20 +36,22 @@ def _check(ballot: Ballot, target: Target) -> None:  # noqa: ARG001
     for name in distinct_inputs(ballot.linears):
         gram = ballot.update[name]
         if not (gram.diagonal() >= 0).all():
-            raise UpdateError(f"the Gram matrix of '{name}' has a negative number on its diagonal")
+            raise UpdateError(
+                f"the Gram matrix of '{name}' has a negative number on its diagonal: expected sums of squares"
+            )
         if not torch.allclose(gram, gram.T, rtol=1e-3, atol=1e-3 * float(gram.abs().max())):
-            raise UpdateError(f"the Gram matrix of '{name}' is not symmetric")
+            raise UpdateError(f"the Gram matrix of '{name}' is not symmetric: expected X^T X")
         if not _is_positive(gram):
             raise UpdateError(
-                f"the Gram matrix of '{name}' has a negative eigenvalue: no sum of products of inputs has one"
+                f"the Gram matrix of '{name}' has a negative eigenvalue: expected X^T X, which never has one"
             )
 
 
 def _is_positive(gram: Tensor) -> bool:
-    """Whether no eigenvalue is below what rounding explains; one Cholesky factorization in float64.
+    """Whether no eigenvalue is more negative than rounding explains; one Cholesky factorization in float64.
 
-    A sum of float32 products of n channels is off by a few units of the last place of its largest diagonal
-    entry in each entry, and so by at most n times that in its eigenvalues.
+    In a sum of float32 products over n channels, each entry is off by a few units in the last place of the
+    largest diagonal entry, and each eigenvalue therefore by at most n times that.
     """
     values = gram.to(torch.float64)
     values = (values + values.T) / 2
@@ -69,8 +71,8 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:
 
 GRAM = Sharing(
     kind="gram",
-    noun="sums of products of the inputs of the Linears",
-    content="For each distinct input of the Linears, the sum of products of each two channels.",
+    noun="sums of products of the Linears' inputs",
+    content="For each distinct input of the Linears, the sum of products of every pair of channels.",
     wire=Wire(3, SUMS, SUMS),
     shapes=_shapes,
     contribute=_contribute,

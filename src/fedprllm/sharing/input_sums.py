@@ -1,7 +1,7 @@
-"""Share sums of squares of the inputs: the server computes the scores of the pooled text.
+"""Share sums of squares of the inputs, from which the server computes the scores of the pooled text.
 
-A score such as Wanda's needs of the text only ``sum_x x_j^2`` per input channel, and these sums add up over
-participants. Query, key and value read one input, as do gate and up: it is shared once.
+All that a score such as Wanda's needs from the text is ``sum_x x_j^2`` for each input channel, and these sums
+add up over participants. Query, key and value read the same input, as do gate and up; it is shared once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["STATISTICS", "distinct_inputs", "pooled_norms"]
 
 
 def distinct_inputs(linears: Linears) -> dict[str, int]:
-    """Width of every distinct input of a block, by the name of the first Linear that reads it."""
+    """Width of every distinct input of a block, keyed by the name of the first Linear that reads it."""
     return {linear.source: linear.shape[1] for linear in linears.values()}
 
 
@@ -36,7 +36,9 @@ def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one sig
 def _check(ballot: Ballot, target: Target) -> None:  # noqa: ARG001
     for name in distinct_inputs(ballot.linears):
         if not (ballot.update[name] >= 0).all():
-            raise UpdateError(f"the sums of squares of '{name}' hold a negative number or NaN")
+            raise UpdateError(
+                f"the sums of squares of '{name}' contain a negative number or NaN: expected numbers >= 0"
+            )
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:
@@ -49,13 +51,13 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:
 
 
 def pooled_norms(totals: Totals, linears: Linears) -> dict[str, Tensor]:
-    """``||X_j||_2`` of the input of each Linear over the tokens of all participants, float32 [in]."""
+    """``||X_j||_2`` of each Linear's input over the tokens of all participants, float32 [in]."""
     return {name: totals.sums[linear.source].sqrt().to(torch.float32) for name, linear in linears.items()}
 
 
 STATISTICS = Sharing(
     kind="statistics",
-    noun="sums over the inputs of the Linears",
+    noun="sums over the Linears' inputs",
     content="For each distinct input of the Linears, the sum of squares of each channel.",
     wire=Wire(2, SUMS, SUMS, not_negative="sums of squares"),
     shapes=_shapes,

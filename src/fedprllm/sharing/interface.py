@@ -1,4 +1,4 @@
-"""What every way of sharing provides, and the sums that its updates add up to."""
+"""The interface of a way of sharing, and the sums that updates add up to."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a participant has of a block before it shares anything: nothing of this leaves it.
+    """What a participant knows about a block before it shares anything; none of this is sent as it is.
 
     Attributes:
         block: The block, unpruned.
-        statistics: Sums over the inputs of its Linears; None where the criterion uses no text.
-        masks: The participant's own prune masks, [out, in] by weight name; empty where what is shared does
-            not depend on them.
+        statistics: Sums over the inputs of its Linears; None if the criterion uses no text.
+        masks: The participant's own prune masks, [out, in] by weight name; empty if the update does not
+            depend on them.
     """
 
     block: Block
@@ -53,12 +53,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Ballot:
-    """One participant's update of a block, as it arrived: nothing in it is trusted.
+    """One participant's update of a block, as received: its values are not trusted.
 
     Attributes:
         linears: The Linears of the block.
-        update: Its tensors, of the declared shapes and types.
-        model: The model's own tensor of a weight, in the orientation of the checkpoint, read when asked for.
+        update: Tensors of the update, in the declared shapes and types.
+        model: Reads the model's original tensor of a weight by name, in the orientation of the checkpoint.
     """
 
     linears: Linears
@@ -71,11 +71,11 @@ class Totals:
     """Sums of updates over participants, for one block.
 
     Attributes:
-        sums: Of floating-point tensors, by name.
-        votes: Of masks, by name.
+        sums: Sums of floating-point tensors, by name.
+        votes: Vote counts from masks, by name.
         n_participants: Number of updates added so far.
-        n_tokens: Number of calibration tokens behind them.
-        weight: Sum of what each participant's votes count.
+        n_tokens: Number of calibration tokens behind those updates.
+        weight: Sum of the participants' voting weights.
     """
 
     sums: Tensors = field(default_factory=dict)
@@ -88,9 +88,9 @@ class Totals:
         """Add one participant's update.
 
         Args:
-            update: Its tensors; what is neither summed nor voted on is passed over.
-            n_tokens: Number of calibration tokens it was computed from.
-            weight: How many times each of its masks counts; sums weigh what they are.
+            update: Tensors of the update; those that are neither summed nor voted on are ignored.
+            n_tokens: Number of calibration tokens the update was computed from.
+            weight: Number of votes that each of its masks counts for; sums are added unweighted.
         """
         for name, total in self.sums.items():
             total += update[name].to(total.device)
@@ -105,10 +105,10 @@ class Wire(NamedTuple):
     """How the tensors of a kind of update are written in a message (docs/wire-format.md).
 
     Attributes:
-        code: Number of the kind, never used again for another one.
+        code: Number of the kind; never reused for another kind.
         dtypes: Types that a tensor may have.
-        mask_dtypes: Types that a tensor may have whose name ends in ``.mask``.
-        not_negative: What the values are, if none of them may be negative.
+        mask_dtypes: Types that a tensor whose name ends in ``.mask`` may have.
+        not_negative: Name of the values if none of them may be negative; otherwise empty.
     """
 
     code: int
@@ -123,21 +123,21 @@ SUMS = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Sharing:
-    """A way of sharing: what leaves a participant of every block, and how it adds up.
+    """A way of sharing: what a participant sends for each block, and how updates add up.
 
-    Updates are additive: the server needs nothing but their sum over participants.
+    Updates are additive: the server needs only their sum over participants.
 
     Attributes:
-        kind: The word for it in plans, settings, messages and ledgers.
-        noun: What is shared, in two or three words, for a sentence.
-        content: What an update holds, in one sentence, for the report and the participant's terminal.
-        wire: How it is written in a message.
-        shapes: Shape and type of every tensor of a valid update, from the Linears of a block.
-        contribute: The update of a participant, from what it has seen.
+        kind: Name of the kind of update in plans, settings, messages and ledgers.
+        noun: Short noun phrase for what is shared, used inside sentences.
+        content: One sentence on what an update contains, for the report and the participant's terminal.
+        wire: How an update is written in a message.
+        shapes: Returns the shape and type of every tensor of a valid update, given the Linears of a block.
+        contribute: Makes a participant's update from what it has seen.
         check: Refuses an update that has the right shapes but cannot come from an honest participant.
-        zeros: Empty sums, on a device.
-        shares_decision: An update follows from the participant's own prune masks.
-        observation: What a participant sums up of the inputs.
+        zeros: Returns empty sums on a device.
+        shares_decision: Whether an update follows from the participant's own prune masks.
+        observation: Makes empty statistics of the inputs, which the participant then sums up.
     """
 
     kind: str
@@ -153,7 +153,7 @@ class Sharing:
 
 
 def update_bytes(shapes: Shapes) -> int:
-    """Payload of an update in bytes: a bit for each mask entry, for each number the width of its type."""
+    """Payload of an update in bytes: one bit per mask entry, and the size of its type per number."""
     return sum(
         (prod(shape) + 7) // 8 if dtype == torch.bool else prod(shape) * dtype.itemsize
         for shape, dtype in shapes.values()

@@ -1,4 +1,4 @@
-"""Share the number of outlying scores of a block: what OWL allocates sparsity by."""
+"""Share the number of outlying scores of each block, from which OWL allocates sparsity."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def n_weights(linears: Linears) -> int:
 
 
 def block_outliers(block: Block, norms: Mapping[str, Tensor], config: PruneConfig) -> Outliers:
-    """Outlying Wanda scores of a block, whatever the criterion it is pruned by."""
+    """Count the outlying Wanda scores of a block, whatever criterion it is pruned by."""
     return outliers(
         lambda: (wanda(block.matrix(name), norms[name].to(block.tensors[name].device)) for name in norms),
         config.owl_m,
@@ -42,16 +42,16 @@ def _contribute(seen: Seen, target: Target) -> Tensors:
     assert statistics is not None, "a survey always looks at the inputs"
     norms = {name: statistics[name].norm for name in seen.block.linears}
     found = block_outliers(seen.block, norms, target.config)
-    # float64 holds every whole number up to 2^53.
+    # float64 holds every integer up to 2^53.
     return {_COUNT: torch.tensor([found.n_outliers], dtype=torch.float64)}
 
 
 def _check(ballot: Ballot, target: Target) -> None:
-    # No more than a share 1 / m of all scores can exceed m times their mean.
+    # At most 1 / m of all scores can exceed m times their mean.
     count, most = float(ballot.update[_COUNT][0]), int(n_weights(ballot.linears) / target.config.owl_m)
     if not (0 <= count <= most and count.is_integer()):
         raise UpdateError(
-            f"the number of outliers of a block must be a whole number up to {most}, found {count:g}"
+            f"the number of outliers in a block must be a whole number from 0 to {most}, found {count:g}"
         )
 
 
@@ -60,14 +60,14 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001
 
 
 def outlier_total(totals: Totals) -> int:
-    """Outliers that all participants counted together."""
+    """Total number of outliers that the participants counted."""
     return int(totals.sums[_COUNT][0])
 
 
 OUTLIERS = Sharing(
     kind="outliers",
     noun="numbers of outlying scores",
-    content="For each block, the number of scores that stand out.",
+    content="For each block, the number of outlying scores.",
     wire=Wire(5, (torch.float64,), (torch.float64,), not_negative="counts"),
     shapes=_shapes,
     contribute=_contribute,

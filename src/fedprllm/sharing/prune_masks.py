@@ -1,4 +1,4 @@
-"""Share prune masks, the paper's way: one bit for every prunable weight (FedPrLLM, section 3)."""
+"""Share prune masks, as the paper does: one bit per prunable weight (FedPrLLM, section 3)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def _check(ballot: Ballot, target: Target) -> None:
 
 
 def check_mask(linear: Linear, mask: Tensor, target: Target) -> None:
-    """Refuse a ballot that does not prune exactly k weights of every local comparison group.
+    """Refuse a mask that does not prune exactly k weights of every local comparison group.
 
     Raises:
-        UpdateError: Names the weight and the first group that differs.
+        UpdateError: A group has another number of pruned weights; the message names the weight and the first
+            such group.
     """
     grouping = target.local_grouping(linear)
     counts = grouping.split(mask).sum(dim=1)
@@ -57,7 +58,7 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001  v
 MASKS = Sharing(
     kind="mask",
     noun="prune masks",
-    content="One bit for each prunable weight: whether the participant would prune it.",
+    content="One bit per prunable weight: whether the participant would prune it.",
     wire=Wire(1, BITS, BITS),
     shapes=_shapes,
     contribute=_contribute,

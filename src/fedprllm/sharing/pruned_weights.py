@@ -1,4 +1,4 @@
-"""Share pruned weights, FedSpaLLM's way: each weight and one bit that says whether it was pruned."""
+"""Share pruned weights, as FedSpaLLM does: each weight plus one bit that says whether it was pruned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["WEIGHTS", "mask_name"]
 
 
 def mask_name(name: str) -> str:
-    """Name of the mask beside a weight's tensor."""
+    """Name of the mask that accompanies a weight."""
     return f"{name}.mask"
 
 
@@ -37,11 +37,11 @@ def _check(ballot: Ballot, target: Target) -> None:
         mask, weight = ballot.update[mask_name(name)], ballot.update[name]
         check_mask(linear, mask, target)
         if (weight[mask] != 0).any():
-            raise UpdateError(f"the weights of '{name}' are not zero where their mask prunes")
+            raise UpdateError(f"the weights of '{name}' are not all zero where their mask prunes them")
         if not torch.equal(weight[~mask], linear.stored(ballot.model(name))[~mask]):
             raise UpdateError(
-                f"the weights of '{name}' that its mask keeps are not the model's: a participant prunes "
-                "weights and changes none"
+                f"the weights of '{name}' that its mask keeps are not the model's: expected a participant to "
+                "leave them unchanged"
             )
 
 
@@ -56,7 +56,7 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:
 WEIGHTS = Sharing(
     kind="weights",
     noun="pruned weights",
-    content="The pruned weights, and one bit for each that says whether it was pruned.",
+    content="The pruned weights, and one bit per weight that says whether it was pruned.",
     wire=Wire(4, (torch.float32, torch.float16, torch.bfloat16), BITS),
     shapes=_shapes,
     contribute=_contribute,

@@ -1,4 +1,4 @@
-"""How much every Linear loses, and which of its weights are compared with each other."""
+"""How much of each Linear is pruned, and which of its weights are compared with each other."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Target"]
 
 @dataclass(frozen=True)
 class Target:
-    """What a run prunes: its configuration, and the sparsity of every Linear where they differ.
+    """What a run prunes: its configuration, plus the sparsity of each Linear if they differ.
 
     Attributes:
         config: The resolved configuration.
-        sparsities: Sparsity by weight name; a Linear that is not named has the configuration's.
+        sparsities: Sparsity by weight name; Linears not listed use the configuration's sparsity.
     """
 
     config: PruneConfig
@@ -30,11 +30,11 @@ class Target:
         return self.sparsities.get(linear.name, self.config.sparsity)
 
     def local_grouping(self, linear: Linear) -> Grouping:
-        """What a participant compares with each other."""
+        """Comparison groups in which a participant ranks weights."""
         return self._grouping(self.config.local_group, linear)
 
     def server_grouping(self, linear: Linear) -> Grouping:
-        """What the server compares with each other."""
+        """Comparison groups in which the server ranks weights."""
         return self._grouping(self.config.server_group, linear)
 
     def _grouping(self, group: GroupName, linear: Linear) -> Grouping:
