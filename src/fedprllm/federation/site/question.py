@@ -48,7 +48,7 @@ def question_of(
             ["purpose", purpose],
             ["participants", ", ".join(sorted(job["participants"]))],
             ["leaves you", f"{sharing.noun}: {sharing.content}"],
-            ["size", f"{n_bytes / 1e6:,.1f} MB for {len(blocks)} of {model.n_blocks} blocks"],
+            ["size", f"{_size(n_bytes)} for {len(blocks)} of {model.n_blocks} blocks"],
             [
                 "made of",
                 f"{len(participant.windows)} windows of {participant.windows.shape[1]} tokens "
@@ -57,3 +57,7 @@ def question_of(
             ["your text", f"used in {n_runs} of {most_runs} runs, this one included"],
         ],
     }
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:,.1f} kB"
