@@ -1,7 +1,7 @@
-"""The configuration of a run: every option once, with its meaning, its default and its check.
+"""The configuration of a run: every option in one place, with its meaning, default and validation.
 
-The command line, the TOML file and the Python interface all read this class, so an option is added
-here and nowhere else. Nothing in this module imports torch: ``fedprllm --help`` must answer at once.
+The command line, TOML files and the Python API all read this class, so adding an option here is enough. This
+module must not import torch, directly or indirectly, so that ``fedprllm --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fedprllm.settings import Settings
 __all__ = ["CriterionName", "PruneConfig", "ShareName"]
 
 Group = Literal["layer", "row", "column"]
-# The names of the rows of `fedprllm.core.criteria.CRITERIA`.
+# Keys of `fedprllm.core.criteria.CRITERIA`.
 CriterionName = Literal[
     "wanda",
     "ria",
     "magnitude",
 ]
-# The names of the rows of `fedprllm.deciding.DECISIONS`: what a participant may share to prune.
+# Keys of `fedprllm.deciding.DECISIONS`: what a participant can share for pruning.
 ShareName = Literal[
     "mask",
     "statistics",
@@ -36,83 +36,91 @@ _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
 def _spell_fractions(value: Any) -> Any:
-    """Numbers and mappings of `block_fraction` in its one spelling."""
+    """Turn a number or a mapping given for `block_fraction` into its canonical text."""
     if isinstance(value, Mapping):
         return ",".join(f"{name}={fraction}" for name, fraction in value.items())
     return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 class PruneConfig(Settings):
-    """How to prune; immutable, checked when it is made.
+    """How to prune; immutable, validated on creation.
 
-    The defaults are what the paper found best: local Wanda masks compared by row, one-shot, the server
-    compares by layer, no weight scaling.
+    The defaults are the settings that the paper found best: local Wanda masks compared by row, one-shot
+    voting compared by layer at the server, and no weight scaling.
 
     Raises:
-        ConfigError: A value is unknown, out of range or contradicts another one.
+        ConfigError: A value is unknown, out of range, or contradicts another one.
     """
 
     sparsity: Annotated[
-        float, Field(description="fraction of the prunable weights set to zero, in [0, 1)")
+        float, Field(description="fraction of the prunable weights to set to zero, in [0, 1)")
     ] = 0.5
     pattern: Annotated[
-        str, Field(description="unstructured, or N:M (at most N non-zeros in M consecutive inputs)")
+        str, Field(description="unstructured, or N:M like 2:4 (at most N nonzeros in M consecutive inputs)")
     ] = "unstructured"
-    criterion: Annotated[CriterionName, Field(description="score by which weights are ranked")] = "wanda"
+    criterion: Annotated[
+        CriterionName,
+        Field(description="score that ranks weights (lowest pruned first; magnitude needs no text)"),
+    ] = "wanda"
     local_group: Annotated[
         Literal["row", "layer", "column"],
-        Field(description="weights a participant ranks against each other"),
+        Field(description="part of a weight matrix within which a participant compares scores"),
     ] = "row"
     server_group: Annotated[
         Literal["layer", "row", "column"],
-        Field(description="weights whose votes the server ranks against each other"),
+        Field(description="part of a weight matrix within which the server compares votes"),
     ] = "layer"
     strategy: Annotated[
         Literal["one-shot", "iterative", "centralized", "local-only"],
-        Field(description="whose decision prunes a block, and when it is made"),
+        Field(
+            description="how participants are combined (one vote at the end, one per block, pooled text, or "
+            "not at all)"
+        ),
     ] = "one-shot"
     share: Annotated[
         ShareName,
-        Field(
-            description="what a participant shares; gram is pruned with SparseGPT, weights as in FedSpaLLM"
-        ),
+        Field(description="what a participant shares (gram prunes with SparseGPT, weights with FedSpaLLM)"),
     ] = "mask"
     max_update_mb: Annotated[
-        float | None, Field(gt=0, description="refuse to share more than this per block, in MB")
+        float | None, Field(gt=0, description="refuse the run if a participant would share more MB per block")
     ] = None
     allocation: Annotated[
         Literal["uniform", "owl"],
-        Field(description="sparsity of the blocks: the same for all, or lower where outliers are more (OWL)"),
+        Field(description="sparsity of the blocks (the same for all, or lower in blocks with more outliers)"),
     ] = "uniform"
     owl_m: Annotated[
         float,
-        Field(gt=0, description="OWL: a score counts as an outlier above this multiple of its block's mean"),
+        Field(gt=0, description="OWL: a score above this multiple of its block's mean is an outlier"),
     ] = 5.0
     owl_lambda: Annotated[
-        float, Field(ge=0, lt=1, description="OWL: how far a block's sparsity may deviate from the model's")
+        float,
+        Field(ge=0, lt=1, description="OWL: largest difference between a block's sparsity and the model's"),
     ] = 0.08
     block_fraction: Annotated[
         str,
         BeforeValidator(_spell_fractions),
-        Field(description="share of the blocks that a participant prunes: F for all, or NAME=F,NAME=F"),
+        Field(
+            description="fraction of the blocks that a participant prunes: F for all participants, or "
+            "NAME=F,NAME=F"
+        ),
     ] = "1"
     weighting: Annotated[
         Literal["participants", "tokens"],
-        Field(description="how much a vote counts: 1, or the participant's number of calibration tokens"),
+        Field(description="weight of a vote (1, or the participant's number of calibration tokens)"),
     ] = "participants"
-    scale_weights: Annotated[bool, Field(description="multiply the kept weights by (m - votes) / m")] = False
+    scale_weights: Annotated[
+        bool, Field(description="multiply each kept weight by the fraction of votes to keep it")
+    ] = False
     ties: Annotated[
         Literal["index", "random", "magnitude"],
-        Field(
-            description="which of equal scores is pruned first: lowest index, seeded draw, smallest weight"
-        ),
+        Field(description="which of several equal scores is pruned first (magnitude: smallest weight)"),
     ] = "index"
     server_ties: Annotated[
         Literal["index", "random", "magnitude"] | None,
-        Field(description="the rule for equal votes, where it differs from --ties"),
+        Field(description="which of several equal vote counts is pruned first, if not as --ties"),
     ] = None
     windows: Annotated[
-        int, Field(ge=0, description="calibration windows per participant; 0 takes all of its text")
+        int, Field(ge=0, description="calibration windows per participant; 0 uses all of its text")
     ] = 16
     window_length: Annotated[
         int | None,
@@ -120,26 +128,31 @@ class PruneConfig(Settings):
     ] = None
     bos: Annotated[
         Literal["auto", "every", "start", "never"],
-        Field(description="beginning-of-sequence token: auto = every window if the tokenizer adds one"),
+        Field(
+            description="where to put a beginning-of-sequence token (auto: in every window if the tokenizer "
+            "adds one)"
+        ),
     ] = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
-        Field(description="precision of the forward passes; the weights keep the precision of their file"),
+        Field(description="precision of the forward passes; weights keep the precision of the checkpoint"),
     ] = "float32"
     device: Annotated[str, Field(description="where to compute: cpu, cuda, cuda:1, mps")] = "cpu"
     memory_limit: Annotated[
         ByteSize | None,
-        # Left out of what identifies a run: it changes no bit.
+        # Excluded from the identity of a run because it does not change the result.
         Field(
-            gt=0, exclude=True, description="memory for hidden states, such as 2GiB; the rest goes to files"
+            gt=0,
+            exclude=True,
+            description="most memory for hidden states, such as 2GiB; the rest is kept in files",
         ),
     ] = None
-    seed: Annotated[int, Field(ge=0, description="seed for the choice of windows and for random ties")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed for choosing windows and for random ties")] = 0
 
     @model_validator(mode="before")
     @classmethod
     def _imply_sparsity(cls, values: Any) -> Any:
-        """An N:M pattern fixes the sparsity, the one option that another one determines."""
+        """Derive the sparsity from an N:M pattern if it is not given."""
         match = _PATTERN.fullmatch(str(values.get("pattern", ""))) if isinstance(values, Mapping) else None
         if match is None or "sparsity" in values or int(match[1]) >= int(match[2]):
             return values
@@ -149,7 +162,7 @@ class PruneConfig(Settings):
     def _check(self) -> Self:
         if not 0 <= self.sparsity < 1:
             raise ConfigError(
-                f"sparsity must lie in [0, 1), found {self.sparsity:g}: it is the fraction of weights set "
+                f"sparsity must lie in [0, 1), found {self.sparsity:g}: give the fraction of weights to set "
                 "to zero, for example 0.5"
             )
         if self.pattern != "unstructured":
@@ -161,24 +174,24 @@ class PruneConfig(Settings):
     def _check_blocks(self) -> None:
         if self.allocation == "owl" and self.n_m is not None:
             raise ConfigError(
-                f"pattern {self.pattern} fixes the sparsity of every block: allocation owl needs pattern "
-                "unstructured"
+                f"pattern {self.pattern} fixes the sparsity of every block, which allocation owl would vary: "
+                "use pattern unstructured or allocation uniform"
             )
         fractions = self._fractions()
         for name, fraction in fractions.items():
             if not 0 < fraction <= 1:
                 raise ConfigError(
                     f"block_fraction must lie in (0, 1], found {float(fraction):g}"
-                    + (f" of participant '{name}'" if name else "")
+                    + (f" for participant '{name}'" if name else "")
                 )
         if set(fractions.values()) != {1} and self.strategy in ("centralized", "local-only"):
             raise ConfigError(
-                f"block_fraction shares the blocks out among participants: strategy {self.strategy} has "
-                "no participant to prune the others"
+                f"block_fraction divides the blocks among participants, but strategy {self.strategy} has no "
+                "other participant to prune the rest: leave it out"
             )
 
     def _fractions(self) -> dict[str, Fraction]:
-        """Fractions by participant; the default under the empty name."""
+        """Fractions by participant name; the default is stored under the empty name."""
         fractions: dict[str, Fraction] = {}
         for part in self.block_fraction.split(","):
             name, _, fraction = part.rpartition("=")
@@ -191,10 +204,13 @@ class PruneConfig(Settings):
         return fractions
 
     def block_fractions(self, names: Sequence[str]) -> dict[str, Fraction]:
-        """The share of the blocks that each participant prunes; participants not listed prune every block.
+        """Fraction of the blocks that each participant prunes; participants not listed prune every block.
+
+        Args:
+            names: Names of the participants of the run.
 
         Raises:
-            ConfigError: A name is listed that is not among the participants.
+            ConfigError: A listed name is not a participant.
         """
         fractions = self._fractions()
         default = fractions.pop("", Fraction(1))
@@ -205,7 +221,7 @@ class PruneConfig(Settings):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Every kind of update that a participant of such a run sends."""
+        """All kinds of update that a participant sends during the run."""
         sums = self.share in ("statistics", "gram")
         survey = () if self.allocation == "uniform" else ("statistics" if sums else "outliers",)
         return tuple(dict.fromkeys((*survey, self.share)))
@@ -215,30 +231,34 @@ class PruneConfig(Settings):
             for option, value in (("scale_weights", False), ("weighting", "participants")):
                 if getattr(self, option) != value:
                     raise ConfigError(
-                        f"{option} concerns votes: it needs share mask, found share {self.share}"
+                        f"{option} applies to votes, which need share mask, found share {self.share}: "
+                        "leave it out"
                     )
         if self.server_ties is not None and self.share not in ("mask", "weights"):
-            raise ConfigError(f"server_ties concerns votes: share {self.share} has none; leave it out")
+            raise ConfigError(f"server_ties applies to votes, but share {self.share} has none: leave it out")
         if self.share in ("statistics", "gram") and self.criterion == "magnitude":
-            raise ConfigError(f"criterion magnitude uses no text: nothing to share as {self.share}")
+            raise ConfigError(
+                f"criterion magnitude uses no text, so there are no sums to share as {self.share}: use share "
+                "mask or another criterion"
+            )
 
     def _check_pattern(self) -> None:
         match = _PATTERN.fullmatch(self.pattern)
         if match is None or int(match[1]) >= int(match[2]):
             raise ConfigError(
-                f"pattern must be 'unstructured' or 'N:M' with 0 < N < M (2:4 keeps at most two non-zeros "
-                f"of four consecutive inputs), found '{self.pattern}'"
+                f"pattern must be 'unstructured' or 'N:M' with 0 < N < M (2:4 keeps at most two nonzeros in "
+                f"four consecutive inputs), found '{self.pattern}'"
             )
         implied = _implied_sparsity(match)
         if Fraction(str(self.sparsity)) not in (implied, Fraction(str(float(implied)))):
             raise ConfigError(
-                f"pattern {self.pattern} means sparsity {float(implied):g}, found sparsity "
+                f"pattern {self.pattern} implies sparsity {float(implied):g}, found sparsity "
                 f"{self.sparsity:g}: leave sparsity out"
             )
 
     @property
     def vote_ties(self) -> str:
-        """The tie rule among equal votes."""
+        """Tie rule for equal vote counts."""
         return self.server_ties or self.ties
 
     @property

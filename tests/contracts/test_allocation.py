@@ -214,9 +214,9 @@ def test_one_participant_is_centralized(tiny, windows, tmp_path, share):
     [
         ({"allocation": "owl", "pattern": "2:4"}, "fixes the sparsity of every block"),
         ({"block_fraction": 0}, r"block_fraction must lie in \(0, 1\], found 0"),
-        ({"block_fraction": "a=0.5,b=2"}, "found 2 of participant 'b'"),
+        ({"block_fraction": "a=0.5,b=2"}, "found 2 for participant 'b'"),
         ({"block_fraction": "half"}, "must be a number or NAME=F"),
-        ({"block_fraction": 0.5, "strategy": "centralized"}, "no participant to prune the others"),
+        ({"block_fraction": 0.5, "strategy": "centralized"}, "no other participant to prune the rest"),
         ({"owl_lambda": 1.0}, "owl_lambda"),
         ({"owl_m": 0}, "owl_m"),
     ],

@@ -187,7 +187,7 @@ def test_a_study_that_cannot_be_is_refused(options, pattern, worded, texts):
     [
         ({"server_grop": ["row"]}, "grid 1: unknown option .*did you mean 'server_group'"),
         ({"sparsity": [1.5]}, "grid 1: sparsity must lie in"),
-        ({"share": ["statistics"], "scale_weights": [True]}, "grid 1: scale_weights concerns votes"),
+        ({"share": ["statistics"], "scale_weights": [True]}, "grid 1: scale_weights applies to votes"),
         ({"partition": ["dirichlet"]}, "grid 1: partition dirichlet needs domains"),
     ],
 )

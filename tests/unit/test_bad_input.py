@@ -36,7 +36,7 @@ def refused(kind: type[FedprllmError], pattern: str, tmp_path: Path, *args, **op
         ({"sparsity": float("nan")}, "sparsity"),
         ({"pattern": "4:2"}, "0 < N < M.*found '4:2'"),
         ({"pattern": "2-4"}, "found '2-4'"),
-        ({"pattern": "2:4", "sparsity": 0.7}, r"means sparsity 0\.5, found sparsity 0\.7"),
+        ({"pattern": "2:4", "sparsity": 0.7}, r"implies sparsity 0\.5, found sparsity 0\.7"),
         ({"local_group": "rows"}, "unknown value of local_group: 'rows'; did you mean 'row'"),
         ({"server_group": "colum"}, "did you mean 'column'"),
         ({"strategy": "oneshot"}, "did you mean 'one-shot'"),
