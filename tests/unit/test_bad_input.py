@@ -69,7 +69,7 @@ def test_configuration_is_immutable():
         ([torch.zeros(16, dtype=torch.int64)], r"must be integers"),
         ([torch.zeros(0, 16, dtype=torch.int64)], "at least one window"),
         ([torch.zeros(2, 1, dtype=torch.int64)], "at least 2 tokens"),
-        ([torch.zeros(2, 65, dtype=torch.int64)], "65 exceeds the 64 tokens"),
+        ([torch.zeros(2, 65, dtype=torch.int64)], "window length 65 exceeds the model's limit of 64 tokens"),
         ([torch.full((2, 16), 128)], "vocabulary has 0 to 127"),
         ([torch.full((2, 16), -1)], "ids from -1"),
     ],

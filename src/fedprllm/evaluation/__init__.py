@@ -1,1 +1,1 @@
-"""How good a model is: perplexity on text, and zero-shot tasks."""
+"""Model quality: perplexity on text and zero-shot tasks."""

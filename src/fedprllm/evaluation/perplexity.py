@@ -1,9 +1,9 @@
-"""Perplexity by the protocol of the literature, block by block like everything else.
+"""Perplexity by the standard protocol of the pruning literature, computed block by block.
 
-Documents are joined by blank lines, tokenised and cut into non-overlapping windows; perplexity is
+Documents are joined by blank lines, tokenized and cut into non-overlapping windows; perplexity is
 ``exp(mean negative log-likelihood of each window's tokens 1..)`` over all windows (Frantar & Alistarh 2023,
-Sun et al. 2023). It differs in one point: a tokenizer that adds a beginning-of-sequence token gets one in
-every window, because some models (Gemma) fail without it; ``bos="start"`` is the literature's way.
+Sun et al. 2023). One detail differs: if the tokenizer adds a beginning-of-sequence token, every window starts
+with one, because some models (Gemma) fail without it; ``bos="start"`` restores the literature's protocol.
 """
 
 from __future__ import annotations
@@ -31,17 +31,40 @@ DEFAULT_WINDOW_LENGTH = 2048
 
 
 def window_length_for(model: BlockwiseModel, asked: int | None) -> int:
-    """The asked window length, or 2048 tokens, or less if the model takes less.
+    """The requested window length or, by default, 2048 tokens or the model's limit if that is lower.
+
+    Args:
+        model: The model.
+        asked: Requested window length in tokens; None for the default.
 
     Raises:
-        DataError: More tokens are asked for than the model takes.
+        DataError: The requested window length exceeds the model's limit.
     """
     limit = model.max_window_length
     if asked is None:
         return min(DEFAULT_WINDOW_LENGTH, limit or DEFAULT_WINDOW_LENGTH)
     if limit is not None and asked > limit:
-        raise DataError(f"window length {asked} exceeds the {limit} tokens the model takes at most")
+        raise DataError(
+            f"window length {asked} exceeds the model's limit of {limit} tokens: choose {limit} or less"
+        )
     return asked
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        ModelError: The folder has no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}), which text input requires: "
+            "add one to the folder, or pass token windows from Python"
+        ) from None
 
 
 def perplexities(
@@ -50,14 +73,14 @@ def perplexities(
     progress: Progress = silent,
     weights_of: Callable[[Block], Weights] = lambda _: UNCHANGED,
 ) -> list[Perplexity]:
-    """Perplexity of a model on several texts, in one walk over its blocks.
+    """Compute the perplexity of a model on several texts in one walk over its blocks.
 
     Args:
         model: The model.
         texts: Token windows by name of the text.
-        progress: Reports every window and block.
-        weights_of: Weights to take in place of the model's own, by name: a pruned model need not be written
-            to be measured.
+        progress: Notified of every window and block.
+        weights_of: Returns the weights that replace a block's own, by name, so that a pruned model can be
+            measured without being written.
     """
     windows = [window for text in texts.values() for window in text]
     with progress("evaluating", model.n_blocks * len(windows) + len(windows)) as advance:
@@ -77,7 +100,7 @@ def perplexities(
         n_tokens = sum(len(window) - 1 for window in text)
         nll = math.fsum(losses[first : first + len(text)]) / n_tokens
         first += len(text)
-        # 709.78 is where exp leaves the range of a float.
+        # exp overflows a float above 709.78.
         perplexity = math.exp(nll) if nll < 709 else math.inf
         results.append(
             Perplexity(text=name, perplexity=perplexity, nll=nll, n_tokens=n_tokens, n_windows=len(text))
@@ -96,25 +119,26 @@ def evaluate(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> list[Perplexity]:
-    """Perplexity of a model on each text.
+    """Evaluate the perplexity of a model on each text.
 
     Args:
         model: Hub id, local folder or GGUF file.
-        texts: Paths of texts (see `fedprllm.documents.read_documents`), named or not.
-        window_length: Tokens per window; 2048 or the model's limit by default.
-        max_tokens: Evaluate at most this many tokens of each text.
+        texts: Paths of texts (see `fedprllm.documents.read_documents`), optionally by name.
+        window_length: Tokens per window; by default 2048 or the model's limit if that is lower.
+        max_tokens: Maximum number of tokens to evaluate in each text; all by default.
         bos: Where to put a beginning-of-sequence token.
         dtype: Precision of the forward pass.
-        device: Where to compute.
-        progress: Reports every window and block.
+        device: Device to compute on.
+        progress: Notified of every window and block.
 
     Raises:
-        DataError, ModelError: A text or the model cannot be used.
+        DataError: A text cannot be used, or none is given.
+        ModelError: The model cannot be used.
     """
     listed = [texts] if isinstance(texts, (str, Path)) else texts
     named = listed if isinstance(listed, Mapping) else dict(zip(names_of(listed), listed, strict=True))
     if not named:
-        raise DataError("no text to evaluate on: give at least one")
+        raise DataError("no text to evaluate on: expected at least one text file")
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, dtype, device)
     tokenizer = load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""What an evaluation measures. Nothing here needs torch."""
+"""Results of an evaluation. Nothing in this module needs torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Perplexity(BaseModel):
 
     Attributes:
         text: Name of the text.
-        perplexity: Exp of ``nll``.
+        perplexity: ``exp(nll)``.
         nll: Mean negative log-likelihood in nats per predicted token.
         n_tokens: Number of predicted tokens.
         n_windows: Number of windows evaluated.
@@ -31,9 +31,9 @@ class Perplexity(BaseModel):
 
     @field_serializer("perplexity", when_used="json")
     def _finite(self, value: float) -> float | str:
-        """JSON has no infinity: a perplexity beyond the range of floats is the text ``inf``."""
+        """JSON has no infinity, so a perplexity beyond the range of floats becomes the string ``inf``."""
         return value if math.isfinite(value) else str(value)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values."""
+        """The result as JSON values."""
         return self.model_dump(mode="json")

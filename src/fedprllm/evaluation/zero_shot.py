@@ -1,4 +1,4 @@
-"""Zero-shot tasks by lm-eval, an optional extra, on your own task data or the hub's."""
+"""Zero-shot tasks with lm-eval, an optional extra, on local task data or data from the hub."""
 
 from __future__ import annotations
 
@@ -22,30 +22,33 @@ def zero_shot(
     device: str = "cpu",
     batch_size: int = 8,
 ) -> list[dict[str, Any]]:
-    """Accuracy and the like of a model on lm-eval tasks.
+    """Evaluate a model on lm-eval tasks.
 
     Args:
         model: Hub id, local folder or GGUF file.
         tasks: Names of lm-eval tasks or groups.
-        task_folder: A folder with task files (YAML) of your own.
-        limit: Examples per task; all by default.
+        task_folder: Folder with additional task files (YAML).
+        limit: Number of examples per task; all by default.
         dtype: Precision of the forward pass.
-        device: Where to compute.
-        batch_size: Examples at once.
+        device: Device to compute on.
+        batch_size: Number of examples per batch.
 
     Returns:
-        A row for each task and metric: task, metric, value, stderr (NaN where lm-eval gives none).
+        One row per task and metric with the keys ``task``, ``metric``, ``value`` and ``stderr`` (NaN if
+        lm-eval reports none).
 
     Raises:
         ConfigError: A task is unknown.
-        ModelError: Lm-eval is not installed, or the model cannot be used.
+        ModelError: lm-eval is not installed, or the model cannot be used.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ModelError("--tasks needs lm-eval: pip install 'fedprllm[lm-eval]'") from None
+        raise ModelError(
+            "--tasks needs lm-eval, which is not installed: pip install 'fedprllm[lm-eval]'"
+        ) from None
     manager = TaskManager(include_path=str(task_folder) if task_folder else None)
     for task in tasks:
         if task not in manager.all_tasks:
@@ -68,7 +71,7 @@ def zero_shot(
 
 
 def _nearest(task: str, known: Sequence[str]) -> list[str]:
-    """A few of thousands of task names: those that begin alike."""
+    """Up to 20 of the thousands of task names, preferably those that start with the same letters."""
     alike = [name for name in known if name.startswith(task[:3])]
     return sorted(alike or known)[:20]
 
