@@ -41,7 +41,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks._harness import SEED, machine, print_json, print_table
-from fedprllm.calibration import token_windows
+from fedprllm.text.windows import token_windows
 from fedprllm.demo.compare import demo_model
 from fedprllm.demo.texts import demo_texts
 from fedprllm.evaluation.perplexity import load_tokenizer

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedprllm.calibration import fingerprint
 from fedprllm.config import PruneConfig
 from fedprllm.deciding import SURVEYS
 from fedprllm.errors import RunError
@@ -41,6 +40,7 @@ from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled, survey_in_process
 from fedprllm.sharing import SHARING, update_bytes
+from fedprllm.text.windows import fingerprint
 
 __all__ = ["PooledData", "PruneResult", "prune"]
 
@@ -113,7 +113,7 @@ def prune(
     config: PruneConfig | None = None,
     *,
     out: str | Path,
-    eval_texts: Sequence[Source] | Mapping[str, Source] = (),
+    eval_texts: Source | Sequence[Source] | Mapping[str, Source] = (),
     progress: Progress = silent,
 ) -> PruneResult:
     """Prune a model together.
@@ -123,12 +123,13 @@ def prune(
 
     Args:
         model: hub id, local Hugging Face folder, or GGUF file.
-        participants: one item for each participant, by name or in any order: a path, a list of paths
-            (see `fedprllm.documents.read_documents`), or token ids, int [n_windows, window_length], all
-            of which are used; or `PooledData`, text to be dealt out.
+        participants: one item for each participant, by name or in any order: a path, `Documents`, a
+            `datasets.Dataset`, a list of these, or token ids, int [n_windows, window_length], all of which
+            are used (see `fedprllm.pruning.inputs.name_participants`); or `PooledData`, text to be dealt
+            out.
         config: how to prune; the paper's best by default.
         out: folder of the run; made if it does not exist.
-        eval_texts: texts on which the dense and the pruned model are evaluated, none by default.
+        eval_texts: text or texts on which the dense and the pruned model are evaluated; none by default.
         progress: told what goes on (see `fedprllm.progress`).
 
     Returns:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,16 @@ from fedprllm.errors import RunError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["atomic_path", "free_bytes", "names_of", "read_json", "save_tensors", "write_json", "write_text"]
+__all__ = [
+    "atomic_path",
+    "distinct_names",
+    "free_bytes",
+    "names_of",
+    "read_json",
+    "save_tensors",
+    "write_json",
+    "write_text",
+]
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -91,19 +102,73 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def names_of(sources: Sequence[str | Path]) -> list[str]:
-    """A short name for each source: the file's stem, numbered where it occurs more than once.
+# Suffixes that tell how a text is stored; what follows any other dot belongs to the name.
+_SUFFIXES = re.compile(r"(\.(txt|text|md|jsonl?|ndjson|csv|tsv|parquet))?(\.(gz|bz2|xz))?$", re.IGNORECASE)
+_LONGEST_NAME = 80  # bytes: leaves room for what the names of files add to it
+# Files cannot have these names on Windows, whatever the suffix.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
-    Names are safe as names of files: anything but letters, digits, dot, dash and underscore becomes a
-    dash.
+
+def names_of(sources: Sequence[str | Path], reserved: Collection[str] = ()) -> list[str]:
+    """A distinct name for each source: that of the file without the suffix, numbered where taken.
+
+    Args:
+        sources: Paths, and texts of the hub (``hf:...``).
+        reserved: Names to give to none of them.
     """
-    stems = [
-        re.sub(r"[^\w.-]+", "-", str(source) if str(source).startswith("hf:") else Path(source).stem)
-        for source in sources
-    ]
-    seen: Counter[str] = Counter()
+    return distinct_names([_stem(source) for source in sources], reserved)
+
+
+def distinct_names(wanted: Sequence[str], reserved: Collection[str] = ()) -> list[str]:
+    """Names of files for each of the wanted names, distinct on every file system.
+
+    Anything but letters, digits, dot, dash and underscore becomes a dash; dots at either end are dropped;
+    long names are cut and end with a digest of the whole. Names that differ only in case are not distinct:
+    the first keeps the name, the others get the lowest free number from 2 on.
+
+    Args:
+        wanted: The names, in order.
+        reserved: Names to give to none of them.
+    """
+    safe = [_safe(name) for name in wanted]
+    forbidden = {_key(name) for name in reserved} | _DEVICES
+    taken = forbidden | {_key(name) for name in safe}
+    kept: set[str] = set()
     names = []
-    for stem in stems:
-        seen[stem] += 1
-        names.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
+    for name in safe:
+        key = _key(name)
+        if key in kept or key in forbidden or key.split(".")[0] in _DEVICES:
+            number = next(n for n in count(2) if _key(_numbered(name, n)) not in taken)
+            name = _numbered(name, number)
+        kept.add(_key(name))
+        taken.add(_key(name))
+        names.append(name)
     return names
+
+
+def _numbered(name: str, number: int) -> str:
+    # Windows looks at what stands before the first dot.
+    device, dot, rest = name.partition(".")
+    return f"{device}-{number}{dot}{rest}" if _key(device) in _DEVICES else f"{name}-{number}"
+
+
+def _key(name: str) -> str:
+    """What file systems compare: some ignore case, or how an accent is written."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _stem(source: str | Path) -> str:
+    if str(source).startswith("hf:"):
+        return str(source)
+    path = Path(os.path.expanduser(source))  # noqa: PTH111  a home that does not exist is no error here
+    # "." and ".." are folders with a name.
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    return _SUFFIXES.sub("", name, count=1) or name
+
+
+def _safe(name: str) -> str:
+    safe = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", name)).strip(".") or "text"
+    if len(safe.encode()) <= _LONGEST_NAME:
+        return safe
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{safe.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"

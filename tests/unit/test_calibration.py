@@ -20,15 +20,15 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fedprllm.calibration import (
+from fedprllm.errors import ConfigError, DataError
+from fedprllm.text.documents import read_documents
+from fedprllm.text.partition import partition
+from fedprllm.text.windows import (
     adds_bos,
     evaluation_windows,
     fingerprint,
-    partition,
     token_windows,
 )
-from fedprllm.documents import read_documents
-from fedprllm.errors import ConfigError, DataError
 from tests.library_text import library_text
 
 SENTENCES = [
@@ -125,16 +125,16 @@ def test_reads_text(tmp_path: Path, name: str, content: bytes, expected: list[st
         ("a.txt", b"\xef\xbb\xbfab\xe9f", "0xe9 at byte offset 5"),
         ("a.jsonl", b'"a"\n{"text": \n', "line 2: not JSON"),
         ("a.jsonl", b'"a"\n\n{"body": "b"}', r"line 3: expected .* found an object with body"),
-        ("a.jsonl", b"3", "line 1: expected a string .* found int"),
+        ("a.jsonl", b"3", "line 1: expected a string .* found a number"),
         ("a.jsonl", b'{"text": null}', "line 1: expected"),
         ("a.jsonl", b'"a\\ud800b"', "line 1: .* surrogate pair at character 1"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
-        ("a.json", b'{"text": "a"}', r"expected a list .* found dict\. .* name it \.jsonl"),
+        ("a.json", b'{"text": "a"}', r"expected a list .* found an object with text\. .* name it \.jsonl"),
         ("a.json", b'"a"\n"b"', r"\.jsonl\): not JSON: .* at character 4"),
         ("a.json", b'["a", 3]', "item 2: expected"),
         ("a.csv", b"id,body\n1,a\n", "expected a column 'text', found id, body"),
         ("a.csv", b'text\n"never closed\n', "line 2: not CSV"),
-        ("a.csv", b"id,text\n1,a\n2\n", "line 3: the row ends"),
+        ("a.csv", b"id,text\n1,a\n2\n", r"line 3 \(row 2\): expected 2 cells, found 1"),
         ("a.parquet", b"PAR1 not really", "not a Parquet file"),
     ],
 )

@@ -16,14 +16,14 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from fedprllm.calibration import Bos, evaluation_windows
 from fedprllm.errors import DataError, ModelError
 from fedprllm.evaluation.results import Perplexity
-from fedprllm.files import names_of
 from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
+from fedprllm.text.sources import Source, named_sources
+from fedprllm.text.windows import Bos, evaluation_windows
 
 __all__ = ["Perplexity", "evaluate", "load_tokenizer", "perplexities", "window_length_for"]
 
@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): text needs one; give token "
@@ -104,7 +104,7 @@ def perplexities(
 
 def evaluate(
     model: str | Path,
-    texts: Sequence[str | Path] | Mapping[str, str | Path],
+    texts: Source | Sequence[Source] | Mapping[str, Source],
     *,
     window_length: int | None = None,
     max_tokens: int | None = None,
@@ -117,7 +117,7 @@ def evaluate(
 
     Args:
         model: hub id, local folder or GGUF file.
-        texts: paths of texts (see `fedprllm.documents.read_documents`), named or not.
+        texts: one path, or several (see `fedprllm.text.documents.read_documents`), named or not.
         window_length: tokens per window; 2048 or the model's limit by default.
         max_tokens: evaluate at most this many tokens of each text.
         bos: where to put a beginning-of-sequence token.
@@ -128,7 +128,7 @@ def evaluate(
     Raises:
         DataError, ModelError: a text or the model cannot be used.
     """
-    named = texts if isinstance(texts, Mapping) else dict(zip(names_of(texts), texts, strict=True))
+    named = named_sources(texts)
     if not named:
         raise DataError("no text to evaluate on: give at least one")
     folder = resolve_model(model, progress=progress)
@@ -136,7 +136,14 @@ def evaluate(
     tokenizer = load_tokenizer(folder)
     length = window_length_for(walked, window_length)
     windows = {
-        name: evaluation_windows([path], tokenizer, window_length=length, bos=bos, max_tokens=max_tokens)
-        for name, path in named.items()
+        name: evaluation_windows(
+            sources,
+            tokenizer,
+            window_length=length,
+            bos=bos,
+            max_tokens=max_tokens,
+            vocabulary_size=walked.vocabulary_size,
+        )
+        for name, sources in named.items()
     }
     return perplexities(walked, windows, progress)

@@ -23,8 +23,8 @@ from filelock import FileLock
 from fedprllm.errors import DataError, FedprllmError, ModelError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.site.spool import Spool, write_bytes
-from fedprllm.process import use_large_pages
 from fedprllm.files import read_json, save_tensors, write_json
+from fedprllm.process import use_large_pages
 
 __all__ = ["main"]
 
