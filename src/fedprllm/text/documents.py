@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedprllm.errors import DataError, did_you_mean
-from fedprllm.text.formats import is_data_file, is_housekeeping, read_documents_of, read_prose
+from fedprllm.text.formats import is_card, is_data_file, is_housekeeping, read_documents_of, read_prose
 from fedprllm.text.sources import Documents, Source, describe, is_dataset, refuse_text
 from fedprllm.text.tables import names_shown, optional, read_dataset
 
@@ -166,9 +166,9 @@ def _read_folder(folder: Path) -> Iterator[Part]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files below a folder by name; beside data files, what describes the data is left out."""
+    """The files below a folder by name; in a data set, what only describes it is left out."""
     found = sorted(_walk(folder), key=Path.as_posix)
-    if any(is_data_file(path) and not is_housekeeping(path) for path in found):
+    if any((is_data_file(path) and not is_housekeeping(path)) or is_card(path) for path in found):
         return [path for path in found if not is_housekeeping(path)]
     return found
 

@@ -12,7 +12,7 @@ from fedprllm.errors import DataError
 from fedprllm.text.decoding import COMPRESSED, lines_of, read_blocks
 from fedprllm.text.tables import names_shown, read_csv, read_parquet, read_tsv
 
-__all__ = ["format_of", "is_data_file", "is_housekeeping", "read_documents_of", "read_prose"]
+__all__ = ["format_of", "is_card", "is_data_file", "is_housekeeping", "read_documents_of", "read_prose"]
 
 _JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 _HOUSEKEEPING = re.compile(
@@ -24,6 +24,9 @@ _CARD_KEYS = re.compile(
     r"^(dataset_info|configs|license|task_categories|annotations_creators|size_categories|pretty_name)\s*:",
     re.MULTILINE,
 )
+
+# A key right after the first brace; no prose and hardly a program begins like this.
+_JSON_START = re.compile(r'\s*\[?\s*\{\s*"[^"\n]{0,100}"\s*:')
 
 
 def _refusals() -> dict[str, str]:
@@ -89,13 +92,12 @@ def read_prose(path: Path) -> Iterator[str]:
 
 def _structure(path: Path, head: str) -> str | None:
     """What a file that is named like prose seems to be instead, and what to do."""
-    lines = [line for line in head[: 2**16].split("\n", 50) if line.strip()][:2]
     start = head.lstrip()[:20].lower()
-    if (len(lines) == 2 and all(_is_json(line) for line in lines)) or (head.strip() and _is_json(head)):
+    if _JSON_START.match(head):
         return "JSON: name it .jsonl if it has one value on every line, otherwise .json"
     if start.startswith(("<!doctype html", "<html", "<?xml", "{\\rtf", "%pdf-")):
         return "a marked-up document: save it as plain text"
-    first = lines[0] if lines else ""
+    first = head.lstrip().partition("\n")[0][:1000]
     for separator, name in {"\t": ".tsv", ",": ".csv"}.items():
         cells = first.split(separator)
         if len(cells) > 1 and "text" in cells and all(re.fullmatch(r"\w{1,40}", cell) for cell in cells):
@@ -105,13 +107,12 @@ def _structure(path: Path, head: str) -> str | None:
     return None
 
 
-def _is_json(text: str) -> bool:
-    if not text.lstrip().startswith(("{", "[")):
+def is_card(path: Path) -> bool:
+    """Whether a file is the card of a data set of the hub: a README that begins with its properties."""
+    if path.name.lower() != "readme.md":
         return False
-    try:
-        return isinstance(json.loads(text), (dict, list))
-    except (ValueError, RecursionError):
-        return False
+    with path.open("rb") as file:
+        return _is_card(file.read(2**16).decode("utf-8", "replace").replace("\r\n", "\n"))
 
 
 def _is_card(head: str) -> bool:
