@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedprllm.calibration import fingerprint
 from fedprllm.config import PruneConfig
 from fedprllm.deciding import decision_of
 from fedprllm.errors import ConfigError, RunError
@@ -43,6 +42,7 @@ from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled, survey_in_process
 from fedprllm.sharing import SHARING, update_bytes
+from fedprllm.text.windows import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,14 +1,17 @@
-"""Atomic file writes: a file gets its name only once it is complete, so it is whole or absent."""
+"""Files that are whole or absent: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +22,26 @@ from fedprllm.errors import RunError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["atomic_path", "free_bytes", "names_of", "read_json", "save_tensors", "write_json", "write_text"]
+__all__ = [
+    "atomic_path",
+    "distinct_names",
+    "free_bytes",
+    "names_of",
+    "read_json",
+    "save_tensors",
+    "write_json",
+    "write_text",
+]
 
-_LONGEST_NAME = 100
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``, and rename it to ``path`` when the ``with`` block succeeds.
+    """Yield a temporary name beside ``path`` that becomes ``path`` when the block ends well.
 
     Raises:
-        RunError: The disk is full. The incomplete file is removed, and the run can be resumed later.
+        RunError: the disk is full (what was written is removed; the run can go on later).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,7 +53,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
         raise RunError(
             f"no space left while writing {path}: {free_bytes(path.parent) / 1e6:.0f} MB are free. "
-            "Finished blocks are kept; free some space and run the same command again"
+            "Finished blocks are kept: free some space and run the same command again"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,31 +62,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _NO_SPACE
-    # safetensors reports the operating system's error only in its message.
+    # safetensors reports the operating system's error in its text only.
     return any(f"(os error {code})" in str(error) for code in _NO_SPACE)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
-    # Imported here because site processes that only pass bytes on write files too, without needing torch.
+    """Write a safetensors file, whole or not at all."""
+    # The processes of a site that only carry bytes write files too, and have no use for torch.
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        # safetensors creates files that only their owner can read, whatever the umask.
+        # safetensors makes files that only their owner can read, whatever the umask says.
         temporary.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -91,22 +102,73 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def names_of(sources: Sequence[str | Path]) -> list[str]:
-    """A unique short name for each source: the stem of the file, with a number if it is taken.
+# Suffixes that tell how a text is stored; what follows any other dot belongs to the name.
+_SUFFIXES = re.compile(r"(\.(txt|text|md|jsonl?|ndjson|csv|tsv|parquet))?(\.(gz|bz2|xz))?$", re.IGNORECASE)
+_LONGEST_NAME = 80  # bytes: leaves room for what the names of files add to it
+# Files cannot have these names on Windows, whatever the suffix.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
-    The names work as file names on every system. Any character other than letters, digits, dot, dash and
-    underscore becomes a dash; no name is empty, begins with a dot, is much longer than 100 characters, or
-    differs from another one only in case.
+
+def names_of(sources: Sequence[str | Path], reserved: Collection[str] = ()) -> list[str]:
+    """A distinct name for each source: that of the file without the suffix, numbered where taken.
+
+    Args:
+        sources: Paths, and texts of the hub (``hf:...``).
+        reserved: Names to give to none of them.
     """
-    names: list[str] = []
-    taken: set[str] = set()
-    for source in sources:
-        stem = str(source) if str(source).startswith("hf:") else Path(source).stem
-        base = re.sub(r"[^\w.-]+", "-", stem).strip(".")[:_LONGEST_NAME] or "text"
-        name, number = base, 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{base}-{number}"
-        taken.add(name.casefold())
+    return distinct_names([_stem(source) for source in sources], reserved)
+
+
+def distinct_names(wanted: Sequence[str], reserved: Collection[str] = ()) -> list[str]:
+    """Names of files for each of the wanted names, distinct on every file system.
+
+    Anything but letters, digits, dot, dash and underscore becomes a dash; dots at either end are dropped;
+    long names are cut and end with a digest of the whole. Names that differ only in case are not distinct:
+    the first keeps the name, the others get the lowest free number from 2 on.
+
+    Args:
+        wanted: The names, in order.
+        reserved: Names to give to none of them.
+    """
+    safe = [_safe(name) for name in wanted]
+    forbidden = {_key(name) for name in reserved} | _DEVICES
+    taken = forbidden | {_key(name) for name in safe}
+    kept: set[str] = set()
+    names = []
+    for name in safe:
+        key = _key(name)
+        if key in kept or key in forbidden or key.split(".")[0] in _DEVICES:
+            number = next(n for n in count(2) if _key(_numbered(name, n)) not in taken)
+            name = _numbered(name, number)
+        kept.add(_key(name))
+        taken.add(_key(name))
         names.append(name)
     return names
+
+
+def _numbered(name: str, number: int) -> str:
+    # Windows looks at what stands before the first dot.
+    device, dot, rest = name.partition(".")
+    return f"{device}-{number}{dot}{rest}" if _key(device) in _DEVICES else f"{name}-{number}"
+
+
+def _key(name: str) -> str:
+    """What file systems compare: some ignore case, or how an accent is written."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _stem(source: str | Path) -> str:
+    if str(source).startswith("hf:"):
+        return str(source)
+    path = Path(os.path.expanduser(source))  # noqa: PTH111  a home that does not exist is no error here
+    # "." and ".." are folders with a name.
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    return _SUFFIXES.sub("", name, count=1) or name
+
+
+def _safe(name: str) -> str:
+    safe = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", name)).strip(".") or "text"
+    if len(safe.encode()) <= _LONGEST_NAME:
+        return safe
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{safe.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"

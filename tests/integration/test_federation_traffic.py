@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("nvflare")
 
-from fedprllm.evaluation.perplexity import load_tokenizer
+from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.site.spool import read_ledger
 from tests.federation_processes import Federation, finish

@@ -240,7 +240,11 @@ _register_prune()
 
 
 def _print_result(result: Any) -> None:
+    from fedprllm.pruning.inputs import fewer_windows
+
     record = result.record
+    for sentence in fewer_windows(record):
+        console.print(f"note     {escape(sentence)}", soft_wrap=True)
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
     console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedprllm.api import PruneResult, prune
-from fedprllm.calibration import evaluation_windows
+from fedprllm.text.windows import evaluation_windows
 from fedprllm.config import PruneConfig
 from fedprllm.demo.texts import demo_texts
 from fedprllm.errors import ModelError

@@ -15,15 +15,15 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
-from fedprllm.calibration import Bos, evaluation_windows
 from fedprllm.errors import DataError
 from fedprllm.evaluation.results import Perplexity
-from fedprllm.files import names_of
 from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
 from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.progress import Progress, silent
+from fedprllm.text.sources import Source, named_sources
+from fedprllm.text.windows import Bos, evaluation_windows
 
 __all__ = ["Perplexity", "evaluate", "perplexities", "window_length_for"]
 
@@ -48,23 +48,6 @@ def window_length_for(model: BlockwiseModel, asked: int | None) -> int:
             f"window length {asked} exceeds the model's limit of {limit} tokens: choose {limit} or less"
         )
     return asked
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a model folder.
-
-    Raises:
-        ModelError: The folder has no usable tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}), which text input requires: "
-            "add one to the folder, or pass token windows from Python"
-        ) from None
 
 
 def perplexities(
@@ -110,7 +93,7 @@ def perplexities(
 
 def evaluate(
     model: str | Path,
-    texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    texts: Source | Sequence[Source] | Mapping[str, Source],
     *,
     window_length: int | None = None,
     max_tokens: int | None = None,
@@ -123,7 +106,7 @@ def evaluate(
 
     Args:
         model: Hub id, local folder or GGUF file.
-        texts: Paths of texts (see `fedprllm.documents.read_documents`), optionally by name.
+        texts: One path, or several (see `fedprllm.text.documents.read_documents`), optionally by name.
         window_length: Tokens per window; by default 2048 or the model's limit if that is lower.
         max_tokens: Maximum number of tokens to evaluate in each text; all by default.
         bos: Where to put a beginning-of-sequence token.
@@ -135,8 +118,7 @@ def evaluate(
         DataError: A text cannot be used, or none is given.
         ModelError: The model cannot be used.
     """
-    listed = [texts] if isinstance(texts, (str, Path)) else texts
-    named = listed if isinstance(listed, Mapping) else dict(zip(names_of(listed), listed, strict=True))
+    named = named_sources(texts)
     if not named:
         raise DataError("no text to evaluate on: expected at least one text file")
     folder = resolve_model(model, progress=progress)
@@ -144,7 +126,14 @@ def evaluate(
     tokenizer = load_tokenizer(folder)
     length = window_length_for(walked, window_length)
     windows = {
-        name: evaluation_windows([path], tokenizer, window_length=length, bos=bos, max_tokens=max_tokens)
-        for name, path in named.items()
+        name: evaluation_windows(
+            sources,
+            tokenizer,
+            window_length=length,
+            bos=bos,
+            max_tokens=max_tokens,
+            vocabulary_size=walked.vocabulary_size,
+        )
+        for name, sources in named.items()
     }
     return perplexities(walked, windows, progress)

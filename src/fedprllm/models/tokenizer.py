@@ -24,8 +24,8 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): text needs one; give token "
-            "windows from Python instead"
+            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}), which text input requires: "
+            "add one to the folder, or pass token windows from Python"
         ) from None
 
 

@@ -1,42 +1,57 @@
-"""From what a user names as participants to participants; mistakes are refused before the computation."""
+"""What a user may name as participants, turned into participants, with every refusal before the compute."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedprllm.calibration import evaluation_windows, partition, token_windows
 from fedprllm.config import PruneConfig
 from fedprllm.core.ties import generator
-from fedprllm.documents import Documents
 from fedprllm.errors import ConfigError, DataError, did_you_mean
 from fedprllm.evaluation.perplexity import window_length_for
-from fedprllm.files import names_of
+from fedprllm.files import distinct_names, names_of
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.records import RunRecord
+from fedprllm.text.partition import partition
+from fedprllm.text.sources import (
+    Documents,
+    Source,
+    as_sources,
+    describe,
+    is_dataset,
+    is_path,
+    is_plain_text,
+    looks_like_text,
+    named_sources,
+)
+from fedprllm.text.windows import evaluation_windows, token_windows
 
 __all__ = [
+    "RESERVED_NAMES",
     "Documents",
     "ParticipantInputs",
     "PooledData",
     "Source",
     "evaluation_texts",
+    "fewer_windows",
     "make_participants",
     "name_participants",
     "pool",
 ]
 
-Source = str | Path | Documents
-ParticipantInput = Source | Sequence[Source] | Tensor | Any
+ParticipantInput = Source | Sequence[Source] | Tensor
 PARTITIONS = ("iid", "file", "dirichlet")
-_LONGEST_PATH = 1024  # characters
+# Rows of tables and folders of models that are not a participant's.
+RESERVED_NAMES = ("dense", "model", "centralized")
+_TOKEN_WINDOWS = ["token windows"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +59,14 @@ class PooledData:
     """Text in one place, dealt out to participants as if each had its own: for comparing variants.
 
     Attributes:
-        paths: The text files.
+        paths: The text files; one path, or a list of them.
         n_participants: How many participants to make.
         partition: ``iid`` deals windows at random, ``file`` deals whole files, ``dirichlet`` gives the
             participants unequal shares of each file.
         alpha: Concentration of ``dirichlet``: small is unequal, large approaches ``iid``.
     """
 
-    paths: Sequence[Source]
+    paths: Source | Sequence[Source]
     n_participants: int
     partition: Literal["iid", "file", "dirichlet"] = "iid"
     alpha: float = 0.5
@@ -63,111 +78,131 @@ class PooledData:
             raise ConfigError(f"participants must be at least 1, found {self.n_participants}")
         if self.alpha <= 0:
             raise ConfigError(f"alpha must be positive, found {self.alpha:g}")
-        if isinstance(self.paths, (str, Path)):
-            object.__setattr__(self, "paths", [self.paths])
-        if not self.paths:
+        if isinstance(self.paths, (list, tuple)) and not self.paths:
             raise DataError("no data: name at least one text file")
+        as_sources(self.paths, "data")
 
 
 ParticipantInputs = Sequence[ParticipantInput] | Mapping[str, ParticipantInput] | PooledData
 
 
-def name_participants(participants: ParticipantInputs) -> dict[str, ParticipantInput] | PooledData:
-    """Name each participant after its file, or by its number.
+def name_participants(
+    participants: ParticipantInputs,
+) -> dict[str, Tensor | list[Source]] | PooledData:
+    """Name each participant after its file, or by its number, and check the type of what it was given.
+
+    An item is a path, `Documents`, a `datasets.Dataset`, integer token ids [n_windows, window_length] (a
+    tensor, an array of NumPy, or a list of equally long lists), or a list of paths, `Documents` and datasets.
+    A list of strings that name no files and plainly are text counts as `Documents`.
 
     Raises:
-        DataError: There are none, or something other than a list or mapping was given.
+        DataError: There are none, or something else was given.
     """
     if isinstance(participants, PooledData):
         return participants
-    if isinstance(participants, (Tensor, str, Path)):
-        found = "one tensor" if isinstance(participants, Tensor) else f"'{participants}'"
-        raise DataError(f"participants must be a list with one item each, found {found}: wrap it in a list")
-    if not isinstance(participants, (Mapping, Sequence)):
+    one = isinstance(participants, (str, os.PathLike, Documents, Tensor, np.ndarray))
+    if one or is_dataset(participants):
         raise DataError(
-            "participants must be a list or a mapping with one item each, found "
+            f"participants must be a list with one item each, found {_found(participants)}: wrap it in a list"
+        )
+    if not isinstance(participants, (list, tuple, Mapping)):
+        raise DataError(
+            "participants must be a list with one item each, or a mapping from names to them, found "
             f"{type(participants).__name__}"
         )
-    if not len(participants):
+    if not participants:
         raise DataError("no participants: give at least one text file or token tensor")
     if isinstance(participants, Mapping):
-        names = names_of([str(name).replace("/", "-") for name in participants])
-        items = zip(names, participants.values(), strict=True)
-        return {name: _understood(name, item) for name, item in items}
-    sources = [
-        item if isinstance(item, (str, Path)) else f"participant-{number}"
-        for number, item in enumerate(participants)
-    ]
-    named = dict(zip(names_of(sources), participants, strict=True))
-    return {name: _understood(name, item) for name, item in named.items()}
+        items: list[Any] = list(participants.values())
+        names = distinct_names([str(name) for name in participants], RESERVED_NAMES)
+    else:
+        items = list(participants)
+        labels = [_label(item) or f"participant-{number}" for number, item in enumerate(items)]
+        names = names_of(labels, RESERVED_NAMES)
+    return {name: _item(item, f"participant '{name}'") for name, item in zip(names, items, strict=True)}
 
 
-def _understood(name: str, item: Any) -> ParticipantInput:
-    """A participant's item as one path, a list of paths, documents or a tensor of token ids.
+def _label(item: object) -> str | None:
+    """The path of a text, unless it is text itself, which must not become a name."""
+    if not isinstance(item, (str, os.PathLike)):
+        return None
+    path = os.fspath(item)
+    return path if is_path(path) or not (looks_like_text(path) or is_plain_text(path)) else None
 
-    Raises:
-        DataError: It is none of what a participant may be given as.
-    """
-    if isinstance(item, (str, Path, Documents, Tensor)):
+
+def _found(participants: object) -> str:
+    if isinstance(participants, (Tensor, np.ndarray)):
+        return "one tensor"
+    return f"one {type(participants).__name__}"
+
+
+def _item(item: Any, whose: str) -> Tensor | list[Source]:
+    if isinstance(item, Tensor):
         return item
     if isinstance(item, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(item))
-    if hasattr(item, "features") and hasattr(item, "column_names"):
-        return Documents.of_dataset(item)
+        return _from_array(item, whose)
     if isinstance(item, (list, tuple)) and item:
-        return _list_understood(name, item)
-    raise DataError(
-        f"participant '{name}' must be a path, a list of paths, Documents([...]), a dataset with a column "
-        f"'text' or token ids [n_windows, window_length], found {type(item).__name__}"
-        f"{' without items' if isinstance(item, (list, tuple)) else ''}"
-    )
+        if all(isinstance(one, str) for one in item):
+            return _paths_or_texts(item, whose)
+        if any(isinstance(one, (list, tuple, np.ndarray, Tensor, int, float, np.number)) for one in item):
+            return _from_lists(item, whose)
+    return as_sources(item, whose)
 
 
-def _list_understood(name: str, items: Sequence[Any]) -> ParticipantInput:
-    if all(isinstance(item, (Documents, Path)) for item in items):
-        return list(items)
-    if all(isinstance(item, (list, tuple)) for item in items):
-        try:
-            return torch.tensor(items)
-        except (TypeError, ValueError):
-            raise DataError(
-                f"the token ids of participant '{name}' must be lists of one length that hold whole numbers"
-            ) from None
-    if not all(isinstance(item, (str, Path)) for item in items):
+def _from_array(array: np.ndarray, whose: str) -> Tensor:
+    if array.dtype.kind not in "iu":
+        raise DataError(_not_windows(whose, f"{array.dtype} {array.shape}"))
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _from_lists(rows: Sequence[Any], whose: str) -> Tensor:
+    try:
+        arrays = [np.asarray(row) for row in rows]
+    except ValueError:
+        raise DataError(_not_windows(whose, "lists that are nested unevenly")) from None
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1 and all(len(shape) == 1 for shape in shapes):
+        lengths = ", ".join(str(shape[0]) for shape in shapes[:10])
+        raise DataError(f"the token windows of {whose} must have one length, found {lengths} tokens")
+    if len(shapes) > 1 or len(shapes[0]) != 1 or any(array.dtype.kind not in "iu" for array in arrays):
+        kinds = ", ".join(sorted({type(row).__name__ for row in rows}))
+        raise DataError(_not_windows(whose, f"a list of {kinds}"))
+    return torch.from_numpy(np.stack(arrays).astype(np.int64))
+
+
+def _not_windows(whose: str, found: str) -> str:
+    return f"the token windows of {whose} must be integers [n_windows, window_length], found {found}"
+
+
+def _paths_or_texts(texts: Sequence[str], whose: str) -> list[Source]:
+    """Paths if all of them are; documents if all of them plainly are text and none is a path."""
+    paths = [is_path(text) for text in texts]
+    plain = [is_plain_text(text) for text in texts]
+    if all(paths):
+        return list(texts)
+    if all(plain) and not any(paths):
+        return [Documents(texts)]
+    if any(plain) or (len(texts) > 1 and not any(paths)):
+        place = paths.index(False)
         raise DataError(
-            f"the list of participant '{name}' holds {type(items[0]).__name__}: expected strings or paths"
+            f"{whose}: a list of {len(texts)} strings must be paths or texts; item {place} is no file or "
+            "folder that exists, and not all items plainly are text. Correct the path, or give texts as "
+            "fedprllm.Documents([...])"
         )
-    if all(_may_be_a_path(item) for item in items):
-        return list(items)
-    if not any(_may_be_a_path(item) for item in items):
-        return Documents([str(item) for item in items])
-    raise DataError(
-        f"the list of participant '{name}' mixes paths and text: give paths, or Documents([...]) for text"
-    )
-
-
-def _may_be_a_path(item: str | Path) -> bool:
-    """Whether a string names a file, even a missing one, rather than being a text itself."""
-    if isinstance(item, Path) or item.startswith("hf:"):
-        return True
-    if not item.strip() or "\n" in item or len(item) > _LONGEST_PATH:
-        return False
-    if Path(item).expanduser().exists():
-        return True
-    # A sentence has spaces and ends without a suffix; a mistyped path has a suffix or no space.
-    return bool(Path(item).suffix.strip(".").isalnum()) or " " not in item.strip()
+    return list(texts)  # a path that does not exist is refused when it is read, with its neighbors
 
 
 def make_participants(
     model: BlockwiseModel, named: Mapping[str, ParticipantInput] | PooledData, config: PruneConfig
 ) -> tuple[list[Participant], PruneConfig]:
-    """Read the participants' texts into token windows.
+    """Read everyone's text into token windows.
 
     Returns:
         The participants in the order of their names, and the configuration with its window length resolved.
 
     Raises:
         DataError: A text or a tensor cannot be used; fewer windows than participants.
+        ModelError: The model has no tokenizer, or one that gives nothing.
     """
     items: list[Any] = [] if isinstance(named, PooledData) else list(named.values())
     tensors = [item for item in items if isinstance(item, Tensor)]
@@ -180,16 +215,23 @@ def make_participants(
     members = []
     for name, item in named.items():
         if isinstance(item, Tensor):
-            members.append(Participant(name, _checked(name, item, model)))
+            members.append(Participant(name, _checked(name, item, model), _TOKEN_WINDOWS))
         else:
-            sources = [item] if isinstance(item, (str, Path, Documents)) else list(item)
-            windows = _windows(sources, tokenizer, config, config.windows)
-            members.append(Participant(name, windows, [str(source) for source in sources]))
+            sources = as_sources(item, f"participant '{name}'")
+            windows = _windows(model, sources, tokenizer, config, config.windows)
+            members.append(Participant(name, windows, [describe(source) for source in sources]))
     # In the order of names, as in a federation over the network: sums of floats depend on it.
     return sorted(members, key=lambda member: member.name), config
 
 
-def _windows(sources: Sequence[Source], tokenizer: Any, config: PruneConfig, n_windows: int) -> Tensor:
+def _windows(
+    model: BlockwiseModel,
+    sources: Sequence[Source],
+    tokenizer: Any,
+    config: PruneConfig,
+    n_windows: int,
+    none_allowed: bool = False,
+) -> Tensor:
     assert config.window_length is not None
     return token_windows(
         sources,
@@ -198,19 +240,30 @@ def _windows(sources: Sequence[Source], tokenizer: Any, config: PruneConfig, n_w
         window_length=config.window_length,
         seed=config.seed,
         bos=config.bos,
+        vocabulary_size=model.vocabulary_size,
+        none_allowed=none_allowed,
     )
 
 
 def _deal_out(model: BlockwiseModel, data: PooledData, config: PruneConfig) -> list[Participant]:
     tokenizer = load_tokenizer(model.folder)
+    sources = as_sources(data.paths, "data")
     n_wanted = config.windows * data.n_participants
     n_each = config.windows if data.partition == "file" else n_wanted
-    by_file = [_windows([path], tokenizer, config, n_each) for path in data.paths]
+    # One short file among others takes nothing from a draw over all of them; dealt out whole, it would.
+    short_allowed = data.partition != "file" and len(sources) > 1
+    by_file = [_windows(model, [source], tokenizer, config, n_each, short_allowed) for source in sources]
+    used = [describe(source) for source, windows in zip(sources, by_file, strict=True) if len(windows)]
+    by_file = [windows for windows in by_file if len(windows)]
+    if not by_file:
+        raise DataError(
+            f"text too short: none of the {len(sources)} texts gives one window of {config.window_length} "
+            "tokens. Add text or use a smaller --window-length"
+        )
     if n_wanted and data.partition != "file":
         by_file = _sample(by_file, n_wanted, config.seed)
     parts = partition(by_file, data.n_participants, method=data.partition, alpha=data.alpha, seed=config.seed)
-    sources = [str(path) for path in data.paths]
-    return [Participant(f"participant-{number}", part, sources) for number, part in enumerate(parts)]
+    return [Participant(f"participant-{number}", part, used) for number, part in enumerate(parts)]
 
 
 def _sample(by_file: list[Tensor], n_windows: int, seed: int) -> list[Tensor]:
@@ -243,34 +296,50 @@ def _checked(name: str, windows: Tensor, model: BlockwiseModel) -> Tensor:
     return windows.to("cpu", torch.int64)
 
 
-def pool(members: Sequence[Participant]) -> Participant:
-    """One participant that holds all windows, in an order that does not depend on the participants' order."""
-    lengths = {member.windows.shape[1] for member in members}
+def pool(people: Sequence[Participant]) -> Participant:
+    """One participant that holds everyone's windows, in an order that no one's place in a list changes."""
+    lengths = {person.windows.shape[1] for person in people}
     if len(lengths) > 1:
         raise DataError(f"centralized pools all windows: expected one length, found {sorted(lengths)}")
-    by_text = sorted(members, key=lambda member: member.fingerprint)
-    windows = torch.cat([member.windows for member in by_text])
-    return Participant("centralized", windows, [source for member in by_text for source in member.sources])
-
-
-def named_texts(texts: Source | Sequence[Source] | Mapping[str, Source]) -> dict[str, Source]:
-    """Texts by name; a string or a path is one text."""
-    if isinstance(texts, Mapping):
-        return dict(texts)
-    listed = [texts] if isinstance(texts, (str, Path, Documents)) else list(texts)
-    return dict(zip(names_of([str(text) for text in listed]), listed, strict=True))
+    by_text = sorted(people, key=lambda person: person.fingerprint)
+    windows = torch.cat([person.windows for person in by_text])
+    return Participant("centralized", windows, [source for person in by_text for source in person.sources])
 
 
 def evaluation_texts(
-    model: BlockwiseModel, texts: Source | Sequence[Source] | Mapping[str, Source], config: PruneConfig
+    model: BlockwiseModel,
+    texts: Source | Sequence[Source] | Mapping[str, Source],
+    config: PruneConfig,
 ) -> dict[str, list[Tensor]]:
-    """Windows of the texts to evaluate on, by name."""
-    named = named_texts(texts)
+    """Windows of the texts to evaluate on, by name.
+
+    Raises:
+        DataError: A text cannot be used.
+        ModelError: The model has no tokenizer, or one that gives nothing.
+    """
+    named = named_sources(texts)
     if not named:
         return {}
     tokenizer = load_tokenizer(model.folder)
     assert config.window_length is not None
     return {
-        name: evaluation_windows([path], tokenizer, window_length=config.window_length, bos=config.bos)
-        for name, path in named.items()
+        name: evaluation_windows(
+            sources,
+            tokenizer,
+            window_length=config.window_length,
+            bos=config.bos,
+            vocabulary_size=model.vocabulary_size,
+        )
+        for name, sources in named.items()
     }
+
+
+def fewer_windows(record: RunRecord) -> list[str]:
+    """One sentence for each participant whose text gave fewer windows than the configuration asks for."""
+    asked = record.config.windows
+    return [
+        f"{name} is calibrated on {one.n_windows} windows of {one.window_length} tokens; {asked} were asked "
+        "for, and its text holds no more"
+        for name, one in record.participants.items()
+        if one.n_windows < asked and one.sources != _TOKEN_WINDOWS
+    ]

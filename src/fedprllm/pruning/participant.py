@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedprllm.calibration import fingerprint
 from fedprllm.core.sums import InputStatistics
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Weights
@@ -20,6 +19,7 @@ from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.observe import BlockStatistics, Observation, observing
 from fedprllm.pruning.hidden_states import HiddenStates
 from fedprllm.pruning.records import ParticipantRecord
+from fedprllm.text.windows import fingerprint
 
 __all__ = ["Participant"]
 

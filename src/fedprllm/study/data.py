@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedprllm.calibration import evaluation_windows
 from fedprllm.config import PruneConfig
 from fedprllm.core.ties import generator
-from fedprllm.documents import read_documents
 from fedprllm.errors import DataError
 from fedprllm.files import names_of, write_text
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.tokenizer import load_tokenizer
-from fedprllm.pruning.inputs import PooledData, make_participants
+from fedprllm.pruning.inputs import RESERVED_NAMES, PooledData, make_participants
 from fedprllm.pruning.participant import Participant
 from fedprllm.study.questions import Cell, StudyConfig
+from fedprllm.text.documents import read_documents
+from fedprllm.text.windows import evaluation_windows
 
 __all__ = ["StudyData"]
 
@@ -45,7 +45,7 @@ class StudyData:
         self._made: dict[tuple[str, int, int], list[Participant]] = {}
         self._domains = {
             name: _split(source, name, folder, study.eval_tokens)
-            for name, source in zip(names_of(study.domains), study.domains, strict=True)
+            for name, source in zip(names_of(study.domains, RESERVED_NAMES), study.domains, strict=True)
         }
         held_out = {name: parts[1] for name, parts in self._domains.items()}
         self._texts = {
@@ -62,6 +62,7 @@ class StudyData:
                 window_length=study.window_length,
                 bos=study.bos,
                 max_tokens=study.eval_tokens,
+                vocabulary_size=self._model.vocabulary_size,
             )
             for name, source in sources.items()
         }

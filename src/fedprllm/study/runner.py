@@ -21,7 +21,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from fedprllm.calibration import fingerprint
 from fedprllm.errors import RunError
 from fedprllm.files import free_bytes, read_json, write_json
 from fedprllm.models.blockwise import BlockwiseModel
@@ -38,6 +37,7 @@ from fedprllm.study.measure import Lab, n_alone, passes
 from fedprllm.study.questions import Cell, StudyConfig, cells_of
 from fedprllm.study.results import Results
 from fedprllm.study.written import write_results
+from fedprllm.text.windows import fingerprint
 
 __all__ = ["study"]
 
