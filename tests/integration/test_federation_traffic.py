@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("nvflare")
 
-from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.site.spool import read_ledger
+from fedprllm.models.tokenizer import load_tokenizer
 from tests.federation_processes import Federation, finish
 
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
