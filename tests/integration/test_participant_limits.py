@@ -167,8 +167,8 @@ def test_windows_are_the_participants_own_choice(tmp_path, model, sites):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prune": {"sparsity": 0.7}}, "sparsity 0.7, this participant's plan has 0.5"),
-        ({"prune": {"windows": 1}}, "windows 1, this participant's plan has 2"),
+        ({"prune": {"sparsity": 0.7}}, "sparsity 0.7, and this participant's plan (--config) has 0.5"),
+        ({"prune": {"windows": 1}}, "windows 1, and this participant's plan (--config) has 2"),
         ({"participants": ["north", "south"]}, "has the participants north, south"),
     ],
 )
@@ -214,8 +214,8 @@ def test_nothing_is_computed_before_the_participant_agrees(tmp_path, model, site
     lines = {name: dict(question["lines"]) for name, question in zip(NAMES, seen, strict=True)}
     for told in lines.values():
         assert told["participants"] == "north, south, west"
-        assert "2 windows of 32 tokens (64 tokens)" in told["made of"]
-        assert told["leaves you"].startswith("prune masks: One bit")
+        assert "2 windows of 32 tokens (64 tokens)" in told["computed from"]
+        assert told["you send"].startswith("prune masks: One bit")
         assert "used in 1 of 99 runs" in told["your text"]
         assert "birds" not in str(told)
 

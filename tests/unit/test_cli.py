@@ -108,7 +108,7 @@ def test_data_dealt_out(given, tmp_path, partition):
     [
         (["prune"], "no model"),
         (["prune", "m"], "no out"),
-        (["prune", "m", "--out", "o", "--participants", "3"], "--participants deals out --data"),
+        (["prune", "m", "--out", "o", "--participants", "3"], "--participants needs --data"),
         (["prune", "m", "--out", "o", "--data", "d"], "needs --participants"),
         (["prune", "m", "--out", "o", "--data", "d", "--participant", "p"], "not both"),
         (["prune", "m", "--out", "o", "--strategy", "oneshot"], "did you mean 'one-shot'"),

@@ -385,7 +385,7 @@ UNREADABLE = {
     "no tensors": (edited(82, b"\0\0"), "number of tensors: expected an integer from 1 to 4096, found 0"),
     "too many tensors": (edited(82, b"\1\x10"), "number of tensors: .*found 4097"),
     "more tensors than fit": (edited(82, b"\3\0"), "tensor name: expected 3 bytes, found 1"),
-    "fewer tensors": (edited(82, b"\1\0"), "payload: expected 141 bytes in all by its tensors, found 155"),
+    "fewer tensors": (edited(82, b"\1\0"), "payload: expected 141 bytes in total, by the table, found 155"),
     "no name": (edited(90, b"\0"), "length of tensor name: expected an integer from 1 to 255, found 0"),
     "name beyond the end": (edited(90, b"\xff"), "tensor name: expected 255 bytes, found 30"),
     "control in name": (edited(93, b"\0"), "tensor name: expected no control"),

@@ -1,7 +1,7 @@
-"""The command line: parses, calls, prints.
+"""The command line: parses arguments, calls the library and prints results.
 
-The options of ``prune`` are the fields of `PruneConfig`, so each option, its default and its help stand
-in one place. torch is imported only by the commands that compute.
+The options of ``prune`` are generated from the fields of `PruneConfig`, so that each option, its default and
+its help text are defined in one place. Only the commands that compute import torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["main"]
 
 app = typer.Typer(
     name="fedprllm",
-    help="Prune one language model together: texts stay where they are, only small updates are shared.",
+    help="Prune one language model together. Texts stay where they are; only small updates are shared.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,11 +55,11 @@ def _common(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Prune one language model together: texts stay where they are, only small updates are shared."""
+    """Prune one language model together. Texts stay where they are; only small updates are shared."""
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and exit status 2."""
+    """Run the command line. A user's mistake gives one message and exit status 2."""
     try:
         use_large_pages()
         app()
@@ -67,13 +67,13 @@ def main() -> None:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("[yellow]interrupted[/]: the same command continues at the last finished block")
+        errors.print("[yellow]interrupted[/]: the same command continues after the last finished block")
         sys.exit(130)
 
 
 @contextmanager
 def bars(description: str, total: int) -> Iterator[Any]:
-    """A progress bar on the terminal; plain lines of nothing where there is none."""
+    """Show a progress bar on a terminal, and nothing elsewhere. Yields a function that advances it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -91,7 +91,7 @@ def bars(description: str, total: int) -> Iterator[Any]:
 
 _SOURCES = "Participants and text"
 _METHOD = "Method"
-_COMPUTE = "Computing"
+_COMPUTE = "Computation"
 _COMPUTE_FIELDS = ("dtype", "device", "memory_limit", "seed")
 
 _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -101,22 +101,22 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     ),
     "participant": (
         list[str] | None,
-        typer.Option(help="text of one participant (repeat for each)", rich_help_panel=_SOURCES),
+        typer.Option(help="text of one participant (repeat for each participant)", rich_help_panel=_SOURCES),
     ),
     "data": (
         list[str] | None,
         typer.Option(
-            help="text to deal out to --participants instead (repeatable)", rich_help_panel=_SOURCES
+            help="text to divide among --participants instead (repeat for several)", rich_help_panel=_SOURCES
         ),
     ),
     "participants": (
         int | None,
-        typer.Option(help="number of participants to deal --data out to", rich_help_panel=_SOURCES),
+        typer.Option(help="number of participants to divide --data among", rich_help_panel=_SOURCES),
     ),
     "partition": (
         str | None,
         typer.Option(
-            help=escape("how to deal --data out: iid, file or dirichlet [default: iid]"),
+            help=escape("how to divide --data: iid, file or dirichlet [default: iid]"),
             rich_help_panel=_SOURCES,
         ),
     ),
@@ -129,37 +129,41 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "eval": (
         list[str] | None,
         typer.Option(
-            "--eval", help="text to evaluate the dense and the pruned model on", rich_help_panel=_SOURCES
+            "--eval",
+            help="text to evaluate the dense and the pruned model on (repeat for several)",
+            rich_help_panel=_SOURCES,
         ),
     ),
-    "out": (Path | None, typer.Option(help="folder of the run", show_default=False)),
+    "out": (Path | None, typer.Option(help="folder for the run", show_default=False)),
     "config": (
         Path | None,
-        typer.Option(help="TOML file with any of these options; the command line wins", show_default=False),
+        typer.Option(
+            help="TOML file with any of these options; the command line takes precedence", show_default=False
+        ),
     ),
 }
 
 
-# What the command line reads where the type of the field is none of its own.
+# Command-line types of fields whose own type the command line cannot parse.
 _PLAIN = {"window_length": int, "memory_limit": str}
 
 
 def _field_option(name: str) -> tuple[Any, Any]:
-    """The option of a field of `PruneConfig`; unset means the file's value or the field's default."""
+    """Build the option for a field of `PruneConfig`. Unset means the file's value or the field's default."""
     field = PruneConfig.model_fields[name]
-    value_type = field.annotation
-    choices = choices_of(value_type)
+    annotation = field.annotation
+    choices = choices_of(annotation)
     help_text = field.description or ""
     if choices:
         help_text += f": {', '.join(choices)}"
     if field.default is not None:
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         help_text += f" [default: {default}]"
-    plain: Any = str if choices else _PLAIN.get(name, value_type)
+    plain: Any = str if choices else _PLAIN.get(name, annotation)
     panel = _COMPUTE if name in _COMPUTE_FIELDS else _METHOD
     metavar = "NAME" if choices else None
     flag = "--" + name.replace("_", "-")
-    if value_type is bool:
+    if annotation is bool:
         return bool | None, typer.Option(
             f"{flag}/--no-{flag[2:]}", help=escape(help_text), rich_help_panel=panel
         )
@@ -167,13 +171,17 @@ def _field_option(name: str) -> tuple[Any, Any]:
 
 
 def _prune(**given: Any) -> None:
-    """Prune a model together: several participants, each with its own text, in this process."""
+    """Prune a model for several participants, each with its own text, in this process."""
     options = _read_config(given.pop("config")) | {
         name: value for name, value in given.items() if value not in (None, [])
     }
     fields = {name: options.pop(name) for name in list(options) if name in PruneConfig.model_fields}
     config = PruneConfig(**fields)
-    for name, advice in {"model": "name it first", "out": "name a folder with --out"}.items():
+    advices = {
+        "model": "name a hub id, a folder or a GGUF file as the first argument",
+        "out": "name a folder for the run with --out",
+    }
+    for name, advice in advices.items():
         if name not in options:
             raise ConfigError(f"no {name}: {advice}")
     participants = _participants(options)
@@ -195,12 +203,12 @@ def _participants(options: Mapping[str, Any]) -> Any:
     dealt = [name for name in ("participants", "partition", "alpha") if name in options]
     if "data" not in options:
         if dealt:
-            raise ConfigError(f"--{dealt[0]} deals out --data, which is missing")
+            raise ConfigError(f"--{dealt[0]} needs --data, the text to divide among participants")
         return options.get("participant", [])
     if "participant" in options:
-        raise ConfigError("give --participant or --data, not both")
+        raise ConfigError("give either --participant or --data, not both")
     if "participants" not in options:
-        raise ConfigError("--data needs --participants N: to how many it is dealt out")
+        raise ConfigError("--data needs --participants N, the number of participants to divide it among")
     from fedprllm.pruning.inputs import PooledData
 
     named = {name: options[name] for name in ("partition", "alpha") if name in options}
@@ -216,7 +224,9 @@ def _read_config(path: Path | None) -> dict[str, Any]:
         if name not in known:
             raise ConfigError(f"{path}: unknown option {did_you_mean(name, known)}")
         if name in ("participant", "data", "eval") and not isinstance(value, list):
-            raise ConfigError(f"{path}: {name} must be a list of paths, found {value!r}")
+            raise ConfigError(
+                f"{path}: {name} must be a list of paths, found {value!r}: put it in square brackets"
+            )
     return values
 
 
@@ -225,13 +235,13 @@ def _register_prune() -> None:
     _prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value_type, option]
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
             )
-            for name, (value_type, option) in options.items()
+            for name, (annotation, option) in options.items()
         ]
     )
     _prune.__annotations__ = {
-        name: Annotated[value_type, option] for name, (value_type, option) in options.items()
+        name: Annotated[annotation, option] for name, (annotation, option) in options.items()
     }
     app.command("prune")(_prune)
 
@@ -254,7 +264,7 @@ def _print_result(result: Any) -> None:
 
 
 def perplexity_table(evaluation: Mapping[str, Any]) -> Table:
-    """Perplexities as a table: one row per model, one column per text."""
+    """Format perplexities as a table with one row per model and one column per text."""
     texts = [row.text for row in next(iter(evaluation.values()))]
     table = Table("model", *(escape(text) for text in texts), title="perplexity (lower is better)")
     for column in table.columns[1:]:
@@ -270,22 +280,22 @@ def perplexity_table(evaluation: Mapping[str, Any]) -> Table:
 @app.command("evaluate")
 def _evaluate(
     model: Annotated[str, typer.Argument(help="hub id, local Hugging Face folder or GGUF file")],
-    text: Annotated[list[str] | None, typer.Option(help="text to evaluate on (repeat for each)")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="text to evaluate on (repeat for several)")] = None,
     window_length: Annotated[
         int | None, typer.Option(help=escape("tokens per window [default: 2048, or the model's limit]"))
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="most tokens to evaluate per text")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="maximum number of tokens per text")] = None,
     bos: Annotated[str, typer.Option(help="beginning-of-sequence token: auto, every, start, never")] = "auto",
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, comma separated (needs fedprllm[lm-eval])")
+        str | None, typer.Option(help="lm-eval tasks, separated by commas (needs fedprllm[lm-eval])")
     ] = None,
     task_folder: Annotated[Path | None, typer.Option(help="folder with your own lm-eval task files")] = None,
-    limit: Annotated[int | None, typer.Option(help="examples per lm-eval task")] = None,
+    limit: Annotated[int | None, typer.Option(help="maximum number of examples per lm-eval task")] = None,
     dtype: Annotated[str, typer.Option(help="precision: float32, bfloat16, float16")] = "float32",
-    device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="device to compute on: cpu, cuda, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Measure perplexity per text, and zero-shot tasks."""
+    """Measure perplexity on texts and accuracy on zero-shot tasks."""
     if not text and not tasks:
         raise ConfigError("nothing to evaluate on: give --text PATH or --tasks NAME")
     PruneConfig(bos=bos, dtype=dtype, device=device, window_length=window_length)
@@ -336,7 +346,7 @@ def _evaluate(
 @app.command("demo")
 def _demo(
     out: Annotated[Path, typer.Option(help="folder for texts, runs and report")] = Path("demo"),
-    sparsity: Annotated[float, typer.Option(help="fraction of zeros")] = 0.5,
+    sparsity: Annotated[float, typer.Option(help="fraction of the weights set to zero")] = 0.5,
 ) -> None:
     """Prune a real small model with four participants and compare with the alternatives."""
     PruneConfig(sparsity=sparsity)
@@ -345,7 +355,7 @@ def _demo(
 
     result = demo(out, sparsity, bars)
     comparison = result.record.comparison
-    assert comparison is not None, "the demonstration compares"
+    assert comparison is not None, "the demonstration always compares"
     texts = [row.text for row in comparison["dense"]]
     table = Table("pruned by", *texts, "mean", title=f"perplexity on held-out text, {sparsity:.0%} sparsity")
     for column in table.columns[1:]:
@@ -363,14 +373,14 @@ def _demo(
 
 @app.command("report")
 def _report(
-    run: Annotated[Path, typer.Argument(help="folder of a complete run")],
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
     out: Annotated[
         Path | None, typer.Option(help=escape("HTML file to write [default: RUN/report.html]"))
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run."""
+    """Write a self-contained HTML report about a run."""
     if not run.is_dir():
-        raise RunError(f"no folder {run}: name the folder of a run")
+        raise RunError(f"no folder {run}: name the folder that 'fedprllm prune --out' wrote")
     from fedprllm.report.page import write_report
 
     console.print(f"report   {write_report(run, out)}", soft_wrap=True)

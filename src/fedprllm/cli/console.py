@@ -1,4 +1,4 @@
-"""What the commands of a federation share: terminals, and clean endings."""
+"""Shared by the federation's commands: terminals, interruption and clean endings."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _asked_to_end = Event()
 
 
 def need_flare() -> None:
-    """Refuse, with what to install, where the engine is missing.
+    """Check that the engine is installed.
 
     Raises:
-        ConfigError: NVIDIA FLARE is not installed.
+        ConfigError: NVIDIA FLARE is missing. The message says how to install it.
     """
     from importlib.util import find_spec
 
@@ -37,28 +37,31 @@ def need_flare() -> None:
 
 
 def absolute(source: str) -> str:
-    """The absolute form of an existing path: processes of a federation have their own working directories."""
+    """Make an existing path absolute, because a federation's processes have other working directories."""
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _leave(status: int) -> None:
-    """End at once: FLARE's session threads would keep Python alive."""
+    """End this process at once. FLARE's session threads would keep it alive."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def heed() -> None:
-    """Re-raise a pending interrupt: the engine swallows exceptions, this one included."""
+    """Re-raise a pending interrupt, because the engine swallows exceptions."""
     if _asked_to_end.is_set():
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def ending(if_interrupted: str = "the same command continues") -> Iterator[None]:
-    """Print a user's mistake and end the process, whatever threads the engine left.
+    """Run a command, print a user's mistake, and end the process regardless of the engine's threads.
 
-    A request to end from outside and a closed terminal count as Ctrl-C: what was started is ended first.
+    SIGTERM and a closed terminal are handled like Ctrl-C: processes that were started are ended first.
+
+    Args:
+        if_interrupted: What to tell the user after an interruption.
     """
 
     def stop(*_: object) -> None:
@@ -79,21 +82,21 @@ def ending(if_interrupted: str = "the same command continues") -> Iterator[None]
 
 
 def attend(start: Callable[[], Any], what: str, kit: Path, look: Callable[[], object] = lambda: None) -> None:
-    """Keep a process of the engine running until it ends or we are interrupted.
+    """Keep a process of the engine running until it ends or the user interrupts it.
 
     Args:
-        start: Starts it.
-        what: What the process is, for messages.
-        kit: The kit it belongs to.
+        start: Starts the process.
+        what: Description of the process for messages.
+        kit: Folder with the process's logs.
         look: Called every second.
 
     Raises:
-        RunError: It ended with an error of its own.
+        RunError: The process ended with an error.
     """
     from fedprllm.federation.flare.processes import running
 
     with running(start) as process:
-        errors.print(f"{what} is running, its log is {kit / 'log.txt'}; Ctrl-C ends it", soft_wrap=True)
+        errors.print(f"{what} is running; its log is {kit / 'log.txt'}; press Ctrl-C to stop", soft_wrap=True)
         while (status := process.poll()) is None:
             look()
             time.sleep(1.0)

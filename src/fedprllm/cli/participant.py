@@ -1,6 +1,6 @@
-"""The participant's commands: take part, look at what would be sent, look at what was.
+"""The participant's commands: take part, show what would be sent, and show what was sent.
 
-Neither torch nor the engine is imported before a command needs it.
+torch and the engine are imported only by the commands that need them.
 """
 
 from __future__ import annotations
@@ -35,48 +35,52 @@ def participate(
     model: Annotated[
         str | None,
         typer.Option(
-            help=escape("folder or GGUF file of the model here [default: the run's id on the hub]"),
+            help=escape("local folder or GGUF file of the model [default: the run's hub id]"),
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, ... [cpu]")] = None,
-    threads: Annotated[int | None, typer.Option(help="most CPU threads to use")] = None,
-    memory_gb: Annotated[float | None, typer.Option(help="most memory for the computation, in GB")] = None,
+    device: Annotated[
+        str | None, typer.Option(help=escape("device to compute on: cpu, cuda, ... [default: cpu]"))
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="maximum number of CPU threads")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="maximum memory of the computation, in GB")] = None,
     memory_limit: Annotated[
-        str | None, typer.Option(help="memory for hidden states, such as 2GiB; the rest goes to files")
+        str | None, typer.Option(help="memory for hidden states, such as 2GiB; the excess goes to files")
     ] = None,
-    allow: Annotated[list[str] | None, typer.Option(help="kind of update that may leave [mask]")] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help=escape("kind of update that may be sent (repeat for several) [default: mask]")),
+    ] = None,
     block_fraction: Annotated[float, typer.Option(help="largest share of the blocks to prune")] = 1.0,
-    record: Annotated[
-        Path | None, typer.Option(help="folder for a copy of every message that is sent")
-    ] = None,
-    min_windows: Annotated[int, typer.Option(help="share nothing made from fewer windows of text")] = 16,
-    min_tokens: Annotated[int, typer.Option(help="share nothing made from fewer tokens of text")] = 8192,
-    min_participants: Annotated[int, typer.Option(help="take part in no run with fewer participants")] = 3,
-    runs_per_text: Annotated[int, typer.Option(help="number of runs that one text may be used in")] = 3,
+    record: Annotated[Path | None, typer.Option(help="folder for a copy of every message sent")] = None,
+    min_windows: Annotated[int, typer.Option(help="fewest windows an update may be computed from")] = 16,
+    min_tokens: Annotated[int, typer.Option(help="fewest tokens an update may be computed from")] = 8192,
+    min_participants: Annotated[int, typer.Option(help="fewest participants a run may have")] = 3,
+    runs_per_text: Annotated[int, typer.Option(help="number of runs that may use one text")] = 3,
     seed: Annotated[
         int | None,
         typer.Option(
-            help=escape("seed for the choice of windows [default: drawn once, kept here]"), show_default=False
+            help=escape("seed for choosing windows [default: drawn once, kept on this machine]"),
+            show_default=False,
         ),
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="agree to every run within these limits without being asked")
     ] = False,
     max_message_mb: Annotated[
-        int, typer.Option(help="longest message that is received here, in MB", min=1)
+        int, typer.Option(help="longest message to accept, in MB", min=1)
     ] = DEFAULT_MESSAGE_MB,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="compute and show what would be sent, without connecting")
     ] = False,
     config: Annotated[
         Path | None,
-        typer.Option(help="the run's TOML file: with --dry-run what to compute, else the only run to accept"),
+        typer.Option(help="the run's TOML file: the only run to accept, or the run to show with --dry-run"),
     ] = None,
-    blocks: Annotated[int, typer.Option(help="with --dry-run: how many blocks to show")] = 1,
+    blocks: Annotated[int, typer.Option(help="with --dry-run: number of blocks to show")] = 1,
 ) -> None:
     """Take part in a federation with your own text, which stays on this machine."""
     if not data:
-        raise ConfigError("no text: name it with --data")
+        raise ConfigError("no text: name a file or folder with --data")
     settings = SiteSettings(
         data=[absolute(source) for source in data],
         model=None if model is None else absolute(model),
@@ -109,21 +113,22 @@ def participate(
     name = participant_name(kit)
     for file in altered_files(kit, settings.max_message_mb):
         errors.print(
-            f"[yellow]not used[/]: {escape(str(kit / file))} differs from what is installed here; "
-            "of a kit, only its address, certificates and key are taken",
+            f"[yellow]ignored[/]: {escape(str(kit / file))} differs from what is installed here; only the "
+            "server's address, the certificates and the key of a kit are used",
             soft_wrap=True,
         )
     if settings.confirm and not sys.stdin.isatty():
         raise ConfigError(
-            "there is no terminal to ask you at: pass --yes to agree to every run within your limits"
+            "there is no terminal on which to ask for your consent: pass --yes to agree to every run within "
+            "your limits"
         )
     write_json(settings_path(kit), settings.model_dump(mode="json"))
     for line in (
-        f"text     {', '.join(settings.data)}: read here, never sent",
-        f"model    {settings.model or 'from the hub, by the id that the coordinator names'}; "
-        "its weights are compared with the coordinator's before anything is computed",
-        f"leaves   {', '.join(settings.allow)}; every update is listed by 'fedprllm ledger {kit}'",
-        f"asked    whatever the coordinator asks is shown here, and by 'fedprllm ledger {kit} --requests'",
+        f"text      {', '.join(settings.data)}; read here, never sent",
+        f"model     {settings.model or 'from the hub, by the id that the coordinator names'}; "
+        "compared with the coordinator's before anything is computed",
+        f"sent      {', '.join(settings.allow)}; 'fedprllm ledger {kit}' lists every update",
+        f"requests  shown here as they arrive; 'fedprllm ledger {kit} --requests' lists them",
     ):
         errors.print(escape(line), soft_wrap=True)
     with ending():
@@ -131,7 +136,7 @@ def participate(
 
 
 def _pinned(plan: RunPlan) -> dict[str, Any]:
-    """The parts of a run that a participant can hold it to."""
+    """The parts of a run that a participant pins."""
     return {
         "model": plan.model,
         "config": plan.config.model_dump(mode="json"),
@@ -140,14 +145,14 @@ def _pinned(plan: RunPlan) -> dict[str, Any]:
 
 
 def _check_here(settings: SiteSettings) -> None:
-    """Refuse text or a model that is not there now, and not when the coordinator starts a run.
+    """Check that the text and the model exist, before the coordinator starts a run.
 
     Raises:
-        ConfigError: Names the path.
+        ConfigError: A path does not exist, or is not a model. The message names it.
     """
     for source in settings.data:
         if not source.startswith("hf:") and not Path(source).exists():
-            raise ConfigError(f"there is no text at {source}")
+            raise ConfigError(f"there is no text at {source}: correct --data")
     if settings.model is None:
         return
     from fedprllm.models.source import is_hub_id
@@ -156,14 +161,14 @@ def _check_here(settings: SiteSettings) -> None:
     if not model.exists() and not is_hub_id(settings.model):
         raise ConfigError(f"there is no model at {model}: name its folder or GGUF file with --model")
     if model.is_dir() and not (model / "config.json").exists():
-        raise ConfigError(f"{model} is no model: expected a Hugging Face folder with config.json")
+        raise ConfigError(f"{model} is not a model: expected a Hugging Face folder with config.json")
 
 
 def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int) -> None:
     from fedprllm.federation.site.dry_run import dry_run
 
     if config is None and settings.model is None:
-        raise ConfigError("which model? Give the run's file with --config, or --model")
+        raise ConfigError("no model: name the run's TOML file with --config, or a model with --model")
     plan = read_run_plan(config) if config else RunPlan(name="dry-run", model=settings.model or "")
     total = n_blocks = 0
     for preview in dry_run(settings, plan, kit.name or "participant", blocks):
@@ -173,7 +178,7 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
             "shape",
             "type",
             "bytes",
-            title=f"block {preview.block}: kind {preview.kind}, from {preview.n_tokens:,} tokens",
+            title=f"block {preview.block}: {preview.kind}, computed from {preview.n_tokens:,} tokens",
         )
         for tensor in preview.tensors:
             table.add_row(
@@ -194,12 +199,12 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
 
 def ledger(
     kit: Annotated[Path, typer.Argument(help="folder of your kit, or a ledger")],
-    as_json: Annotated[bool, typer.Option("--json", help="print the lines as they are")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     requests: Annotated[
-        bool, typer.Option("--requests", help="show what the coordinator asked, and what was refused")
+        bool, typer.Option("--requests", help="show what the coordinator requested, and what was refused")
     ] = False,
 ) -> None:
-    """Show everything that was sent from here, or that was asked."""
+    """Show everything that was sent from this kit, or everything that was requested."""
     if requests:
         _show_requests(kit, as_json=as_json)
         return
@@ -240,7 +245,7 @@ def _show_requests(kit: Path, *, as_json: bool) -> None:
 
 
 class _News:
-    """Prints what the coordinator asks, and what the participant's own computations complain about."""
+    """Prints the coordinator's requests and the failures of the participant's own computations."""
 
     def __init__(self, kit: Path) -> None:
         from fedprllm.federation.flare.request_log import REQUESTS, follow
@@ -259,7 +264,7 @@ class _News:
 
 
 class _Watch:
-    """Asks the participant what runs ask, and prints each complaint of its computations once."""
+    """Asks the participant for consent to runs, and prints each failure of its computations once."""
 
     def __init__(self, kit: Path) -> None:
         from fedprllm.federation.site.site import work_folder
@@ -281,7 +286,7 @@ class _Watch:
         from fedprllm.federation.site.consent import answer, open_questions
 
         for folder, question in open_questions(self._runs):
-            table = Table(title=f"run {question['run'][:8]} asks", show_header=False, box=SIMPLE)
+            table = Table(title=f"request of run {question['run'][:8]}", show_header=False, box=SIMPLE)
             for name, text in question["lines"]:
                 table.add_row(name, escape(text))
             errors.print(table)

@@ -1,4 +1,4 @@
-"""The command ``study``: its options are the fields of `StudyConfig`, lists separated by commas."""
+"""The command ``study``. Its options are the fields of `StudyConfig`; lists are separated by commas."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ _NOT_HERE = ("model", "grid")
 
 
 def study_command(bars: Any, console: Console) -> Any:
-    """The command as a function that typer can read."""
+    """Build the command as a function with a signature that typer can read.
+
+    Args:
+        bars: Progress reporting, as in `fedprllm.progress`.
+        console: Console to print results on.
+    """
 
     def study(**given: Any) -> None:
-        """Compare variants on one machine: tables, plots and one page that answer the paper's questions."""
+        """Compare variants on one machine: tables, plots and a page that answer the paper's questions."""
         config = StudyConfig(**_from_file(given.pop("config")) | _parsed(given))
         from fedprllm.study.runner import study as run
 
@@ -35,30 +40,30 @@ def study_command(bars: Any, console: Console) -> Any:
 
     options: dict[str, tuple[Any, Any]] = {
         "model": (str | None, typer.Argument(help="hub id, local folder or GGUF file", show_default=False)),
-        "out": (Path, typer.Option(help="folder of the study; one that was stopped goes on there")),
+        "out": (Path, typer.Option(help="folder for the study; a stopped study continues in its folder")),
         "config": (
             Path | None,
             typer.Option(
-                help=escape("TOML file with any of these options, and [[grid]] tables of your own"),
+                help=escape("TOML file with any of these options and your own [[grid]] tables"),
                 show_default=False,
             ),
         ),
     }
     options |= {name: _option(name) for name in StudyConfig.model_fields if name not in _NOT_HERE}
-    # Required options come first for Python, whatever their order on the page.
+    # Keyword-only parameters may have defaults in any order, so the order is that of the help page.
     study.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if name == "out" else None,
-                annotation=Annotated[value_type, option],
+                annotation=Annotated[annotation, option],
             )
-            for name, (value_type, option) in options.items()
+            for name, (annotation, option) in options.items()
         ]
     )
     study.__annotations__ = {
-        name: Annotated[value_type, option] for name, (value_type, option) in options.items()
+        name: Annotated[annotation, option] for name, (annotation, option) in options.items()
     }
     return study
 
@@ -67,7 +72,7 @@ def _option(name: str) -> tuple[Any, Any]:
     field = StudyConfig.model_fields[name]
     text = field.description or {"bos": "beginning-of-sequence token", "dtype": "precision"}[name]
     if name in _TEXTS:
-        return list[str] | None, typer.Option(help=f"{text} (repeatable)")
+        return list[str] | None, typer.Option(help=f"{text} (repeat for several)")
     if name == "questions":
         text += f": {', '.join(QUESTIONS)}"
     elif isinstance(field.default, tuple):
@@ -80,7 +85,7 @@ def _option(name: str) -> tuple[Any, Any]:
 
 
 def _parsed(given: dict[str, Any]) -> dict[str, Any]:
-    """What was given on the command line; pydantic turns words into numbers."""
+    """Collect the options given on the command line. pydantic converts them to numbers later."""
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name == "out" or value in (None, []):

@@ -1,1 +1,1 @@
-"""A federation over the network: the coordinator, the participants' sites, and the messages between them."""
+"""Federation over a network: the coordinator, the participants' sites and the messages between them."""

@@ -1,6 +1,6 @@
-"""What is configured in a federation: the coordinator's plan and runs, and each participant's own settings.
+"""Configuration of a federation: the coordinator's plan and runs, and each participant's own settings.
 
-Nothing here imports torch or the engine.
+This module imports neither torch nor the engine.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = [
     "read_run_plan",
 ]
 
-# Every kind of update there is: the keys of `fedprllm.sharing.SHARING`, which needs torch.
+# All kinds of update. They repeat the keys of `fedprllm.sharing.SHARING`, whose import needs torch.
 KINDS = (*get_args(ShareName), "outliers")
 DEFAULT_ALLOWED = ("mask",)
 DEFAULT_MESSAGE_MB = 1024
-# The strategies that a federation can run: the others need all text in one place, or no other participants.
+# Strategies a federation can run. The others need all text in one place or involve a single participant.
 FEDERATED = ("one-shot", "iterative")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -37,22 +37,22 @@ _RESERVED = {"server", "coordinator", "admin"}
 
 
 class Plan(Settings):
-    """The participants and the server: what ``fedprllm federation init`` makes kits from.
+    """The participants and the server's address, from which ``fedprllm federation init`` writes the kits.
 
     Raises:
-        ConfigError: A name cannot be used, or occurs twice.
+        ConfigError: A name is invalid or occurs twice, or the scheme is unknown.
     """
 
-    name: Annotated[str, Field(description="name of the federation, in its certificates")] = "fedprllm"
+    name: Annotated[str, Field(description="name of the federation in its certificates")] = "fedprllm"
     server: Annotated[str, Field(description="host name at which participants reach the server")]
     port: Annotated[int, Field(ge=1, le=65535, description="the one port that must be open")] = 8002
-    participants: Annotated[list[str], Field(min_length=1, description="one name for each participant")]
-    scheme: Annotated[str, Field(description="grpc, or http where only a web proxy lets traffic out")] = (
+    participants: Annotated[list[str], Field(min_length=1, description="one name per participant")]
+    scheme: Annotated[str, Field(description="grpc, or http where traffic must pass through a web proxy")] = (
         "grpc"
     )
-    valid_days: Annotated[int, Field(ge=1, description="how long the certificates are valid")] = 360
+    valid_days: Annotated[int, Field(ge=1, description="days that the certificates are valid")] = 360
     max_message_mb: Annotated[
-        int, Field(ge=1, description="longest message that the server receives, in MB (10^6 bytes)")
+        int, Field(ge=1, description="longest message the server accepts, in MB (10^6 bytes)")
     ] = DEFAULT_MESSAGE_MB
 
     @model_validator(mode="after")
@@ -60,58 +60,69 @@ class Plan(Settings):
         for name in (self.name, *self.participants):
             if not _NAME.fullmatch(name) or name in _RESERVED:
                 raise ConfigError(
-                    f"'{name}' cannot name a federation or a participant: use lower-case letters, digits and "
-                    f"dashes, at most 63, and none of {', '.join(sorted(_RESERVED))}"
+                    f"'{name}' cannot name a federation or a participant: use 1 to 63 lowercase letters, "
+                    "digits and inner dashes, and none of the reserved names "
+                    f"{', '.join(sorted(_RESERVED))}"
                 )
         twice = {name for name in self.participants if self.participants.count(name) > 1}
         if twice:
-            raise ConfigError(f"participant '{min(twice)}' is named twice")
+            raise ConfigError(
+                f"participant '{min(twice)}' is named twice: give each participant its own name"
+            )
         if self.server in self.participants:
-            raise ConfigError(f"'{self.server}' is the server: give the participant another name")
+            raise ConfigError(
+                f"'{self.server}' is the server's host name: give the participant a different name"
+            )
         if self.scheme not in ("grpc", "http", "tcp"):
             raise ConfigError(f"unknown scheme {did_you_mean(self.scheme, ('grpc', 'http', 'tcp'))}")
         return self
 
 
 class RunPlan(Settings):
-    """One run of a federation: which model, how it is pruned, and what happens when a participant fails.
+    """One run of a federation: the model, how to prune it, and what to do when a participant fails.
 
     Raises:
-        ConfigError: A strategy that needs no federation, a quorum that cannot be reached, a bad name.
+        ConfigError: The name is invalid, no federation can run the strategy, the quorum cannot be reached,
+            or a pruning option is invalid.
     """
 
-    name: Annotated[str, Field(description="folder of the run below the server's runs folder")]
-    model: Annotated[str, Field(description="hub id, or a path on the server; participants name their own")]
-    prune: Annotated[dict[str, Any], Field(description="options of pruning, as in fedprllm prune")] = Field(
+    name: Annotated[str, Field(description="name of the run's folder in the server's runs folder")]
+    model: Annotated[
+        str, Field(description="hub id, or a path on the server; a participant may name its own copy")
+    ]
+    prune: Annotated[dict[str, Any], Field(description="pruning options, as in fedprllm prune")] = Field(
         default_factory=dict
     )
     participants: Annotated[
-        list[str], Field(description="names of the participants; all of the plan if empty")
+        list[str], Field(description="names of the participants; if empty, all participants of the plan")
     ] = Field(default_factory=list)
-    quorum: Annotated[int, Field(ge=1, description="fewest participants with which the run goes on")] = 1
+    quorum: Annotated[int, Field(ge=1, description="fewest participants with which the run continues")] = 1
     deadline_s: Annotated[
         float, Field(gt=0, description="seconds a participant has for a block before it is left out")
     ] = 3600.0
     start_s: Annotated[
-        float, Field(gt=0, description="seconds it has, on top, to read model and text before block 0")
+        float, Field(gt=0, description="additional seconds to read the model and the text before block 0")
     ] = 3600.0
     join_s: Annotated[
-        float, Field(gt=0, description="seconds to wait for an absent participant before going on without")
+        float, Field(gt=0, description="seconds to wait for an absent participant before leaving it out")
     ] = 120.0
     silence_s: Annotated[
-        float, Field(gt=0, description="seconds without any answer after which it counts as gone")
+        float, Field(gt=0, description="seconds of silence after which a participant counts as gone")
     ] = 30.0
     max_ballots: Annotated[
-        int, Field(ge=1, description="invalid updates in a row after which a participant is left out")
+        int, Field(ge=1, description="consecutive invalid updates after which a participant is left out")
     ] = 3
     max_attempts: Annotated[
-        int, Field(ge=1, description="jobs in a row without any progress before giving up")
+        int, Field(ge=1, description="consecutive jobs without progress before giving up")
     ] = 5
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not _RUN_NAME.fullmatch(self.name):
-            raise ConfigError(f"'{self.name}' cannot name a run: use letters, digits, dot, dash, underscore")
+            raise ConfigError(
+                f"'{self.name}' cannot name a run: use 1 to 100 letters, digits, dots, dashes and "
+                "underscores, and begin with a letter or a digit"
+            )
         config = self.config
         if config.strategy not in FEDERATED:
             raise ConfigError(
@@ -120,50 +131,57 @@ class RunPlan(Settings):
             )
         if self.participants and self.quorum > len(self.participants):
             raise ConfigError(
-                f"a quorum of {self.quorum} cannot be reached by {len(self.participants)} participants"
+                f"a quorum of {self.quorum} cannot be reached by {len(self.participants)} participants: "
+                "lower the quorum or name more participants"
             )
         return self
 
     @property
     def config(self) -> PruneConfig:
-        """How to prune."""
+        """The pruning options, validated."""
         return PruneConfig(**self.prune)
 
 
 class SiteSettings(Settings):
-    """One participant's own settings: they stay on its machine and no message can change them."""
+    """One participant's own settings. They stay on its machine, and no message can change them.
 
-    data: Annotated[list[str], Field(description="text files of this participant")]
+    Raises:
+        ConfigError: A value is out of range, or a kind of update is unknown.
+    """
+
+    data: Annotated[list[str], Field(description="this participant's text files")]
     model: Annotated[
-        str | None, Field(description="where the model is here, if not the coordinator's id")
+        str | None, Field(description="local copy of the model, if not the coordinator's hub id")
     ] = None
-    device: Annotated[str | None, Field(description="where to compute, whatever the run says")] = None
-    threads: Annotated[int | None, Field(ge=1, description="CPU threads at most")] = None
-    memory_gb: Annotated[float | None, Field(gt=0, description="memory of the computation at most")] = None
+    device: Annotated[str | None, Field(description="device to compute on, whatever the run says")] = None
+    threads: Annotated[int | None, Field(ge=1, description="maximum number of CPU threads")] = None
+    memory_gb: Annotated[float | None, Field(gt=0, description="maximum memory of the computation, GB")] = (
+        None
+    )
     memory_limit: Annotated[
-        ByteSize | None, Field(gt=0, description="memory for hidden states; what exceeds it goes to files")
+        ByteSize | None, Field(gt=0, description="memory for hidden states; the excess goes to files")
     ] = None
-    allow: Annotated[list[str], Field(description="kinds of update that may leave")] = Field(
+    allow: Annotated[list[str], Field(description="kinds of update that may be sent")] = Field(
         default_factory=lambda: list(DEFAULT_ALLOWED)
     )
     block_fraction: Annotated[
-        float, Field(gt=0, le=1, description="share of the blocks that this participant prunes at most")
+        float, Field(gt=0, le=1, description="largest share of the blocks this participant prunes")
     ] = 1.0
-    record: Annotated[str | None, Field(description="folder for a copy of every message that leaves")] = None
-    min_windows: Annotated[int, Field(ge=1, description="fewest windows behind an update")] = 16
-    min_tokens: Annotated[int, Field(ge=2, description="fewest tokens behind an update")] = 8192
-    min_participants: Annotated[int, Field(ge=1, description="fewest participants of a run")] = 3
-    runs_per_text: Annotated[int, Field(ge=1, description="runs that one text may be used in")] = 3
+    record: Annotated[str | None, Field(description="folder for a copy of every message sent")] = None
+    min_windows: Annotated[int, Field(ge=1, description="fewest windows an update may be based on")] = 16
+    min_tokens: Annotated[int, Field(ge=2, description="fewest tokens an update may be based on")] = 8192
+    min_participants: Annotated[int, Field(ge=1, description="fewest participants a run may have")] = 3
+    runs_per_text: Annotated[int, Field(ge=1, description="number of runs that may use one text")] = 3
     seed: Annotated[
         int | None,
-        Field(ge=0, description="seed for the choice of windows; drawn once and kept here by default"),
+        Field(ge=0, description="seed for choosing windows; by default drawn once and kept on this machine"),
     ] = None
-    confirm: Annotated[bool, Field(description="ask before the first computation of a run")] = True
+    confirm: Annotated[bool, Field(description="ask before a run's first computation")] = True
     plan: Annotated[
-        dict[str, Any] | None, Field(description="the one run that is accepted: model, config, participants")
+        dict[str, Any] | None, Field(description="the only run to accept: model, config, participants")
     ] = None
     max_message_mb: Annotated[
-        int, Field(ge=1, description="longest message that is received here, in MB (10^6 bytes)")
+        int, Field(ge=1, description="longest message accepted here, in MB (10^6 bytes)")
     ] = DEFAULT_MESSAGE_MB
 
     @model_validator(mode="after")
@@ -178,7 +196,7 @@ def read_plan(path: Path) -> Plan:
     """Read ``plan.toml``.
 
     Raises:
-        ConfigError: The file or a value in it cannot be used.
+        ConfigError: The file cannot be read, or a value in it is invalid.
     """
     try:
         return Plan(**read_toml(path))
@@ -187,10 +205,10 @@ def read_plan(path: Path) -> Plan:
 
 
 def read_run_plan(path: Path) -> RunPlan:
-    """Read the ``config.toml`` of a run; a model path in it is relative to the file.
+    """Read the ``config.toml`` of a run. A model path in it is relative to the file.
 
     Raises:
-        ConfigError: The file or a value in it cannot be used.
+        ConfigError: The file cannot be read, or a value in it is invalid.
     """
     values = read_toml(path)
     model = values.get("model")

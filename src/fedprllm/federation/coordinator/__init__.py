@@ -1,1 +1,1 @@
-"""The coordinator's side of a federation."""
+"""The coordinator's side of a federation: rounds, checks of updates, and the result."""

@@ -1,4 +1,4 @@
-"""Updates as they arrive over the network: checked before they count, added up in the order of names."""
+"""Updates received over the network: checked before they count, and summed in the order of names."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fedprllm.sharing.interface import Ballot
 __all__ = ["Ballots", "Received"]
 
 _Decided = TypeVar("_Decided")
-# Length in bytes and number of calibration tokens of each participant's update, by field of the record.
+# Record field -> participant -> length of its update in bytes, or its number of calibration tokens.
 Received = dict[str, dict[str, int]]
 
 
 class Ballots(Generic[_Decided]):
-    """The updates of a run, block by block, in files.
+    """The updates of a run, stored in files by block and participant.
 
     Args:
         model: The model to prune.
-        method: What participants share, and how it is decided upon.
-        run_id: 16 bytes.
-        digest: 32 bytes that name the model's weights.
-        folder: Folder with the updates of a block, one file ``NAME.update`` each.
+        method: What participants share, and how it becomes a decision.
+        run_id: Id of the run, 16 bytes.
+        digest: Digest of the model's weights, 32 bytes.
+        folder: Maps a block index to the folder with its updates, one file ``NAME.update`` per participant.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Ballots(Generic[_Decided]):
         self._run_id, self._digest, self._folder = run_id, digest, folder
 
     def path(self, block: int, name: str) -> Path:
-        """Where the update of a participant waits for the decision about its block."""
+        """Path where a participant's update waits until its block is decided."""
         return self._folder(block) / f"{name}.update"
 
     def _expectation(self, block: int, name: str) -> tuple[wire.Expectation, int]:
@@ -65,14 +65,14 @@ class Ballots(Generic[_Decided]):
         return expect, wire.max_message_bytes(expect)
 
     def max_bytes(self, block: int, name: str) -> int:
-        """Length of the longest valid update of a block by a participant."""
+        """Length in bytes of the longest valid update from a participant for a block."""
         return self._expectation(block, name)[1]
 
     def check(self, block: int, name: str, message: bytes | memoryview) -> None:
-        """Refuse an update that is not exactly what was asked for.
+        """Check that an update is exactly what was requested.
 
         Raises:
-            UpdateError: Says what is wrong with it.
+            UpdateError: The update is malformed, differs from the request, or holds impossible values.
         """
         update = self._read(block, name, message)
         ballot = Ballot(self.model.linears[block], update.tensors, self._stored)
@@ -89,28 +89,31 @@ class Ballots(Generic[_Decided]):
         for tensor, (_, dtype) in self.method.sharing.shapes(linears).items():
             if update.tensors[tensor].dtype != dtype:
                 raise UpdateError(
-                    f"'{tensor}' of participant '{name}' has type {update.tensors[tensor].dtype}: "
-                    f"expected {dtype}"
+                    f"'{tensor}' from participant '{name}': expected type {dtype}, "
+                    f"found {update.tensors[tensor].dtype}; use the run's configuration"
                 )
         self._check_tokens(name, update.n_tokens)
         return update
 
     def _check_tokens(self, name: str, n_tokens: int) -> None:
-        """A participant has whole windows, and no more of them than the run asks for."""
+        """Check that tokens form whole windows, and no more of them than the run asks for."""
         length, windows = self.method.config.window_length, self.method.config.windows
         assert length is not None
         if n_tokens % length or n_tokens == 0 or (windows and n_tokens > windows * length):
             raise UpdateError(
                 f"participant '{name}' claims {n_tokens} tokens: expected 1 to {windows or 'any number of'} "
-                f"windows of {length}"
+                f"windows of {length} tokens"
             )
 
     def add_up(self, block: Block, names: Sequence[str]) -> tuple[Aggregate[_Decided], Received]:
-        """Add the updates of a block, one at a time in memory.
+        """Sum the updates of a block with one update in memory at a time.
 
         Args:
-            block: The block, unpruned.
+            block: The unpruned block.
             names: Participants whose updates have arrived.
+
+        Returns:
+            The aggregate, and the length and number of tokens of each update.
         """
         aggregate = Aggregate(block, self.method)
         received: Received = {"update_bytes": {}, "n_tokens": {}}

@@ -1,4 +1,4 @@
-"""What the coordinator makes of a block once all updates are in: a pruned block, or a count of outliers."""
+"""Finishing a block once all its updates have arrived: pruning it, or counting its outliers."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ __all__ = ["BlockDecider", "Pruning", "Surveying"]
 
 
 class BlockDecider(Protocol):
-    """Finishes blocks, one after the other."""
+    """Finishes blocks one after another."""
 
     def decide(self, index: int, names: Sequence[str], still_in: Sequence[str]) -> None:
-        """Add up the updates of a block, decide about it, and keep the result: the block is finished.
+        """Sum the updates of a block, decide about it and store the result.
 
         Args:
             index: Block index.
             names: Participants whose updates have arrived.
-            still_in: Participants that take part in what follows.
+            still_in: Participants that take part in the rest of the run.
         """
 
     def decision(self, index: int) -> bytes | None:
-        """The message about the newest finished block for participants that wait for it; None if none do."""
+        """Encoded decision about the newest finished block, or None if no participant waits for it."""
 
 
 class Surveying:
     """Counts the outliers of every block of the unpruned model.
 
     Args:
-        ballots: The updates.
-        run: The open folder of the survey.
+        ballots: The participants' updates.
+        run: The survey's run folder, open.
     """
 
     def __init__(self, ballots: Ballots[Outliers], run: Run) -> None:
@@ -63,18 +63,18 @@ class Surveying:
         self._run.finish_block(index, record)
 
     def decision(self, index: int) -> bytes | None:  # noqa: ARG002  the signature of BlockDecider
-        """Participants walk over the unpruned model: they wait for nothing."""
+        """Return None: participants walk over the unpruned model and wait for no decision."""
         return None
 
 
 class Pruning:
-    """Prunes every block, and writes the pruned model.
+    """Prunes every block and writes the pruned model.
 
     Args:
-        ballots: The updates.
-        run: The open folder of the run.
-        run_id: 16 bytes.
-        digest: 32 bytes that name the model's weights.
+        ballots: The participants' updates.
+        run: The run folder, open.
+        run_id: Id of the run, 16 bytes.
+        digest: Digest of the model's weights, 32 bytes.
     """
 
     def __init__(self, ballots: Ballots[BlockDecision], run: Run, run_id: bytes, digest: bytes) -> None:
@@ -113,7 +113,7 @@ class Pruning:
         return self._run.folder / "federation" / f"decision-{index:04d}"
 
     def finish(self) -> None:
-        """Write what is outside the blocks and move the complete model to its place."""
+        """Write the tensors outside the blocks and move the complete model into place."""
         model = self._ballots.model
         if not self._run.model_dir().exists():
             self._writer.write(None, model.checkpoint.load(model.names_outside_blocks()))

@@ -1,6 +1,6 @@
-"""One job of the coordinator: opens or continues a run, conducts it, and writes its result.
+"""One job of the coordinator: opens or continues a run, conducts it and writes its result.
 
-A run is a sequence of jobs over one folder; each leaves in ``federation/outcome.json`` how it ended.
+A run is a sequence of jobs over one folder. Each job records how it ended in ``federation/outcome.json``.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from fedprllm.pruning.survey import allocated, outlier_ratios, sampled
 
 __all__ = ["conduct_run", "run_id_of"]
 
-_LOCK_WAIT_S = 30.0  # a job that was killed a moment ago may still hold the folder
+_LOCK_WAIT_S = 30.0  # a job that was just killed may still hold the lock
 _Decided = TypeVar("_Decided")
 
 
 def run_id_of(folder: Path) -> bytes:
-    """The 16 bytes that name a run, drawn when its folder is first used."""
+    """Id of a run, 16 bytes, drawn when its folder is first used."""
     path = folder / ".run-id"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,19 +69,19 @@ def conduct_run(
     stopped: Callable[[], bool] = lambda: False,
     max_message_mb: float | None = None,
 ) -> str:
-    """Work on a run until it is complete or cannot go on, and write down how it ended.
+    """Work on a run until it is complete or cannot continue, and record the outcome.
 
     Args:
-        plan: What to run.
-        names: All participants of the federation; the plan may name fewer.
-        runs: Folder of all runs.
-        job: Name of this job, for the outcome.
-        channel: How to reach the participants.
-        stopped: Asked between steps; True ends the job.
-        max_message_mb: What the sites and the server receive at most; no limit by default.
+        plan: The run.
+        names: All participants of the federation. The plan may name fewer.
+        runs: Folder that holds all runs.
+        job: Name of this job, recorded in the outcome.
+        channel: Transport to the participants.
+        stopped: Called between steps. True ends the job.
+        max_message_mb: Longest message that sites and server accept, in MB (10^6 bytes). None for no limit.
 
     Returns:
-        ``complete``, ``interrupted``, ``quorum lost`` or ``error``: what the outcome says.
+        The recorded outcome: ``complete``, ``interrupted``, ``quorum lost`` or ``error``.
     """
     folder = runs / plan.name
     try:
@@ -134,7 +134,7 @@ def _conduct(
 
 @dataclass
 class _Conducting:
-    """What a run and the survey before it have in common."""
+    """What a run and its preceding survey have in common."""
 
     model: BlockwiseModel
     config: PruneConfig
@@ -158,7 +158,11 @@ class _Conducting:
         )
 
     def survey(self, run: Run, identity: Mapping[str, Any]) -> list[Outliers]:
-        """Outliers by block, counted in a run of its own in the run's folder; none if not asked for."""
+        """Count the outliers of every block in a run of its own, below the run's folder.
+
+        Returns:
+            Outliers by block. Empty if the allocation needs none.
+        """
         if self.config.allocation == "uniform":
             return []
         run_id = run_id_of(run.folder / "survey")
@@ -178,7 +182,7 @@ class _Conducting:
     def prune(
         self, run: Run, run_id: bytes, identity: Mapping[str, Any], outliers: Sequence[Outliers]
     ) -> None:
-        """Prune every block, publish the model and write the result."""
+        """Prune every block, publish the model, and write the result."""
         method = pruning_method(self.config)
         if outliers:
             method = method.with_sparsities(allocated(self.model, outliers, self.config))
@@ -197,18 +201,22 @@ def _taking_part(plan: RunPlan, names: Sequence[str]) -> list[str]:
     unknown = sorted(set(plan.participants) - set(names))
     if unknown:
         raise ConfigError(
-            f"participant '{unknown[0]}' is not in this federation: it has {', '.join(sorted(names))}"
+            f"participant '{unknown[0]}' is not in this federation, which has {', '.join(sorted(names))}: "
+            "correct the run's participants"
         )
     taking_part = sorted(plan.participants or names)
     if plan.quorum > len(taking_part):
-        raise ConfigError(f"a quorum of {plan.quorum} cannot be reached by {len(taking_part)} participants")
+        raise ConfigError(
+            f"a quorum of {plan.quorum} cannot be reached by {len(taking_part)} participants: lower the "
+            "quorum or name more participants"
+        )
     return taking_part
 
 
 def _finish(
     run: Run, model: BlockwiseModel, identity: Mapping[str, Any], outliers: Sequence[Outliers]
 ) -> None:
-    """Write the result, in the same form as a run in one process."""
+    """Write the result in the same format as a run in one process."""
     records = run.records()
     surveyed = Run(run.folder / "survey", {}).survey_records()
     config = identity["config"]
@@ -241,7 +249,7 @@ def _longest(record: BlockRecord | SurveyRecord) -> int:
 def _participants_of(
     records: Sequence[BlockRecord], surveyed: Sequence[SurveyRecord], window_length: int
 ) -> dict[str, ParticipantRecord]:
-    """What the result records of each counted participant: no more than its updates contain."""
+    """Summarize each participant whose updates counted, using only what the updates themselves state."""
     n_tokens: dict[str, int] = {}
     n_blocks: Counter[str] = Counter()
     n_bytes: Counter[str] = Counter()

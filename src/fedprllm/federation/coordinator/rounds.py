@@ -1,13 +1,13 @@
-"""The coordinator's side of a federation, whatever carries the messages: rounds, ballots, the result.
+"""The coordinator's rounds, independent of the transport: asking, collecting, deciding, leaving out.
 
-It asks, one participant at a time, for the update of a block, checks it before it counts, and keeps it in
-the run's folder until the block is decided. So its memory is bounded by one block and one update, an
-interrupted run continues, and the order in which participants answer changes nothing.
+The coordinator fetches the update of a block from one participant at a time, checks it before it counts, and
+keeps it in the run's folder until the block is decided. Its memory is therefore bounded by one block and one
+update, an interrupted run can continue, and the order in which participants answer does not matter.
 
 RUN/federation/
-  status.json              progress, for display
-  events.jsonl             which participants were refused or left out, when and why
-  updates/block-0007/NAME.update
+  status.json                      progress, for display
+  events.jsonl                     which participants were refused or left out, when and why
+  updates/block-0007/NAME.update   updates that wait for the decision about their block
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from fedprllm.pruning.survey import sampled
 
 __all__ = ["Ask", "Coordinator"]
 
-_POLL_S = 0.2  # between two questions at least
+_POLL_S = 0.2  # shortest pause between two polls
 _MAX_POLL_S = 5.0
-_PATIENT = 20  # questions per time since the last news: a late answer is noticed 5 % late at most
-_ANSWER_S = 5.0  # for a small question; a slower participant is asked again
-_SLOWEST_BYTES_PER_S = 250_000  # 2 Mbit/s: a slower line counts as none
+_PATIENT = 20  # pause for 1/20 of the time since the last progress: news is noticed at most 5 % late
+_ANSWER_S = 5.0  # timeout of a small request; a slower participant is asked again
+_SLOWEST_BYTES_PER_S = 250_000  # 2 Mbit/s; a slower connection counts as none
 
 Reason = Literal["absent", "deadline", "failed", "invalid updates"]
 
 
 @dataclass
 class _Standing:
-    """What the coordinator knows about a participant.
+    """What the coordinator knows about a participant. Times are in seconds of the coordinator's clock.
 
     Attributes:
-        n_ready: Number of updates it says it has.
-        last_answer: When it last answered.
-        deadline: Until when its next update must be there.
-        n_invalid: Updates in a row that were invalid or did not arrive.
-        lost_at: When it last failed to deliver an update.
-        n_decisions: Number of blocks whose decision it has.
+        n_ready: Number of updates it claims to have.
+        last_answer: Time of its last answer.
+        deadline: Time by which its next update must have arrived.
+        n_invalid: Number of consecutive updates that were invalid or did not arrive.
+        lost_at: Time when it last failed to deliver an update.
+        n_decisions: Number of blocks whose decision it has received.
     """
 
     n_ready: int = 0
@@ -69,14 +69,14 @@ class _Standing:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a run, or the survey before it, asks of its participants.
+    """What a run, or its preceding survey, asks of the participants.
 
     Attributes:
-        run_id: 16 bytes.
-        config: How to prune, resolved.
-        fingerprints: SHA-256 of each tensor of the coordinator's model.
+        run_id: Id of the run, 16 bytes.
+        config: Resolved pruning options.
+        fingerprints: Identity of the coordinator's model (`model_identity`).
         survey: Count outliers of the unpruned model instead of pruning it.
-        outliers: What a survey found, for the participants.
+        outliers: Outliers by block that the survey found.
     """
 
     run_id: bytes
@@ -87,19 +87,19 @@ class Ask:
 
 
 class Coordinator:
-    """Conducts one run to its end, from wherever its folder says it stands.
+    """Conducts one run to its end, starting at the state recorded in its folder.
 
     Args:
         ask: What is asked of the participants.
-        ballots: Checks and keeps their updates.
+        ballots: Checks and stores their updates.
         decider: Finishes blocks.
-        plan: Names, quorum, deadlines.
-        names: Names of all participants.
-        run: The open folder of the run, or of the survey.
-        channel: How to reach them.
-        folder: For its own files.
-        stopped: Asked between steps; True ends the job.
-        clock: Seconds, for deadlines.
+        plan: Participants, quorum and deadlines.
+        names: Names of all participants in the run.
+        run: The folder of the run or of the survey, open.
+        channel: Transport to the participants.
+        folder: Folder for the coordinator's own files.
+        stopped: Called between steps. True ends the job.
+        clock: Returns seconds, for deadlines.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Coordinator:
     # Files -------------------------------------------------------------------------------------
 
     def _still_in(self, names: Sequence[str]) -> Sequence[str]:
-        """Names that may still take part: all before the first block is decided, then those it says."""
+        """Participants that may still take part: initially all, later those in the newest block's record."""
         records = self.run.survey_records() if self._ask_for.survey else self.run.records()
         return (records[-1].still_in or ()) if records else names
 
@@ -169,11 +169,11 @@ class Coordinator:
     # The run -----------------------------------------------------------------------------------
 
     def conduct(self) -> None:
-        """Decide every block that is not decided yet.
+        """Decide every block that has not been decided yet.
 
         Raises:
-            QuorumLost: Too few participants are left.
-            Interrupted: A participant is gone but may come back.
+            QuorumLost: Too few participants remain.
+            Interrupted: A participant has disappeared and may come back, or the job was stopped.
         """
         blocks = range(self.run.n_finished, self._n_blocks)
         if self._missing(blocks):
@@ -183,19 +183,20 @@ class Coordinator:
                 self._collect([block])
                 self._decide(block)
         else:
-            # A participant's walk counts as a whole or not at all: nothing is decided before all are in.
+            # A participant's walk counts as a whole or not at all, so no block is decided before all
+            # updates have arrived.
             self._collect(blocks)
             for block in blocks:
                 self._decide(block)
         self._show("finished")
 
     def finish(self) -> None:
-        """Tell all participants that the run is complete; one that misses it only keeps its spool longer."""
+        """Tell all participants that the run is complete. One that misses this keeps its spool longer."""
         self._ask(list(self.participants), Request(op="finish", run=self._run_id))
         shutil.rmtree(self._folder / "updates", ignore_errors=True)
 
     def _start(self, blocks: Sequence[int]) -> None:
-        """Tell all participants what to do, and leave out those that do not answer in time."""
+        """Send all participants the request, and leave out those that do not answer in time."""
         self._show("waiting for participants")
         payload = json.dumps(dict(self._ask_for.fingerprints)).encode()
         begin = self._clock()
@@ -216,7 +217,7 @@ class Coordinator:
         self._check_quorum()
 
     def _ask_to_start(self, names: Sequence[str], payload: bytes) -> dict[str, tuple[Reply, memoryview]]:
-        """Give each participant its blocks; those with the same blocks are asked together."""
+        """Ask each participant to prune its blocks. Participants with the same blocks share one request."""
         answers: dict[str, tuple[Reply, memoryview]] = {}
         for blocks in {tuple(self._samples[name]) for name in names}:
             request = Request(
@@ -234,7 +235,7 @@ class Coordinator:
         return answers
 
     def _collect(self, blocks: Sequence[int]) -> None:
-        """Get the updates of some blocks from all remaining participants."""
+        """Collect the updates of the given blocks from all remaining participants."""
         while missing := self._missing(blocks):
             self._check_stopped()
             self._listen({name: wanted[0] for name, wanted in missing.items()})
@@ -251,12 +252,12 @@ class Coordinator:
                 time.sleep(self._pause_s())
 
     def _pause_s(self) -> float:
-        """Seconds until the next question: more while nothing happens, for every question is traffic."""
+        """Seconds until the next poll: longer while there is no progress, because polls cause traffic."""
         since_news = self._clock() - self._news
         return min(max(_POLL_S, since_news / _PATIENT), _MAX_POLL_S, self.plan.silence_s / 4)
 
     def _missing(self, blocks: Sequence[int]) -> dict[str, list[int]]:
-        """Blocks whose update has not arrived, by participant; without participants that have sent all."""
+        """Blocks whose update has not arrived, by participant. Participants that sent all are omitted."""
         missing = {
             name: [block for block in blocks if not self.ballots.path(block, name).exists()]
             for name in self.participants
@@ -269,8 +270,8 @@ class Coordinator:
         names = [name for name in self.participants if block in self._samples[name]]
         if not names:
             raise QuorumLost(
-                f"no participant is left to prune block {block}: see {self._folder / 'events.jsonl'}; what "
-                "was decided is kept, run it again when they are back"
+                f"no participant is left to prune block {block}: {self._folder / 'events.jsonl'} says why; "
+                "decided blocks are kept; run it again when the participants are back"
             )
         self._decider.decide(block, names, list(self.participants))
         shutil.rmtree(self.ballots.path(block, names[0]).parent)
@@ -284,7 +285,7 @@ class Coordinator:
     def _ask(
         self, names: Sequence[str], request: Request, payload: bytes = b"", timeout_s: float = _ANSWER_S
     ) -> dict[str, tuple[Reply, memoryview]]:
-        """Ask, and read the answers; an answer that cannot be read is noted and ignored."""
+        """Send a request and parse the answers. An unreadable answer is logged and ignored."""
         answers = {}
         for name, message in self.channel.ask(names, pack(request, payload), timeout_s).items():
             try:
@@ -294,10 +295,13 @@ class Coordinator:
         return answers
 
     def _listen(self, waited_for: Mapping[str, int]) -> None:
-        """Ask participants how far they are, and leave out those that failed or are late.
+        """Ask participants for their progress, and leave out those that failed or are late.
 
         Args:
-            waited_for: The block whose update is missing, by participant.
+            waited_for: First block whose update is missing, by participant.
+
+        Raises:
+            Interrupted: A participant has been silent for too long.
         """
         self._deliver_decision(waited_for)
         present = [name for name in waited_for if name in self.participants]
@@ -311,10 +315,10 @@ class Coordinator:
             if now - standing.last_answer > self.plan.silence_s:
                 raise Interrupted(f"participant '{name}' has not answered for {self.plan.silence_s:.0f} s")
             if standing.n_ready <= block and now > standing.deadline:
-                self._leave_out(name, "deadline", f"block {standing.n_ready} took more than its time")
+                self._leave_out(name, "deadline", f"block {standing.n_ready} was not ready in time")
 
     def _deliver_decision(self, waited_for: Mapping[str, int]) -> None:
-        """Send the newest decision to the participants that need it for their missing block."""
+        """Send the newest decision to the participants that need it for their next block."""
         n_decided = self.run.n_finished
         if not (n_decided and self._follows_server):
             return
@@ -325,7 +329,7 @@ class Coordinator:
         if message is None:
             return
         request = Request(op="decision", run=self._run_id, block=n_decided - 1)
-        # One at a time: the engine keeps a copy of a message for each participant it is on its way to.
+        # One at a time: the engine keeps one copy of a message per recipient.
         for asked in without:
             answers = self._ask([asked], request, message, self._patience_s(len(message)))
             for name, (reply, _) in answers.items():
@@ -339,12 +343,12 @@ class Coordinator:
         if reply.state == "failed":
             self._leave_out(name, "failed", self._words(reply))
         elif reply.n_ready > standing.n_ready:
-            # Only an update that has arrived moves the deadline: a claim costs nothing.
+            # A claim is free, so only an update that has arrived extends the deadline.
             standing.n_ready = min(reply.n_ready, self._n_blocks)
             self._news = now
 
     def _words(self, reply: Reply) -> str:
-        """A participant's failure in the coordinator's own words: text that it sends is never repeated."""
+        """Describe a participant's failure in fixed words. Text that it sends is never repeated."""
         known = self._ask_for.fingerprints
         if reply.tensor not in known:
             return reply.code
@@ -353,18 +357,18 @@ class Coordinator:
         return f"{reply.code}: {entry_name(reply.tensor)}: {known[reply.tensor]} here, {reply.value:g} there"
 
     def _patience_s(self, n_bytes: int) -> float:
-        """Seconds that a message of this size may take."""
+        """Seconds that a message of this length may take."""
         return self.plan.silence_s + n_bytes / _SLOWEST_BYTES_PER_S
 
     def _may_be_asked(self, standing: _Standing, block: int) -> bool:
-        """Whether it says it has the update, and has answered since it last failed to deliver one.
+        """Whether a participant claims to have the update and has answered since its last failed delivery.
 
-        An unreachable participant counts as silent, not as failing to deliver.
+        An unreachable participant therefore counts as silent, not as failing to deliver.
         """
         return standing.n_ready > block and standing.last_answer > standing.lost_at
 
     def _fetch(self, name: str, block: int) -> None:
-        """Get one update; keep it if it is valid, otherwise have it computed again."""
+        """Fetch one update. Store it if it is valid; otherwise have it computed again."""
         if block not in self._samples[name]:
             write_bytes(self.ballots.path(block, name), b"")
             return
@@ -384,7 +388,7 @@ class Coordinator:
             self._leave_out(name, "failed", self._words(reply))
             return
         if reply.code == "not ready":
-            self._count_invalid(name, block, "it said the update was ready, and does not have it")
+            self._count_invalid(name, block, "it claimed that the update was ready but does not have it")
             return
         try:
             self.ballots.check(block, name, payload)
@@ -396,14 +400,18 @@ class Coordinator:
         write_bytes(self.ballots.path(block, name), payload)
 
     def _refuse(self, name: str, block: int, error: UpdateError) -> None:
-        """Have an update computed again that cannot be used."""
+        """Have an invalid update computed again."""
         if not self._count_invalid(name, block, str(error)):
             return
         self.participants[name].deadline = self._clock() + self.plan.start_s + self.plan.deadline_s
         self._ask([name], Request(op="refused", run=self._run_id, block=block))
 
     def _count_invalid(self, name: str, block: int, reason: str) -> bool:
-        """Count an update that cannot be used, or was only claimed; whether its sender is still in."""
+        """Count an update that is invalid or was falsely claimed.
+
+        Returns:
+            Whether the participant still takes part.
+        """
         standing = self.participants[name]
         standing.n_invalid += 1
         standing.n_ready = min(standing.n_ready, block)
@@ -423,8 +431,8 @@ class Coordinator:
             self._show("quorum lost")
             raise QuorumLost(
                 f"{len(self.participants)} participants are left ({left}), the quorum is {self.plan.quorum}: "
-                f"{self._folder / 'events.jsonl'} says why the others are not; what was decided is kept, "
-                "run it again when they are back"
+                f"{self._folder / 'events.jsonl'} says why the others were left out; decided blocks are "
+                "kept; run it again when the participants are back"
             )
 
     def _check_stopped(self) -> None:

@@ -1,1 +1,1 @@
-"""What coordinator and participants say to each other, byte by byte."""
+"""The messages between coordinator and participants, byte by byte."""

@@ -1,4 +1,4 @@
-"""The coordinator's decision about a block, as bytes: one bit per weight where that says everything."""
+"""The coordinator's decision about a block, as bytes: one bit per weight whenever that is sufficient."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ COORDINATOR = "coordinator"
 
 
 def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest: bytes) -> bytes:
-    """Return the message from which `decided_weights` makes ``decision.weights``, bit by bit.
+    """Encode a decision so that `decided_weights` restores ``decision.weights`` bit for bit.
 
-    The prune masks say it all if a decision only zeroes weights; the weights themselves are sent where it
-    does more (scaling).
+    If the decision only zeroes weights, the message holds the prune masks. If it also changes weights that
+    stay (scaling), the message holds the weights themselves.
+
+    Args:
+        decision: The decision.
+        block: The unpruned block.
+        run_id: Id of the run, 16 bytes.
+        digest: Digest of the model's weights, 32 bytes.
     """
     masks = {name: pruned.mask for name, pruned in decision.masks.items()}
     zeroed = PrunedWeights(block, masks)
@@ -37,7 +43,13 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
 
 
 def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) -> Weights:
-    """The weights, in the checkpoint's orientation, that a decision leaves of a block.
+    """Decode a decision into the block's new weights, in the orientation of the checkpoint.
+
+    Args:
+        message: From `encode_decision`.
+        block: The unpruned block.
+        run_id: Id of the run, 16 bytes.
+        digest: Digest of the model's weights, 32 bytes.
 
     Raises:
         UpdateError: The message is not the coordinator's decision about this block.
@@ -62,13 +74,17 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     kind = wire.decode(message, expect=None, max_bytes=max_bytes).kind
     expect = {"mask": masks, "weights": weights}.get(kind)
     if expect is None:
-        raise UpdateError(f"a decision is of kind mask or weights, found {kind}")
+        raise UpdateError(
+            f"decision about block {block.index}: expected kind mask or weights, found {kind}; use the same "
+            "version of fedprllm on both sides"
+        )
     tensors = from_wire(wire.decode(message, expect=expect, max_bytes=max_bytes).tensors, block.linears)
     if kind == "mask":
         return PrunedWeights(block, {name: mask.to(block.device) for name, mask in tensors.items()})
     for name, tensor in tensors.items():
         if tensor.dtype != block.tensors[name].dtype:
             raise UpdateError(
-                f"decision about '{name}': expected {block.tensors[name].dtype}, found {tensor.dtype}"
+                f"decision about '{name}': expected type {block.tensors[name].dtype}, found {tensor.dtype}; "
+                "use the same version of fedprllm on both sides"
             )
     return GivenWeights({name: tensor.to(block.device) for name, tensor in tensors.items()})

@@ -1,18 +1,18 @@
-"""What coordinator and participant say to each other: a small JSON header and bytes, nothing else.
+"""Messages between coordinator and participant: a small JSON header, a payload of bytes, and nothing else.
 
-    uint32, little-endian: length of the header; the header, JSON; the payload, to the end
+    length of the header (uint32, little-endian), header (JSON), payload (the rest)
 
 | request | payload | reply |
 |---|---|---|
-| start: what is to be done | fingerprints of the model's tensors | a state |
+| start a run or survey | identity of the coordinator's model | a state |
 | state | | a state |
-| fetch: a block | | the update of that block, as `fedprllm.federation.protocol.update` writes it |
-| refused: a block | | a state; the participant computes the block again |
-| decision: a block | the server's decision, as `fedprllm.federation.protocol.update` writes it | a state |
+| fetch a block | | the block's update, as `fedprllm.federation.protocol.update` writes it |
+| refused: an update was invalid | | a state; the participant computes the block again |
+| decision about a block | the decision, as `fedprllm.federation.protocol.update` writes it | a state |
 | finish | | a state |
 
-A reply's header holds numbers, words of a fixed list and at most the name of a tensor: it has no place
-for text.
+A reply's header holds numbers, words from a fixed list, and at most the name of a tensor or of a setting of
+the model. It has no place for text.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ Operation = Literal["start", "state", "fetch", "refused", "decision", "finish"]
 State = Literal["idle", "waiting", "working", "done", "failed"]
 Code = Literal[
     "",
-    "model missing",  # no such model here
-    "model differs",  # a tensor has other values; `tensor` names it
+    "model missing",  # the participant does not have the model
+    "model differs",  # `tensor` names the first difference
     "data",  # the text cannot be used
-    "compute",  # model, configuration or activations cannot be used
-    "memory",  # more than this participant grants
-    "crashed",  # the computation died several times
-    "too many blocks",  # more than this participant prunes
-    "too few tokens",  # the four limits are the participant's own
+    "compute",  # the model, the configuration or the activations cannot be used
+    "memory",  # the computation needs more than the participant grants
+    "crashed",  # the computation died repeatedly
+    "too many blocks",  # this and the following limits are the participant's own
+    "too few tokens",
     "too few participants",
-    "text used up",  # in as many runs as the participant grants
-    "another plan",
-    "not confirmed",
-    "kind not allowed",  # the participant does not share what the run asks for
-    "not ready",  # no such update yet
-    "other run",
+    "text used up",
+    "another plan",  # not the run that the participant agreed to beforehand
+    "not confirmed",  # the participant declined
+    "kind not allowed",  # the participant does not share this kind of update
+    "not ready",  # the update does not exist yet
+    "other run",  # the participant is working on another run
     "bad request",
     "internal",
 ]
@@ -76,14 +76,15 @@ class Request(_Header):
     """The header of a request.
 
     Attributes:
-        run: Hex digits of the run's id.
+        op: The operation.
+        run: Id of the run, 32 hexadecimal digits.
         block: Block index, for fetch, refused and decision.
-        model: What the coordinator calls the model.
+        model: The coordinator's name for the model: a hub id or a path.
         config: The resolved `PruneConfig`.
-        survey: Count outliers of the unpruned model instead of pruning (OWL).
-        blocks: Numbers of the blocks that this participant prunes; the others it only walks through.
-        participants: Names of all participants of the run.
-        outliers: Number of outlying scores and of all scores of each block, as a survey found them.
+        survey: Count outliers of the unpruned model instead of pruning it (OWL).
+        blocks: Indices of the blocks that the participant prunes. It only walks through the others.
+        participants: Names of all participants in the run.
+        outliers: Number of outlying scores and of all scores, by block, from the survey.
     """
 
     op: Operation
@@ -102,10 +103,10 @@ class Reply(_Header):
 
     Attributes:
         state: State of the participant's computation.
-        code: Why it does not continue.
-        n_ready: Number of blocks, from the first one, whose update is ready.
-        tensor: Name of the first tensor, or entry of the model's configuration, that differs.
-        value: The value of that entry at the participant, if it is a number.
+        code: Reason why the computation does not continue, if it does not.
+        n_ready: Number of consecutive blocks, counted from the first, whose updates are ready.
+        tensor: Name of the first tensor or setting of the model that differs from the coordinator's.
+        value: The participant's value of that setting, if it is a number.
     """
 
     state: State = "idle"
@@ -116,54 +117,59 @@ class Reply(_Header):
 
 
 def pack(header: Request | Reply, payload: bytes = b"") -> bytes:
-    """Return the bytes of a message."""
+    """Encode a message."""
     text = json.dumps(header.model_dump(exclude_defaults=True), separators=(",", ":")).encode()
     assert len(text) <= MAX_HEADER_BYTES
     return b"".join([_LENGTH.pack(len(text)), text, payload])
 
 
 def read_request(message: bytes) -> tuple[Request, memoryview]:
-    """Return the header and the payload of a request.
+    """Decode a request into its header and payload.
 
     Raises:
-        UpdateError: The bytes are not such a message.
+        UpdateError: The bytes are not a valid request.
     """
     return _read(message, Request)
 
 
 def read_reply(message: bytes) -> tuple[Reply, memoryview]:
-    """Return the header and the payload of a reply.
+    """Decode a reply into its header and payload.
 
     Raises:
-        UpdateError: The bytes are not such a message.
+        UpdateError: The bytes are not a valid reply.
     """
     return _read(message, Reply)
 
 
 def read_fingerprints(payload: memoryview) -> dict[str, str]:
-    """Return the payload of a start request: what identifies the coordinator's model (`model_identity`).
+    """Decode the payload of a start request: the identity of the coordinator's model (`model_identity`).
 
     Raises:
-        UpdateError: It is not one.
+        UpdateError: The payload is not a JSON object with short strings as values.
     """
     try:
         return _FINGERPRINTS.validate_json(bytes(payload), strict=True)
     except ValidationError as error:
-        raise UpdateError(f"fingerprints of a start request: {error.errors()[0]['type']}") from None
+        found = error.errors()[0]["type"]
+        raise UpdateError(
+            f"payload of a start request: expected fingerprints by name, found something else ({found}); use "
+            "the same version of fedprllm on both sides"
+        ) from None
 
 
-def _read(message: bytes, kind: type[_T]) -> tuple[_T, memoryview]:
+def _read(message: bytes, header_type: type[_T]) -> tuple[_T, memoryview]:
     view = memoryview(message)
-    name = kind.__name__.lower()
+    name = header_type.__name__.lower()
     if len(view) < _LENGTH.size:
-        raise UpdateError(f"a {name} has at least {_LENGTH.size} bytes, found {len(view)}")
+        raise UpdateError(f"{name}: expected at least {_LENGTH.size} bytes, found {len(view)}")
     (n_bytes,) = _LENGTH.unpack_from(view)
     end = _LENGTH.size + n_bytes
     if n_bytes > MAX_HEADER_BYTES or end > len(view):
-        raise UpdateError(f"the header of a {name} claims {n_bytes} bytes: the message does not hold them")
+        most = min(MAX_HEADER_BYTES, len(view) - _LENGTH.size)
+        raise UpdateError(f"header of a {name}: expected at most {most} bytes, found a length of {n_bytes}")
     try:
-        return kind.model_validate_json(bytes(view[_LENGTH.size : end]), strict=True), view[end:]
+        return header_type.model_validate_json(bytes(view[_LENGTH.size : end]), strict=True), view[end:]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "header"
-        raise UpdateError(f"{where[:80]} of a {name}: {first['type']}") from None
+        raise UpdateError(f"header of a {name}: {where[:80]} is not valid ({first['type']})") from None

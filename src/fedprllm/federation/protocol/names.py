@@ -1,7 +1,7 @@
-"""Names on the wire: a tensor goes by the module inside its block, for the header names the block.
+"""Tensor names on the wire: paths relative to the block, because the header identifies the block.
 
-``model.layers.7.mlp.up_proj.weight`` is ``mlp.up_proj`` there, and its mask beside other tensors
-``mlp.up_proj.mask``. Full names would take masks over the 0.1 % that the format may add to their bits.
+``model.layers.7.mlp.up_proj.weight`` becomes ``mlp.up_proj``, and its mask, where both are sent,
+``mlp.up_proj.mask``. With full names, the overhead of masks would exceed the format's limit of 0.1 %.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _MASK = ".mask"
 
 
 def to_wire(values: Mapping[str, _T], linears: Mapping[str, Linear]) -> dict[str, _T]:
-    """Rename what is said about a block's Linears from the names of their weights to their paths."""
+    """Rename keys from the names of the Linears' weights to their paths inside the block."""
     return _renamed(values, {name: linear.path for name, linear in linears.items()})
 
 
 def from_wire(values: Mapping[str, _T], linears: Mapping[str, Linear]) -> dict[str, _T]:
-    """The reverse of `to_wire`."""
+    """Rename keys from paths inside the block to the names of the Linears' weights; reverses `to_wire`."""
     return _renamed(values, {linear.path: name for name, linear in linears.items()})
 
 

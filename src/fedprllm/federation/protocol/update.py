@@ -1,12 +1,12 @@
-"""The bytes of an update: what one participant shares about one block in one run.
+"""The wire format of an update: what one participant shares about one block in one run.
 
-``docs/wire-format.md`` is the specification, byte by byte; this module is its writer and its reader.
-An update has exactly one spelling: the reader accepts a message only if the writer would have written
-the same bytes. A message holds names and numbers; nothing in it is executed or names a class.
+``docs/wire-format.md`` specifies the format byte by byte. This module writes and reads it.
+An update has exactly one encoding: the reader accepts a message only if the writer would have produced
+the same bytes. A message holds names and numbers. Nothing in it is executed or names a class.
 
-The reader looks at the length first, then at the checksum, the fields, the table of tensors and the
-values, and builds tensors only when everything holds. The checksum finds accidents, not forgeries:
-the connection authenticates the sender.
+The reader checks the length first, then the checksum, the fields, the table of tensors and the values, and
+builds tensors only after every check has passed. The checksum detects accidents, not forgeries: the
+connection authenticates the sender.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ _ENTRY = struct.Struct("<BBB")  # length of name, encoding, number of dimensions
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _MAX_U32 = 2**32 - 1
 _MAX_TOKENS = 2**63 - 1
-_CHECKED_AT_ONCE = 2**16  # values; bounds the memory that checking a payload takes
+_CHECKED_AT_ONCE = 2**16  # values; bounds the memory needed to check a payload
 _SHOWN_CHARACTERS = 80
 
-_CUT_OFF = "the message ends too early; send what encode returned, whole"
+_CUT_OFF = "the message ends too early; send it whole, as encode returned it"
 _RENAME = "choose another name"
 _SAME_VERSION = "use the same version of fedprllm on both sides"
 
-# Control characters, line breaks and the marks that reverse the direction of text: names are printed
-# in ledgers and logs, where these would let one name look like another or like a line of its own.
+# Control characters, line breaks and direction marks. Names are printed in ledgers and logs, where these
+# characters could make one name look like another, or like a separate line.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class _Encoding(NamedTuple):
     dtype: torch.dtype
-    carrier: str  # little-endian numpy type that holds the bits of one item
+    carrier: str  # little-endian numpy type that holds the bits of one value
 
 
 _ENCODINGS: dict[int, _Encoding] = {
@@ -76,17 +76,17 @@ _KIND_NAMES = {kind.code: name for name, kind in _KINDS.items()}
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What one participant shares about one block; :func:`encode` checks it.
+    """What one participant shares about one block. :func:`encode` checks it.
 
     Attributes:
-        run_id: 16 bytes, those of the run's UUID.
-        participant: 1 to 128 bytes of UTF-8 without control characters.
+        run_id: UUID of the run, 16 bytes.
+        participant: Name of the participant, 1 to 128 bytes of UTF-8 without control characters.
         block: Index of the decoder layer.
         kind: ``mask`` (True = pruned), ``statistics`` (sums of squares per input), ``gram``,
-            ``weights`` or ``outliers`` (how many scores stand out).
-        model_fingerprint: 32 bytes that name the weights the update was computed from.
-        tensors: The content, by name. Their order does not matter.
-        n_tokens: Number of calibration tokens behind the update.
+            ``weights`` or ``outliers`` (number of outlying scores).
+        model_fingerprint: Digest of the model that the update was computed from, 32 bytes.
+        tensors: The content, by name, in any order.
+        n_tokens: Number of calibration tokens that the update was computed from.
     """
 
     run_id: bytes
@@ -100,15 +100,15 @@ class Update:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the receiver asked for; an update that differs in anything is refused.
+    """What the receiver asked for. An update that differs in any respect is refused.
 
     Attributes:
-        run_id: 16 bytes.
-        model_fingerprint: 32 bytes.
+        run_id: UUID of the run, 16 bytes.
+        model_fingerprint: Digest of the model, 32 bytes.
         block: Index of the decoder layer.
-        kind: As in :class:`Update`.
-        shapes: Shape of every tensor by name; all of them, and no other.
-        participant: Name of the sender, or None for any.
+        kind: Kind of the update, as in :class:`Update`.
+        shapes: Shape of every tensor, by name. The update must hold exactly these tensors.
+        participant: Name of the sender, or None for any sender.
     """
 
     run_id: bytes
@@ -132,17 +132,17 @@ class _Entry(NamedTuple):
 
 
 def encode(update: Update) -> bytes:
-    """Return the one message that says ``update``.
+    """Encode an update. Each update has exactly one encoding.
 
     Args:
-        update: Tensors may lie on any device and have any strides.
+        update: The update. Its tensors may be on any device and have any strides.
 
     Returns:
-        The message: 116 bytes, the participant, ``3 + len(name) + 4 * ndim`` bytes per tensor, and
-        the values. A mask takes ``ceil(n / 8)`` bytes.
+        The message: 116 bytes, the participant's name, ``3 + len(name) + 4 * ndim`` bytes per tensor, and
+        the values. A mask of n weights takes ``ceil(n / 8)`` bytes.
 
     Raises:
-        UpdateError: A field breaks a rule of the format; every reader would refuse the message.
+        UpdateError: A field violates the format, so every reader would refuse the message.
     """
     kind = _kind(update.kind)
     _check_length("run_id", update.run_id, 16)
@@ -154,7 +154,7 @@ def encode(update: Update) -> bytes:
 
     table: list[bytes] = []
     payloads: list[memoryview] = []
-    for name in sorted(update.tensors):  # by code point, which is the order of the UTF-8 bytes too
+    for name in sorted(update.tensors):  # by code point, which is also the order of the UTF-8 bytes
         tensor, utf8 = update.tensors[name], _to_utf8("tensor name", name, MAX_NAME_BYTES)
         entry = _Entry(name, tensor.dtype, tuple(tensor.shape))
         _check_entry(update.kind, entry)
@@ -176,22 +176,22 @@ def encode(update: Update) -> bytes:
 
 
 def decode(data: bytes | bytearray | memoryview, *, expect: Expectation | None, max_bytes: int) -> Update:
-    """Read a message from an untrusted sender.
+    """Decode a message from an untrusted sender.
 
-    A refused message costs no memory beyond the table of tensors and a fixed buffer; an accepted one
-    costs its tensors (a mask has one byte per weight in memory, eight times its message).
+    A refused message costs no memory beyond the table of tensors and a fixed buffer. An accepted message
+    costs its tensors; a mask takes one byte per weight in memory, eight times its length in the message.
 
     Args:
-        data: The message and nothing else; copied, so the tensors do not keep it alive.
-        expect: What was asked for, or None to read any valid update, for showing it.
-        max_bytes: Longest message to look at; :func:`max_message_bytes` gives it.
+        data: The message and nothing else. It is copied, so the tensors do not keep it alive.
+        expect: What was asked for, or None to accept any valid update for display.
+        max_bytes: Length of the longest message to accept, from :func:`max_message_bytes`.
 
     Returns:
-        The update; :func:`encode` of it is ``data``.
+        The update. :func:`encode` turns it back into ``data``.
 
     Raises:
-        UpdateError: ``data`` is not a valid message, or not the one that was asked for. The message
-            names the field, what was expected and what was found.
+        UpdateError: ``data`` is not a valid message, or not the one that was asked for. The error names the
+            field, what was expected and what was found.
     """
     view = memoryview(data).cast("B")
     _check_envelope(view, max_bytes)
@@ -204,8 +204,8 @@ def decode(data: bytes | bytearray | memoryview, *, expect: Expectation | None, 
 
     content_bytes = offset + sum(entry.payload_bytes for entry in entries) + _DIGEST_BYTES
     if content_bytes != len(view):
-        remedy = "the shapes and encodings of the tensors must fill the message exactly"
-        raise _refuse("payload", f"{content_bytes} bytes in all by its tensors", len(view), remedy)
+        remedy = "the tensors in the table must fill the message exactly; send what encode returned"
+        raise _refuse("payload", f"{content_bytes} bytes in total, by the table", len(view), remedy)
     payloads = []
     for entry in entries:
         payloads.append(view[offset : offset + entry.payload_bytes])
@@ -216,10 +216,10 @@ def decode(data: bytes | bytearray | memoryview, *, expect: Expectation | None, 
 
 
 def max_message_bytes(expect: Expectation) -> int:
-    """Return the length of the longest message that can satisfy ``expect``.
+    """Length in bytes of the longest message that can satisfy ``expect``.
 
     Raises:
-        UpdateError: The kind of ``expect`` does not exist.
+        UpdateError: The kind of ``expect`` is unknown.
     """
     name_bytes = MAX_PARTICIPANT_BYTES if expect.participant is None else len(expect.participant.encode())
     total_bytes = _FIXED.size + name_bytes + _DIGEST_BYTES
@@ -234,7 +234,7 @@ def max_message_bytes(expect: Expectation) -> int:
 
 
 def _check_envelope(view: memoryview, max_bytes: int) -> None:
-    """Check what needs no field: the length, the magic, the version, the flags and the checksum."""
+    """Check the length, the magic, the version, the flags and the checksum."""
     if len(view) > max_bytes:
         raise _refuse("length", f"at most {max_bytes} bytes", len(view), "send only what the run asks for")
     if len(view) < _FIXED.size + _DIGEST_BYTES:
@@ -247,15 +247,15 @@ def _check_envelope(view: memoryview, max_bytes: int) -> None:
     if flags != 0:
         raise _refuse("flags", 0, flags, _SAME_VERSION)
     if total_bytes != len(view):
-        remedy = "the message was cut off or extended on its way; send it again"
+        remedy = "the message was truncated or extended in transit; send it again"
         raise _refuse("total length", f"{len(view)} bytes, as received", total_bytes, remedy)
     expected, found = hashlib.sha256(view[:-_DIGEST_BYTES]).digest(), bytes(view[-_DIGEST_BYTES:])
     if found != expected:
-        raise _refuse("checksum", expected, found, "the message was damaged on its way; send it again")
+        raise _refuse("checksum", expected, found, "the message was damaged in transit; send it again")
 
 
 def _read_header(view: memoryview) -> tuple[Update, int, int]:
-    """Return the update without its tensors, their number and the offset of their table."""
+    """Read the fixed fields: the update without tensors, the number of tensors, the offset of their table."""
     fields = _FIXED.unpack_from(view)
     run_id, fingerprint, block, n_tokens, code, participant_bytes, n_tensors = fields[4:]
     if code not in _KIND_NAMES:
@@ -270,13 +270,13 @@ def _read_header(view: memoryview) -> tuple[Update, int, int]:
 
 
 def _check_header(header: Update, n_tensors: int, expect: Expectation) -> None:
-    """Compare with what was asked for, before anything of variable size is read."""
+    """Compare the header with what was asked for, before anything of variable size is read."""
     remedies = {
-        "run_id": "the update belongs to another run; send that of this run",
+        "run_id": "the update belongs to another run; send the one for this run",
         "model_fingerprint": "its model has other weights; all participants must start from the same model",
-        "block": "the update is about another block; send that of the block asked for",
-        "kind": "the run shares something else; use the run's configuration",
-        "participant": "the update carries another name than the one it came from",
+        "block": "the update is for another block; send the one for the requested block",
+        "kind": "the run shares another kind of update; use the run's configuration",
+        "participant": "the update names another sender; send it under the participant's own name",
     }
     for field, remedy in remedies.items():
         expected, found = getattr(expect, field), getattr(header, field)
@@ -288,7 +288,7 @@ def _check_header(header: Update, n_tensors: int, expect: Expectation) -> None:
 
 
 def _read_table(view: memoryview, kind: str, n_tensors: int, offset: int) -> tuple[list[_Entry], int]:
-    """Return the entries of the table that starts at ``offset``, and the offset of the payload."""
+    """Read the table of tensors at ``offset``. Returns its entries and the offset of the payload."""
     view = view[:-_DIGEST_BYTES]
     entries: list[_Entry] = []
     for index in range(n_tensors):
@@ -305,7 +305,7 @@ def _read_table(view: memoryview, kind: str, n_tensors: int, offset: int) -> tup
         _check_entry(kind, entry)
         if entries and name <= entries[-1].name:
             expected = f"a name after {entries[-1].name!r}"
-            raise _refuse("order of tensors", expected, repr(name), "sort them by name, each once")
+            raise _refuse("order of tensors", expected, repr(name), "sort them by name, without repetition")
         entries.append(entry)
         offset += 4 * ndim
     return entries, offset
@@ -318,12 +318,12 @@ def _check_shapes(entries: list[_Entry], shapes: Mapping[str, tuple[int, ...]]) 
             raise _refuse("tensor name", f"one of {names}", entry.name, "the block has no such tensor")
         expected = tuple(shapes[entry.name])
         if entry.shape != expected:
-            remedy = "the tensor is of another model or group"
+            remedy = "the tensor belongs to another model or kind of update; use the run's"
             raise _refuse(f"shape of {entry.name!r}", expected, entry.shape, remedy)
 
 
 def _check_payload(kind: str, entry: _Entry, payload: memoryview) -> None:
-    """Check the values where they lie, in steps, so that a refused message is never copied."""
+    """Check the values in place, in steps, so that a refused message is never copied."""
     if entry.dtype == torch.bool:
         used_bits = math.prod(entry.shape) % 8
         if used_bits and payload[-1] >> used_bits:
@@ -344,7 +344,7 @@ def _unpack(entry: _Entry, payload: memoryview) -> torch.Tensor:
 
 
 def _floats(dtype: torch.dtype, payload: memoryview) -> torch.Tensor:
-    """Copy: a message starts its floats at any offset and may be read-only, a tensor may not."""
+    """Copy floats out of a message: there they may be unaligned and read-only, in a tensor they may not."""
     stored = np.frombuffer(payload, _ENCODINGS[_CODES[dtype]].carrier)
     return torch.from_numpy(stored.astype(stored.dtype.newbyteorder("="))).view(dtype)
 
@@ -353,7 +353,7 @@ def _floats(dtype: torch.dtype, payload: memoryview) -> torch.Tensor:
 
 
 def _pack(kind: str, name: str, tensor: torch.Tensor) -> memoryview:
-    """Return the payload of one tensor, without a copy where memory already looks like it."""
+    """Return the payload of one tensor, without copying if its memory already has the right layout."""
     values = tensor.detach().cpu().contiguous()
     if values.dtype == torch.bool:
         return np.packbits(values.numpy(), bitorder="little").data
@@ -363,20 +363,21 @@ def _pack(kind: str, name: str, tensor: torch.Tensor) -> memoryview:
 
 
 def _check_values(kind: str, name: str, values: torch.Tensor) -> None:
-    low, high = (float(extreme) for extreme in torch.aminmax(values))  # NaN wins both
+    low, high = (float(extreme) for extreme in torch.aminmax(values))  # NaN propagates to both
     if not (math.isfinite(low) and math.isfinite(high)):
         found = next(value for value in (low, high) if not math.isfinite(value))
-        raise _refuse(f"values of {name!r}", "finite numbers", found, "the calibration overflowed")
+        remedy = "the calibration overflowed; try --dtype float32"
+        raise _refuse(f"values of {name!r}", "finite numbers", found, remedy)
     if _KINDS[kind].not_negative and low < 0:
         raise _refuse(
-            f"values of {name!r}", f"{_KINDS[kind].not_negative}, 0 or more", low, "send them as they are"
+            f"values of {name!r}", f"{_KINDS[kind].not_negative}, 0 or more", low, "send them as computed"
         )
 
 
 def _check_entry(kind: str, entry: _Entry) -> None:
     dtypes = _allowed_dtypes(kind, entry.name)
     if entry.dtype not in dtypes:
-        remedy = f"an update of kind '{kind}' has no other type under this name"
+        remedy = f"an update of kind '{kind}' allows no other type for this name"
         raise _refuse(f"encoding of {entry.name!r}", " or ".join(map(str, dtypes)), entry.dtype, remedy)
     _check_range(f"number of dimensions of {entry.name!r}", len(entry.shape), 1, MAX_DIMS)
     for size in entry.shape:
@@ -408,7 +409,7 @@ def _to_utf8(field: str, text: str, limit: int) -> bytes:
 
 
 def _read_text(field: str, view: memoryview, offset: int, n_bytes: int, limit: int) -> tuple[str, int]:
-    """Return the text of ``n_bytes`` at ``offset`` and the offset after it."""
+    """Read a name of ``n_bytes`` at ``offset``. Returns the name and the offset after it."""
     _check_range(f"length of {field}", n_bytes, 1, limit)
     raw = bytes(view[offset : offset + n_bytes])
     if len(raw) < n_bytes:
@@ -424,12 +425,12 @@ def _read_text(field: str, view: memoryview, offset: int, n_bytes: int, limit: i
 
 def _check_length(field: str, value: bytes, n_bytes: int) -> None:
     if not isinstance(value, bytes) or len(value) != n_bytes:
-        raise _refuse(field, f"{n_bytes} bytes", repr(value), "pass the raw bytes, not their hex digits")
+        raise _refuse(field, f"{n_bytes} bytes", repr(value), "pass raw bytes, not hexadecimal digits")
 
 
 def _check_range(field: str, value: int, low: int, high: int) -> None:
     if not isinstance(value, int) or not low <= value <= high:
-        raise _refuse(field, f"an integer from {low} to {high}", value, "the format has no other values")
+        raise _refuse(field, f"an integer from {low} to {high}", value, "the format allows no others")
 
 
 def _listed(names: Mapping[int, str]) -> str:
@@ -441,6 +442,6 @@ def _refuse(field: str, expected: object, found: object, remedy: str) -> UpdateE
 
 
 def _show(value: object) -> str:
-    """Bounded, because what was found is the sender's choice and errors are logged."""
+    """Format a value, truncated: the sender chooses what was found, and errors are logged."""
     text = value.hex() if isinstance(value, bytes) else str(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

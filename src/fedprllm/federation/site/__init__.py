@@ -1,1 +1,1 @@
-"""The participant's side of a federation: the process on its machine."""
+"""The participant's side of a federation: consent, computation, and replies to the coordinator."""

@@ -1,10 +1,10 @@
-"""What a run may ask of a participant, and the participant's yes before anything is computed.
+"""A participant's limits for a run, and its consent before anything is computed.
 
-The limits are the participant's own settings: no message can change them. They are checked twice: against
-what the coordinator asks, before the model and the text are read, and against the text that was really read.
-Then the question is put to the participant in plain words, and nothing is computed until it is answered.
+The limits are the participant's own settings, and no message can change them. They are checked twice: first
+against the coordinator's request, before the model and the text are read, and then against the text that was
+actually read. Finally the participant is asked in plain words. Nothing is computed until it has answered.
 
-RUN/question.json   what is asked, in words; written once all limits hold
+RUN/question.json   the question, in words; written once all limits hold
 RUN/answer.json     the participant's answer
 """
 
@@ -41,11 +41,11 @@ _QUESTION, _ANSWER = "question.json", "answer.json"
 _POLL_S = 0.2
 
 
-class Refused(Exception):  # noqa: N818  a limit held, which is no defect
+class Refused(Exception):  # noqa: N818  a limit held, which is not a defect
     """A run asks for more than this participant grants.
 
     Attributes:
-        code: The word for it that the coordinator is told.
+        code: Reason sent to the coordinator. The message itself stays here.
     """
 
     def __init__(self, code: Code, message: str) -> None:
@@ -57,22 +57,22 @@ class Refused(Exception):  # noqa: N818  a limit held, which is no defect
 
 
 def check_request(settings: SiteSettings, job: Mapping[str, Any]) -> None:
-    """Refuse what a run asks for, from its request alone.
+    """Check a run's request against the participant's limits.
 
     Args:
-        settings: The participant's own.
-        job: The coordinator's request: ``config``, ``model`` and ``participants``.
+        settings: The participant's own settings.
+        job: The coordinator's request, with ``config``, ``model`` and ``participants``.
 
     Raises:
-        Refused: Too few participants, windows or tokens, or not the plan that the participant pinned.
+        Refused: Too few participants, windows or tokens, or not the run that the participant pinned.
     """
     n_participants = len(set(job["participants"]))
     if n_participants < settings.min_participants:
         raise Refused(
             "too few participants",
-            f"the run names {n_participants} participants, this one asks for at least "
-            f"{settings.min_participants} (--min-participants): the fewer there are, the more the result "
-            "tells about each",
+            f"the run names {n_participants} participants, and this participant requires at least "
+            f"{settings.min_participants} (--min-participants): the fewer participants there are, the more "
+            "the result reveals about each",
         )
     windows, length = job["config"]["windows"], job["config"]["window_length"]
     if windows:
@@ -82,10 +82,15 @@ def check_request(settings: SiteSettings, job: Mapping[str, Any]) -> None:
 
 
 def check_text(settings: SiteSettings, n_windows: int, n_tokens: int) -> None:
-    """Refuse to share sums or masks of less text than the settings grant.
+    """Check that the text is long enough to share an update computed from it.
+
+    Args:
+        settings: The participant's own settings.
+        n_windows: Number of windows that the text gives.
+        n_tokens: Number of tokens in these windows.
 
     Raises:
-        Refused: The text gives too few windows or tokens.
+        Refused: There are too few windows or tokens.
     """
     _check_amount(settings, n_windows, n_tokens, "the text gives")
 
@@ -94,43 +99,45 @@ def _check_amount(settings: SiteSettings, n_windows: int, n_tokens: int, subject
     if n_windows < settings.min_windows or n_tokens < settings.min_tokens:
         raise Refused(
             "too few tokens",
-            f"{subject} {n_windows} windows with {n_tokens:,} tokens in all; this participant shares nothing "
-            f"made of less than {settings.min_windows} windows and {settings.min_tokens:,} tokens "
-            "(--min-windows, --min-tokens): an update of little text tells what the text is",
+            f"{subject} {n_windows} windows with {n_tokens:,} tokens in all, and this participant shares "
+            f"nothing computed from fewer than {settings.min_windows} windows and {settings.min_tokens:,} "
+            "tokens (--min-windows, --min-tokens): an update computed from little text can reveal the text",
         )
 
 
 def _check_plan(plan: Mapping[str, Any], job: Mapping[str, Any]) -> None:
-    """Compare a request with the plan that the participant was given beforehand."""
+    """Compare a request with the plan that the participant pinned."""
     for name, expected in plan["config"].items():
         found = job["config"].get(name)
         resolved = name == "window_length" and expected is None
         if found != expected and not resolved:
             raise Refused(
                 "another plan",
-                f"the run has {name.replace('_', '-')} {found!r}, this participant's plan has {expected!r}",
+                f"the run has {name.replace('_', '-')} {found!r}, and this participant's plan (--config) has "
+                f"{expected!r}",
             )
     expected_names = sorted(plan["participants"])
     if expected_names and sorted(job["participants"]) != expected_names:
         raise Refused(
             "another plan",
-            f"the run has the participants {', '.join(sorted(job['participants']))}, the plan of this "
-            f"participant has {', '.join(expected_names)}",
+            f"the run has the participants {', '.join(sorted(job['participants']))}, and this participant's "
+            f"plan (--config) has {', '.join(expected_names)}",
         )
     if plan["model"] != job["model"]:
         raise Refused(
-            "another plan", f"the run prunes {job['model']}, the plan of this participant has {plan['model']}"
+            "another plan",
+            f"the run prunes {job['model']}, and this participant's plan (--config) has {plan['model']}",
         )
 
 
-# The text, and how often it was used ------------------------------------------------------------------
+# Use of the text --------------------------------------------------------------------------------------
 
 
 def own_seed(folder: Path) -> int:
-    """The seed by which this participant chooses its windows: drawn once, kept here, never sent.
+    """Seed with which this participant chooses its windows: drawn once, kept here and never sent.
 
     Args:
-        folder: The participant's folder for ledger and runs.
+        folder: The participant's folder with its ledger and runs.
     """
     path = folder / "windows-seed"
     if not path.exists():
@@ -141,7 +148,7 @@ def own_seed(folder: Path) -> int:
 
 
 def text_identity(sources: Sequence[str]) -> str:
-    """SHA-256 over the content of a text's files, wherever they lie; of a hub dataset, its name."""
+    """SHA-256 of the content of a text's files, wherever they are stored. Hub datasets count by name."""
     digest = hashlib.sha256()
     for part in sorted(_parts(sources)):
         digest.update(part)
@@ -166,10 +173,10 @@ def _digest(path: Path) -> bytes:
 
 
 class TextBudget:
-    """How many runs each text was used in.
+    """Counts the runs that have used each text.
 
     Args:
-        folder: The participant's folder for ledger and runs.
+        folder: The participant's folder with its ledger and runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -177,23 +184,23 @@ class TextBudget:
         self._lock = FileLock(folder / ".texts.lock")
 
     def runs_of(self, text: str) -> list[str]:
-        """Runs that a text was used in."""
+        """Ids of the runs that have used a text, from `text_identity`."""
         runs: list[str] = (read_json(self._path) if self._path.exists() else {}).get(text, [])
         return runs
 
     def spend(self, text: str, run: str, most: int) -> int:
-        """Count a run against its text; the same run counts once, however often it is continued.
+        """Count a run against its text. A run counts once, however often it is continued.
 
         Args:
-            text: From `text_identity`.
-            run: Hex digits of the run's id; a survey has one of its own.
-            most: Runs that the participant grants to one text.
+            text: Identity of the text, from `text_identity`.
+            run: Id of the run in hexadecimal digits. A survey has an id of its own.
+            most: Number of runs that may use one text.
 
         Returns:
-            Number of runs so far, this one included.
+            Number of runs so far, including this one.
 
         Raises:
-            Refused: The text was used in that many runs already.
+            Refused: The text has already been used in as many runs as the participant grants.
         """
         with self._lock:
             known = read_json(self._path) if self._path.exists() else {}
@@ -203,50 +210,50 @@ class TextBudget:
                     raise Refused(
                         "text used up",
                         f"this text was used in {len(runs)} runs, and {most} are granted (--runs-per-text): "
-                        "what several runs tell about it adds up; grant more, or use other text",
+                        "what runs reveal about a text adds up; grant more runs, or use another text",
                     )
                 runs.append(run)
                 write_json(self._path, known)
             return len(runs)
 
 
-# The question -------------------------------------------------------------------------------------------
+# The question -----------------------------------------------------------------------------------------
 
 
 def ask(folder: Path, question: Mapping[str, Any], is_wanted: Callable[[], bool]) -> None:
-    """Put a question to the participant, and wait for its answer.
+    """Ask the participant whether to take part in a run, and wait for its answer.
 
     Args:
         folder: Folder of the run.
-        question: What is asked, in words.
-        is_wanted: Whether anyone still waits for the answer.
+        question: The question, from `fedprllm.federation.site.question.question_of`.
+        is_wanted: Returns whether the answer is still needed.
 
     Raises:
-        Refused: The participant said no.
-        RunError: No one waits for the answer any more.
+        Refused: The participant declined.
+        RunError: The answer is no longer needed.
     """
     if (folder / _ANSWER).exists() and read_json(folder / _QUESTION) != question:
-        # What was confirmed before was something else.
+        # The existing answer is to a different question.
         (folder / _ANSWER).unlink()
     write_json(folder / _QUESTION, question)
     while not (folder / _ANSWER).exists():
         if not is_wanted():
-            raise RunError("the run went on without an answer")
+            raise RunError("the question was not answered in time: another process has taken over this run")
         time.sleep(_POLL_S)
     if not read_json(folder / _ANSWER)["yes"]:
-        raise Refused("not confirmed", "the participant did not agree to this run")
+        raise Refused("not confirmed", "the participant declined this run")
 
 
 def answer(folder: Path, yes: bool) -> None:
-    """Answer the question of a run."""
+    """Record the participant's answer to a run's question."""
     write_json(folder / _ANSWER, {"yes": yes})
 
 
 def open_questions(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folders of runs whose question waits for an answer, each with the question."""
+    """Yield each run folder with an unanswered question, and the question."""
     for path in sorted(runs.glob(f"*/{_QUESTION}")):
         if not (path.parent / _ANSWER).exists():
             try:
                 yield path.parent, read_json(path)
-            except (OSError, json.JSONDecodeError):  # it is gone again
+            except (OSError, json.JSONDecodeError):  # it was removed in the meantime
                 continue

@@ -1,4 +1,4 @@
-"""What would leave a participant, computed and shown without any connection."""
+"""Dry run: compute and show the updates a participant would send, without any connection."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class TensorPreview:
     Attributes:
         name: Name of the Linear inside its block, as in the message.
         shape: Shape of the tensor.
-        dtype: Type of its values.
-        payload_bytes: Bytes that it takes in the message.
-        rows: The beginning of its first rows as they would be sent: ``#`` is a weight to prune, ``.`` one
-            to keep; other kinds show their numbers.
+        dtype: Data type of its values.
+        payload_bytes: Length of its values in the message, in bytes.
+        rows: Beginnings of its first rows, as they would be sent. In a mask, ``#`` is a weight to prune and
+            ``.`` one to keep. Other kinds show numbers.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Preview:
 
     Attributes:
         block: Index of the decoder layer.
-        n_blocks: Number of blocks of the model.
+        n_blocks: Number of blocks in the model.
         kind: Kind of the update.
-        n_tokens: Number of tokens it is computed from, which is part of the message.
-        message_bytes: Length of the whole message.
-        tensors: What it holds, all of it.
+        n_tokens: Number of tokens the update is computed from, which is part of the message.
+        message_bytes: Length of the whole message in bytes.
+        tensors: All tensors in the update.
     """
 
     block: int
@@ -55,14 +55,24 @@ class Preview:
 
 
 def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1) -> Iterator[Preview]:
-    """Compute the updates of the first blocks exactly as in a run, and read them back from their bytes.
+    """Compute the updates of the first blocks exactly as in a run, and decode them from their messages.
 
-    Every block after the first is computed from the participant's own decisions, or from the unpruned
-    blocks if it makes none; in an iterative run it would follow the coordinator's.
-    Allocation and layer sampling depend on all participants: every block is shown at the model's sparsity.
+    Blocks after the first are computed from the participant's own decisions, or from the unpruned blocks if
+    it makes none. In an iterative run they would follow the coordinator's decisions. Allocation and layer
+    sampling depend on all participants, so every block is shown at the sparsity of the model.
+
+    Args:
+        settings: The participant's own settings.
+        plan: The run.
+        name: Name of the participant.
+        n_blocks: Number of blocks to compute.
+
+    Yields:
+        The update of each block.
 
     Raises:
-        DataError, ModelError: The text or the model cannot be used.
+        DataError: The text cannot be used.
+        ModelError: The model cannot be used.
     """
     from fedprllm.federation.protocol import update as wire
     from fedprllm.federation.protocol.names import to_wire

@@ -1,4 +1,4 @@
-"""The question that a participant answers before the first computation of a run, in plain words."""
+"""The question, in plain words, that a participant answers before a run's first computation."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ def question_of(
     n_runs: int,
     most_runs: int,
 ) -> dict[str, Any]:
-    """What a run asks of a participant: names and numbers of the run, none of the text itself.
+    """Describe what a run asks of a participant, without anything of the text itself.
 
     Args:
         job: The coordinator's request.
-        method: What is shared, and how it is decided upon.
-        model: The participant's own copy, which was compared with the coordinator's.
-        participant: Its windows.
-        n_runs: Runs that the text will have been used in, this one included.
-        most_runs: Runs that the participant grants to one text.
+        method: What is shared, and how it becomes a decision.
+        model: The participant's own copy of the model, already compared with the coordinator's.
+        participant: The participant with its windows.
+        n_runs: Number of runs that will have used the text, including this one.
+        most_runs: Number of runs that may use one text.
+
+    Returns:
+        The run's id as ``run``, and ``lines`` of a label and a text each, for display.
     """
     config, sharing = method.config, method.sharing
     blocks = job["blocks"]
@@ -44,17 +47,17 @@ def question_of(
     return {
         "run": job["run"],
         "lines": [
-            ["model", f"{Path(job['model']).name}, the same as yours in every tensor and setting"],
+            ["model", f"{Path(job['model']).name}, identical to yours in every tensor and setting"],
             ["purpose", purpose],
             ["participants", ", ".join(sorted(job["participants"]))],
-            ["leaves you", f"{sharing.noun}: {sharing.content}"],
-            ["size", f"{_size(n_bytes)} for {len(blocks)} of {model.n_blocks} blocks"],
+            ["you send", f"{sharing.noun}: {sharing.content}"],
+            ["size", f"{n_bytes / 1e6:,.1f} MB for {len(blocks)} of {model.n_blocks} blocks"],
             [
-                "made of",
+                "computed from",
                 f"{len(participant.windows)} windows of {participant.windows.shape[1]} tokens "
                 f"({participant.n_tokens:,} tokens), chosen here",
             ],
-            ["your text", f"used in {n_runs} of {most_runs} runs, this one included"],
+            ["your text", f"used in {n_runs} of {most_runs} runs, including this one"],
         ],
     }
 

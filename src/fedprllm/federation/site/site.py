@@ -1,8 +1,8 @@
-"""The participant's side of a federation, whatever carries the messages: answers, and what may leave.
+"""A participant's answers to the coordinator, independent of the transport.
 
 `Site.answer` takes the bytes of a request and returns the bytes of a reply. It starts and watches the
-computation (`fedprllm.federation.site.worker`), which is a process of its own, so that its end is a reply and
-not the end of the connection. The replies are the only thing that leaves a participant.
+computation (`fedprllm.federation.site.worker`) in a separate process, so that a crash becomes a reply instead
+of ending the connection. The replies are the only thing that leaves a participant.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from fedprllm.files import read_json, write_json, write_text
 
 __all__ = ["LEDGER", "SETTINGS", "Site", "settings_path", "work_folder"]
 
-# How often the computation is started again without an update more than before.
+# Restarts of the computation without a new update before giving up.
 _MAX_CRASHES = 3
 SETTINGS = "fedprllm.json"
 LEDGER = "ledger.jsonl"
 
 
 def settings_path(kit: Path) -> Path:
-    """Where a participant's own settings are kept."""
+    """Path of a participant's own settings."""
     return kit / "local" / SETTINGS
 
 
 def work_folder(kit: Path) -> Path:
-    """Where a participant's ledger and spools are kept."""
+    """Folder with a participant's ledger and spools."""
     return kit / "fedprllm"
 
 
@@ -53,10 +53,10 @@ class Site:
     """One participant, as the coordinator sees it.
 
     Args:
-        name: Name of the participant; the connection authenticates it.
-        settings_file: Its own settings (`SiteSettings`, JSON).
-        folder: Folder of its ledger and spools.
-        sent: Reports every update that leaves, in a few words without content.
+        name: Name of the participant, authenticated by the connection.
+        settings_file: JSON file with its own settings (`SiteSettings`).
+        folder: Folder with its ledger and spools.
+        sent: Called with a short description of every update that leaves, without its content.
     """
 
     def __init__(
@@ -78,19 +78,19 @@ class Site:
 
     @property
     def spool(self) -> Spool:
-        """The spool of the run that is being worked on."""
+        """The spool of the current run."""
         return Spool(self.folder / "runs" / self._run)
 
     def answer(self, message: bytes) -> bytes:
-        """Answer a request; whatever goes wrong becomes an answer."""
+        """Answer a request. Any failure becomes an answer too, never an exception."""
         with self._lock:
             try:
                 request, payload = read_request(message)
                 reply = self._answer(request, payload)
             except (UpdateError, ConfigError) as error:
-                print(f"the coordinator's request cannot be used: {error}", file=sys.stderr)
+                print(f"refused a request of the coordinator: {error}", file=sys.stderr)
                 reply = pack(Reply(state="failed", code="bad request"))
-            except Exception as error:  # noqa: BLE001  the connection must outlive whatever went wrong here
+            except Exception as error:  # noqa: BLE001  the connection must outlive any failure here
                 traceback.print_exception(error)
                 reply = pack(Reply(state="failed", code="internal"))
             self._record(reply)
@@ -133,13 +133,13 @@ class Site:
         write_json(self.spool.path("fingerprints.json"), fingerprints)
         write_json(known, job)
         if self._worker is None and self.spool.status["state"] != "done":
-            # Whatever failed before, the participant may have repaired it.
+            # The participant may have fixed whatever failed before.
             self.spool.set_status("idle")
             self._crashes, self._ready_at_crash = 0, -1
         return self._state()
 
     def _state(self) -> Reply:
-        """Where the computation stands; started if it does not run and is not through."""
+        """Report the state of the computation, and start it if it is neither running nor complete."""
         status = self._watch()
         return Reply(
             state=status["state"],
@@ -169,7 +169,7 @@ class Site:
         return {"state": "working"}
 
     def _is_whole(self) -> bool:
-        """No update was dropped since the computation ended."""
+        """Whether all updates still exist since the computation ended."""
         n_updates = len(list(self.spool.folder.glob("updates/*.update")))
         return n_updates == self.spool.n_ready == len(list(self.spool.folder.glob("updates/*.json")))
 
@@ -184,7 +184,7 @@ class Site:
         write_text(self.spool.path("owner"), self._owner)
         arguments = [str(self.spool.folder), str(self._settings_file), self.name, self._owner]
         with self.spool.path("worker.log").open("ab") as log:
-            # A pipe as standard input: the worker ends when this process does.
+            # The worker's standard input is a pipe, so that the worker ends when this process does.
             self._worker = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.PIPE,
@@ -202,7 +202,7 @@ class Site:
             worker.stdin.close()
 
     def close(self) -> None:
-        """Stop computing; what was computed stays."""
+        """Stop the computation. Finished updates are kept."""
         self._stop_worker()
 
     # Sending -----------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Site:
             code: Code = "not ready"
             return pack(Reply(state="working", code=code))
         data = path.read_bytes()
-        if not data:  # of a block that this participant only walks through
+        if not data:  # the participant only walks through this block and shares nothing of it
             return pack(Reply(state="failed", code="bad request"))
         summary = read_json(self.spool.summary_path(block))
         append_ledger(self.folder / LEDGER, self._run, block, summary, data)
@@ -221,7 +221,7 @@ class Site:
         return pack(Reply(state="working", n_ready=self.spool.n_ready), data)
 
     def _record(self, reply: bytes) -> None:
-        """Keep a copy of what leaves, if the participant wants one."""
+        """Store a copy of a reply, if the participant wants one."""
         if self.settings.record is not None:
             number = next(self._numbers)
             write_bytes(Path(self.settings.record) / f"{os.getpid()}-{number:06d}.message", reply)

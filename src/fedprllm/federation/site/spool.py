@@ -1,17 +1,20 @@
-"""A participant's folder of one run: what its computation left, and what was sent of it.
+"""A participant's folder for one run, its spool, and the ledger of everything that was sent.
 
 RUN/
-  job.json                        what the coordinator asked for
-  fingerprints.json               SHA-256 of each tensor of the coordinator's model
-  status.json                     where the computation stands
+  job.json                        the coordinator's request
+  fingerprints.json               identity of the coordinator's model
+  text.json                       fingerprint of the windows that the run began with
+  question.json, answer.json      what the participant was asked, and its answer
+  status.json                     state of the computation
   owner                           token of the process that may compute here
-  updates/block-0007.update       what may leave, as `fedprllm.federation.protocol.update` writes it
-  updates/block-0007.json         the same in words, for the ledger
-  decisions/block-0007.decision   what the coordinator decided (iterative)
-  state/hidden-0007.safetensors   hidden states after that block; only the newest is kept
-  worker.log                      the computation's own words; never sent
+  updates/block-0007.update       the update, as `fedprllm.federation.protocol.update` writes it
+  updates/block-0007.json         summary of the update, for the ledger
+  decisions/block-0007.decision   the coordinator's decision (iterative)
+  state/hidden-0007.safetensors   hidden states after that block; only the newest file is kept
+  worker.log                      log of the computation; never sent
 
-Files are whole or absent, so a killed computation continues, and sends the same bytes again.
+Files are either complete or absent. A killed computation can therefore continue, and resent updates have the
+same bytes.
 """
 
 from __future__ import annotations
@@ -32,45 +35,49 @@ __all__ = ["Spool", "append_ledger", "read_ledger", "write_bytes"]
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 class Spool:
-    """The folder of one run at one participant."""
+    """One participant's folder for one run.
+
+    Args:
+        folder: The folder, which need not exist yet.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, what: str) -> Path:
-        """Path of one of the files directly in the folder."""
-        return self.folder / what
+    def path(self, name: str) -> Path:
+        """Path of a file directly in the folder."""
+        return self.folder / name
 
     def update_path(self, block: int) -> Path:
-        """What may leave about a block."""
+        """Path of a block's update."""
         return self.folder / "updates" / f"block-{block:04d}.update"
 
     def summary_path(self, block: int) -> Path:
-        """The same in words."""
+        """Path of the summary of a block's update."""
         return self.folder / "updates" / f"block-{block:04d}.json"
 
     def decision_path(self, block: int) -> Path:
-        """What the coordinator decided about a block."""
+        """Path of the coordinator's decision about a block."""
         return self.folder / "decisions" / f"block-{block:04d}.decision"
 
     def hidden_path(self, block: int) -> Path:
-        """The hidden states after a block."""
+        """Path of the hidden states after a block."""
         return self.folder / "state" / f"hidden-{block:04d}.safetensors"
 
     @property
     def spilled_folder(self) -> Path:
-        """Where hidden states go for which there is no memory."""
+        """Folder for hidden states that exceed the memory limit."""
         return self.folder / "state" / "spilled"
 
     @property
     def n_ready(self) -> int:
-        """Number of blocks, from the first one, whose update is ready."""
+        """Number of consecutive blocks, counted from the first, whose updates are ready."""
         block = 0
         while self.update_path(block).exists():
             block += 1
@@ -78,7 +85,7 @@ class Spool:
 
     @property
     def n_walked(self) -> int:
-        """Number of blocks whose hidden states are behind the participant."""
+        """Number of blocks that the computation has walked through."""
         numbers = [
             int(path.stem.rpartition("-")[2]) for path in self.folder.glob("state/hidden-*.safetensors")
         ]
@@ -92,33 +99,48 @@ class Spool:
 
     @property
     def status(self) -> dict[str, Any]:
-        """What the computation said last."""
+        """The last status that the computation reported."""
         path = self.path("status.json")
         return read_json(path) if path.exists() else {"state": "idle"}
 
     def set_status(
         self, state: str, code: str = "", tensor: str = "", message: str = "", value: float | None = None
     ) -> None:
-        """Say where the computation stands; ``message`` is for the participant and never sent."""
+        """Record the state of the computation.
+
+        Args:
+            state: State, as in `fedprllm.federation.protocol.messages.Reply`.
+            code: Reason for a failure, sent to the coordinator.
+            tensor: Name of the first tensor or setting of the model that differs.
+            message: Explanation for the participant, never sent.
+            value: The participant's value of that setting, if it is a number.
+        """
         status = {"state": state, "code": code, "tensor": tensor, "message": message, "value": value}
         write_json(self.path("status.json"), status)
 
     def forget(self, block: int) -> None:
-        """Drop a block's update and the walk behind it: both are computed again."""
+        """Delete a block's update and all hidden states, so that both are computed again."""
         self.update_path(block).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def clear(self) -> None:
-        """Drop everything but what was asked for and the log."""
+        """Delete updates, decisions and hidden states. The request and the log remain."""
         for name in ("updates", "decisions", "state"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
-# The ledger: one line for every update that was sent ------------------------------------------------
+# The ledger: one line per update sent ---------------------------------------------------------------
 
 
 def append_ledger(path: Path, run: str, block: int, summary: Mapping[str, Any], data: bytes) -> None:
-    """Write down, before it is sent, that an update leaves; flushed to the disk.
+    """Record an update in the ledger before it is sent, and flush the line to disk.
+
+    Args:
+        path: The ledger.
+        run: Id of the run in hexadecimal digits.
+        block: Block index.
+        summary: ``kind``, ``n_tokens`` and ``shapes`` of the update.
+        data: The message.
 
     Raises:
         RunError: The line could not be written, so the update must not be sent.
@@ -140,21 +162,23 @@ def append_ledger(path: Path, run: str, block: int, summary: Mapping[str, Any], 
             ledger.flush()
             os.fsync(ledger.fileno())
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; nothing is sent without it") from None
+        raise RunError(
+            f"cannot write the ledger {path}: {error.strerror}; nothing is sent until it can be written"
+        ) from None
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Every update that was sent, oldest first.
+    """Read the ledger: every update sent, oldest first.
 
     Raises:
-        RunError: There is no ledger, or a line of it is damaged (numbered).
+        RunError: There is no ledger, or one of its lines is damaged.
     """
     if not path.exists():
-        raise RunError(f"there is no ledger at {path}: nothing was sent from here")
+        raise RunError(f"there is no ledger at {path}: nothing was sent from this kit")
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
-            raise RunError(f"{path}: line {number} is damaged") from None
+            raise RunError(f"{path}: line {number} is damaged: expected a JSON object") from None
     return lines

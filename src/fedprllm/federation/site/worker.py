@@ -1,10 +1,10 @@
-"""The computation of one participant: a process of its own that walks over all blocks of one run.
+"""One participant's computation: a separate process that walks over all blocks for one run.
 
     python -m fedprllm.federation.site.worker SPOOL SETTINGS NAME OWNER
 
-It talks through files of its spool only (see `fedprllm.federation.site.spool`), knows no network, and ends
-when the process that started it does, or when another one owns the spool. Killed at any point, it
-continues where it was.
+It communicates only through files in its spool (`fedprllm.federation.site.spool`) and uses no network, except
+to fetch a model or data set from the hub if the settings say so. It ends when its parent process ends or when
+another process takes over the spool. If it is killed at any point, the next process continues its work.
 """
 
 from __future__ import annotations
@@ -40,14 +40,21 @@ __all__ = ["main"]
 _DECISION_POLL_S = 0.05
 
 
-class _Failed(Exception):  # noqa: N818  it carries a status, it is no defect
+class _Failed(Exception):  # noqa: N818  it carries a status and is not a defect
     def __init__(self, code: str, tensor: str = "", message: str = "", value: float | None = None) -> None:
         super().__init__(message or code)
         self.code, self.tensor, self.value = code, tensor, value
 
 
 def main(arguments: list[str]) -> int:
-    """Compute every update of a run; 0 when all are there."""
+    """Compute every update of a run.
+
+    Args:
+        arguments: Spool folder, settings file, name of the participant, and owner token.
+
+    Returns:
+        Exit status: 0 if all updates are ready, 1 after a failure recorded in the spool.
+    """
     folder, settings_file, name, owner = arguments
     spool = Spool(Path(folder))
     settings = SiteSettings(**read_json(Path(settings_file)))
@@ -74,10 +81,10 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
     except MemoryError as error:
         return _fail(spool, "memory", error)
     except RuntimeError as error:
-        # torch reports a failed allocation in its text only, on the CPU.
+        # On the CPU, only the text of the error shows that an allocation failed.
         out_of_memory = "alloc" in str(error) or "out of memory" in str(error)
         return _fail(spool, "memory" if out_of_memory else "internal", error)
-    except Exception as error:  # noqa: BLE001  the coordinator learns the code, the log has the traceback
+    except Exception as error:  # noqa: BLE001  the coordinator gets the code, the log the traceback
         return _fail(spool, "internal", error)
     else:
         spool.set_status("done")
@@ -92,7 +99,7 @@ def _fail(spool: Spool, code: str, error: BaseException) -> int:
 
 
 def _end_with_parent() -> None:
-    """End when the other side of standard input is gone, however it went."""
+    """End this process when the parent, at the other end of standard input, is gone for any reason."""
 
     def wait() -> None:
         while os.read(0, 1):
@@ -110,13 +117,13 @@ def _limit(settings: SiteSettings) -> None:
     if settings.memory_gb is not None:
         import resource
 
-        # Data and private mappings: a mapped checkpoint does not count, every tensor does.
+        # This limit covers data and private mappings: all tensors, but not the mapped checkpoint.
         limit = int(settings.memory_gb * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 class _Walk:
-    """One participant's walk, from its spool into its spool."""
+    """One participant's walk over the blocks, which reads and writes its spool."""
 
     def __init__(self, spool: Spool, settings: SiteSettings, name: str, owner: str) -> None:
         from fedprllm.config import PruneConfig
@@ -150,23 +157,23 @@ class _Walk:
         return [Outliers(*counts) for counts in self.job["outliers"]]
 
     def _check_same_text(self) -> None:
-        """Refuse to continue a run with other windows than it was begun with."""
+        """Refuse to continue a run with windows other than those it began with."""
         path, found = self.spool.path("text.json"), {"fingerprint": self.participant.fingerprint}
         if path.exists() and read_json(path) != found:
             raise _Failed(
                 "data",
-                message="the text has changed since this run began: put back what it was, or let the run go "
-                "on without this participant",
+                message="the text has changed since this run began: restore it, or let the run continue "
+                "without this participant",
             )
         write_json(path, found)
 
     @property
     def _home(self) -> Path:
-        """The participant's folder for ledger and runs."""
+        """The participant's folder with its ledger and runs."""
         return self.spool.folder.parent.parent
 
     def _ask(self, method: Any) -> None:
-        """Count the run against the text, and wait until the participant agrees, if it wants to be asked."""
+        """Ask the participant for consent, unless it wants none asked, and count the run against the text."""
         from fedprllm.federation.site.question import question_of
 
         budget, text = TextBudget(self._home), text_identity(self.settings.data)
@@ -183,12 +190,12 @@ class _Walk:
         budget.spend(text, self.job["run"], self.settings.runs_per_text)
 
     def _check_owner(self) -> None:
-        """End if a later process, of a later job of the same run, has taken over."""
+        """End this process if that of a later job of the same run has taken over."""
         if self.spool.owner != self.owner:
             os._exit(3)
 
     def _prepare(self) -> None:
-        """Read the model, compare it with the coordinator's, read the text."""
+        """Open the model, compare it with the coordinator's, and read the text."""
         from fedprllm.models.blockwise import BlockwiseModel
         from fedprllm.models.fingerprints import first_difference, model_digest
         from fedprllm.models.identity import describe_difference, model_identity, number_of
@@ -198,11 +205,11 @@ class _Walk:
 
         named = self.settings.model or self.job["model"]
         if self.settings.model is None and not is_hub_id(named):
-            # Whatever lies at a path of the coordinator's here is not for it to choose.
+            # The coordinator must not choose which local files are opened.
             raise _Failed(
                 "model missing",
-                message=f"the coordinator keeps the model at {named}, a path on its own machine: get the "
-                "same model, and name where it is here with --model",
+                message=f"the coordinator's model is at {named}, a path on its own machine: get the same "
+                "model and name your copy with --model",
             )
         try:
             folder = resolve_model(named)
@@ -218,8 +225,8 @@ class _Walk:
                 "model differs",
                 different,
                 f"the model at {named} is not the coordinator's: "
-                f"{describe_difference(different, expected, found)}; get the model from where the "
-                "coordinator got it, or name it with --model",
+                f"{describe_difference(different, expected, found)}; get the same copy as the coordinator's "
+                "and name it with --model",
                 number_of(different, found),
             )
         self.digest = model_digest(expected)
@@ -236,18 +243,19 @@ class _Walk:
         self.participant.hidden = HiddenStates(self._memory, self.name)
 
     def _check_blocks(self, n_blocks: int) -> None:
-        """Refuse to prune more blocks than this participant's own settings grant."""
+        """Refuse to prune more blocks than this participant's settings grant."""
         most = max(1, int(n_blocks * Fraction(str(self.settings.block_fraction))))
         asked = len(self.job["blocks"])
         if asked > most:
             raise _Failed(
                 "too many blocks",
-                message=f"the run asks for {asked} of {n_blocks} blocks, this participant prunes {most}: "
-                f"the run's block_fraction has to say {self.name}={self.settings.block_fraction:g} or less",
+                message=f"the run asks for {asked} of {n_blocks} blocks, and this participant prunes at most "
+                f"{most} (--block-fraction): ask the coordinator to set the run's block_fraction to "
+                f"{self.name}={self.settings.block_fraction:g} or less",
             )
 
     def _resume(self) -> int:
-        """Bring the hidden states to the first block that is not walked yet."""
+        """Restore the hidden states, and return the first block that has not been walked through yet."""
         from safetensors.torch import load_file
 
         self.walker.enter(self.model)
@@ -274,9 +282,9 @@ class _Walk:
             self.spool.hidden_path(index - 1).unlink(missing_ok=True)
 
     def _keep_update(self, block: Any, update: Any) -> None:
-        """Write what may leave; never again if it is there, for it may have been sent.
+        """Write a block's update, unless it exists: an existing update may already have been sent.
 
-        Nothing leaves of a block that others prune: an empty file says that it is done.
+        If only other participants prune the block, an empty file marks it as done, and nothing is shared.
         """
         from fedprllm.federation.protocol import update as wire
         from fedprllm.federation.protocol.names import to_wire
