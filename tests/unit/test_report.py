@@ -1,4 +1,4 @@
-"""The report: what it says is what the record says, and the page needs nothing but itself."""
+"""The report: it states what the record states, and the page is self-contained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LINKS = {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}
 
 
 class Page(HTMLParser):
-    """What a page holds: tags with attributes, text, tables by caption."""
+    """The content of a page: tags with their attributes, text, and tables by caption."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def report(run: Path) -> Page:
     return Page(write_report(run))
 
 
-def people(n: int, n_windows: int = 2) -> dict[str, torch.Tensor]:
+def windows_of(n: int, n_windows: int = 2) -> dict[str, torch.Tensor]:
     return {
         f"site-{number}": torch.randint(
             4, 128, (n_windows, 16), generator=torch.Generator().manual_seed(number)
@@ -93,14 +93,14 @@ def people(n: int, n_windows: int = 2) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run_once(tiny, tmp_path_factory):
-    """``run_once(n, **options)`` is the folder of a run, made once."""
+    """``run_once(n, **options)`` returns the folder of a run, which is computed once."""
     made: dict[str, Path] = {}
 
     def get(n: int = 3, architecture: str = "llama", n_windows: int = 2, **options: Any) -> Path:
         key = repr((n, architecture, n_windows, sorted(options.items())))
         if key not in made:
             out = tmp_path_factory.mktemp("runs") / "run"
-            prune(tiny(architecture), people(n, n_windows), PruneConfig(**options), out=out)
+            prune(tiny(architecture), windows_of(n, n_windows), PruneConfig(**options), out=out)
             made[key] = out
         return made[key]
 
@@ -109,7 +109,7 @@ def run_once(tiny, tmp_path_factory):
 
 @pytest.fixture
 def edited(tmp_path):
-    """``edited(run, change)`` is a copy of a run whose result was changed."""
+    """``edited(run, change)`` returns a copy of a run with a changed result."""
 
     def get(run: Path, change: Any) -> Path:
         out = tmp_path / "edited"
@@ -140,7 +140,7 @@ def result_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text())
 
 
-# What it says ----------------------------------------------------------------------------------
+# Content ----------------------------------------------------------------------------------
 
 
 def test_page_holds_the_figures_of_the_record(run_once, edited):
@@ -176,11 +176,11 @@ def test_page_holds_the_figures_of_the_record(run_once, edited):
         ["rounds", "1", ""],
     ]
     assert page.headings == [
-        "What was run",
+        "Settings",
         "Perplexity",
         "Sparsity",
         "How much the participants agree",
-        "Prunes that a tie decided",
+        "Prunes decided by a tie",
         "What each participant would send",
         "Time",
     ]
@@ -195,8 +195,8 @@ def test_sparsity_ties_and_seconds_are_sums_over_blocks(run_once):
     assert f"pruned to {n_zeros / n_weights * 100:.1f} % zeros by 3 participants, one-shot." in page.text
     assert "Uniform: every Linear of every block has 50.0 % zeros." in page.text
     rows = page.tables["The server's decision"]
-    for kind, n_pruned, n_ties, share in rows[1:]:
-        chosen = [linear for linear in linears if kind in (linear["kind"], "all Linears")]
+    for path, n_pruned, n_ties, share in rows[1:]:
+        chosen = [linear for linear in linears if path in (linear["kind"], "all Linears")]
         prunes, tied = (sum(linear[key] for linear in chosen) for key in ("n_pruned", "n_ties"))
         assert (n_pruned, n_ties, share) == (f"{prunes:,}", f"{tied:,}", f"{tied / prunes * 100:.1f} %")
     assert len(rows) == 1 + 7 + 1
@@ -219,10 +219,8 @@ def test_agreement_is_the_mean_weighted_by_weights(run_once):
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert page.html.count(f">{matrix[a, b]:.3f}</text>") >= 2
     mean = (matrix.sum() - 3) / 6
-    assert (
-        f"Two participants treat {mean * 100:.1f} % of the weights alike on average; least site-" in page.text
-    )
-    assert f"on the other {(1 - alike / n_weights) * 100:.1f} % they differ" in page.text
+    assert f"On average, two participants agree on {mean * 100:.1f} % of the weights; site-" in page.text
+    assert f"they disagree on the other {(1 - alike / n_weights) * 100:.1f} %" in page.text
     # s = 1/4: 1/16 + 9/16; all or none of three: 1/64 + 27/64.
     assert "sparsity s = 0.25 agree on s² + (1 - s)² = 0.625" in page.text
     assert "(56.2 % if masks were random)" in page.text
@@ -251,22 +249,32 @@ def test_sparsity_that_differs_is_said_and_notes_are_listed(run_once, edited):
     assert page.tables["Deviations from the requested settings"][1:] == [["1", "damping raised to 0.1"]]
 
 
-# What it leaves out ----------------------------------------------------------------------------
+# Omissions ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("n", "options", "said", "absent"),
     [
-        (3, {}, "Not measured: the run was given no text to evaluate on.", "Compared with"),
-        (1, {}, "Left out: there is one participant", "votes to prune"),
-        (3, {"strategy": "centralized"}, "Left out: all text was pooled", "The server's decision"),
-        (3, {"strategy": "centralized"}, "Nothing: the text itself was pooled.", "would send 0"),
-        (3, {"strategy": "local-only"}, "Nothing: every participant pruned alone.", "The server's decision"),
-        (3, {"strategy": "local-only"}, "Nobody voted in this run", "Each participant would send"),
-        (3, {"strategy": "iterative"}, "3 rounds of communication", "Left out"),
-        (3, {"criterion": "magnitude"}, "All masks are the same", "Pairwise agreement of the masks:"),
+        (3, {}, "Not measured: the run had no evaluation text.", "Comparison with other models"),
+        (1, {}, "Omitted: there is only one participant", "votes to prune"),
+        (3, {"strategy": "centralized"}, "Omitted: all text was pooled", "The server's decision"),
+        (3, {"strategy": "centralized"}, "No updates: the text itself was pooled.", "would send 0"),
+        (
+            3,
+            {"strategy": "local-only"},
+            "No updates: each participant pruned alone.",
+            "The server's decision",
+        ),
+        (3, {"strategy": "local-only"}, "This run held no vote", "Each participant would send"),
+        (3, {"strategy": "iterative"}, "3 rounds of communication", "Omitted"),
+        (3, {"criterion": "magnitude"}, "All masks are identical", "Pairwise agreement of the masks:"),
         (3, {"share": "statistics"}, "make no masks of their own", "votes to prune"),
-        (3, {"weighting": "tokens"}, "No histogram of votes", "votes to prune"),
+        (
+            3,
+            {"weighting": "tokens"},
+            "There is no histogram of votes",
+            "votes to prune",
+        ),
     ],
 )
 def test_what_does_not_apply_is_left_out(run_once, n, options, said, absent):
@@ -277,7 +285,7 @@ def test_what_does_not_apply_is_left_out(run_once, n, options, said, absent):
 
 def test_two_participants_have_one_pair(run_once):
     page = report(run_once(2))
-    assert re.search(r"Two participants treat [\d.]+ % of the weights alike on average\. ", page.text)
+    assert re.search(r"On average, two participants agree on [\d.]+ % of the weights\. ", page.text)
 
 
 def test_gpt2_and_patterns(run_once):
@@ -305,7 +313,7 @@ def test_comparison_has_its_own_table(run_once, edited):
         ["local-only: south", "∞", "200.00 10 times"],
         ["federated", "12.00 +20.0 %", "24.00 +20.0 %"],
     ]
-    assert "Compared with" in page.headings
+    assert "Comparison with other models" in page.headings
     assert "Perplexity" not in page.headings
     # The head quotes the comparison when the run itself measured nothing.
     assert "14.14 dense, 16.97 pruned (+20.0 %" in page.text
@@ -361,25 +369,25 @@ def test_page_is_accessible(run_once):
     assert "$" not in page.text
     assert "prefers-color-scheme: dark" in page.html
     assert "@media print" in page.html
-    assert not re.search(r"#0a0[bc]\d\d", page.html), "a stand-in colour was left"
+    assert not re.search(r"#0a0[bc]\d\d", page.html), "a placeholder color was left"
 
 
-def _luminance(colour: str) -> float:
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+def _luminance(color: str) -> float:
+    parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
-def test_colours_have_contrast_in_light_and_dark():
-    """WCAG 2.1: 4.5 for text, 3 for what is drawn."""
+def test_colors_have_contrast_in_light_and_dark():
+    """WCAG 2.1 contrast ratios: 4.5 for text, 3 for graphics."""
     css = files("fedprllm.report").joinpath("template.html").read_text(encoding="utf-8")
     schemes = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)
     assert len(schemes) == 2
     for scheme in schemes:
-        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", scheme))
+        colors = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", scheme))
 
-        def contrast(one: str, other: str, colours: dict[str, str] = colours) -> float:
-            dark, light = sorted((_luminance(colours[one]), _luminance(colours[other])))
+        def contrast(one: str, other: str, colors: dict[str, str] = colors) -> float:
+            dark, light = sorted((_luminance(colors[one]), _luminance(colors[other])))
             return (light + 0.05) / (dark + 0.05)
 
         for ground in ("page", "soft"):
@@ -435,7 +443,7 @@ def test_default_place_is_the_run_itself(run_once):
 
 
 def test_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(RunError, match=r"no run\.json"):
+    with pytest.raises(RunError, match=r"no run\.json: expected the folder"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -454,8 +462,8 @@ def test_incomplete_run_is_refused(tiny, tmp_path, monkeypatch):
     for strategy in ("one-shot", "local-only"):
         run = tmp_path / strategy
         with pytest.raises(KeyboardInterrupt):
-            prune(tiny("llama"), people(2), PruneConfig(strategy=strategy), out=run)
-        with pytest.raises(RunError, match=r"not complete: 2 of 3 blocks .*run its command again"):
+            prune(tiny("llama"), windows_of(2), PruneConfig(strategy=strategy), out=run)
+        with pytest.raises(RunError, match=r"not complete: 2 of 3 blocks .*repeat the run\'s command"):
             write_report(run)
         assert not (run / "report.html").exists()
 
@@ -467,7 +475,7 @@ def test_run_that_did_not_start_a_block(run_once, tmp_path):
 
 
 def test_out_must_be_a_file(run_once, tmp_path):
-    with pytest.raises(RunError, match="is a folder: name the HTML file"):
+    with pytest.raises(RunError, match="is a folder: expected the name of the HTML file"):
         write_report(run_once(), tmp_path)
 
 
@@ -479,13 +487,13 @@ def test_allocation_and_unequal_shares_are_shown(run_once):
         [str(record["block"]), f"{ratio * 100:.3f} %", f"{record['sparsity'] * 100:.1f} %"]
         for record, ratio in zip(result["blocks"], ratios, strict=True)
     ]
-    sent = {name: person["update_bytes"] for name, person in result["participants"].items()}
+    sent = {name: participant["update_bytes"] for name, participant in result["participants"].items()}
     assert sent["site-1"] < sent["site-0"] == sent["site-2"]
     rows = page.tables["Payload of one participant"]
     assert rows[1][:2] == ["before pruning, to find outliers", f"{8 * len(ratios)} bytes"]
     assert rows[3][1] == f"{sent['site-1']:,} to {sent['site-0']:,} bytes"
     assert page.tables["By participant"][2] == ["site-1", "1", f"{sent['site-1']:,} bytes"]
-    assert "Not every participant took part in every block" in page.text
+    assert "Some blocks received fewer votes because" in page.text
 
 
 @pytest.mark.parametrize("share", ["mask", "statistics", "gram", "weights"])
@@ -507,5 +515,7 @@ def test_bytes_are_said_for_every_way_of_sharing(run_once, share):
     rows = page.tables["Payload of one participant"]
     assert rows[1][1] == f"{per_block[0]:,} bytes"
     assert rows[2][1] == f"{sum(per_block):,} bytes"
-    assert {person["update_bytes"] for person in result["participants"].values()} == {sum(per_block)}
-    assert ("float rounding may decide" in page.text) == (share == "statistics")
+    assert {participant["update_bytes"] for participant in result["participants"].values()} == {
+        sum(per_block)
+    }
+    assert ("float rounding may have decided" in page.text) == (share == "statistics")

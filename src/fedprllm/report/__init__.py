@@ -1,1 +1,1 @@
-"""A run as one self-contained HTML page: figures from the run's record, no network, no scripts."""
+"""A run as a self-contained HTML page: figures from the run's record, no network access, no scripts."""

@@ -1,7 +1,7 @@
-"""The style of all figures, and how a figure becomes SVG: inside a page, or a file of its own.
+"""The style of all figures and their conversion to SVG, for embedding in a page or as separate files.
 
-Text and lines are drawn in stand-in colours that become CSS variables of the page, so that one figure
-serves its light and its dark form. Text stays text and takes the page's font.
+Text and lines are drawn in placeholder colors that become CSS variables of the page, so that one figure
+serves both its light and its dark theme. Text stays text and takes the page's font.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _VARIABLES = {
     MUTED: "var(--muted)",
     LINE: "var(--line)",
     PAGE: "var(--page)",
-    **{colour: f"var(--c{number})" for number, colour in enumerate(SERIES, start=1)},
+    **{color: f"var(--c{number})" for number, color in enumerate(SERIES, start=1)},
 }
-# Cividis without its darkest part, which a dark page would swallow: readable without colour vision.
+# Readable without color vision: cividis, minus its darkest part, which would vanish on a dark page.
 SEQUENTIAL = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 1, 256)), name="report")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 MARKERS = "osD^vP*X"
@@ -82,7 +82,12 @@ _STYLE = {
 
 
 class Drawing:
-    """A figure, and its SVG once it is drawn."""
+    """A figure and, once it is drawn, its SVG.
+
+    Args:
+        height: Height in inches.
+        width: Width in inches.
+    """
 
     def __init__(self, height: float, width: float = _WIDTH) -> None:
         self.figure = Figure(figsize=(width, height))
@@ -92,12 +97,17 @@ class Drawing:
 
 @contextmanager
 def drawing(label: str, height: float, width: float = _WIDTH) -> Iterator[Drawing]:
-    """Draw in the report's style; ``label`` says in words what the figure shows.
+    """Draw a figure in the report's style.
 
-    matplotlib's own defaults come first: a user's matplotlibrc must not change the page.
+    The style builds on matplotlib's own defaults: a user's matplotlibrc must not change the page.
+
+    Args:
+        label: Description of the figure, read out by screen readers.
+        height: Height in inches.
+        width: Width in inches.
     """
     with context(["default", _STYLE | {"svg.hashsalt": label}]), warnings.catch_warnings():
-        # Names may hold characters that matplotlib's font has no shape for; the page's fonts do.
+        # Names may contain characters that matplotlib's font lacks, but the page's fonts have.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         drawn = Drawing(height, width)
         yield drawn
@@ -109,7 +119,7 @@ def drawing(label: str, height: float, width: float = _WIDTH) -> Iterator[Drawin
 
 
 def _inline(svg: str, label: str) -> Markup:
-    """The SVG as a part of an HTML page: no prolog, no namespaces, no names that nothing refers to."""
+    """The SVG as part of an HTML page: without a prolog, namespaces and ids that nothing refers to."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style type.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\s*<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -121,7 +131,7 @@ def _inline(svg: str, label: str) -> Markup:
     return Markup(svg.strip())
 
 
-# The page's light colours, for a figure outside of a page.
+# The page's light colors, for figures outside a page.
 _LIGHT = {
     "--ink": "#1a1e23",
     "--muted": "#565f69",
@@ -138,7 +148,7 @@ _LIGHT = {
 
 
 def standalone(svg: Markup) -> str:
-    """An SVG of a page as a file of its own: light colours, white ground."""
+    """The content of a separate SVG file for a figure of a page: light colors on a white background."""
     text = re.sub(r"var\((--\w+)\)", lambda found: _LIGHT[found[1]], str(svg))
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     text = text.replace("<svg", f"<svg {names}", 1)

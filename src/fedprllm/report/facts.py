@@ -1,4 +1,4 @@
-"""The facts of a run that several sections of the report need, and how they are written down."""
+"""Facts about a run that several sections of the report need, and their formatting."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ __all__ = [
     "size_range",
 ]
 
-# Perplexities of models by name, each with a row for every text.
+# Perplexities by model name, each with one row per text.
 Perplexities = dict[str, list[Perplexity]]
-# Tables with more rows are folded, and figures number participants instead of naming them.
+# Tables with more rows are collapsed, and figures number the participants instead of naming them.
 MAX_ROWS = MAX_NAMED
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value in a table, and a note beside it."""
+    """A value in a table and a note beside it."""
 
     text: str
     note: str = ""
@@ -51,7 +51,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of strings or cells; ``align``: ``l`` left, ``r`` right, ``p`` a path, by column."""
+    """A table of strings or cells.
+
+    Attributes:
+        caption: Caption of the table.
+        columns: Column headings.
+        align: One letter per column: ``l`` left-aligned, ``r`` right-aligned, ``p`` a long path.
+        rows: The rows.
+        strong: Indices of the rows to emphasize.
+        wide: Whether notes go below their values.
+    """
 
     caption: str
     columns: Sequence[str]
@@ -62,13 +71,13 @@ class Table:
 
     @property
     def folded(self) -> bool:
-        """Whether it is too long to stand open."""
+        """Whether the table is too long to be shown expanded."""
         return len(self.rows) > MAX_ROWS
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure and what has to be known to read it."""
+    """A figure and the caption that explains it."""
 
     svg: Markup
     caption: str
@@ -76,7 +85,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it, in order."""
+    """A heading and the parts below it, in order."""
 
     name: str
     title: str
@@ -87,7 +96,11 @@ class Section:
 
 
 class Facts:
-    """The record of a run, summed up where several sections need it."""
+    """The record of a run with the summaries that several sections need.
+
+    Args:
+        result: A complete run.
+    """
 
     def __init__(self, result: PruneResult) -> None:
         self.record = result.record
@@ -99,31 +112,31 @@ class Facts:
         self.model = Path(self.record.model.source).name
         self.evaluation = _named(result.evaluation, result.config.strategy)
         self.comparison = dict(self.record.comparison or {})
-        # A run over the network has an identity of its own, and records what really was sent.
+        # Only a run over the network has an id; its record holds the number of bytes actually sent.
         self.networked = self.record.run_id is not None
         self.dropouts = any(len(self.voters(record)) < len(self.voting) for record in self.blocks)
         self.paths = list(dict.fromkeys(linear.path for _, linear in self.linears()))
 
     def voters(self, record: BlockRecord) -> list[str]:
-        """Participants of a block, in the order of its agreement matrix."""
+        """Participants that took part in a block, in the order of its agreement matrix."""
         return record.participants or self.voting
 
     def linears(self) -> Iterator[tuple[int, LinearRecord]]:
-        """Each Linear's record with the number of its block."""
+        """Each Linear's record with the index of its block."""
         return self.record.linears()
 
     def total(self, key: str, path: str | None = None) -> int:
-        """Sum of a number over all Linears, or those of one path."""
+        """Sum of a field over all Linears or over those with one path."""
         return sum(getattr(linear, key) for _, linear in self.linears() if path in (None, linear.path))
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros among the prunable weights."""
+        """Fraction of zeros among the prunable weights."""
         return self.record.sparsity
 
     @property
     def pruned_models(self) -> tuple[Perplexities, list[str]]:
-        """The table of perplexities to quote from, and the names of this run's models in it."""
+        """The perplexities to quote from and the names of this run's models among them."""
         table = self.evaluation or self.comparison
         own = [_model_name(name, self.config.strategy) for name in self.record.models]
         found = [name for name in own if name in table]
@@ -131,17 +144,17 @@ class Facts:
 
     @property
     def sent(self) -> dict[str, int]:
-        """Bytes that each participant shares in the whole run, by name."""
+        """Total bytes that each participant shares during the run, by name."""
         return {name: one.update_bytes or 0 for name, one in self.participants.items()}
 
     @property
     def has_votes(self) -> bool:
-        """Whether votes were counted one by one: not if sums are shared, or votes count tokens."""
+        """Whether the number of votes is known: not if sums are shared or votes are weighted by tokens."""
         return all(linear.vote_histogram is not None for _, linear in self.linears())
 
     def votes(self, path: str | None = None) -> np.ndarray:
         """Number of weights by number of votes, [n_participants + 1]."""
-        # Where participants dropped out, a block has fewer possible numbers of votes.
+        # If participants dropped out, a block's histogram is shorter.
         votes = np.zeros(len(self.voting) + 1, dtype=np.int64)
         for _, linear in self.linears():
             if path in (None, linear.path) and linear.vote_histogram is not None:
@@ -150,7 +163,7 @@ class Facts:
 
     @property
     def pruned_share(self) -> float:
-        """Share of the prunable weights that a mask prunes."""
+        """Fraction of the prunable weights that the masks prune."""
         return float(self.total("n_pruned") / self.record.n_prunable)
 
 
@@ -159,19 +172,19 @@ def _named(evaluation: Mapping[str, list[Perplexity]], strategy: str) -> Perplex
 
 
 def _model_name(name: str, strategy: str) -> str:
-    """What a model is called on the page; a participant's own is named after it."""
+    """A model's name on the page; a participant's own model is named after the participant."""
     if name == "model":
         return strategy
     return name if name == "dense" or strategy != "local-only" else f"local-only: {name}"
 
 
 def percent(share: float) -> str:
-    """A share with one digit after the point."""
+    """A fraction as a percentage with one decimal place."""
     return f"{share * 100:.1f} %"
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in the unit that fits, in powers of 1000."""
+    """A number of bytes in a suitable unit, in powers of 1000."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if n_bytes < 1000 or unit == "GB":
             break
@@ -180,13 +193,13 @@ def size(n_bytes: float) -> str:
 
 
 def size_range(numbers: Iterable[int]) -> str:
-    """Bytes from the least to the most."""
+    """The range of several numbers of bytes."""
     low, high = size(min(numbers := list(numbers))), size(max(numbers))
     return low if low == high else f"{low} to {high}"
 
 
 def seconds(duration: float) -> str:
-    """Seconds, from two minutes on minutes and seconds."""
+    """A duration in seconds or, from two minutes on, in minutes and seconds."""
     if duration < 120:
         return f"{duration:.1f} s" if duration >= 1 else f"{duration:.2f} s"
     return "{} min {} s".format(*divmod(round(duration), 60))
@@ -198,12 +211,12 @@ def count(number: int, noun: str) -> str:
 
 
 def perplexity(value: float) -> str:
-    """Two digits after the point; beyond the range of floats, infinity."""
+    """A perplexity with two decimal places; ∞ beyond the range of floats."""
     return f"{value:,.2f}" if math.isfinite(value) else "∞"
 
 
 def change(value: float, dense: float) -> str:
-    """Relative change against the dense model."""
+    """Relative change from the dense model."""
     ratio = value / dense
     if not math.isfinite(ratio):
         return ""
@@ -211,13 +224,13 @@ def change(value: float, dense: float) -> str:
 
 
 def mean_perplexity(rows: Sequence[Perplexity]) -> float:
-    """Geometric mean over texts: exp of the mean negative log-likelihood."""
+    """Geometric mean over texts: ``exp`` of the mean negative log-likelihood."""
     nll = math.fsum(row.nll for row in rows) / len(rows)
     return math.exp(nll) if nll < 709 else math.inf
 
 
 def numbered(rows: list[list[str | Cell]]) -> list[list[str | Cell]]:
-    """With many participants figures show numbers: say whose they are."""
+    """Add the numbers by which figures refer to participants if there are too many to name."""
     if len(rows) <= MAX_ROWS:
         return rows
     return [[Cell(str(row[0]), f"no. {number}"), *row[1:]] for number, row in enumerate(rows, start=1)]

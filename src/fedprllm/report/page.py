@@ -1,7 +1,7 @@
-"""``write_report``: the record of a complete run becomes a page.
+"""``write_report``: turn the record of a complete run into a page.
 
-The page is a list of sections, each a few sentences, tables and figures; the template only lays them out.
-What does not apply to a run is said in one line or left out.
+The page is a list of sections, each with a few sentences, tables and figures; the template only lays them
+out. A section that does not apply to a run is reduced to one line or omitted.
 """
 
 from __future__ import annotations
@@ -34,39 +34,39 @@ __all__ = ["write_report"]
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write one self-contained HTML page about a complete run.
+    """Write a self-contained HTML page about a complete run.
 
-    The same record gives the same bytes.
+    The same record always gives the same bytes.
 
     Args:
         run: Folder of the run.
         out: HTML file to write; ``report.html`` in the run's folder by default.
 
     Returns:
-        The file written.
+        Path of the written file.
 
     Raises:
-        RunError: The folder is not that of a complete run, or ``out`` is a folder.
+        RunError: The folder does not hold a complete run, or ``out`` is a folder.
     """
     run = Path(run)
     path = run / "report.html" if out is None else Path(out)
     _check_complete(run)
     if path.is_dir():
-        raise RunError(f"{path} is a folder: name the HTML file to write")
+        raise RunError(f"{path} is a folder: expected the name of the HTML file to write")
     write_text(path, _render(PruneResult.load(run)))
     return path
 
 
 def _check_complete(run: Path) -> None:
     if not (run / "run.json").exists():
-        raise RunError(f"{run} holds no run.json: name the folder that a run was given with --out")
+        raise RunError(f"{run} contains no run.json: expected the folder that a run was given with --out")
     if not (run / "result.json").exists():
-        # Shards are named by their number, and there is one more than there are blocks.
+        # Shard names end in the number of shards, which is one more than the number of blocks.
         shards = [*run.glob("**/model*/model-*-of-*.safetensors")]
         n_blocks = f" of {int(shards[0].stem.rsplit('-', 1)[1]) - 1}" if shards else ""
         raise RunError(
-            f"{run}: the run is not complete: {Run(run, {}).n_finished}{n_blocks} blocks are finished and "
-            "result.json is missing; run its command again, it continues there"
+            f"the run in {run} is not complete: {Run(run, {}).n_finished}{n_blocks} blocks are finished and "
+            "result.json is missing; repeat the run's command to continue it"
         )
 
 
@@ -91,7 +91,7 @@ def _render(result: PruneResult) -> str:
 
 
 def _quoted_perplexity(facts: Facts) -> tuple[str, str, str] | None:
-    """The perplexity before and after, and how it changed, as text."""
+    """The perplexity before and after pruning and its change, as text."""
     table, names = facts.pruned_models
     if "dense" not in table or not names:
         return None
@@ -126,7 +126,7 @@ def _summary(facts: Facts) -> str:
 
 
 def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
-    """Key figures: name, value, note."""
+    """Key figures, each with its name, value and note."""
     tiles = [
         (
             "zeros",
@@ -140,7 +140,7 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
         tiles.append(("perplexity", f"{quoted[0]} → {quoted[1]}", quoted[2].lstrip(", ")))
     sent = facts.sent.values()
     if any(sent):
-        tiles.append(("sent by each", size_range(sent), f"in {count(facts.record.rounds, 'round')}"))
+        tiles.append(("each sends", size_range(sent), f"in {count(facts.record.rounds, 'round')}"))
     spent = sum(sum(record.seconds.values()) for record in facts.blocks)
-    tiles.append(("time to prune", seconds(spent), f"over {count(len(facts.blocks), 'block')}"))
+    tiles.append(("pruning time", seconds(spent), f"for {count(len(facts.blocks), 'block')}"))
     return tiles

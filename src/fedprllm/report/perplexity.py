@@ -1,4 +1,4 @@
-"""What pruning did to the perplexity, of this run's models and of others they are compared with."""
+"""How pruning changed the perplexity: this run's models and the models they are compared with."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from fedprllm.report.facts import Cell, Facts, Perplexities, Plot, Section, Tabl
 
 __all__ = ["compared", "evaluated"]
 
-# More models than this are summed up in the figure; the table has all of them.
+# With more models than this, the figure shows a summary; the table always lists all of them.
 _MAX_DRAWN = 12
 
 
 def evaluated(facts: Facts) -> Section | None:
-    """The perplexities that the run measured itself; None if only a comparison did."""
+    """The perplexities measured by the run itself; None if the record holds only a comparison."""
     if facts.evaluation:
-        note = "Lower is better; the change is against the dense model."
+        note = "Lower is better; changes are relative to the dense model."
         own = facts.pruned_models[1]
         return Section("perplexity", "Perplexity", [note, *_perplexities(facts.evaluation, own)])
     if facts.comparison:
         return None
-    return Section("perplexity", "Perplexity", ["Not measured: the run was given no text to evaluate on."])
+    return Section("perplexity", "Perplexity", ["Not measured: the run had no evaluation text."])
 
 
 def compared(facts: Facts) -> Section | None:
-    """The comparison's models, after those of the run that it does not hold itself."""
+    """The comparison's models, preceded by those models of the run that the comparison lacks."""
     if not facts.comparison:
         return None
     models = {name: rows for name, rows in facts.evaluation.items() if name not in facts.comparison}
     models |= facts.comparison
     own = [name for name in (*facts.pruned_models[1], "federated") if name in models]
-    note = "Perplexity, lower is better; the change is against the dense model."
-    return Section("comparison", "Compared with", [note, *_perplexities(models, own)])
+    note = "Perplexity; lower is better, and changes are relative to the dense model."
+    return Section("comparison", "Comparison with other models", [note, *_perplexities(models, own)])
 
 
 def _perplexities(models: Perplexities, own: Sequence[str]) -> list[str | Table | Plot]:
@@ -61,16 +61,16 @@ def _perplexities(models: Perplexities, own: Sequence[str]) -> list[str | Table 
     )
     n_tokens = {row.text: row.n_tokens for rows in models.values() for row in rows}
     measured = "; ".join(f"{text}: {count:,}" for text, count in n_tokens.items())
-    shown, colours = _to_draw(values, own)
+    shown, colors = _to_draw(values, own)
     groups = {text: {model: row[text] for model, row in shown.items() if text in row} for text in texts}
-    figure = plots.grouped_bars(groups, colours, _describe(groups), "perplexity")
-    return [table, Plot(figure, f"Perplexity by text. Tokens predicted: {measured}.")]
+    figure = plots.grouped_bars(groups, colors, _describe(groups), "perplexity")
+    return [table, Plot(figure, f"Perplexity by text. Number of predicted tokens: {measured}.")]
 
 
 def _to_draw(
     values: Mapping[str, Mapping[str, float]], own: Sequence[str]
 ) -> tuple[dict[str, Mapping[str, float]], dict[str, int]]:
-    """What fits into a figure: every model; or of many the lowest, median and highest per text."""
+    """The models to draw: all of them or, if there are many, the lowest, median and highest per text."""
     shown: dict[str, Mapping[str, float]] = dict(values)
     if len(values) > _MAX_DRAWN:
         others = [row for model, row in values.items() if model != "dense"]
@@ -80,17 +80,17 @@ def _to_draw(
                 text: sorted(row[text] for row in others)[round(rank * (len(others) - 1))]
                 for text in others[0]
             }
-    colours: dict[str, int] = {}
+    colors: dict[str, int] = {}
     for model in shown:
         family = model.split(":")[0]
         if model == "dense":
-            colours[model] = 0
+            colors[model] = 0
         elif model in own or len(values) > _MAX_DRAWN:
-            colours[model] = 1
+            colors[model] = 1
         else:
-            known = {name.split(":")[0]: number for name, number in colours.items() if number > 1}
-            colours[model] = known.get(family, 2 + len(known))
-    return shown, colours
+            known = {name.split(":")[0]: number for name, number in colors.items() if number > 1}
+            colors[model] = known.get(family, 2 + len(known))
+    return shown, colors
 
 
 def _describe(groups: Mapping[str, Mapping[str, float]]) -> str:

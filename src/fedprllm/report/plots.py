@@ -1,4 +1,4 @@
-"""Figures of the report as inline SVG: the same bytes for the same numbers, colours left to the page."""
+"""Figures of the report as inline SVG: equal numbers give equal bytes, and the page sets the colors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fedprllm.report.drawing import DASHES, MARKERS, MUTED, PAGE, SEQUENTIAL, SE
 
 __all__ = ["MAX_NAMED", "MAX_PRINTED", "bars", "grouped_bars", "heatmap", "lines", "shares"]
 
-# A matrix with at most this many rows has its values printed into it.
+# Heatmaps with at most this many rows have their values printed into the cells.
 MAX_PRINTED = 12
-# Rows of a heatmap with more than this are numbered, not named.
+# Heatmaps with more rows than this number the rows instead of naming them.
 MAX_NAMED = 24
 
 
 def _short(name: str, length: int = 26) -> str:
-    """A name that fits beside an axis."""
+    """A name, truncated to fit beside an axis."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
@@ -32,7 +32,7 @@ def _no_ticks(axis: Any) -> None:
 
 
 def _row_axis(axes: Axes, positions: Sequence[float], names: Sequence[str]) -> None:
-    """Rows from top to bottom, named at the left."""
+    """Rows from top to bottom, with their names on the left."""
     axes.set_yticks(positions, [_short(name) for name in names])
     axes.set_ylim(max(positions) + 0.6, min(positions) - 0.6)
     _no_ticks(axes.yaxis)
@@ -43,7 +43,13 @@ def _row_axis(axes: Axes, positions: Sequence[float], names: Sequence[str]) -> N
 
 
 def bars(values: Mapping[str, float], texts: Sequence[str], label: str) -> Markup:
-    """One horizontal bar per name, with a text at its end."""
+    """One horizontal bar per name, with a text at its end.
+
+    Args:
+        values: Length of the bar by name.
+        texts: Text at the end of each bar.
+        label: Description of the figure.
+    """
     with drawing(label, 0.25 + 0.27 * len(values)) as drawn:
         axes = drawn.axes
         rows = range(len(values))
@@ -59,17 +65,17 @@ def bars(values: Mapping[str, float], texts: Sequence[str], label: str) -> Marku
 
 
 def grouped_bars(
-    groups: Mapping[str, Mapping[str, float]], colours: Mapping[str, int], label: str, axis_label: str
+    groups: Mapping[str, Mapping[str, float]], colors: Mapping[str, int], label: str, axis_label: str
 ) -> Markup:
-    """Groups of horizontal bars, each group under its name, values at their ends.
+    """Groups of horizontal bars, each group below its name, with the values at the ends of the bars.
 
-    The axis is linear from 0; or, if values differ by more than ten times, logarithmic from 1.
+    The axis is linear from 0 or, if the values differ by more than a factor of ten, logarithmic from 1.
 
     Args:
-        groups: Value by row by group; an infinite value is drawn to the edge.
-        colours: Number of the series colour by row; 0 is muted.
-        label: What the figure shows, in words.
-        axis_label: What the values are.
+        groups: Value by row by group; the bar of an infinite value extends to the edge.
+        colors: Number of the series color by row; 0 is muted.
+        label: Description of the figure.
+        axis_label: Label of the value axis.
     """
     values = [value for group in groups.values() for value in group.values()]
     finite = [value for value in values if np.isfinite(value)] or [1.0]
@@ -91,8 +97,8 @@ def grouped_bars(
             for name, value in rows.items():
                 position += 1
                 end = value if np.isfinite(value) else high
-                colour = SERIES[(colours[name] - 1) % len(SERIES)] if colours[name] else MUTED
-                axes.barh(position, end, height=0.72, color=colour)
+                color = SERIES[(colors[name] - 1) % len(SERIES)] if colors[name] else MUTED
+                axes.barh(position, end, height=0.72, color=color)
                 text = f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if np.isfinite(value) else "∞"
                 inside = end == high
                 axes.annotate(
@@ -123,23 +129,29 @@ def grouped_bars(
 
 
 def shares(rows: Mapping[str, Sequence[float]], label: str, axis_label: str) -> Markup:
-    """One stacked bar per row, of the shares of 0, 1, 2, ... (adding up to 1), dark to light."""
+    """One stacked bar per row with the shares of 0, 1, 2, ... from dark to light.
+
+    Args:
+        rows: Shares by row; those of a row add up to 1.
+        label: Description of the figure.
+        axis_label: Label of the color key.
+    """
     n = max(len(parts) for parts in rows.values())
     scale = Normalize(0, max(n - 1, 1))
     with drawing(label, 1.0 + 0.27 * len(rows)) as drawn:
         axes = drawn.axes
         parts = np.array(list(rows.values()))
         starts = np.cumsum(parts, axis=1) - parts
-        # Each reaches a little under its right neighbour, so that no seam opens between them.
+        # Each part extends slightly below its right neighbor, so that no seam shows between them.
         under = np.pad(np.minimum(parts[:, 1:], 0.004), ((0, 0), (0, 1)))
         for number in range(n):
-            colour = SEQUENTIAL(scale(number))
+            color = SEQUENTIAL(scale(number))
             width = parts[:, number] + under[:, number]
-            axes.barh(range(len(rows)), width, left=starts[:, number], height=0.78, color=colour, linewidth=0)
+            axes.barh(range(len(rows)), width, left=starts[:, number], height=0.78, color=color, linewidth=0)
             for row, part in enumerate(parts[:, number]):
                 if n <= 9 and part >= 0.055:
                     middle = starts[row, number] + part / 2
-                    ink, text = _readable(colour), f"{part * 100:.0f} %"
+                    ink, text = _readable(color), f"{part * 100:.0f} %"
                     axes.text(middle, row, text, ha="center", va="center", color=ink, fontsize=8)
         axes.set_xlim(0, 1)
         axes.set_xticks(np.linspace(0, 1, 6), [f"{share * 100:.0f} %" for share in np.linspace(0, 1, 6)])
@@ -152,7 +164,7 @@ def shares(rows: Mapping[str, Sequence[float]], label: str, axis_label: str) -> 
 
 
 def _steps(drawn: Drawing, n: int, label: str) -> None:
-    """A key above the axes: one swatch per number from 0 to n - 1, or a continuous bar."""
+    """A color key above the axes with one swatch for each number from 0 to n - 1."""
     key = drawn.figure.colorbar(
         matplotlib.cm.ScalarMappable(
             Normalize(-0.5, n - 0.5), ListedColormap(SEQUENTIAL(np.linspace(0, 1, n)))
@@ -181,15 +193,15 @@ def heatmap(
     limits: tuple[float, float],
     names: tuple[str, str, str],
 ) -> Markup:
-    """A matrix in colour; values that are NaN stay blank.
+    """A matrix drawn in colors; NaN values stay blank.
 
     Args:
-        values: [row, column].
+        values: Matrix [row, column].
         rows: Name of each row.
         columns: Name of each column.
-        label: What the figure shows, in words.
-        limits: Values of the darkest and the lightest colour.
-        names: Labels of the column axis, the row axis and the values.
+        label: Description of the figure.
+        limits: Values of the darkest and the lightest color.
+        names: Names of the column axis, the row axis and the values.
     """
     square = list(rows) == list(columns)
     height = 0.7 + (0.3 if square else 0.23) * len(rows) if len(rows) <= MAX_NAMED else 6.2
@@ -223,7 +235,7 @@ def heatmap(
 
 
 def _name_cells(axis: Any, names: Sequence[str]) -> None:
-    """All names while they are few; numbers from 1 at regular places when they are many."""
+    """Label all cells by name if they are few, and some of them by number if they are many."""
     _no_ticks(axis)
     if all(name.isdigit() for name in names) or len(names) > MAX_NAMED:
         step = max(1, -(-len(names) // 16))
@@ -234,16 +246,16 @@ def _name_cells(axis: Any, names: Sequence[str]) -> None:
         axis.set_ticks(range(len(names)), [_short(name, 20) for name in names])
 
 
-def _print_values(axes: Axes, values: np.ndarray, colours: Colormap, scale: Normalize) -> None:
+def _print_values(axes: Axes, values: np.ndarray, colors: Colormap, scale: Normalize) -> None:
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            ink = _readable(colours(scale(value)))
+            ink = _readable(colors(scale(value)))
             axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=8)
 
 
-def _readable(colour: Sequence[float]) -> str:
-    """Black or white, whichever has the higher contrast on a colour."""
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+def _readable(color: Sequence[float]) -> str:
+    """Black or white, whichever has the higher contrast with a color."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if luminance > 0.179 else "#ffffff"
 
@@ -251,13 +263,13 @@ def _readable(colour: Sequence[float]) -> str:
 def lines(
     series: Mapping[str, Sequence[float]], label: str, names: tuple[str, str], reference: tuple[float, str]
 ) -> Markup:
-    """One line per name over 0, 1, 2, ..., told apart by colour, dash and mark.
+    """One line per name over 0, 1, 2, ..., distinguished by color, dash pattern and marker.
 
     Args:
         series: Values by name; NaN leaves a gap.
-        label: What the figure shows, in words.
-        names: Labels of the horizontal and the vertical axis.
-        reference: A value drawn as a level line, and its name.
+        label: Description of the figure.
+        names: Names of the horizontal and the vertical axis.
+        reference: A value drawn as a horizontal line, and its name.
     """
     n = max(len(values) for values in series.values())
     with drawing(label, 3.4) as drawn:
@@ -287,7 +299,7 @@ def lines(
 
 
 def _level(axes: Axes, value: float, name: str) -> None:
-    """A level line with its name; far from all data only the name, where the line would be."""
+    """A named horizontal line or, if it is far from all data, only its name at the nearest edge."""
     low, high = axes.get_ylim()
     span = high - low
     near = low - 2 * span <= value <= high + 2 * span

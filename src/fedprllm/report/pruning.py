@@ -1,4 +1,4 @@
-"""What the walk recorded of each block: sparsity, votes, agreement, ties, bytes and time."""
+"""What the run recorded about each block: sparsity, votes, agreement, ties, bytes and time."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from fedprllm.sharing import SHARING
 
 __all__ = ["agreement", "ties", "time", "traffic", "zeros"]
 
-# What `fedprllm.pruning.agreement` draws from each Linear.
+# Sample size of `fedprllm.pruning.agreement` for each Linear.
 SAMPLE = 16_384
 _PHASES = {
     "read": "load the block",
     "observe": "forward passes that collect statistics",
-    "select": "rank the weights, make each participant's mask",
-    "vote": "count votes, sample the agreement",
+    "select": "rank the weights and make each participant's mask",
+    "vote": "count votes and sample the agreement",
     "advance": "forward passes through the pruned block",
     "aggregate": "the server's decision",
     "write": "store the pruned block",
-    "record": "count zeros, store the votes",
+    "record": "count zeros and store the votes",
 }
-_SURVEYED = "Before that, for OWL, the outliers of each block or the sums to find them. "
-_MEASURED = "Counted from the updates that the coordinator received; where participants differ, the largest."
-_COMPUTED = "This run was computed in one process; framing and checksums of a network come on top."
+_SURVEYED = "Before that, OWL needs each block's number of outliers, or the sums to count them. "
+_MEASURED = "Measured on the updates that the coordinator received; if they differ, the largest counts."
+_COMPUTED = "This run took place in one process; over a network, framing and checksums are added."
 
 
 # Sparsity --------------------------------------------------------------------------------------
 
 
 def zeros(facts: Facts) -> Section:
-    """Share of zeros by block and path of the Linear."""
+    """Fraction of zeros by block and path of the Linear."""
     values = np.full((len(facts.paths), len(facts.blocks)), np.nan)
     numbers = [record.block for record in facts.blocks]
     for block, linear in facts.linears():
@@ -70,9 +70,9 @@ def zeros(facts: Facts) -> Section:
         limits=limits,
         names=("block", "", "share of zeros"),
     )
-    caption = "Share of zeros by block and path of the Linear, those that the dense model had included."
+    caption = "Share of zeros by block and type of Linear, including the zeros of the dense model."
     if not (facts.strategy.server_votes or facts.strategy.pools_text) and len(facts.participants) > 1:
-        caption += f" Shown is the model of the last participant, {facts.voting[-1]}."
+        caption += f" The figure shows the model of the last participant, {facts.voting[-1]}."
     section = Section("sparsity", "Sparsity", [f"{spread}.", Plot(figure, caption), *_allocation(facts)])
     notes = [[str(record.block), note] for record in facts.blocks for note in record.notes]
     if notes:
@@ -81,7 +81,7 @@ def zeros(facts: Facts) -> Section:
 
 
 def _allocation(facts: Facts) -> list[str | Table | Plot]:
-    """What each block was given to lose, and the outliers it was given for."""
+    """The sparsity allocated to each block and the outliers that it is based on."""
     ratios = facts.record.outlier_ratios
     if not ratios:
         return []
@@ -91,9 +91,9 @@ def _allocation(facts: Facts) -> list[str | Table | Plot]:
         for record, ratio in zip(facts.blocks, shown, strict=True)
     ]
     text = (
-        f"Blocks with more outliers lose less (OWL): an outlier is a score above {facts.config.owl_m:g} "
-        f"times the mean of its block, and a block lies at most {facts.config.owl_lambda:g} from the "
-        "sparsity of the model."
+        "Blocks with more outliers are pruned less (OWL): an outlier is a score above "
+        f"{facts.config.owl_m:g} times the mean of its block, and a block's sparsity differs by at most "
+        f"{facts.config.owl_lambda:g} from that of the model."
     )
     return [text, Table("Allocation of the sparsity", ("block", "outliers", "sparsity"), "lrr", rows)]
 
@@ -102,14 +102,14 @@ def _allocation(facts: Facts) -> list[str | Table | Plot]:
 
 
 def agreement(facts: Facts) -> Section:
-    """How alike the participants' masks are: votes, and pairs."""
+    """How much the participants' masks agree: votes and pairs of participants."""
     section = Section("agreement", "How much the participants agree")
     if len(facts.voting) < 2:
-        why = "all text was pooled" if facts.strategy.pools_text else "there is one participant"
-        section.parts.append(f"Left out: {why}, so there is one mask only.")
+        why = "all text was pooled" if facts.strategy.pools_text else "there is only one participant"
+        section.parts.append(f"Omitted: {why}, so there is only one mask.")
         return section
     if not facts.blocks[0].agreement:
-        section.parts.append("Left out: the participants share sums and make no masks of their own.")
+        section.parts.append("Omitted: the participants share sums and make no masks of their own.")
         return section
     section.parts.extend([*_votes(facts), *_pairs(facts)])
     return section
@@ -119,7 +119,7 @@ def _votes(facts: Facts) -> list[str | Plot]:
     n = len(facts.voting)
     own = facts.pruned_share
     if not facts.has_votes:
-        return ["No histogram of votes: they were not counted one by one in this run."]
+        return ["There is no histogram of votes: this run did not count them individually."]
     histograms = {path: facts.votes(path) for path in facts.paths}
     rows = {"all Linears": facts.votes(), **histograms}
     shares = {path: list(counts / counts.sum()) for path, counts in rows.items()}
@@ -127,23 +127,21 @@ def _votes(facts: Facts) -> list[str | Plot]:
     alike = shares["all Linears"][0] + shares["all Linears"][n]
     by_chance = shares["random masks"][0] + shares["random masks"][n]
     lead = (
-        f"Of all weights, {percent(shares['all Linears'][n])} would be pruned by every participant and "
-        f"{percent(shares['all Linears'][0])} by none; on the other {percent(1 - alike)} they differ "
+        f"Every participant would prune {percent(shares['all Linears'][n])} of all weights, and none would "
+        f"prune {percent(shares['all Linears'][0])}; they disagree on the other {percent(1 - alike)} "
         f"({percent(1 - by_chance)} if masks were random)."
     )
     if facts.dropouts:
-        lead += " Not every participant took part in every block, so fewer votes were possible there."
+        lead += " Some blocks received fewer votes because not all participants took part in them."
     if not facts.strategy.server_votes:
-        lead += " Nobody voted in this run: the masks were counted for this page only."
+        lead += " This run held no vote: the masks were counted only for this report."
     label = "Share of weights by number of votes. " + "; ".join(
         f"{path}: none {percent(parts[0])}, all {percent(parts[-1])}" for path, parts in shares.items()
     )
     figure = plots.shares(shares, label, f"votes to prune, of {n} participants")
     return [
         lead,
-        Plot(
-            figure, "Share of weights by number of participants that would prune them, by path of the Linear."
-        ),
+        Plot(figure, "Share of weights by number of participants that would prune them, by type of Linear."),
     ]
 
 
@@ -157,15 +155,18 @@ def _pairs(facts: Facts) -> list[str | Plot]:
         if np.isfinite(matrix[a, b])
     )
     if not pairs:
-        return ["No two participants took part in the same block."]
+        return ["No two participants took part in the same block, so there are no pairs to compare."]
     sampled = f"estimated from a sample of {SAMPLE:,} weights per Linear"
     if pairs[0][0] == 1:
-        return [f"All masks are the same ({sampled})."]
+        return [f"All masks are identical ({sampled})."]
     mean = sum(pair[0] for pair in pairs) / len(pairs)
-    lead = f"Two participants treat {percent(mean)} of the weights alike on average"
+    lead = f"On average, two participants agree on {percent(mean)} of the weights"
     if len(pairs) > 1:
         (low, *least), (high, *most) = pairs[0], pairs[-1]
-        lead += f"; least {' and '.join(least)} ({percent(low)}), most {' and '.join(most)} ({percent(high)})"
+        lead += (
+            f"; {' and '.join(least)} agree least ({percent(low)}), {' and '.join(most)} most "
+            f"({percent(high)})"
+        )
     np.fill_diagonal(matrix, np.nan)
     limits = (np.floor(pairs[0][0] * 50) / 50, np.ceil(pairs[-1][0] * 50) / 50)
     reference = (
@@ -173,7 +174,7 @@ def _pairs(facts: Facts) -> list[str | Plot]:
     )
     first = " Participants are numbered as in their table." if len(names) > plots.MAX_NAMED else ""
     if len(names) < len(facts.voting):
-        first += f" The first {len(names)} are shown."
+        first += f" Only the first {len(names)} are shown."
     heatmap = plots.heatmap(
         matrix,
         names,
@@ -182,7 +183,7 @@ def _pairs(facts: Facts) -> list[str | Plot]:
         limits=limits,
         names=("", "", "agreement"),
     )
-    label = "Mean pairwise agreement by block and path of the Linear. Means over blocks: " + ", ".join(
+    label = "Mean pairwise agreement by block and type of Linear. Means over blocks: " + ", ".join(
         f"{path} {np.nanmean(values):.3f}" for path, values in lines.items()
     )
     curves = plots.lines(lines, label, ("block", "mean pairwise agreement"), (chance, "random masks"))
@@ -190,15 +191,15 @@ def _pairs(facts: Facts) -> list[str | Plot]:
         f"{lead}.",
         Plot(
             heatmap,
-            f"Pairwise agreement of the masks: share of weights that both prune or both keep, mean over "
+            f"Pairwise agreement of the masks: share of weights that both prune or both keep, averaged over "
             f"all Linears weighted by their size, {sampled}. For reference: {reference}.{first}",
         ),
-        Plot(curves, f"The same, mean over all pairs, by block and path of the Linear ({sampled})."),
+        Plot(curves, f"The same, averaged over all pairs, by block and type of Linear ({sampled})."),
     ]
 
 
 def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:
-    """Agreement [participant, participant] weighted by weights, and its mean over pairs by path and block."""
+    """Agreement [participant, participant] weighted by size, and its mean over pairs by path and block."""
     numbers = {name: number for number, name in enumerate(facts.voting)}
     seen = (facts.voters(r)[: len(m)] for r in facts.blocks for m in r.agreement.values())
     n = 1 + max(numbers.get(name, 0) for names in seen for name in names)
@@ -223,22 +224,22 @@ def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:
 
 
 def ties(facts: Facts) -> Section:
-    """How many prunes were chosen among equals, by the server and by each participant."""
-    rule = f"Among weights with equal scores or votes the rule of this run decides: {facts.config.ties}."
+    """How many prunes a tie rule decided, for the server and for each participant."""
+    rule = f"Ties between equal scores or votes are broken by this run's rule: {facts.config.ties}."
     if facts.config.vote_ties != facts.config.ties:
-        rule += f" Among equal votes it is {facts.config.vote_ties}."
-    section = Section("ties", "Prunes that a tie decided", [rule])
+        rule += f" For equal votes, the rule is {facts.config.vote_ties}."
+    section = Section("ties", "Prunes decided by a tie", [rule])
     if facts.strategy.server_votes:
         rows = [_tie_row(facts, path, path) for path in facts.paths]
         rows.append(_tie_row(facts, "all Linears", None))
-        columns = ("Linear", "prunes", "decided by a tie", "share of prunes")
+        columns = ("type of Linear", "prunes", "decided by a tie", "share of prunes")
         strong = frozenset({len(rows) - 1})
         section.parts.append(Table("The server's decision", columns, "lrrr", rows, strong))
     close = [linear.n_close for _, linear in facts.linears() if linear.n_close is not None]
     if close:
         section.parts.append(
-            f"Of {count(sum(close), 'prune')} the score lies so close to one that was kept that float "
-            "rounding may decide: there pooled text could give another mask."
+            f"For {count(sum(close), 'prune')}, the score is so close to that of a kept weight that float "
+            "rounding may have decided: pooled text could give a different mask there."
         )
     own: dict[str, int] = defaultdict(int)
     for record in facts.blocks:
@@ -249,7 +250,7 @@ def ties(facts: Facts) -> Section:
         return section
     if not any(own.values()):
         whose = "the mask of the pooled text" if facts.strategy.pools_text else "the participants' own masks"
-        section.parts.append(f"In {whose} no prune was decided by a tie.")
+        section.parts.append(f"No prune in {whose} was decided by a tie.")
         return section
     own_rows: list[list[str | Cell]] = [[name, f"{n:,}", percent(n / n_pruned)] for name, n in own.items()]
     heads = ("participant", "decided by a tie", "share of prunes")
@@ -272,14 +273,14 @@ def traffic(facts: Facts) -> Section:
     per_block = facts.record.update_bytes_per_block
     sent = facts.sent
     if not any(sent.values()):
-        why = "the text itself was pooled" if facts.strategy.pools_text else "every participant pruned alone"
-        section.parts.append(f"Nothing: {why}.")
+        why = "the text itself was pooled" if facts.strategy.pools_text else "each participant pruned alone"
+        section.parts.append(f"No updates: {why}.")
         return section
     rounds = facts.record.rounds
     how = (
         "after each block the server returns its decision, and all participants continue from it"
         if facts.strategy.follows_server
-        else "each participant walks through all blocks alone and sends its updates at the end"
+        else "each participant goes through all blocks on its own and sends all updates at the end"
     )
     low, high = min(per_block), max(per_block)
     each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
@@ -302,7 +303,7 @@ def traffic(facts: Facts) -> Section:
         [
             f"{SHARING[facts.config.share].content} {_SURVEYED if survey else ''}Nothing else is shared. "
             f"{count(rounds, 'round')} of communication: {how}.",
-            Table("Payload of one participant", ("", "exactly", "about"), "lrr", rows),
+            Table("Payload of one participant", ("", "exact", "approximate"), "lrr", rows),
             *(unequal if least != most else []),
             _MEASURED if facts.networked else _COMPUTED,
         ]
@@ -311,7 +312,7 @@ def traffic(facts: Facts) -> Section:
 
 
 def time(facts: Facts) -> Section:
-    """Seconds by phase, summed over blocks."""
+    """Time per phase, summed over blocks."""
     recorded = {phase for record in facts.blocks for phase in record.seconds}
     spent = dict.fromkeys((phase for phase in _PHASES if phase in recorded), 0.0)
     for record in facts.blocks:
@@ -324,7 +325,7 @@ def time(facts: Facts) -> Section:
     )
     meaning = "; ".join(f"{phase}: {_PHASES[phase]}" for phase in spent if phase in _PHASES)
     n = len(facts.voting)
-    whose = f"for {n} participants one after the other" if n > 1 else "for one participant"
+    whose = f"for {n} participants in turn" if n > 1 else "for one participant"
     if facts.strategy.pools_text:
         whose = "for the pooled text"
     if facts.networked:
@@ -334,7 +335,7 @@ def time(facts: Facts) -> Section:
         "Time",
         [
             f"{seconds(total)} for {count(len(facts.blocks), 'block')} on {facts.config.device} in "
-            f"{facts.config.dtype}, {whose}. Reading text and evaluating are not included.",
+            f"{facts.config.dtype}, {whose}. Reading the text and evaluating are not included.",
             Plot(plots.bars(spent, texts, label), f"Time by phase, summed over blocks. {meaning}."),
         ],
     )

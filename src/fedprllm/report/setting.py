@@ -1,4 +1,4 @@
-"""What was run: configuration, participants, model and versions."""
+"""The settings of a run: configuration, participants, model and versions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["setting"]
 
 def setting(facts: Facts) -> Section:
     """Configuration, participants, model and versions."""
-    section = Section("setting", "What was run")
+    section = Section("setting", "Settings")
     options: list[list[str | Cell]] = []
     for name, value in facts.config.model_dump(mode="json").items():
         option = PruneConfig.model_fields[name]
@@ -34,7 +34,7 @@ def setting(facts: Facts) -> Section:
 
 
 def _participants(facts: Facts) -> list[str | Table | Plot]:
-    """The participants; text that was dealt out to all of them is named once."""
+    """The participants; a text that was split among all of them is named once."""
     texts = [one.sources for one in facts.participants.values()]
     one_text = len(texts) > 1 and all(sources == texts[0] for sources in texts)
     rows: list[list[str | Cell]] = [
@@ -52,7 +52,10 @@ def _participants(facts: Facts) -> list[str | Table | Plot]:
     if not one_text:
         return [Table(caption, columns, "lprrr", numbered(rows))]
     kept = (columns[0], *columns[2:])
-    return [Table(caption, kept, "lrrr", numbered(rows)), f"Text of every participant: {_sources(texts[0])}."]
+    return [
+        Table(caption, kept, "lrrr", numbered(rows)),
+        f"All participants' text comes from {_sources(texts[0])}.",
+    ]
 
 
 def _word(value: Any) -> str:

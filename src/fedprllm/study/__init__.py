@@ -1,1 +1,1 @@
-"""The study: one command that answers the paper's questions on any model and text."""
+"""The study: one command that answers the paper's questions for any model and text."""

@@ -1,4 +1,4 @@
-"""The participants of a cell and the texts it is measured on, all read before anything is computed."""
+"""The participants of each cell and the texts to measure on, all read before anything is computed."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from fedprllm.text.windows import evaluation_windows
 
 __all__ = ["StudyData"]
 
-_CHARACTERS_PER_TOKEN = 8  # more than any text has: enough characters for the tokens to hold out
-_HELD_OUT_SHARE = 0.2  # of a domain's documents, at most
+_CHARACTERS_PER_TOKEN = 8  # more than in any real text, so the held-out part has enough tokens
+_HELD_OUT_SHARE = 0.2  # maximum share of a domain's documents
 
 
 class StudyData:
-    """Participants by seed, number and partition, and texts to measure on by partition.
+    """The participants of each cell and the texts to measure it on.
 
     Args:
-        model: The model whose tokenizer and limits count.
-        study: Names the texts.
-        folder: Where the parts of the domains are written.
+        model: The model that provides the tokenizer and the limit on the window length.
+        study: The study, which names the texts.
+        folder: Folder for the calibration and held-out parts of the domains.
 
     Raises:
         DataError: A text cannot be read or is too short.
@@ -68,28 +68,29 @@ class StudyData:
         }
 
     def texts(self, cell: Cell) -> dict[str, list[Tensor]]:
-        """What a cell is measured on: held-out text of every domain, or the texts of the study."""
+        """The texts that a cell is measured on: the study's texts or the held-out text of every domain."""
         return self._texts["iid" if cell.partition == "iid" else "domain"]
 
     def participants(self, cell: Cell) -> list[Participant]:
         """The participants of a cell.
 
-        Fewer participants are the first of more, so that what these computed serves both.
+        A smaller group consists of the first participants of a larger one, so both can use the same walks.
 
         Raises:
-            DataError: Too little text for all windows.
+            DataError: There is too little text for the requested number of windows per participant.
         """
         key = (cell.partition, cell.config.seed, cell.config.windows)
         if key not in self._made:
             self._made[key] = self._make(cell.partition, cell.config)
         participants = self._made[key][: cell.participants]
         for participant in participants:
-            # A dirichlet partition gives unequal shares on purpose.
+            # A dirichlet partition is meant to give unequal shares.
             if len(participant.windows) < cell.config.windows and cell.partition != "dirichlet":
                 raise DataError(
-                    f"'{participant.name}' ({cell.partition}) has text for {len(participant.windows)} windows"
-                    f" of {self._study.window_length} tokens: {cell.config.windows} were asked for; give "
-                    "more text, or ask for fewer or shorter windows or fewer participants"
+                    f"participant '{participant.name}' ({cell.partition}) has text for "
+                    f"{len(participant.windows)} windows of {self._study.window_length} tokens, expected "
+                    f"{cell.config.windows}: provide more text, or choose fewer windows, shorter windows or "
+                    "fewer participants"
                 )
         return participants
 
@@ -104,10 +105,10 @@ class StudyData:
 
 
 def _split(source: str, name: str, folder: Path, eval_tokens: int) -> tuple[Path, Path]:
-    """Write the documents of a domain into two files: for calibration, and held out."""
+    """Split the documents of a domain into two files: one for calibration, one held out."""
     documents = read_documents(source)
     if len(documents) < 10:
-        # Few and long, a book for example: its paragraphs are the smallest parts that make sense alone.
+        # A few long documents, such as a book: paragraphs are the smallest parts that make sense alone.
         documents = [part for document in documents for part in document.split("\n\n") if part.strip()]
     order = torch.randperm(len(documents), generator=generator("held out", name)).tolist()
     shuffled = [documents[place] for place in order]
@@ -116,7 +117,10 @@ def _split(source: str, name: str, folder: Path, eval_tokens: int) -> tuple[Path
         n_characters += len(shuffled[n_held_out])
         n_held_out += 1
     if len(shuffled) - n_held_out < 1:
-        raise DataError(f"{source} has too little text to hold out a part of it: expected several documents")
+        raise DataError(
+            f"{source} has too little text to hold out a part of it: expected at least two documents or "
+            "paragraphs; provide more text"
+        )
     parts = {"held-out": shuffled[:n_held_out], "calibration": shuffled[n_held_out:]}
     paths = {}
     for part, texts in parts.items():

@@ -1,4 +1,4 @@
-"""Participants with different text: a model's perplexity on its own participant's text and on the others'."""
+"""Participants with different text: how good a model is on a participant's own text and on the others'."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["own_and_others"]
 
 
 def own_and_others(cells: Sequence[Measured]) -> dict[str, tuple[Spread, Spread]]:
-    """Perplexity on a participant's own text and on the others', mean over participants, by way of pruning.
+    """Perplexity on a participant's own text and on the others' text, averaged over participants, by setting.
 
-    A model that was made together serves all participants: both columns have the mean over all texts.
+    A model pruned together serves all participants, so both values are its mean over all texts.
     """
     all_cells = [cell for cell, _ in cells]
     found: dict[str, tuple[list[float], list[float]]] = {}

@@ -1,8 +1,8 @@
-"""What participants shared, kept: a walk is taken once and serves every cell that can use it.
+"""Stored updates of participants: each walk is computed once and serves every cell that can use it.
 
-A one-shot participant's updates depend on its text and on its own options, never on the server's. So server
-group, scaling, the server's ties, the number of participants, and the models made alone or with pooled text
-need no forward pass of their own.
+A one-shot participant's updates depend on its text and on its own options, never on the server's. Varying the
+server group, the scaling, the server's tie rule or the number of participants therefore needs no further
+forward passes, and neither do the models pruned alone or with pooled text.
 """
 
 from __future__ import annotations
@@ -33,64 +33,64 @@ from fedprllm.sharing.interface import Shapes
 
 __all__ = ["KeptWalk", "KeptWalks", "is_served"]
 
-# Ways of sharing whose one-shot updates are kept. Those of the others are large.
+# Ways of sharing whose one-shot updates are stored; the updates of the others are too large.
 _SHARES = ("mask", "statistics")
 _STRATEGIES = ("one-shot", "local-only", "centralized")
-# Options that only the server looks at, and those that the fingerprint of the windows stands for.
+# Options that only the server uses, and options that the fingerprint of the windows covers.
 _SERVER = ("server_group", "strategy", "scale_weights", "server_ties", "weighting", "max_update_mb")
 _TEXT = ("windows", "window_length", "bos", "seed")
-# Options of a participant's own decision: sums are the same whatever they are.
+# Options of a participant's own decision, which do not affect shared sums.
 _DECIDING = ("sparsity", "pattern", "criterion", "local_group", "ties")
 _COMPUTING = ("share", "dtype", "device")
 
 
 def is_served(config: PruneConfig) -> bool:
-    """Whether a run's decisions follow from walks that are kept; if not it has to be computed whole.
+    """Whether a run's decisions follow from stored walks; otherwise it must be computed as an ordinary run.
 
-    An option that is not known here is taken to change the walk, unless it has its default.
+    An option unknown here is assumed to change the walk, unless it has its default value.
     """
     known = {*_SERVER, *_TEXT, *_DECIDING, *_COMPUTING}
     fields = type(config).model_fields
     others_default = all(
         getattr(config, name) == field.default for name, field in fields.items() if name not in known
     )
-    # Centralized statistics are centralized masks: one participant with all text decides alone.
+    # With pooled text or alone, a participant decides for itself, whatever it would share.
     alone = config.strategy != "one-shot" and config.share != "mask"
     return config.share in _SHARES and config.strategy in _STRATEGIES and others_default and not alone
 
 
 @dataclass(frozen=True)
 class KeptWalk:
-    """The updates of one participant, block by block, in a folder.
+    """The stored updates of one participant.
 
     Attributes:
-        folder: One safetensors file per block; masks as packed bits.
-        record: What was noted about the walk.
+        folder: Folder with one safetensors file per block; masks are stored as packed bits.
+        record: The record of the walk.
     """
 
     folder: Path
     record: Mapping[str, Any]
 
     def update(self, block: Block, shapes: Shapes) -> dict[str, Tensor]:
-        """The update of a block, as `Sharing.contribute` made it."""
+        """Load the update of a block as `Sharing.contribute` made it."""
         stored = load_file(self.folder / f"block-{block.index:04d}.safetensors")
         return {name: _unpacked(stored[name], *shape) for name, shape in shapes.items()}
 
 
 class KeptWalks:
-    """KeptWalks by what they depend on, computed when they are first asked for.
+    """Stored walks by everything they depend on, each computed on first use.
 
     Args:
         model: The model.
-        digest: Its fingerprint.
-        folder: Where they are kept.
+        digest: The model's fingerprint.
+        folder: Folder of the stored walks.
     """
 
     def __init__(self, model: BlockwiseModel, digest: str, folder: Path) -> None:
         self._model, self._digest, self._folder = model, digest, folder
 
     def key(self, participant: Participant, config: PruneConfig) -> str:
-        """A name for files: a function of everything that the walk depends on."""
+        """Folder name of a walk: a hash of everything that the walk depends on."""
         values = config.model_dump(mode="json", include={*_DECIDING, *_COMPUTING})
         if not SHARING[config.share].shares_decision:
             values = {name: value for name, value in values.items() if name not in _DECIDING}
@@ -100,20 +100,20 @@ class KeptWalks:
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def has(self, participant: Participant, config: PruneConfig) -> bool:
-        """Whether the walk was taken before."""
+        """Whether the walk is stored."""
         return (self._folder / self.key(participant, config) / "walk.json").exists()
 
     def bytes_of(self, config: PruneConfig) -> int:
-        """Disk space of one walk."""
+        """Disk space of one walk in bytes."""
         return sum(update_bytes(SHARING[config.share].shapes(linears)) for linears in self._model.linears)
 
     def of(self, participant: Participant, config: PruneConfig, advance: Callable[[int], None]) -> KeptWalk:
-        """A participant's one-shot walk through all blocks, or its record from before.
+        """A participant's one-shot walk through all blocks, computed only if it is not stored yet.
 
         Args:
-            participant: Whose.
-            config: A configuration that `is_served`.
-            advance: Called with how many windows went through a block.
+            participant: The participant that walks.
+            config: A configuration for which `is_served` is true.
+            advance: Called with the number of windows that went through a block.
         """
         folder = self._folder / self.key(participant, config)
         record = folder / "walk.json"
@@ -126,9 +126,9 @@ class KeptWalks:
     def _take(
         self, participant: Participant, config: PruneConfig, folder: Path, advance: Callable[[int], None]
     ) -> int:
-        """Walk once, and keep every update; returns the number of prunes that the tie rule decided."""
+        """Walk once and store every update; returns the number of prunes decided by the tie rule."""
         n_ties = 0
-        # What a participant shares is the same under every strategy that keeps its updates.
+        # A participant shares the same under every strategy whose updates are stored.
         method = pruning_method(config.model_copy(update={"strategy": "one-shot"}))
         walker = Walker(participant, method, self._model.n_blocks)
         walker.enter(self._model)

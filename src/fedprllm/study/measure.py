@@ -1,4 +1,4 @@
-"""From a cell to its numbers: perplexities, bytes, and what decided the prunes."""
+"""Measure a cell: perplexities, bytes, and how its prunes were decided."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ class Lab:
 
     Args:
         model: The dense model.
-        walks: Walks of participants that are kept.
-        scratch: Where runs that are computed whole are written, and removed once measured.
+        walks: The participants' stored walks.
+        scratch: Folder for ordinary runs, which are deleted once they are measured.
     """
 
     def __init__(self, model: BlockwiseModel, walks: KeptWalks, scratch: Path) -> None:
         self._model, self._walks, self._scratch = model, walks, scratch
 
     def dense(self, texts: Texts, advance: Advance) -> list[dict[str, Any]]:
-        """Perplexities of the model as it is."""
+        """Perplexities of the unpruned model."""
         return [row.as_json() for row in perplexities(self._model, texts, _forwarded(advance))]
 
     def measure(
         self, cell: Cell, participants: list[Participant], texts: Texts, n_models: int, advance: Advance
     ) -> dict[str, Any]:
-        """Everything a study keeps of a cell, as JSON values.
+        """Measure everything that a study records about a cell.
 
         Args:
-            cell: What to measure.
+            cell: The cell.
             participants: Its participants.
-            texts: Token windows to measure on, by name.
-            n_models: Most participants whose models made alone are measured.
-            advance: Called with how many windows went through a block.
+            texts: Token windows to measure on, by name of the text.
+            n_models: Maximum number of models pruned alone to measure.
+            advance: Called with the number of windows that went through a block.
         """
         start = time.perf_counter()
         method = self._from_walks if is_served(cell.config) else self._from_run
@@ -80,12 +80,12 @@ class Lab:
             "seconds": round(time.perf_counter() - start, 3),
         }
 
-    # Computed whole ----------------------------------------------------------------------------
+    # Ordinary runs -----------------------------------------------------------------------------
 
     def _from_run(
         self, cell: Cell, participants: list[Participant], texts: Texts, n_models: int, advance: Advance
     ) -> dict[str, Any]:
-        """An ordinary run: whatever it can do, a study can compare."""
+        """Measure an ordinary run, which lets a study compare anything that a run can do."""
         folder = self._scratch / cell.key
         windows = {participant.name: participant.windows for participant in participants}
         each = _passes_each(cell) * (sum(map(len, windows.values())) // len(windows))
@@ -109,12 +109,12 @@ class Lab:
             "n_zeros": record.n_zeros,
             "n_pruned": sum(linear.n_pruned for linear in linears),
             "n_ties": sum(linear.n_ties for linear in linears),
-            # What was really sent: some blocks may be left to other participants.
+            # The number of bytes actually sent: a participant may not prune every block.
             "update_bytes": sum(record.update_bytes_per_block),
             "update_bytes_per_block": max(record.update_bytes_per_block),
         }
 
-    # From walks --------------------------------------------------------------------------------
+    # Stored walks ------------------------------------------------------------------------------
 
     def _from_walks(
         self, cell: Cell, participants: list[Participant], texts: Texts, n_models: int, advance: Advance
@@ -155,7 +155,7 @@ class Lab:
         voted: Counter[int],
         agreement: _MeanAgreement,
     ) -> Callable[[Block], Weights]:
-        """The server's decision about a block, from what was kept."""
+        """The server's decision about a block, from stored updates."""
         method = pruning_method(cell.config)
 
         def decide(block: Block) -> Weights:
@@ -197,7 +197,7 @@ class Lab:
 
 
 class _MeanAgreement:
-    """Agreement of masks [participant, participant], mean over all Linears weighted by their size."""
+    """Agreement of masks [participant, participant], averaged over all Linears weighted by their size."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -212,19 +212,19 @@ class _MeanAgreement:
                 self._n_weights += size
 
     def mean(self) -> list[list[float]] | None:
-        """The matrix; None where no masks were shared."""
+        """The matrix; None if no participant shared masks."""
         if self._sum is None:
             return None
         return [[round(value, 5) for value in row] for row in (self._sum / self._n_weights).tolist()]
 
 
 def n_alone(cell: Cell, n_participants: int, at_most: int) -> int:
-    """How many of the models made alone are measured: a sample, unless all texts differ."""
+    """Number of models pruned alone to measure: a sample, unless each participant has different text."""
     return min(n_participants, at_most) if cell.partition == "iid" else n_participants
 
 
 def passes(cell: Cell, participants: Sequence[Participant], walks: KeptWalks) -> dict[str, int]:
-    """Windows that have to go through the model to prune, by walk: what is computed once counts once."""
+    """Number of windows that must go through the model to prune, by walk; shared walks count once."""
     config, each = cell.config, _passes_each(cell)
     if not each:
         return {}
@@ -239,7 +239,7 @@ def passes(cell: Cell, participants: Sequence[Participant], walks: KeptWalks) ->
 
 
 def _passes_each(cell: Cell) -> int:
-    """How often a window goes through each block to prune: observed, and fed on from the pruned block."""
+    """How often a window goes through each block: to observe it and, if needed, to walk on once pruned."""
     if not CRITERIA[cell.config.criterion].uses_inputs:
         return 0
     strategy = STRATEGIES[cell.config.strategy]
@@ -247,7 +247,7 @@ def _passes_each(cell: Cell) -> int:
 
 
 def _forwarded(advance: Advance, only: str = "", each: int = 1) -> Progress:
-    """Steps of an inner piece of work, or of one part of it, as ``each`` steps of the whole."""
+    """Report each step of an inner task, or of one of its parts, as ``each`` steps of the whole."""
 
     @contextmanager
     def progress(description: str, total: int) -> Iterator[Advance]:  # noqa: ARG001  the signature of Progress

@@ -1,8 +1,8 @@
 """What a study measures: settings to compare, as grids over the options of a run.
 
-A study is a list of cells; a cell is one configuration of a run, a number of participants and how text was
-dealt out to them. The paper's questions are grids in a table, `QUESTIONS`; a user's own are ``[[grid]]``
-tables of the configuration file. Nothing here imports torch.
+A study is a list of cells. A cell is one configuration of a run, a number of participants, and the way the
+text is distributed among them. The paper's questions are grids in the table `QUESTIONS`; users add their own
+as ``[[grid]]`` tables in the configuration file. Nothing in this module imports torch.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ __all__ = ["PARTITIONS", "QUESTIONS", "Cell", "StudyConfig", "cells_of"]
 
 PARTITIONS = ("iid", "domain", "dirichlet")
 _Values = dict[str, Sequence[Any]]
-# What a grid may vary besides the fields of `PruneConfig`.
+# Axes of a grid besides the fields of `PruneConfig`.
 _OWN_AXES = ("participants", "partition")
 _TIES = ("index", "random", "magnitude")
 
 
 class StudyConfig(Settings):
-    """What a study is run on, and the values that its questions range over.
+    """The model and texts of a study and the values that its questions range over.
 
-    The first value of a list is the one that a question about something else is asked at.
+    Questions that do not vary an option use the first value of its list.
 
     Raises:
-        ConfigError: A value is unknown, out of range or contradicts another one.
+        ConfigError: A value is unknown, out of range or contradicts another value.
     """
 
     subject: ClassVar[str] = "study: "
 
     model: Annotated[str, Field(description="hub id, local folder or GGUF file")]
     data: Annotated[
-        tuple[str, ...], Field(description="text that is dealt out to the participants at random")
+        tuple[str, ...], Field(description="text to distribute among the participants at random")
     ] = ()
     domains: Annotated[
         tuple[str, ...],
-        Field(description="one text for each participant, where they are to differ; a part is held out"),
+        Field(description="one text per participant, for participants that differ; a part is held out"),
     ] = ()
     eval: Annotated[
-        tuple[str, ...], Field(description="text on which all but the questions about domains are measured")
+        tuple[str, ...], Field(description="text to measure on, except in questions about domains")
     ] = ()
     questions: Annotated[
-        tuple[str, ...] | None, Field(description="which to ask; all that there is text for by default")
+        tuple[str, ...] | None, Field(description="questions to ask; by default all that the text allows")
     ] = None
     sparsity: Annotated[tuple[float, ...], Field(min_length=1, description="fractions of zeros")] = (0.5,)
     participants: Annotated[
@@ -60,23 +60,23 @@ class StudyConfig(Settings):
     ] = (8,)
     windows: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...],
-        Field(min_length=1, description="windows of each"),
+        Field(min_length=1, description="windows per participant"),
     ] = (2,)
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...],
-        Field(min_length=1, description="each cell is measured once for every seed"),
+        Field(min_length=1, description="every cell is measured once per seed"),
     ] = (0, 1, 2)
     window_length: Annotated[int, Field(ge=2, description="tokens per window")] = 512
-    eval_tokens: Annotated[int, Field(ge=2, description="tokens of each text to measure on, at most")] = 16384
+    eval_tokens: Annotated[int, Field(ge=2, description="maximum number of tokens to measure on per text")] = 16384
     local_models: Annotated[
-        int, Field(ge=1, description="of how many participants the models made alone are measured, at most")
+        int, Field(ge=1, description="maximum number of models pruned alone to measure")
     ] = 4
-    alpha: Annotated[float, Field(gt=0, description="concentration of the partition dirichlet")] = 0.3
+    alpha: Annotated[float, Field(gt=0, description="concentration of the dirichlet partition")] = 0.3
     bos: Literal["auto", "every", "start", "never"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Annotated[str, Field(description="where to compute: cpu, cuda, ...")] = "cpu"
+    device: Annotated[str, Field(description="device to compute on: cpu, cuda, ...")] = "cpu"
     grid: Annotated[
-        tuple[dict[str, Any], ...], Field(description="grids of your own, over any option of prune")
+        tuple[dict[str, Any], ...], Field(description="additional grids over any option of prune")
     ] = ()
 
     @model_validator(mode="after")
@@ -85,11 +85,14 @@ class StudyConfig(Settings):
             if question not in QUESTIONS:
                 raise ConfigError(f"unknown question {did_you_mean(question, QUESTIONS)}")
             if _needs_domains(QUESTIONS[question].grids(self)) and len(self.domains) < 2:
-                raise ConfigError(f"question {question} needs two domains or more: name their texts")
+                raise ConfigError(
+                    f"question {question} needs at least two domains, found {len(self.domains)}: name one text "
+                    "for each with --domains"
+                )
         if not self.data and not self.domains:
-            raise ConfigError("no text: name data to deal out, or domains with one participant each")
+            raise ConfigError("no text: name data to distribute, or domains with one participant each")
         if self.data and not self.eval:
-            raise ConfigError("nothing to measure on: name texts that were not calibrated on (eval)")
+            raise ConfigError("no text to measure on: name texts with eval that are not in the calibration data")
         return self
 
     @property
@@ -110,11 +113,11 @@ class Question:
     """A question and the grids that answer it.
 
     Attributes:
-        title: As a heading.
-        paper: What the paper finds, or that it does not ask.
-        grids: Made from the study's own lists of values.
-        pairs: Comparisons that answer it: ``(axis, value, other value)``, everything else being equal.
-        by: An axis for each of whose values the comparisons are made apart.
+        title: Heading.
+        paper: What the paper finds, or that it does not ask the question.
+        grids: Function that makes the grids from the study's lists of values.
+        pairs: Comparisons that answer the question, ``(axis, value, other value)`` with all else equal.
+        by: Axis for each of whose values the comparisons are made separately.
     """
 
     title: str
@@ -137,9 +140,10 @@ QUESTIONS: dict[str, Question] = {
         "sparsity",
     ),
     "groups": Question(
-        "What is compared with what",
-        "Finding 1: with local groups by row, the server may compare by layer or by row; by column "
-        "collapses. Locally by layer only server = layer works; locally by column, layer and column work.",
+        "Comparison groups",
+        "Finding 1: with local groups by row, the server can compare by layer or by row, but collapses by "
+        "column. With local groups by layer, only layer works at the server; with local groups by column, "
+        "layer and column work.",
         lambda _: [
             {"local_group": ["row", "layer", "column"], "server_group": ["layer", "row", "column"]},
         ],
@@ -147,8 +151,8 @@ QUESTIONS: dict[str, Question] = {
         "local_group",
     ),
     "ties": Question(
-        "What the tie rule does",
-        "The paper's code draws ties at random for layer and takes the lowest index for row and column.",
+        "Tie rule",
+        "The paper's code breaks ties at random for layer and by lowest index for row and column.",
         lambda s: [
             {"server_group": ["layer", "row", "column"], "server_ties": list(_TIES)},
             {"sparsity": s.sparsity, "server_ties": list(_TIES)},
@@ -157,14 +161,14 @@ QUESTIONS: dict[str, Question] = {
         "server_group",
     ),
     "scaling": Question(
-        "Scaling what stays by the votes",
+        "Scaling the kept weights by the votes",
         "Finding 2: weight scaling hurts.",
         lambda s: [{"sparsity": s.sparsity, "scale_weights": [False, True]}],
         (("scale_weights", False, True),),
         "sparsity",
     ),
     "rounds": Question(
-        "One round, or one for every block",
+        "One round, or one round per block",
         "Finding 3: iterative is no better than one-shot.",
         lambda s: [{"sparsity": s.sparsity, "strategy": ["one-shot", "iterative"]}],
         (("strategy", "one-shot", "iterative"),),
@@ -180,14 +184,14 @@ QUESTIONS: dict[str, Question] = {
         "participants",
     ),
     "windows": Question(
-        "How much text each has",
-        "Not asked: the paper's participants hold two samples each.",
+        "Amount of text per participant",
+        "Not asked in the paper, where each participant holds two samples.",
         lambda s: [{"windows": s.windows, "strategy": ["one-shot", "local-only"]}],
         (("strategy", "local-only", "one-shot"),),
     ),
     "sharing": Question(
         "What is shared",
-        "Not asked: the paper shares masks only.",
+        "Not asked in the paper, which shares only masks.",
         lambda s: [
             {"sparsity": s.sparsity, "share": ["mask", "statistics"]},
             {"share": ["weights", "gram"]},
@@ -195,8 +199,8 @@ QUESTIONS: dict[str, Question] = {
         (("share", "mask", "statistics"), ("share", "mask", "weights"), ("share", "mask", "gram")),
     ),
     "criteria": Question(
-        "The score",
-        "Not asked: the paper uses Wanda only.",
+        "Pruning criterion",
+        "Not asked in the paper, which uses only Wanda.",
         lambda _: [
             {"criterion": ["wanda", "magnitude"]},
             {"criterion": ["ria"], "local_group": ["layer", "row"]},
@@ -204,15 +208,15 @@ QUESTIONS: dict[str, Question] = {
         (("criterion", "wanda", "magnitude"), ("criterion", "wanda", "ria")),
     ),
     "allocation": Question(
-        "The same share of every block, or more of those that bear it",
-        "Not asked; OWL's paper finds that it matters more than the criterion at high sparsity.",
+        "Uniform sparsity, or more in the blocks that tolerate it",
+        "Not asked in the paper; OWL's paper finds that it matters more than the criterion at high sparsity.",
         lambda s: [{"sparsity": s.sparsity, "allocation": ["uniform", "owl"]}],
         (("allocation", "uniform", "owl"),),
         "sparsity",
     ),
     "domains": Question(
-        "When participants hold different text",
-        "Not asked: the paper deals one corpus out at random.",
+        "Participants with different text",
+        "Not asked in the paper, which distributes a single corpus at random.",
         lambda _: [
             _domains(strategy=["one-shot", "local-only", "centralized"]),
             _domains(share=["statistics"]),
@@ -224,13 +228,13 @@ QUESTIONS: dict[str, Question] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting under one seed.
+    """One setting with one seed.
 
     Attributes:
         config: Configuration of the run.
-        participants: How many there are.
-        partition: How text was dealt out: one of `PARTITIONS`.
-        questions: Which it helps to answer.
+        participants: Number of participants.
+        partition: How the text is distributed among them: one of `PARTITIONS`.
+        questions: Questions that the cell helps to answer.
     """
 
     config: PruneConfig
@@ -246,13 +250,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A name for files: a function of the setting and the seed."""
+        """A name for files: a hash of the setting and the seed."""
         text = json.dumps([self.setting, self.config.seed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     @property
     def label(self) -> str:
-        """What differs from the defaults, for progress and messages."""
+        """The options that differ from their defaults, for progress and messages."""
         fields = PruneConfig.model_fields
         given = {k: v for k, v in self.setting.items() if k not in fields or v != fields[k].default}
         given.pop("window_length", None)
@@ -260,10 +264,10 @@ class Cell:
 
 
 def cells_of(study: StudyConfig) -> list[Cell]:
-    """Every cell of the study once, those of one seed together.
+    """Every cell of the study once, grouped by seed.
 
     Raises:
-        ConfigError: A grid names an unknown option, or a combination that is refused.
+        ConfigError: A grid names an unknown option or an invalid combination of options.
     """
     cells: dict[str, Cell] = {}
     for seed in study.seeds:
@@ -299,9 +303,9 @@ def _cell(study: StudyConfig, values: Mapping[str, Any], seed: int, question: st
     if partition not in PARTITIONS:
         raise ConfigError(f"{question}: unknown partition {did_you_mean(partition, PARTITIONS)}")
     if partition != "iid" and not study.domains:
-        raise ConfigError(f"{question}: partition {partition} needs domains")
+        raise ConfigError(f"{question}: partition {partition} needs domains, found none: name their texts")
     if partition == "iid" and not study.data:
-        raise ConfigError(f"{question}: partition iid needs data")
+        raise ConfigError(f"{question}: partition iid needs data, found none: name texts to distribute")
     n = values.pop("participants", study.participants[0])
     base = {
         "sparsity": study.sparsity[0],
@@ -318,7 +322,7 @@ def _cell(study: StudyConfig, values: Mapping[str, Any], seed: int, question: st
         config = PruneConfig(**(base | values))
     except ConfigError as error:
         raise ConfigError(f"{question}: {error}") from None
-    # A rule that says what is the case anyway is no setting of its own.
+    # Naming the participants' rule explicitly is the same setting as the default.
     if config.server_ties == config.ties:
         config = config.model_copy(update={"server_ties": None})
     return Cell(config, len(study.domains) if partition == "domain" else n, partition)
