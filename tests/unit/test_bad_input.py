@@ -154,7 +154,7 @@ def test_weights_that_are_not_finite(tiny, windows, tmp_path, value):
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     refused(
         ModelError,
-        r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN or infinity in 1 of",
+        r"'model\.layers\.1\.mlp\.up_proj\.weight' contains NaN or infinity in 1 of",
         tmp_path,
         tmp_path / "model",
         [windows(0)],

@@ -57,9 +57,9 @@ def test_a_run_of_a_model_in_memory_continues(tiny, windows, tmp_path):
 
 
 def test_what_is_no_model_is_refused(tiny, windows, tmp_path):
-    with pytest.raises(ModelError, match="a hub id, a path, or a transformers PreTrainedModel, found Linear"):
+    with pytest.raises(ModelError, match="a hub id, a path or a transformers PreTrainedModel, found Linear"):
         prune(torch.nn.Linear(2, 2), [windows(0)], out=tmp_path / "run")
-    with pytest.raises(ModelError, match="brings its own: leave the tokenizer out"):
+    with pytest.raises(ModelError, match="comes with its own: leave the tokenizer out"):
         prune(tiny("llama"), [windows(0)], out=tmp_path / "run", tokenizer=object())
 
 
