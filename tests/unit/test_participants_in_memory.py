@@ -1,4 +1,4 @@
-"""What a Python program may give as a participant, and the names that participants get."""
+"""What a Python program can pass as a participant, and the names that participants get."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STORY = "The cat sat on the mat and looked at the moon.\nIt was late. "
 
 
 class Dataset:
-    """What is asked of a ``datasets.Dataset``: its features, and a column."""
+    """The part of ``datasets.Dataset`` that is used: its features, and a column."""
 
     def __init__(self, **columns: list) -> None:
         self._columns = columns
