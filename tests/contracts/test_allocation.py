@@ -1,4 +1,4 @@
-"""Sparsity by block and blocks by participant, under every way of sharing; N:M under all of them."""
+"""Sparsity allocation, layer sampling and N:M patterns under every way of sharing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.contracts.test_walk import assert_same_bits, weights_of
 SHARES = list(DECISIONS)
 
 
-def people(windows):
+def participants(windows):
     return [windows(0), windows(1, 3), windows(2, 1)]
 
 
@@ -25,7 +25,7 @@ def test_owl_prunes_as_much_as_uniform_and_in_any_order_of_participants(
     tiny, windows, tmp_path, share, strategy
 ):
     config = PruneConfig(share=share, strategy=strategy, local_group="layer", **OWL)
-    named = dict(zip("abc", people(windows), strict=True))
+    named = dict(zip("abc", participants(windows), strict=True))
     result = prune(tiny("gpt2"), named, config, out=tmp_path / "run")
     blocks = result.record.blocks
     n_pruned = sum(linear.n_pruned for block in blocks for linear in block.linears.values())
@@ -41,7 +41,7 @@ def test_owl_prunes_as_much_as_uniform_and_in_any_order_of_participants(
 
 
 def test_owl_by_its_definition(tiny, windows, tmp_path):
-    """Outliers counted with transformers' own forward, and the model that its sparsities give."""
+    """Count outliers with transformers' own forward pass, and compare the model that the sparsities give."""
     from transformers import AutoModelForCausalLM
 
     from fedprllm.core.groups import Grouping
@@ -104,7 +104,12 @@ def test_participants_count_outliers_and_counts_add_up(tiny, windows, tmp_path, 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_statistics_with_owl_are_centralized_with_owl(tiny, windows, tmp_path, name):
     runs = [
-        prune(tiny(name), people(windows), PruneConfig(**options, **OWL), out=tmp_path / options["strategy"])
+        prune(
+            tiny(name),
+            participants(windows),
+            PruneConfig(**options, **OWL),
+            out=tmp_path / options["strategy"],
+        )
         for options in ({"share": "statistics", "strategy": "iterative"}, {"strategy": "centralized"})
     ]
     assert runs[0].record.outlier_ratios == runs[1].record.outlier_ratios
@@ -113,18 +118,18 @@ def test_statistics_with_owl_are_centralized_with_owl(tiny, windows, tmp_path, n
 
 @pytest.mark.parametrize("share", SHARES)
 def test_owl_without_room_is_uniform(tiny, windows, tmp_path, share):
-    uniform = prune(tiny("llama"), people(windows), PruneConfig(share=share), out=tmp_path / "uniform")
+    uniform = prune(tiny("llama"), participants(windows), PruneConfig(share=share), out=tmp_path / "uniform")
     config = PruneConfig(share=share, allocation="owl", owl_lambda=0.0)
     assert_same_bits(
-        uniform.model_dir, prune(tiny("llama"), people(windows), config, out=tmp_path / "owl").model_dir
+        uniform.model_dir, prune(tiny("llama"), participants(windows), config, out=tmp_path / "owl").model_dir
     )
 
 
-def test_a_survey_is_not_repeated_when_a_run_goes_on(tiny, windows, tmp_path, monkeypatch):
+def test_a_survey_is_not_repeated_when_a_run_is_resumed(tiny, windows, tmp_path, monkeypatch):
     from fedprllm.pruning import in_process, survey
 
     config = PruneConfig(**OWL)
-    whole = prune(tiny("llama"), people(windows), config, out=tmp_path / "whole")
+    whole = prune(tiny("llama"), participants(windows), config, out=tmp_path / "whole")
     original = in_process._SharedWalk.step
 
     def killed(self, index, advance):
@@ -134,19 +139,19 @@ def test_a_survey_is_not_repeated_when_a_run_goes_on(tiny, windows, tmp_path, mo
 
     monkeypatch.setattr(in_process._SharedWalk, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        prune(tiny("llama"), people(windows), config, out=tmp_path / "run")
+        prune(tiny("llama"), participants(windows), config, out=tmp_path / "run")
     monkeypatch.setattr(in_process._SharedWalk, "step", original)
     monkeypatch.setattr(survey, "_survey", lambda *_: pytest.fail("counted again"))
-    continued = prune(tiny("llama"), people(windows), config, out=tmp_path / "run")
+    continued = prune(tiny("llama"), participants(windows), config, out=tmp_path / "run")
     assert_same_bits(whole.model_dir, continued.model_dir)
 
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
-def test_sampled_blocks_count_only_who_prunes_them(tiny, windows, tmp_path, share, strategy):
+def test_a_sampled_block_counts_only_the_participants_that_prune_it(tiny, windows, tmp_path, share, strategy):
     from fedprllm.core.layer_sampling import sample_blocks
 
-    named = dict(zip("abc", people(windows), strict=True))
+    named = dict(zip("abc", participants(windows), strict=True))
     config = PruneConfig(share=share, strategy=strategy, block_fraction="a=0.7,b=0.4")
     result = prune(tiny("llama"), named, config, out=tmp_path / "run")
     sample = sample_blocks({"a": 0.7, "b": 0.4, "c": 1.0}, 3, 0)
@@ -166,10 +171,10 @@ def test_sampled_blocks_count_only_who_prunes_them(tiny, windows, tmp_path, shar
 
 
 @pytest.mark.parametrize("share", ["mask", "weights"])
-def test_a_block_pruned_by_one_participant_is_as_that_one_alone_prunes_it(tiny, windows, tmp_path, share):
-    """It walked through the blocks before, unpruned: so the first block it prunes sees the dense model."""
+def test_a_block_with_one_participant_is_pruned_as_by_that_participant_alone(tiny, windows, tmp_path, share):
+    """Earlier blocks stay unpruned for it, so the first block it prunes receives the dense model's inputs."""
     config = PruneConfig(share=share, block_fraction=0.4, server_group="row")
-    named = dict(zip("abc", people(windows), strict=True))
+    named = dict(zip("abc", participants(windows), strict=True))
     result = prune(tiny("llama"), named, config, out=tmp_path / "run")
     pruned = weights_of(result.model_dir)
     dense = PruneConfig(share="statistics")  # observed on the unpruned model throughout
@@ -186,7 +191,7 @@ def test_a_block_pruned_by_one_participant_is_as_that_one_alone_prunes_it(tiny, 
 def test_n_m_keeps_at_most_n_of_m_consecutive_inputs(tiny, windows, tmp_path, share, name, pattern):
     n, m = (int(part) for part in pattern.split(":"))
     result = prune(
-        tiny(name), people(windows)[:2], PruneConfig(share=share, pattern=pattern), out=tmp_path / "run"
+        tiny(name), participants(windows)[:2], PruneConfig(share=share, pattern=pattern), out=tmp_path / "run"
     )
     for weight_name, weight in weights_of(result.model_dir).items():
         if weight_name in result.sparsity:
@@ -196,7 +201,7 @@ def test_n_m_keeps_at_most_n_of_m_consecutive_inputs(tiny, windows, tmp_path, sh
 
 @pytest.mark.parametrize("share", SHARES)
 def test_one_participant_is_centralized(tiny, windows, tmp_path, share):
-    """Under every way of sharing, when it follows the server; the groups compared are then the same."""
+    """For every way of sharing, given the server's decision and the same comparison groups."""
     runs = [
         prune(
             tiny("gpt2"),
@@ -221,7 +226,7 @@ def test_one_participant_is_centralized(tiny, windows, tmp_path, share):
         ({"owl_m": 0}, "owl_m"),
     ],
 )
-def test_allocations_and_fractions_that_cannot_be(options, message):
+def test_impossible_allocations_and_fractions_are_refused(options, message):
     with pytest.raises(ConfigError, match=message) as refused:
         PruneConfig(**options)
     assert "value error" not in str(refused.value)
@@ -234,7 +239,7 @@ def test_allocations_and_fractions_that_cannot_be(options, message):
         ("x=0.5", "unknown participant 'x'"),
     ],
 )
-def test_blocks_without_anybody_are_refused_before_anything_is_computed(
+def test_blocks_without_a_participant_are_refused_before_any_computation(
     tiny, windows, tmp_path, fraction, message
 ):
     config = PruneConfig(block_fraction=fraction)

@@ -1,4 +1,4 @@
-"""What every way of sharing must keep to."""
+"""Properties that every way of sharing must have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARES = list(DECISIONS)
 STATISTICS_LIKE = ["statistics", "gram"]
 
 
-def people(windows):
+def participants(windows):
     return [windows(0), windows(1, 3), windows(2, 1)]
 
 
@@ -28,9 +28,9 @@ def people(windows):
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_exact_sparsity_and_order_of_participants(tiny, windows, tmp_path, share, strategy, pattern):
     config = PruneConfig(share=share, strategy=strategy, pattern=pattern, local_group="layer")
-    one = prune(tiny("gpt2"), people(windows), config, out=tmp_path / "one")
-    other = prune(tiny("gpt2"), people(windows)[::-1], config, out=tmp_path / "other")
-    if share != "gram":  # sums of float32 matrices depend on their order in the last bit
+    one = prune(tiny("gpt2"), participants(windows), config, out=tmp_path / "one")
+    other = prune(tiny("gpt2"), participants(windows)[::-1], config, out=tmp_path / "other")
+    if share != "gram":  # the last bit of float32 sums depends on their order
         for name, folder in one.model_dirs.items():
             if strategy != "local-only":
                 assert_same_bits(folder, other.model_dirs[name])
@@ -53,7 +53,7 @@ def test_identical_participants_are_that_participant(tiny, windows, tmp_path, sh
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
 def test_sparsity_zero_changes_nothing(tiny, windows, tmp_path, share, strategy):
     config = PruneConfig(sparsity=0.0, share=share, strategy=strategy)
-    result = prune(tiny("qwen2"), people(windows), config, out=tmp_path / "run")
+    result = prune(tiny("qwen2"), participants(windows), config, out=tmp_path / "run")
     before = weights_of(tiny("qwen2"))
     for name, weight in weights_of(result.model_dir).items():
         torch.testing.assert_close(weight, before[name], rtol=1e-6, atol=0)
@@ -66,8 +66,8 @@ def test_statistics_block_by_block_are_centralized(tiny, windows, tmp_path, name
     options = {"criterion": criterion, "local_group": group, "sparsity": 0.6}
     shared = PruneConfig(share="statistics", strategy="iterative", **options)
     pooled = PruneConfig(strategy="centralized", **options)
-    federated = prune(tiny(name), people(windows), shared, out=tmp_path / "federated")
-    centralized = prune(tiny(name), people(windows), pooled, out=tmp_path / "centralized")
+    federated = prune(tiny(name), participants(windows), shared, out=tmp_path / "federated")
+    centralized = prune(tiny(name), participants(windows), pooled, out=tmp_path / "centralized")
     assert_same_bits(federated.model_dir, centralized.model_dir)
 
 
@@ -75,7 +75,7 @@ def test_gram_matrices_block_by_block_are_centralized_sparsegpt(tiny, windows, t
     runs = {
         strategy: prune(
             tiny("llama"),
-            people(windows),
+            participants(windows),
             PruneConfig(share="gram", strategy=strategy),
             out=tmp_path / strategy,
         )
@@ -83,7 +83,7 @@ def test_gram_matrices_block_by_block_are_centralized_sparsegpt(tiny, windows, t
     }
     ours, theirs = (weights_of(run.model_dir) for run in runs.values())
     differing = sum(int(((ours[name] == 0) != (theirs[name] == 0)).sum()) for name in ours)
-    assert differing <= 2, "sums in another order may swap near-equal scores"
+    assert differing <= 2, "a different summation order may swap nearly equal scores"
 
 
 def test_one_shot_statistics_need_one_pass(tiny, windows, tmp_path, monkeypatch):
@@ -98,18 +98,20 @@ def test_one_shot_statistics_need_one_pass(tiny, windows, tmp_path, monkeypatch)
     prune(
         tiny("llama"), [windows(0, 3), windows(1, 1)], PruneConfig(share="statistics"), out=tmp_path / "run"
     )
-    assert calls.count(16) == 4 * 3, "each window once through each of 3 blocks"
+    assert calls.count(16) == 4 * 3, "each window passes once through each of the 3 blocks"
 
 
 def test_one_shot_statistics_are_taken_from_the_unpruned_model(tiny, windows, tmp_path):
-    """Sums of the dense model, computed here with transformers' own forward."""
+    """Compare with the dense model's sums, computed here with transformers' own forward pass."""
     from transformers import AutoModelForCausalLM
 
     from fedprllm.core.criteria import wanda
     from fedprllm.core.groups import Grouping
     from fedprllm.core.masks import prune_lowest
 
-    result = prune(tiny("llama"), people(windows), PruneConfig(share="statistics"), out=tmp_path / "run")
+    result = prune(
+        tiny("llama"), participants(windows), PruneConfig(share="statistics"), out=tmp_path / "run"
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     sums: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
@@ -120,7 +122,7 @@ def test_one_shot_statistics_are_taken_from_the_unpruned_model(tiny, windows, tm
                 )
             )
     with torch.no_grad():
-        for window in torch.cat(people(windows)):
+        for window in torch.cat(participants(windows)):
             model(window[None])
     pruned = weights_of(result.model_dir)
     for name, total in sums.items():
@@ -172,7 +174,7 @@ def test_votes_can_weigh_tokens(tiny, windows, tmp_path):
     result = prune(tiny("llama"), [windows(0, 1), windows(1, 3)], config, out=tmp_path / "run")
     name = next(iter(result.votes))
     assert set(result.votes[name].unique().tolist()) <= {0, 16, 48, 64}
-    # The one with three times the tokens outvotes the other everywhere.
+    # The participant with three times as many tokens outvotes the other one everywhere.
     local = prune(tiny("llama"), [windows(1, 3)], PruneConfig(server_group="row"), out=tmp_path / "local")
     both = prune(
         tiny("llama"),

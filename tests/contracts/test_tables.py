@@ -1,4 +1,4 @@
-"""The tables agree with the words that a user writes, and every row is complete."""
+"""The tables match the option values that a user writes, and every entry is complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedprllm.settings import choices_of
 from fedprllm.sharing import SHARING
 
 
-def test_every_word_is_a_row_and_every_row_a_word():
+def test_every_option_value_has_a_row_and_every_row_an_option_value():
     assert set(get_args(CriterionName)) == set(CRITERIA)
     assert set(get_args(ShareName)) == set(DECISIONS)
     assert set(KINDS) == set(SHARING)
@@ -32,10 +32,10 @@ def test_rows_go_by_their_own_names():
         assert len(names) == len(set(names))
 
 
-def test_no_two_kinds_have_one_number_on_the_wire():
+def test_no_two_kinds_share_a_number_on_the_wire():
     codes = [row.wire.code for row in SHARING.values()]
     assert len(codes) == len(set(codes))
-    # A number that was given away is part of the format: messages in ledgers were written with it.
+    # Assigned numbers are part of the format and never change: ledgers contain messages written with them.
     assert {kind: row.wire.code for kind, row in SHARING.items()} == {
         "mask": 1,
         "statistics": 2,

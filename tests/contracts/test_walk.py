@@ -1,4 +1,4 @@
-"""What every architecture, strategy, group, pattern and criterion must keep to."""
+"""Properties that every architecture, strategy, group, pattern and criterion must have."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def assert_same_bits(left: Path, right: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_walk_is_the_models_own_forward(tiny, windows, tmp_path, name):
+def test_block_by_block_is_the_models_own_forward_pass(tiny, windows, tmp_path, name):
     walked = BlockwiseModel(resolve_model(tiny(name), cache_dir=tmp_path))
     model = AutoModelForCausalLM.from_pretrained(tiny(name)).eval()
     tokens = torch.cat([windows(0), windows(1)])
@@ -91,8 +91,8 @@ def expected_zeros(shape: tuple[int, int], group: str, sparsity: float) -> int:
 @pytest.mark.parametrize(("local", "server"), list(itertools.product(GROUPS, GROUPS)))
 def test_exactly_k_in_every_group(tiny, windows, tmp_path, strategy, local, server, sparsity):
     config = PruneConfig(sparsity=sparsity, strategy=strategy, local_group=local, server_group=server)
-    people = [windows(0), windows(1, 3), windows(2, 1)]
-    result = prune(tiny("llama"), people, config, out=tmp_path / "run")
+    participants = [windows(0), windows(1, 3), windows(2, 1)]
+    result = prune(tiny("llama"), participants, config, out=tmp_path / "run")
     for name, weight in weights_of(result.model_dir).items():
         if name in result.votes:
             zeros = weight == 0
@@ -121,9 +121,9 @@ def test_n_m_patterns(tiny, windows, tmp_path, strategy, pattern):
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative", "centralized"])
 def test_order_of_participants_changes_nothing(tiny, windows, tmp_path, strategy, ties):
     config = PruneConfig(strategy=strategy, ties=ties)
-    people = [windows(0), windows(1, 3), windows(2, 1)]
-    one = prune(tiny("qwen2"), people, config, out=tmp_path / "one")
-    other = prune(tiny("qwen2"), people[::-1], config, out=tmp_path / "other")
+    participants = [windows(0), windows(1, 3), windows(2, 1)]
+    one = prune(tiny("qwen2"), participants, config, out=tmp_path / "one")
+    other = prune(tiny("qwen2"), participants[::-1], config, out=tmp_path / "other")
     assert_same_bits(one.model_dir, other.model_dir)
 
 
@@ -136,7 +136,7 @@ def test_same_seed_same_bits(tiny, windows, tmp_path, ties):
     assert_same_bits(one.model_dir, other.model_dir)
 
 
-def test_another_seed_breaks_random_ties_otherwise(tiny, windows, tmp_path):
+def test_another_seed_breaks_random_ties_differently(tiny, windows, tmp_path):
     one, other = (
         prune(
             tiny("llama"),
@@ -152,9 +152,11 @@ def test_another_seed_breaks_random_ties_otherwise(tiny, windows, tmp_path):
 
 
 def test_one_participant_is_local_only_and_centralized(tiny, windows, tmp_path):
-    people = [windows(0, 3)]
+    participants = [windows(0, 3)]
     folders = [
-        prune(tiny("llama"), people, PruneConfig(strategy=s, server_group="row"), out=tmp_path / s).model_dir
+        prune(
+            tiny("llama"), participants, PruneConfig(strategy=s, server_group="row"), out=tmp_path / s
+        ).model_dir
         for s in STRATEGIES
     ]
     for folder in folders[1:]:
@@ -169,12 +171,12 @@ def test_identical_participants_are_that_participant(tiny, windows, tmp_path):
     assert torch.equal(one.votes[name] * 3, many.votes[name])
 
 
-def test_local_only_models_are_what_each_makes_alone(tiny, windows, tmp_path):
+def test_local_only_models_are_those_of_each_participant_alone(tiny, windows, tmp_path):
     config = PruneConfig(strategy="local-only")
-    people = [windows(0), windows(1, 3)]
-    together = prune(tiny("llama"), people, config, out=tmp_path / "together")
+    participants = [windows(0), windows(1, 3)]
+    together = prune(tiny("llama"), participants, config, out=tmp_path / "together")
     for number, (name, folder) in enumerate(together.model_dirs.items()):
-        alone = prune(tiny("llama"), [people[number]], config, out=tmp_path / f"alone-{name}")
+        alone = prune(tiny("llama"), [participants[number]], config, out=tmp_path / f"alone-{name}")
         assert_same_bits(folder, alone.model_dir)
 
 
@@ -191,17 +193,17 @@ def test_magnitude_needs_no_text(tiny, windows, tmp_path):
 
 
 def test_scaling_multiplies_the_kept_weights(tiny, windows, tmp_path):
-    people = [windows(0), windows(1), windows(2)]
-    result = prune(tiny("gpt2"), people, PruneConfig(scale_weights=True), out=tmp_path / "run")
+    participants = [windows(0), windows(1), windows(2)]
+    result = prune(tiny("gpt2"), participants, PruneConfig(scale_weights=True), out=tmp_path / "run")
     before, after = weights_of(tiny("gpt2")), weights_of(result.model_dir)
-    plain = weights_of(prune(tiny("gpt2"), people, out=tmp_path / "plain").model_dir)
+    plain = weights_of(prune(tiny("gpt2"), participants, out=tmp_path / "plain").model_dir)
     for name, votes in result.votes.items():
         expected = torch.where(plain[name] == 0, 0.0, before[name] * ((3 - votes.float()) / 3))
         assert torch.equal(after[name], expected), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_keep_the_precision_of_their_file(tiny, windows, tmp_path, dtype):
+def test_weights_keep_the_precision_of_the_checkpoint(tiny, windows, tmp_path, dtype):
     source = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=getattr(torch, dtype))
     source.save_pretrained(tmp_path / "source")
     result = prune(tmp_path / "source", [windows(0)], PruneConfig(scale_weights=True), out=tmp_path / "run")
@@ -228,7 +230,7 @@ def test_only_the_participants_own_windows_are_forwarded(tiny, windows, tmp_path
 
     monkeypatch.setattr(BlockwiseModel, "_call_block", counted)
     prune(tiny("llama"), [windows(0, 3), windows(1, 1)], out=tmp_path / "run")
-    # Opening the model runs one block on two tokens, without its weights, to see which Linears share inputs.
+    # Opening the model runs one block on two tokens, without weights, to find Linears that share inputs.
     assert calls[0] == (1, 2, 32)
-    # Four windows, observed in each of 3 blocks and advanced in all but the last.
+    # Four windows: observed in each of the 3 blocks, and passed on through all but the last.
     assert calls[1:] == [(1, 16, 32)] * (4 * 3 + 4 * 2)

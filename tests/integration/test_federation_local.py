@@ -370,7 +370,7 @@ def test_other_weights_are_told_by_name(tmp_path, model, federation):
     assert event["participant"] == "south"
     assert event["reason"] == f"failed: model differs: '{name}'"
     (status,) = (tmp_path / "south" / "fedprllm" / "runs").glob("*/status.json")
-    assert f"tensor '{name}' has other values" in read_json(status)["message"]
+    assert f"tensor '{name}' has different values" in read_json(status)["message"]
 
 
 def test_a_path_of_the_coordinator_is_not_opened_at_a_participant(tmp_path, model, federation):
@@ -605,7 +605,7 @@ def test_another_tokenizer_is_another_model(tmp_path, model, federation):
     (event,) = [e for e in events(tmp_path) if e["event"] == "left out"]
     assert event["reason"] == "failed: model differs: 'tokenizer.vocabulary'"
     (status,) = channel.sites["west"].folder.glob("runs/*/status.json")
-    assert "the tokenizer has another vocabulary" in read_json(status)["message"]
+    assert "the tokenizers differ in their vocabulary" in read_json(status)["message"]
 
 
 @pytest.mark.parametrize(
@@ -698,7 +698,7 @@ def test_counts_that_cannot_be_are_refused(tmp_path, model, federation):
     assert conduct(tmp_path, plan, channel) == "complete"
     refused = events(tmp_path)[0]
     assert refused["participant"] == "south"
-    assert "must be a whole number up to" in refused["reason"]
+    assert "must be a whole number from 0 to" in refused["reason"]
     result = read_json(tmp_path / "runs" / "run" / "result.json")
     # It was left out of the survey only: pruning asks everyone anew.
     assert set(result["participants"]) == set(NAMES)

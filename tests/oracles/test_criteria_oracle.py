@@ -1,4 +1,4 @@
-"""Every criterion against its formula, one weight at a time in Python."""
+"""Check every criterion against its formula, computed one weight at a time in Python."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _ria(weight: Matrix, norm: list[float], o: int, j: int) -> float:
     return (abs(weight[o][j]) / row_sum + abs(weight[o][j]) / column_sum) * norm[j] ** 0.5
 
 
-# An oracle for every row of the table.
+# One oracle per entry of the table.
 ORACLES = {
     "wanda": _wanda,
     "magnitude": _magnitude,

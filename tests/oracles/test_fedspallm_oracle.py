@@ -1,4 +1,4 @@
-"""FedSpaLLM's aggregation by loops over weights and participants, its limits, and layer sampling."""
+"""Check FedSpaLLM's aggregation against loops, its limiting cases, and layer sampling."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sums(locals_: list[torch.Tensor], kept: list[torch.Tensor]) -> tuple[torch.T
 def naive(
     locals_: list[torch.Tensor], kept: list[torch.Tensor], weight: torch.Tensor, grouping: Grouping
 ) -> tuple[list[list[float]], list[list[bool]]]:
-    """As the paper tells it, with ties by index: average, prune what all pruned, expand by votes."""
+    """The paper's procedure with ties by index: average, prune what all pruned, expand by votes."""
     n_out, n_in = weight.shape
     mask = [[False] * n_in for _ in range(n_out)]
     k = grouping.n_pruned((n_out, n_in))
@@ -65,7 +65,7 @@ def test_agrees_with_the_loops(n_people, n_out, n_quads, keeping, seed, grouping
     shape = (n_out, 4 * n_quads)
     weight = torch.randn(shape, generator=generator)
     locals_ = [torch.randn(shape, generator=generator) for _ in range(n_people)]
-    # Whatever they retain: all may have pruned more than k of a group, or none anything.
+    # Arbitrary masks: all participants may have pruned more than k of a group, or nothing at all.
     kept = [torch.rand(shape, generator=generator) < keeping for _ in range(n_people)]
     found, pruned = fedspallm(*sums(locals_, kept), n_people, weight, grouping, "index")
     expected, mask = naive(locals_, kept, weight, grouping)
@@ -77,7 +77,7 @@ def test_agrees_with_the_loops(n_people, n_out, n_quads, keeping, seed, grouping
 
 @pytest.mark.parametrize("ties", TIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_participant_is_itself(ties: str, dtype: torch.dtype) -> None:
+def test_one_participant_gives_its_own_weights(ties: str, dtype: torch.dtype) -> None:
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     grouping = Grouping("row", 0.5)
     own = prune_lowest(weight.float().abs(), weight, grouping, "index").mask
@@ -112,15 +112,15 @@ def test_the_mask_is_that_of_the_votes() -> None:
         assert pruned.n_ties == expected.n_ties
 
 
-def test_kept_although_nobody_retained_it_takes_the_original_weight() -> None:
+def test_a_kept_weight_that_no_participant_retained_keeps_its_value() -> None:
     weight = torch.tensor([[1.0, -2.0, 3.0, 4.0]])
-    nobody = torch.zeros(1, 4)
-    found, pruned = fedspallm(nobody, nobody.to(torch.uint8), 5, weight, Grouping("layer", 0.5), "magnitude")
+    none = torch.zeros(1, 4)
+    found, pruned = fedspallm(none, none.to(torch.uint8), 5, weight, Grouping("layer", 0.5), "magnitude")
     assert found.tolist() == [[0.0, 0.0, 3.0, 4.0]]
     assert pruned.n_ties == 2
 
 
-def test_nobody_contributed_is_our_own_mistake() -> None:
+def test_a_block_without_contributions_is_an_internal_error() -> None:
     zeros = torch.zeros(2, 2)
     with pytest.raises(AssertionError, match="no participant contributed"):
         fedspallm(zeros, zeros.to(torch.uint8), 0, zeros, Grouping("layer", 0.5), "index")
@@ -137,7 +137,7 @@ def test_sampled_blocks(percent: int, n_blocks: int, seed: int, fingerprint: str
 
 
 def test_blocks_are_drawn_evenly_and_differently_for_each_participant() -> None:
-    draws = [sampled_blocks(0.25, 8, 0, f"fingerprint {person}") for person in range(400)]
+    draws = [sampled_blocks(0.25, 8, 0, f"fingerprint {participant}") for participant in range(400)]
     counts = [sum(block in draw for draw in draws) for block in range(8)]
     assert all(60 < count < 140 for count in counts)  # 100 expected, sigma 9
     assert sampled_blocks(0.25, 8, 0, "a" * 64) != sampled_blocks(0.25, 8, 1, "a" * 64)
@@ -145,7 +145,7 @@ def test_blocks_are_drawn_evenly_and_differently_for_each_participant() -> None:
 
 
 def covering(fractions: dict[str, float], n_blocks: int, seed: int) -> dict[str, list[int]]:
-    """The rule in words: draw; whoever comes first of those who share the most drawn block exchanges it."""
+    """Draw, then let the first participant that holds the most-drawn block exchange it for a missing one."""
     drawn = {name: sampled_blocks(fractions[name], n_blocks, seed, name) for name in sorted(fractions)}
     for block in range(n_blocks):
         everything = [number for own in drawn.values() for number in own]
@@ -162,7 +162,7 @@ def covering(fractions: dict[str, float], n_blocks: int, seed: int) -> dict[str,
     st.integers(1, 24),
     st.integers(0, 5),
 )
-def test_every_block_has_somebody_and_nobody_more_than_it_declared(percents, n_blocks, seed) -> None:
+def test_every_block_has_a_participant_and_none_prunes_more_than_declared(percents, n_blocks, seed) -> None:
     fractions = {name: percent / 100 for name, percent in percents.items()}
     declared = {name: max(1, percent * n_blocks // 100) for name, percent in percents.items()}
     found = sample_blocks(fractions, n_blocks, seed)
@@ -176,7 +176,7 @@ def test_every_block_has_somebody_and_nobody_more_than_it_declared(percents, n_b
     assert found == covering(fractions, n_blocks, seed)
 
 
-def test_who_has_all_blocks_keeps_what_it_drew() -> None:
+def test_draws_that_cover_all_blocks_are_kept() -> None:
     fractions = {"a": 1.0, "b": 0.25, "c": 0.5}
     found = sample_blocks(fractions, 8, 3)
     assert found == {name: sampled_blocks(fraction, 8, 3, name) for name, fraction in fractions.items()}

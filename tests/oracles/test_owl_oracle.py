@@ -1,4 +1,4 @@
-"""OWL: shares of outliers by loops, the paper's formula, and totals that are exact."""
+"""Check OWL: outlier ratios against loops, the paper's formula, and exact totals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 
 def papers_sparsities(ratios: list[float], sparsity: float, lam: float) -> list[float]:
-    """Blocks of equal size: ratios scaled to [0, 2 lam], centred, added to the density."""
+    """The paper's formula for equal blocks: scale ratios to [0, 2 lam], center, add to the density."""
     lowest, highest = min(ratios), max(ratios)
     scaled = [(ratio - lowest) * (2 * lam / (highest - lowest)) for ratio in ratios]
     mean = sum(scaled) / len(scaled)
@@ -27,7 +27,7 @@ def papers_sparsities(ratios: list[float], sparsity: float, lam: float) -> list[
 
 @st.composite
 def models(draw: st.DrawFn) -> tuple[list[float], list[int], float, float]:
-    """Outlier ratios and sizes of blocks, sparsity and lambda."""
+    """Draw outlier ratios and sizes of blocks, sparsity and lambda."""
     n_blocks = draw(st.integers(1, 12))
     ratios = draw(st.lists(st.floats(0, 1), min_size=n_blocks, max_size=n_blocks))
     sizes = draw(st.lists(st.integers(1, 10**9), min_size=n_blocks, max_size=n_blocks))
@@ -74,7 +74,7 @@ def test_a_skewed_distribution_is_confined() -> None:
 
 @unhurried
 @given(models())
-def test_confined_centred_and_in_the_order_of_the_outliers(model) -> None:
+def test_confined_centered_and_in_the_order_of_the_outliers(model) -> None:
     ratios, sizes, sparsity, lam = model
     found = owl(ratios, sizes, sparsity, lam)
     assert all(abs(value - sparsity) <= lam + 1e-12 and 0 <= value <= 1 for value in found)
@@ -105,7 +105,7 @@ def test_the_total_is_exact(model, n_linears: int) -> None:
     assert sum(found) == total_k
     for count, size, value in zip(found, parts, sparsities, strict=True):
         assert 0 <= count <= size
-        # One for rounding this part, one for rounding the total down.
+        # One for rounding this part, one for rounding down the total.
         assert abs(count - size * value) < 2 + 1e-6
 
 
@@ -136,7 +136,7 @@ def test_among_equal_remainders_the_first_is_rounded_up() -> None:
 
 @st.composite
 def shaped_models(draw: st.DrawFn):
-    """Ratios of blocks that all hold Linears of the same few shapes, a group, sparsity and lambda."""
+    """Draw ratios of blocks with Linears of the same few shapes, a group, sparsity and lambda."""
     n_blocks = draw(st.integers(1, 6))
     sizes = st.integers(1, 40)
     of_block = draw(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=4))
@@ -148,7 +148,7 @@ def shaped_models(draw: st.DrawFn):
 
 @unhurried
 @given(shaped_models())
-def test_the_model_loses_what_it_would_lose_if_all_blocks_were_alike(model) -> None:
+def test_the_model_loses_as_many_weights_as_under_uniform_sparsity(model) -> None:
     ratios, shapes, group, sparsity, lam = model
     shares = allocate(ratios, shapes, group, sparsity, lam)
     total = found = 0
@@ -169,7 +169,7 @@ def test_the_model_loses_what_it_would_lose_if_all_blocks_were_alike(model) -> N
 
 
 @pytest.mark.parametrize(("group", "step"), [("layer", 1 / 50_000), ("row", 1 / 500), ("column", 1 / 100)])
-def test_each_block_is_where_the_formula_puts_it_but_for_rounding(group: str, step: float) -> None:
+def test_each_block_follows_the_formula_up_to_rounding(group: str, step: float) -> None:
     ratios = [0.1, 0.2, 0.3, 0.4]
     found = allocate(ratios, [[(100, 500), (100, 500)]] * 4, group, 0.7, 0.08)
     for of_block, wanted in zip(found, papers_sparsities(ratios, 0.7, 0.08), strict=True):
@@ -177,7 +177,7 @@ def test_each_block_is_where_the_formula_puts_it_but_for_rounding(group: str, st
 
 
 @pytest.mark.parametrize("group", ["layer", "row", "column"])
-def test_blocks_that_are_alike_lose_exactly_what_uniform_takes(group: str) -> None:
+def test_equal_blocks_lose_exactly_as_much_as_under_uniform_sparsity(group: str) -> None:
     shapes = [[(6, 10), (9, 7)]] * 3
     for ratios, lam in (([0.2, 0.2, 0.2], 0.08), ([0.1, 0.4, 0.2], 0.0)):
         for of_block in allocate(ratios, shapes, group, 0.55, lam):

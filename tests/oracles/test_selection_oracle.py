@@ -1,4 +1,4 @@
-"""Selection of exactly k against a sort in Python, in every comparison group and for every tie rule."""
+"""Check exact selection against a sort in Python, for every comparison group and tie rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 
 def groups_of(grouping: Grouping, n_out: int, n_in: int) -> list[list[tuple[int, int]]]:
-    """The places of each group, in the order in which ``index`` goes through them."""
+    """The positions of each group, in the order of the tie rule ``index``."""
     if grouping.n_m:
         m = grouping.n_m[1]
         return [[(o, j) for j in range(a, a + m)] for o in range(n_out) for a in range(0, n_in, m)]
@@ -57,7 +57,7 @@ def naive(
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, Grouping, str]:
-    """Scores with many ties, weights with some, a grouping and a tie rule."""
+    """Draw scores with many ties, weights with some, a grouping and a tie rule."""
     n_m = draw(st.sampled_from([None, None, None, (2, 4), (1, 3), (4, 8), (0, 2), (2, 2)]))
     n_out = draw(st.integers(1, 6))
     n_in = draw(st.integers(1, 3)) * n_m[1] if n_m else draw(st.integers(1, 9))
@@ -106,7 +106,7 @@ def test_the_tie_rule_is_called_only_if_a_tie_has_to_be_decided() -> None:
     def refuse() -> torch.Tensor:
         pytest.fail("no tie has to be decided here")
 
-    # The two equal scores of the first row are both taken, those of the second are both left.
+    # Both equal scores of the first row are marked, and neither of the second row.
     found, n_ties = select_lowest(torch.tensor([[1, 1, 2, 3], [7, 0, 1, 7]]), 2, refuse)
     assert found.tolist() == [[True, True, False, False], [False, True, True, False]]
     assert n_ties == 0
@@ -115,10 +115,10 @@ def test_the_tie_rule_is_called_only_if_a_tie_has_to_be_decided() -> None:
 
 
 @pytest.mark.parametrize("group", ["layer", "row", "column"])
-def test_prunes_that_rounding_may_decide_by_loops(group: str) -> None:
+def test_count_close_against_loops(group: str) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(6, 40, generator=generator)
-    # Many of them a hair or a little away from another one of their row or column.
+    # Many scores are within or just beyond rounding error of another one in their row or column.
     scores[3:] = scores[:3] * (1 + 2.0**-22)
     scores[:, 10:20] = scores[:, :10] * (1 + 2.0**-22)
     scores[:, 20:30] = scores[:, :10] * (1 + 2.0**-12)

@@ -1,4 +1,4 @@
-"""SparseGPT against optimal brain surgery done slowly, and what it must keep to."""
+"""Check SparseGPT against a slow optimal brain surgeon, and properties it must have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ unhurried = settings(deadline=None, max_examples=40, suppress_health_check=[Heal
 def problem(
     n_out: int, n_in: int, n_tokens: int = 40, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and correlated inputs whose channels differ in scale."""
+    """A weight and correlated inputs with channels of different scales."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n_out, n_in, generator=generator, dtype=torch.float64)
     mixing = torch.eye(n_in) + 0.5 * torch.randn(n_in, n_in, generator=generator)
@@ -40,7 +40,7 @@ def brain_surgery(
     block_size: int,
     damping: float = 0.01,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One column after the other, each with the inverse of its own trailing Hessian: float64, no Cholesky."""
+    """Prune column by column, inverting each trailing Hessian on its own: float64, no Cholesky."""
     weight, (n_out, n_in) = weight.double().clone(), weight.shape
     hessian = 2 / len(inputs) * (inputs.T @ inputs).double()
     dead = [float(hessian[j, j]) == 0 for j in range(n_in)]
@@ -105,7 +105,7 @@ def test_dead_channels_agree_too(sparsity: float, n_m) -> None:
     assert found.n_dead == 3
 
 
-def test_inputs_that_were_always_zero_leave_magnitude_pruning() -> None:
+def test_with_all_inputs_zero_it_prunes_by_magnitude() -> None:
     weight, _ = problem(4, 8, dtype=torch.float32)
     found = sparsegpt(weight, torch.zeros(8, 8), 0.5)
     expected = prune_lowest(weight.abs(), weight, Grouping("layer", 0.5), "index")
@@ -164,7 +164,7 @@ def test_exactly_k_where_all_scores_are_equal() -> None:
     weight = torch.ones(6, 10)
     found = sparsegpt(weight, torch.eye(10), 0.35, block_size=4)
     assert int(found.pruned.mask.sum()) == 21
-    # Per block 8 of 24 (floor 8.4), 8 of 24 (floor 16.8), 5 of 12; each takes some of many equals.
+    # Per block 8 of 24 (floor 8.4), 8 of 24 (floor 16.8), 5 of 12, each chosen among many equal scores.
     assert found.pruned.mask.reshape(6, 10)[:, :4].sum() == 8
     assert found.pruned.n_ties == 21
     assert torch.equal(found.pruned.mask[:2, :4], torch.ones(2, 4, dtype=torch.bool))
@@ -214,7 +214,7 @@ def test_reconstructs_better_than_masks_without_update(seed: int, n_m) -> None:
 
 def test_sums_of_two_halves_give_the_weights_of_the_pooled_text() -> None:
     weight, inputs = problem(8, 32, 100, dtype=torch.float32)
-    inputs = (inputs * 16).round()  # exact products, so that the sums are the same bits
+    inputs = (inputs * 16).round()  # integers make the products exact, so the sums have the same bits
     halves = [GramStatistics.zeros(32), GramStatistics.zeros(32)]
     pooled = GramStatistics.zeros(32)
     halves[0].add(inputs[:30])
@@ -242,14 +242,14 @@ def test_only_the_upper_triangle_of_the_gram_matrix_is_read() -> None:
 
 
 def pair(correlation: float) -> torch.Tensor:
-    """A Gram matrix of two channels; with a correlation beyond 1 it is none, and not positive definite."""
+    """A Gram matrix of two channels; with a correlation above 1 it is invalid and not positive definite."""
     return torch.tensor([[1.0, correlation], [correlation, 1.0]])
 
 
 @pytest.mark.parametrize(
     ("correlation", "expected"), [(0.9, 0.01), (1.0, 0.01), (1.05, 0.1), (1.5, 1.0), (10.0, 10.0)]
 )
-def test_a_failed_factorisation_raises_the_damping_and_says_so(correlation: float, expected: float) -> None:
+def test_a_failed_factorization_raises_and_reports_the_damping(correlation: float, expected: float) -> None:
     found = sparsegpt(torch.tensor([[1.0, 2.0], [3.0, -1.0]]), pair(correlation), 0.5)
     assert found.damping == pytest.approx(expected)
     assert int(found.pruned.mask.sum()) == 2

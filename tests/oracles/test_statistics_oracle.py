@@ -1,4 +1,4 @@
-"""Statistics are sums: those of parts add up to those of the whole, and to a sum in Python."""
+"""Check statistics: those of parts add up to those of the whole, and to sums in Python."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_merging_changes_neither_part(kind: type, inputs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_passes_after_a_large_one_are_not_lost(kind: type) -> None:
-    # In float32 the spacing at 1e8 is 8: adding 1 a hundred times would leave 1e8.
+    # The spacing of float32 at 1e8 is 8, so adding 1 a hundred times would leave 1e8 unchanged.
     passes = [torch.full((1, 1), 1e4)] + [torch.ones(1, 1)] * 100
     assert observed(kind, *passes).sum_of_squares.item() == 1e8 + 100
 
@@ -86,7 +86,7 @@ def test_gram_keeps_the_precision_asked_for(inputs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_inputs_are_summed_in_float32(kind: type) -> None:
-    # 300^2 is beyond float16.
+    # 300^2 exceeds the range of float16.
     assert observed(kind, torch.full((4, 1), 300.0, dtype=torch.float16)).sum_of_squares.item() == 4 * 300**2
 
 

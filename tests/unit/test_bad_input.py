@@ -1,4 +1,4 @@
-"""Each mistake is refused with a message that names it, before anything is computed or written."""
+"""Each mistake is refused with a message that names it, before any computation or output."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_weights_that_are_not_finite(tiny, windows, tmp_path, value):
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     refused(
         ModelError,
-        r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN or infinity in 1 of",
+        r"'model\.layers\.1\.mlp\.up_proj\.weight' contains NaN or infinity in 1 of",
         tmp_path,
         tmp_path / "model",
         [windows(0)],
@@ -203,13 +203,13 @@ def test_fused_experts_are_refused(tmp_path, windows):
 
 
 def test_centralized_needs_one_window_length(tiny, windows, tmp_path):
-    people = [windows(0), windows(1, 2, 12)]
+    participants = [windows(0), windows(1, 2, 12)]
     refused(
         DataError,
         "one length, found",
         tmp_path,
         tiny("llama"),
-        people,
+        participants,
         config=PruneConfig(strategy="centralized"),
     )
 

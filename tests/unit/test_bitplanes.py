@@ -1,4 +1,4 @@
-"""Votes in bit planes: the same results as plain integer votes, at any size and number of participants."""
+"""Votes in bit planes give the same results as integer votes, for any size and number of participants."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GROUPINGS = st.builds(
 
 @dataclass(frozen=True)
 class Ballots:
-    """Masks of ``n_participants``, drawn from few distinct ones that agree more or less."""
+    """Masks of ``n_participants`` participants, drawn from a few distinct ones with varying agreement."""
 
     shape: tuple[int, int]
     n_participants: int
@@ -45,7 +45,7 @@ class Ballots:
         return [distinct[index] for index in order.tolist()]
 
     def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Few distinct magnitudes, so that keys are equal too."""
+        """Weights with few distinct magnitudes, so that tie keys are equal too."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         return torch.randint(-3, 4, self.shape, generator=generator).to(dtype) / 4
 
@@ -82,7 +82,7 @@ def as_words(packed: np.ndarray) -> np.ndarray:
     return np.pad(packed, (0, -len(packed) % 8)).view(np.uint64)
 
 
-# ---- counts ------------------------------------------------------------------------------------------
+# --- Counts ---
 
 
 @settings(deadline=None, max_examples=50)
@@ -110,7 +110,7 @@ def test_counts_are_the_sum_of_the_masks(case: Ballots, sizes: list[int]) -> Non
 
 
 @pytest.mark.parametrize("every", [1, 5, 16, 23])
-def test_looking_at_the_votes_does_not_change_them(every: int) -> None:
+def test_reading_the_votes_does_not_change_them(every: int) -> None:
     masks, votes = Ballots((3, 50), 60, 0.5, every).masks(), PackedVotes(150)
     for index, mask in enumerate(masks):
         votes.add(pack(mask))
@@ -129,7 +129,7 @@ def test_words_bytes_and_unaligned_bytes_are_the_same() -> None:
     assert torch.equal(votes.counts(), mask.reshape(-1).byte() * 5)
 
 
-def test_chunks_and_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_and_threads_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitplanes, "_CHUNK", 3)
     monkeypatch.setattr(bitplanes, "_WORDS_PER_THREAD", 20)
     monkeypatch.setattr(bitplanes, "_COUNTED_AT_ONCE", 100)
@@ -159,7 +159,7 @@ def test_the_masks_given_are_not_changed() -> None:
 @example(Ballots((3, 100), 5, 0.0, 0), [2**24, 1, 3, 2**24 - 1], Grouping("row", 0.5, (2, 4)), "magnitude")
 @given(
     ballots(multiple=4),
-    # 1 goes the way of one participant, one vote: the two mix.
+    # A weight of 1 takes the path for unweighted votes, so both paths are mixed.
     st.lists(st.integers(1, 9) | st.just(1) | st.integers(1, 2**26), min_size=1, max_size=6),
     st.sampled_from(
         [Grouping(group, 0.5) for group in ("layer", "row", "column")] + [Grouping("row", 0.5, (2, 4))]
@@ -199,7 +199,7 @@ def votes_of_one(packed: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("n_participants", [1, 7, 31, 300, 1000])
-def test_memory_is_one_bit_per_plane_and_four_that_wait(n_participants: int) -> None:
+def test_memory_is_one_bit_per_plane_plus_four_waiting(n_participants: int) -> None:
     n_weights = 64 * 10
     votes = PackedVotes(n_weights)
     votes.add(*[np.full(n_weights // 64, 5, np.uint64)] * n_participants)
@@ -217,7 +217,7 @@ def test_no_votes() -> None:
     assert found.n_ties == 35
 
 
-# ---- selection ---------------------------------------------------------------------------------------
+# --- Selection ---
 
 
 def assert_same_selection(case: Ballots, grouping: Grouping, ties: str, weight: torch.Tensor) -> None:
@@ -266,7 +266,7 @@ def test_voting_goes_on_after_a_selection() -> None:
         assert torch.equal(found.mask, expected.mask)
 
 
-# ---- refusals ----------------------------------------------------------------------------------------
+# --- Refusals ---
 
 
 @pytest.mark.parametrize(

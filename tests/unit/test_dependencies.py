@@ -1,4 +1,4 @@
-"""Every package that the source imports is declared, and a site installs none that only draws."""
+"""Every imported package is declared, and a site installs none that is only needed for plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fedprllm
 
 ROOT = Path(fedprllm.__file__).parent
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
-# Which extra a folder may need; everything else gets along with the plain installation.
+# The extra that each folder may need; all other code works with the plain installation.
 EXTRAS = {
     "report": {"report"},
     "study": {"report"},

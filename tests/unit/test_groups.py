@@ -1,4 +1,4 @@
-"""Comparison groups: exact numbers to prune, and a split that can be undone."""
+"""Comparison groups: exact numbers of weights to prune, and a split that can be reversed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_floor_is_exact(sparsity: float, n: int, expected: int) -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 999), st.integers(1, 10**9))
-def test_the_floor_is_that_of_whole_numbers(thousandths: int, n: int) -> None:
+def test_the_floor_is_that_of_integers(thousandths: int, n: int) -> None:
     assert Grouping("layer", thousandths / 1000).n_pruned((n, 1)) == thousandths * n // 1000
 
 
@@ -53,7 +53,7 @@ def test_a_pattern_takes_precedence(group: str, n_m: tuple[int, int]) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("n_m", [None, (2, 4)])
 @pytest.mark.parametrize("shape", [(3, 8), (8, 4), (1, 4)])
-def test_join_undoes_split(group: str, n_m: tuple[int, int] | None, shape: tuple[int, int]) -> None:
+def test_join_reverses_split(group: str, n_m: tuple[int, int] | None, shape: tuple[int, int]) -> None:
     grouping = Grouping(group, 0.5, n_m)
     matrix = torch.arange(shape[0] * shape[1]).reshape(shape)
     split = grouping.split(matrix)

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source files."""
+"""Which modules may import which, read from the source files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import fedprllm
 
 ROOT = Path(fedprllm.__file__).parent
-# From the bottom up. A room is a folder, or a module outside all folders. A room may import from the floors
-# below it, and never from another room of its own floor.
+# From the bottom up. A room is a folder, or a module outside all folders. A room may import only from the
+# floors below it, not from other rooms on its own floor.
 FLOORS = [
     ["errors"],
     ["settings", "files", "progress", "process"],
@@ -33,7 +33,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in the file."""
+    """Every module that a file imports, anywhere in the file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -41,7 +41,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
             found.add(node.module)
-            # ``from package import module`` imports the module too.
+            # ``from package import module`` also imports the module.
             found |= {name for a in node.names if (name := f"{node.module}.{a.name}") in MODULES}
     return found
 
@@ -151,8 +151,8 @@ def test_help_imports_neither_torch_nor_transformers():
         for name in ("executor", "controller", "kits", "processes", "rehearsal", "session", "supervisor")
     ],
 )
-def test_who_only_carries_bytes_never_imports_torch(module):
-    """A participant has two processes of the engine beside its computation; torch is 200 MB in each."""
+def test_processes_that_only_pass_bytes_on_never_import_torch(module):
+    """A participant runs two engine processes besides its computation; torch would take 200 MB in each."""
     if ".flare." in module:
         pytest.importorskip("nvflare")
     heavy = "{'torch', 'transformers', 'numpy'}"

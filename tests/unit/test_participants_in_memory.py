@@ -1,4 +1,4 @@
-"""What a Python program may give as a participant, and the names that participants get."""
+"""What a Python program can pass as a participant, and the names that participants get."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from tests.contracts.test_walk import assert_same_bits
 from tests.datasets_like import Rows
 
 STORY = "The cat sat on the mat and looked at the moon.\nIt was late. "
+
+
+class Dataset:
+    """The part of ``datasets.Dataset`` that is used: its features, and a column."""
+
+    def __init__(self, **columns: list) -> None:
+        self._columns = columns
+        self.column_names = list(columns)
+        kinds = {name: "string" if isinstance(rows[0], str) else "int64" for name, rows in columns.items()}
+        self.features = {name: type("Value", (), {"dtype": kind}) for name, kind in kinds.items()}
+
+    def __getitem__(self, name: str) -> list:
+        return self._columns[name]
 
 
 def test_every_way_to_give_a_text_gives_the_same_model(small_model, tmp_path):

@@ -1,4 +1,4 @@
-"""Scoring and pruning a few rows at a time gives what all rows at once give."""
+"""Scoring and pruning a few rows at a time gives the same result as all rows at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_few_rows_at_a_time(monkeypatch, criterion, grouping, ties, at_once, d
 
 def check(criterion, grouping, ties, dtype):
     generator = torch.Generator().manual_seed(0)
-    # Few distinct weights, and a norm of one: many scores are equal.
+    # Few distinct weights and a norm of one make many scores equal.
     weight = torch.randint(-4, 5, (23, 24), generator=generator).to(dtype)
     rule, norm = CRITERIA[criterion], torch.ones(24)
     norm[5] = 2.0

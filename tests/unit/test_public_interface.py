@@ -1,4 +1,4 @@
-"""What a program that imports the package finds, and what it may pass to ``prune``."""
+"""What the package exports, and what can be passed to ``prune``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_importing_changes_no_environment_and_imports_no_torch():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_model_in_memory_is_pruned_as_its_folder_is(tiny, windows, tmp_path, architecture):
+def test_a_model_in_memory_is_pruned_like_its_folder(tiny, windows, tmp_path, architecture):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny(architecture))
@@ -56,14 +56,14 @@ def test_a_run_of_a_model_in_memory_continues(tiny, windows, tmp_path):
     assert prune(model, [windows(0)], out=tmp_path / "run").record == first.record
 
 
-def test_what_is_no_model_is_refused(tiny, windows, tmp_path):
-    with pytest.raises(ModelError, match="a hub id, a path, or a transformers PreTrainedModel, found Linear"):
+def test_an_object_that_is_not_a_model_is_refused(tiny, windows, tmp_path):
+    with pytest.raises(ModelError, match="a hub id, a path or a transformers PreTrainedModel, found Linear"):
         prune(torch.nn.Linear(2, 2), [windows(0)], out=tmp_path / "run")
-    with pytest.raises(ModelError, match="brings its own: leave the tokenizer out"):
+    with pytest.raises(ModelError, match="comes with its own: leave the tokenizer out"):
         prune(tiny("llama"), [windows(0)], out=tmp_path / "run", tokenizer=object())
 
 
-def test_options_in_a_dict_are_no_configuration(tiny, windows, tmp_path):
+def test_a_dict_of_options_is_not_a_configuration(tiny, windows, tmp_path):
     with pytest.raises(ConfigError, match="config must be a PruneConfig, found dict"):
         prune(tiny("llama"), [windows(0)], {"sparsity": 0.5}, out=tmp_path / "run")
 

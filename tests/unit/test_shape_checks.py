@@ -1,4 +1,4 @@
-"""The shapes in annotations are checked while testing, so every other test checks them too."""
+"""Annotated shapes are checked during tests, so every other test checks them as well."""
 
 from __future__ import annotations
 

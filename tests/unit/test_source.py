@@ -1,4 +1,4 @@
-"""Whatever the user names, the reader gets a folder it can read, or the user an explanation."""
+"""Whatever model the user gives, the result is a readable folder or an explanation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def no_conversion(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def _as_pickle(folder: Path, copy: Path) -> Path:
-    """A copy of a model folder with its weights as pytorch_model.bin, as old checkpoints have them."""
+    """A copy of a model folder with its weights in pytorch_model.bin, like old checkpoints."""
     shutil.copytree(folder, copy)
     (copy / "model.safetensors").unlink()
     torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), copy / "pytorch_model.bin")
@@ -60,7 +60,7 @@ def _as_pickle(folder: Path, copy: Path) -> Path:
 
 
 def _assert_same_model(found: Path, expected: torch.nn.Module) -> None:
-    """The folder holds exactly the model's tensors, under the names of its state dict."""
+    """Assert that the folder contains exactly the model's tensors, named as in its state dict."""
     tensors = {}
     for file in found.glob("*.safetensors"):
         tensors |= load_file(file)
@@ -72,18 +72,18 @@ def _assert_same_model(found: Path, expected: torch.nn.Module) -> None:
         torch.testing.assert_close(tensors[name], value, rtol=0, atol=0)
 
 
-# A folder that can be read as it is ------------------------------------------------------------------
+# --- A folder that can be read as it is ---
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"gpt-neox"}))
-def test_a_folder_that_fits_is_used_where_it_lies(name, tiny, cache, no_conversion) -> None:
+def test_a_folder_that_fits_is_used_in_place(name, tiny, cache, no_conversion) -> None:
     no_conversion()
     assert resolve_model(tiny(name)) == tiny(name)
     assert resolve_model(str(tiny(name))) == tiny(name)
     assert not cache.exists()
 
 
-def test_a_checkpoint_in_parts_is_used_where_it_lies(tiny, cache, tmp_path, no_conversion) -> None:
+def test_a_checkpoint_in_parts_is_used_in_place(tiny, cache, tmp_path, no_conversion) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
@@ -105,7 +105,7 @@ def test_weights_are_not_loaded_to_compare_names(tiny) -> None:
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
 
 
-# A folder that transformers has to read --------------------------------------------------------------
+# --- A folder that transformers has to read ---
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
@@ -137,7 +137,7 @@ def test_pickled_weights_in_parts_are_converted(tiny, cache, tmp_path) -> None:
     assert not (found / index.name).exists()
 
 
-def test_who_may_read_the_configuration_may_read_the_weights(tiny, cache, tmp_path) -> None:
+def test_converted_weights_are_as_readable_as_the_configuration(tiny, cache, tmp_path) -> None:
     found = resolve_model(_as_pickle(tiny("llama"), tmp_path / "old"))
     assert (found / "model.safetensors").stat().st_mode == (found / "config.json").stat().st_mode
 
@@ -180,15 +180,15 @@ def test_cache_dir_overrides_the_environment(tiny, cache, tmp_path) -> None:
     assert not cache.exists()
 
 
-# The hub ---------------------------------------------------------------------------------------------
+# --- The hub ---
 
 
 def _fake_hub(monkeypatch, remote: Path, snapshot: Path) -> list[list[str]]:
-    """Let the hub consist of one model; return what was asked of it."""
+    """Replace the hub by one with a single model; return the requests made to it."""
     asked: list[list[str]] = []
 
     def snapshot_download(model, *, allow_patterns, ignore_patterns) -> str:
-        assert model == "somebody/some-model"
+        assert model == "some-org/some-model"
         asked.append(allow_patterns)
         snapshot.mkdir(exist_ok=True)
         files = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
@@ -203,7 +203,7 @@ def _fake_hub(monkeypatch, remote: Path, snapshot: Path) -> list[list[str]]:
     return asked
 
 
-def test_hub_id_fetches_only_what_is_needed(tiny, cache, tmp_path, monkeypatch) -> None:
+def test_hub_id_downloads_only_what_is_needed(tiny, cache, tmp_path, monkeypatch) -> None:
     remote = tmp_path / "remote"
     shutil.copytree(tiny("llama"), remote)
     for name in ("pytorch_model.bin", "consolidated.safetensors", "tf_model.h5", "merges.txt", "README.md"):
@@ -212,7 +212,7 @@ def test_hub_id_fetches_only_what_is_needed(tiny, cache, tmp_path, monkeypatch) 
     (remote / "original" / "model.safetensors").write_bytes(b"")
     (remote / "original" / "params.json").write_bytes(b"")
     asked = _fake_hub(monkeypatch, remote, tmp_path / "snapshot")
-    found = resolve_model("somebody/some-model")
+    found = resolve_model("some-org/some-model")
     assert found == tmp_path / "snapshot"
     assert {path.name for path in found.iterdir()} == {
         "config.json",
@@ -223,10 +223,10 @@ def test_hub_id_fetches_only_what_is_needed(tiny, cache, tmp_path, monkeypatch) 
     assert len(asked) == 1
 
 
-def test_hub_model_without_safetensors_is_fetched_pickled(tiny, cache, tmp_path, monkeypatch) -> None:
+def test_hub_model_without_safetensors_is_downloaded_pickled(tiny, cache, tmp_path, monkeypatch) -> None:
     remote = _as_pickle(tiny("llama"), tmp_path / "remote")
     asked = _fake_hub(monkeypatch, remote, tmp_path / "snapshot")
-    found = resolve_model("somebody/some-model")
+    found = resolve_model("some-org/some-model")
     assert len(asked) == 2
     _assert_same_model(found, AutoModelForCausalLM.from_pretrained(tiny("llama")))
 
@@ -235,14 +235,14 @@ def test_hub_out_of_reach_is_reported(cache, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"somebody/some-model.*Offline\? Give a local folder or a GGUF"):
-        resolve_model("somebody/some-model")
+    with pytest.raises(ModelError, match=r"some-org/some-model.*Offline\? Give a local folder or a GGUF"):
+        resolve_model("some-org/some-model")
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (hub_errors.RepositoryNotFoundError, "nor on the hub"),
+        (hub_errors.RepositoryNotFoundError, "or on the hub: check its name"),
         (hub_errors.GatedRepoError, "accept its terms"),
         (hub_errors.HTTPError, "Offline"),
         (ConnectionResetError, "ConnectionResetError: by the test"),
@@ -261,7 +261,7 @@ def test_errors_of_the_hub_are_told_apart(kind, words, cache, tmp_path, monkeypa
         resolve_model("gpt3")
 
 
-def test_a_name_on_its_own_may_be_a_misspelt_folder(tiny, cache, tmp_path, monkeypatch) -> None:
+def test_a_single_name_may_be_a_misspelled_folder(tiny, cache, tmp_path, monkeypatch) -> None:
     shutil.copytree(tiny("llama"), tmp_path / "my-llama")
     (tmp_path / "notes").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -269,10 +269,10 @@ def test_a_name_on_its_own_may_be_a_misspelt_folder(tiny, cache, tmp_path, monke
         resolve_model("my-lama")
 
 
-# What cannot be used ---------------------------------------------------------------------------------
+# --- What cannot be used ---
 
 
-def test_a_missing_path_names_its_neighbours(tiny, cache, tmp_path) -> None:
+def test_a_missing_path_names_its_neighbors(tiny, cache, tmp_path) -> None:
     shutil.copytree(tiny("llama"), tmp_path / "llama-small")
     (tmp_path / "other.gguf").write_bytes(b"")
     (tmp_path / "text.jsonl").write_bytes(b"")
@@ -297,25 +297,25 @@ def test_folders_without_a_model_are_explained(tiny, cache, tmp_path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json$"):
         resolve_model(folder)
     (folder / "a.gguf").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"for a GGUF file give the file: a\.gguf"):
+    with pytest.raises(ModelError, match=r"to use a GGUF file, give the file itself: a\.gguf"):
         resolve_model(folder)
     shutil.copyfile(tiny("llama") / "config.json", folder / "config.json")
     with pytest.raises(ModelError, match=r"no weights: expected model\.safetensors.*found a\.gguf, config"):
         resolve_model(folder)
-    with pytest.raises(ModelError, match="is a file but no GGUF file"):
+    with pytest.raises(ModelError, match="is a file, but not a GGUF file"):
         resolve_model(folder / "config.json")
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "t5"}, r"encoder-decoder \(t5\)"),
-        ({"model_type": "bart"}, r"encoder-decoder \(bart\)"),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"an encoder \(bert\)"),
+        ({"model_type": "t5"}, r"encoder-decoder model \(t5\)"),
+        ({"model_type": "bart"}, r"encoder-decoder model \(bart\)"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"an encoder model \(bert\)"),
         ({"model_type": "vit"}, r"\(vit\) is not a decoder-only language model"),
         ({"model_type": "never-heard-of"}, "config.json cannot be read"),
         ({"model_type": "llama", "hidden_size": "many"}, "config.json cannot be read"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"model_type": "x", "auto_map": {"AutoConfig": "a.B"}}, "config.json cannot be read"),
     ],
 )
@@ -325,7 +325,7 @@ def test_configurations_that_cannot_be_pruned_are_explained(config, words, cache
         resolve_model(tmp_path)
 
 
-def test_a_configuration_that_is_no_json_is_reported(cache, tmp_path) -> None:
+def test_a_configuration_that_is_not_json_is_reported(cache, tmp_path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):
         resolve_model(tmp_path)
@@ -340,7 +340,7 @@ def test_corrupted_weights_are_reported(tiny, cache, tmp_path) -> None:
     pickled = _as_pickle(tiny("llama"), tmp_path / "old")
     whole = (pickled / "pytorch_model.bin").read_bytes()
     (pickled / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="cannot be read, it is corrupted"):
+    with pytest.raises(ModelError, match=r"cannot be read: .*It is corrupted"):
         resolve_model(pickled)
 
 
@@ -352,7 +352,7 @@ def test_incomplete_weights_are_reported(tiny, cache, tmp_path) -> None:
     with pytest.raises(ModelError, match=f"{part.name} missing"):
         resolve_model(tmp_path / "parts")
     (tmp_path / "parts" / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ModelError, match="no index of weights"):
+    with pytest.raises(ModelError, match="not a valid index of weights"):
         resolve_model(tmp_path / "parts")
 
     shutil.copytree(tiny("llama"), tmp_path / "less")
@@ -386,7 +386,7 @@ def test_a_cache_that_cannot_be_written_is_reported(tiny, tmp_path, monkeypatch)
     assert [entry.name for entry in (tmp_path / "cache" / "models").iterdir()] == ["convert.lock"]
 
 
-# Nothing half written, nothing twice -----------------------------------------------------------------
+# --- Nothing half written, nothing twice ---
 
 
 def test_a_killed_conversion_leaves_no_entry_and_is_cleared_away(tiny, tmp_path) -> None:
@@ -470,12 +470,12 @@ def test_what_another_process_converted_meanwhile_is_used(tiny, cache, tmp_path,
     assert resolve_model(folder) == found
 
 
-# Manners ---------------------------------------------------------------------------------------------
+# --- Silence ---
 
 
 @pytest.fixture
 def talkative() -> Iterator[list[logging.LogRecord]]:
-    """What the libraries log while they are set to talk."""
+    """The messages that the libraries log while logging is enabled."""
     records: list[logging.LogRecord] = []
     listener = logging.Handler()
     listener.emit = records.append
@@ -512,7 +512,7 @@ def test_nothing_is_printed_and_no_setting_changed(tiny, cache, tmp_path, capfd,
     assert transformers.logging.is_progress_bar_enabled()
 
 
-def test_progress_is_told_of_a_conversion_only(tiny, cache, tmp_path) -> None:
+def test_progress_reports_only_conversions(tiny, cache, tmp_path) -> None:
     told = []
 
     @contextmanager

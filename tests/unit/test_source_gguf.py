@@ -1,4 +1,4 @@
-"""A GGUF file becomes a plain Hugging Face folder: the values, the configuration and the tokenizer."""
+"""A GGUF file is converted to a Hugging Face folder with its values, configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _permuted(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """GGUF keeps the two halves of a rotary embedding interleaved."""
+    """Interleave the two halves of a rotary embedding, as GGUF stores them."""
     rows, columns = weight.shape
     return weight.reshape(n_heads, 2, rows // n_heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def _write_gguf(path: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Write a Llama as GGUF, its MLP in Q4_1; return the tensors a reader must find."""
+    """Write a Llama as GGUF with its MLP in Q4_1; return the tensors that a reader must find."""
     config, state = model.config, {name: value.numpy() for name, value in model.state_dict().items()}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)

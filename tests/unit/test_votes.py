@@ -1,4 +1,4 @@
-"""The file of a block's votes: what was counted comes back, in the orientation of the checkpoint."""
+"""A block's stored votes are read back as counted, in the orientation of the checkpoint."""
 
 from __future__ import annotations
 

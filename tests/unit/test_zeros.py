@@ -1,4 +1,4 @@
-"""Zeros put into weights and counted as bits, against floats compared with 0."""
+"""Zeros written and counted as bits, compared with floating-point comparisons to 0."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_threads_of_pieces_compute_alone_and_leave_torch_as_it_was():
 
 
 def test_threads_stay_alone_after_work_that_did_not_need_torch():
-    threads._pool.cache_clear()  # threads of an earlier test have used torch by now
+    threads._pool.cache_clear()  # threads of earlier tests have already used torch
     with torch_threads(3):
         in_threads(lambda _: time.sleep(0.02), range(3))
         assert in_threads(lambda _: torch.get_num_threads(), range(6)) == [1] * 6

@@ -24,11 +24,11 @@ class Linear:
     Attributes:
         name: Name of the weight in the checkpoint.
         path: Path of the module inside its block, such as ``self_attn.q_proj``.
-        shape: (out, in), whatever the orientation in the checkpoint.
+        shape: Shape (out, in), whatever the orientation in the checkpoint.
         transposed: Whether the checkpoint stores [in, out] (GPT-2's Conv1D).
         dtype: Precision in the checkpoint.
-        source: Name of the first Linear of the block that reads the same input: that of the query projection
-            for key and value, its own for a Linear that shares its input with none before it.
+        source: Name of the first Linear of the block that reads the same input: the query projection for key
+            and value, the Linear itself if no Linear before it reads its input.
         module: The module that holds the weight.
     """
 
@@ -42,7 +42,7 @@ class Linear:
 
     @property
     def n_weights(self) -> int:
-        """Number of weights: out times in."""
+        """Number of weights: out * in."""
         return self.shape[0] * self.shape[1]
 
     def view(self, tensors: Mapping[str, Tensor]) -> Shaped[Tensor, "out in"]:
@@ -50,7 +50,7 @@ class Linear:
         return self.stored(tensors[self.name])
 
     def stored(self, matrix: Tensor) -> Tensor:
-        """View an [out, in] matrix in the orientation of the checkpoint, and the other way round."""
+        """Convert a view between [out, in] and the orientation of the checkpoint, in either direction."""
         return matrix.T if self.transposed else matrix
 
 
@@ -59,9 +59,10 @@ class Block:
     """One decoder block with its weights in memory.
 
     Attributes:
-        index: Position in the model.
-        linears: Its prunable weights by name.
-        tensors: All its tensors by name, in the precision and orientation of the checkpoint.
+        index: Position of the block in the model.
+        linears: The prunable weights of the block, by name.
+        tensors: All tensors of the block by name, in the precision and orientation of the checkpoint.
+        call: Runs the forward pass: ``(index, hidden) -> hidden``.
     """
 
     index: int
@@ -71,15 +72,15 @@ class Block:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device that holds the block's tensors."""
         return next(iter(self.tensors.values())).device
 
     def matrix(self, name: str) -> Float[Tensor, "out in"]:
-        """A prunable weight as [out, in] in float32."""
+        """A prunable weight as an [out, in] matrix in float32."""
         return self.linears[name].view(self.tensors).to(torch.float32)
 
     def forward(self, hidden: Hidden) -> Hidden:
-        """The block's output for one window."""
+        """Compute the block's output for one window."""
         return self.call(self.index, hidden)
 
     @contextmanager
@@ -90,7 +91,7 @@ class Block:
                 parameter: nn.Parameter = self.linears[name].module.weight  # type: ignore[assignment]
                 own = self.tensors[name]
                 if own.dtype == parameter.dtype:
-                    # The parameter may be the very tensor of the checkpoint.
+                    # The parameter may share memory with the block's tensor, so it must not be overwritten.
                     stack.callback(setattr, parameter, "data", parameter.data)
                     parameter.data = weights[name].to(own.dtype)
                 else:
@@ -100,18 +101,18 @@ class Block:
 
 
 class Weights(Mapping[str, Tensor]):
-    """Weights that take the place of a block's own, by name, in the orientation of the checkpoint."""
+    """Weights that replace a block's original ones, by name, in the orientation of the checkpoint."""
 
     def write(self, name: str, target: Tensor) -> None:
-        """Write a weight into a tensor of its shape, in the precision of that tensor."""
+        """Write a weight to a tensor of the same shape, converting it to that tensor's precision."""
         target.copy_(self[name])
 
 
 class GivenWeights(Weights):
-    """Weights that are in memory.
+    """Weights held in memory.
 
     Args:
-        tensors: By weight name; none at all leaves a block as it is.
+        tensors: Weights by name; if empty, the block stays as it is.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -128,10 +129,10 @@ class GivenWeights(Weights):
 
 
 class PrunedWeights(Weights):
-    """A block's weights with exact +0.0 where masks prune, each made when it is asked for.
+    """A block's weights with exact +0.0 where masks prune; each is computed on access.
 
-    Allocating memory for a block costs more than filling it: `write` needs none, and ``[name]`` that of one
-    weight.
+    Allocating memory for a block costs more than filling it. `write` allocates nothing, and ``[name]``
+    allocates one weight.
 
     Args:
         block: The block, unpruned.
@@ -142,7 +143,7 @@ class PrunedWeights(Weights):
         self._block, self._masks = block, masks
 
     def write(self, name: str, target: Tensor) -> None:
-        """Write a pruned weight into a tensor of its shape, in the precision of that tensor."""
+        """Write a pruned weight to a tensor of the same shape, converting it to that tensor's precision."""
         mask = self._block.linears[name].stored(self._masks[name])
         copy_pruned(self._block.tensors[name], mask, target)
 

@@ -1,8 +1,9 @@
-"""Walk a causal language model of any architecture block by block.
+"""Run a causal language model of any architecture block by block.
 
-The skeleton of the model is built without weights. Its own forward pass, run with every block replaced
-by a stand-in that records its arguments and hands the hidden states on, tells what each block is called
-with (masks, rotary embeddings), whatever the architecture; so nothing here knows a Llama from an OPT.
+A skeleton of the model is built without weights. Its own forward pass is run with every block replaced by a
+stand-in that records its arguments and passes the hidden states on. This reveals what each block is called
+with (masks, rotary embeddings), whatever the architecture, so this module contains no code for any particular
+one.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class BlockwiseModel:
-    """A causal language model of which one block at a time is in memory.
+    """A causal language model that is held in memory one block at a time.
 
     Args:
-        folder: A Hugging Face folder with safetensors (see `fedprllm.models.source.resolve_model`).
-        dtype: Precision of the forward passes.
-        device: Where they run.
+        folder: Hugging Face folder with safetensors (see `fedprllm.models.source.resolve_model`).
+        dtype: Precision of the forward passes, a key of `DTYPES`.
+        device: Device of the forward passes.
 
     Raises:
-        ModelError: No decoder blocks, no Linear in them, fused experts, a quantised checkpoint, tensors
-            missing from the checkpoint, or a device that does not exist.
+        ModelError: The model has no decoder blocks with Linears, has fused experts, is quantized, or lacks
+            tensors in its checkpoint; or the device does not exist.
     """
 
     def __init__(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> None:
@@ -64,7 +65,7 @@ class BlockwiseModel:
         self.linears = self._find_linears()
 
     def _find_linears(self) -> list[dict[str, Linear]]:
-        """The prunable weights of every block, with their stored precision and the inputs they share."""
+        """The prunable weights of every block, with their stored precision and shared inputs."""
         found = [
             find_linears(block, name) for name, block in zip(self.block_names, self._blocks, strict=True)
         ]
@@ -79,28 +80,30 @@ class BlockwiseModel:
         ]
 
     def _shared_inputs(self, found: list[dict[str, Linear]]) -> dict[str, str]:
-        """For every Linear the first one of its block that reads the same input.
+        """Map every Linear to the first Linear of its block that reads the same input.
 
-        One block of every distinct form is run on two tokens with zeros for weights: which Linears are handed
-        the same tensor depends on the code of the block alone. Nothing is read from the checkpoint.
+        One block of each distinct structure is run on two tokens with zeros for weights, because only the
+        code of the block determines which Linears receive the same tensor. Nothing is read from the
+        checkpoint.
         """
-        by_form: dict[tuple[Any, ...], dict[str, str]] = {}
+        by_structure: dict[tuple[Any, ...], dict[str, str]] = {}
         sources: dict[str, str] = {}
         with self._hollow(self.skeleton.base_model, outside_only=True):
             hidden = self._embed_one(torch.zeros(2, dtype=torch.int64))
         for index, linears in enumerate(found):
             shapes = tuple((linear.path, linear.shape) for linear in linears.values())
-            form = (type(self._blocks[index]), shapes)
-            if form not in by_form:
+            structure = (type(self._blocks[index]), shapes)
+            if structure not in by_structure:
                 with self._hollow(self._blocks[index]):
                     block = Block(index, linears, {}, self._call_block)
-                    by_form[form] = inputs_shared(block, hidden)
+                    by_structure[structure] = inputs_shared(block, hidden)
             names = {linear.path: name for name, linear in linears.items()}
-            sources |= {name: names[by_form[form][linear.path]] for name, linear in linears.items()}
+            first = by_structure[structure]
+            sources |= {name: names[first[linear.path]] for name, linear in linears.items()}
         self._contexts.clear()
         return sources
 
-    # What the model is -------------------------------------------------------------------------
+    # --- Properties of the model ---
 
     @property
     def n_blocks(self) -> int:
@@ -109,12 +112,12 @@ class BlockwiseModel:
 
     @property
     def n_prunable(self) -> int:
-        """Number of weights that may be pruned: every Linear inside the blocks."""
+        """Number of prunable weights: those of all Linears inside the blocks."""
         return sum(linear.n_weights for of_block in self.linears for linear in of_block.values())
 
     @property
     def max_window_length(self) -> int | None:
-        """Most tokens the model takes at once, or None if its configuration does not say."""
+        """Largest number of tokens in a forward pass; None if the configuration does not say."""
         text_config = self.config.get_text_config()
         return getattr(text_config, "max_position_embeddings", None) or getattr(
             text_config, "n_positions", None
@@ -122,16 +125,16 @@ class BlockwiseModel:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of token ids the embedding has rows for."""
+        """Number of token ids: the rows of the embedding."""
         return int(self.skeleton.get_input_embeddings().weight.shape[0])
 
     def names_outside_blocks(self) -> list[str]:
-        """Tensors of the checkpoint that belong to no block; of tied ones only the stored one."""
+        """Names of the checkpoint's tensors outside all blocks; tied tensors appear under the stored name."""
         inside = tuple(f"{name}." for name in self.block_names)
         outside = [name for name in self.skeleton.state_dict() if not name.startswith(inside)]
         return [name for name in outside if name in self.checkpoint]
 
-    # Loading and releasing ---------------------------------------------------------------------
+    # --- Loading and releasing ---
 
     @contextmanager
     def block(self, index: int) -> Iterator[Block]:
@@ -139,22 +142,22 @@ class BlockwiseModel:
         module, prefix = self._blocks[index], self.block_names[index]
         names = [f"{prefix}.{name}" for name in module.state_dict()]
         tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
-        with self._materialised(tensors):
+        with self._materialized(tensors):
             yield Block(index, self.linears[index], tensors, self._call_block)
 
     @contextmanager
     def _outside_blocks(self, part: nn.Module) -> Iterator[None]:
-        """Hold what a part of the model has outside the blocks."""
+        """Hold in memory the tensors that a part of the model has outside the blocks."""
         used = {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
         state = self.skeleton.state_dict(keep_vars=True)
         names = [name for name in self.names_outside_blocks() if id(state[name]) in used]
         tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
-        with self._materialised(tensors):
+        with self._materialized(tensors):
             yield
 
     @contextmanager
     def _hollow(self, part: nn.Module, *, outside_only: bool = False) -> Iterator[None]:
-        """Let a part of the model compute with zeros for weights, which take no memory."""
+        """Let a part of the model compute with zero weights, which take no memory."""
         used = {id(parameter) for parameter in part.parameters()}
         inside = tuple(f"{name}." for name in self.block_names)
         zeros = {
@@ -162,12 +165,12 @@ class BlockwiseModel:
             for name, parameter in self.skeleton.named_parameters()
             if id(parameter) in used and not (outside_only and name.startswith(inside))
         }
-        with self._materialised(zeros):
+        with self._materialized(zeros):
             yield
 
     @contextmanager
-    def _materialised(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Give parameters and buffers of the skeleton their values for a while."""
+    def _materialized(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the skeleton's parameters values inside the ``with`` block; buffers keep theirs afterwards."""
         places: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in self.skeleton.modules():
             for leaf, parameter in module._parameters.items():
@@ -188,10 +191,10 @@ class BlockwiseModel:
                     stack.callback(module._parameters.__setitem__, leaf, empty)
             yield
 
-    # Computing ---------------------------------------------------------------------------------
+    # --- Computing ---
 
     def embed(self, windows: Iterable[Int[Tensor, " tokens"]]) -> Iterator[Hidden]:
-        """Hidden states that enter the first block, one window at a time; then the embedding is released."""
+        """Yield the inputs of the first block, one window at a time; then release the embedding."""
         with self._outside_blocks(self.skeleton.base_model):
             for window in windows:
                 yield self._embed_one(window)
@@ -215,15 +218,17 @@ class BlockwiseModel:
             return self._embed_one(window)
         if len(seen) != self.n_blocks:
             raise ModelError(
-                f"{type(self.skeleton).__name__} called {len(seen)} of its {self.n_blocks} blocks once "
-                "each: expected every block in turn; this architecture cannot be walked"
+                f"the forward pass of {type(self.skeleton).__name__} made {len(seen)} block calls: expected "
+                f"one call for each of its {self.n_blocks} blocks. This architecture cannot be pruned block "
+                "by block yet; use another model"
             )
         contexts = [(args, kwargs) for args, kwargs, _ in seen]
         known = self._contexts.setdefault(n_tokens, contexts)
         if known is not contexts and not _equal(known, contexts):
             raise ModelError(
-                f"the blocks of {type(self.skeleton).__name__} take arguments that depend on the text, "
-                "not only on its length: this architecture cannot be walked block by block yet"
+                f"the blocks of {type(self.skeleton).__name__} take arguments that depend on the text: "
+                "expected arguments that depend only on its length. This architecture cannot be pruned block "
+                "by block yet; use another model"
             )
         return seen[0][2]
 
@@ -239,10 +244,15 @@ class BlockwiseModel:
     def token_losses(
         self, hidden: Hidden, window: Int[Tensor, " tokens"], chunk: int = 512
     ) -> Float[Tensor, " predicted"]:
-        """Negative log-likelihood in nats of tokens 1.. of a window, given the last block's output.
+        """Negative log-likelihood, in nats, of all tokens of a window but the first.
 
-        Logits are made for ``chunk`` positions at a time: 2048 positions of a vocabulary of 262,144
-        would take 2 GB. Call it inside `head`.
+        Call this inside `head`.
+
+        Args:
+            hidden: Output of the last block for the window.
+            window: Token ids.
+            chunk: Number of positions whose logits are computed at a time: logits of 2048 positions with a
+                vocabulary of 262,144 would take 2 GB.
         """
         window = window.to(self.device)
         losses = []
@@ -260,7 +270,7 @@ class BlockwiseModel:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Hold embedding, final norm and head in memory, for `token_losses`."""
+        """Hold the embedding, final norm and head in memory for `token_losses`."""
         with self._outside_blocks(self.skeleton):
             yield
 
@@ -268,9 +278,9 @@ class BlockwiseModel:
     def _stand_ins(
         self, function: Callable[[int, Hidden, tuple[Any, ...], dict[str, Any]], Hidden]
     ) -> Iterator[None]:
-        """Replace the forward of every block by ``function(index, hidden, args, kwargs)``.
+        """Replace the ``forward`` of every block with ``function(index, hidden, args, kwargs)``.
 
-        Only the forward is replaced: some architectures read attributes of the block itself.
+        Only ``forward`` is replaced, because some architectures read attributes of the block itself.
         """
 
         def stand_in(index: int) -> Callable[..., Any]:
@@ -287,7 +297,7 @@ class BlockwiseModel:
                 stack.callback(delattr, block, "forward")
             yield
 
-    # Refusals ----------------------------------------------------------------------------------
+    # --- Refusals ---
 
     def _refuse_what_cannot_be_pruned(self) -> None:
         architecture = type(self.skeleton).__name__
@@ -301,12 +311,13 @@ class BlockwiseModel:
                         "mixture-of-experts weights cannot be pruned yet; use a dense model"
                     )
         state = self.skeleton.state_dict(keep_vars=True)
-        # A tied weight is stored under one of its names.
+        # A tied weight is stored under just one of its names.
         stored = {id(tensor) for name, tensor in state.items() if name in self.checkpoint}
         missing = [name for name, tensor in state.items() if id(tensor) not in stored]
         if missing:
             raise ModelError(
-                f"{self.folder} lacks {len(missing)} tensors of {architecture}, the first is '{missing[0]}'"
+                f"{self.folder} lacks {len(missing)} tensors of {architecture}, the first is '{missing[0]}': "
+                "download the model again"
             )
 
 
@@ -315,8 +326,10 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"cannot compute on device '{name}': {reason}; 'cpu' always works") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"cannot compute on device '{name}': {reason}. Choose another device; 'cpu' always works"
+        ) from None
     return device
 
 

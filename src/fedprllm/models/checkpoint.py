@@ -1,7 +1,7 @@
-"""Read a safetensors checkpoint tensor by tensor, and write a pruned one shard by shard.
+"""Read a safetensors checkpoint tensor by tensor, and write a pruned checkpoint shard by shard.
 
-Nothing here holds more than the tensors it is asked for: a block is read when the walk reaches it, and
-its pruned form is a shard of its own, written when the walk leaves it.
+Only the requested tensors are held in memory: a block is read when pruning reaches it, and its pruned weights
+are written as a shard of their own when pruning moves on.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", "
 
 
 class Checkpoint:
-    """The tensors of a model folder, by the names its transformers model uses.
+    """The tensors in a model folder, by their names in the transformers model.
 
     Args:
-        folder: A Hugging Face folder with one or several safetensors files.
-        prefix: Base-model prefix that the files may leave out (the hub's GPT-2 does).
+        folder: Hugging Face folder with one or more safetensors files.
+        prefix: Base-model prefix that names in the files may omit (as in the hub's GPT-2).
 
     Raises:
-        ModelError: The folder has no safetensors, or a file of its index is missing or broken.
+        ModelError: The folder has no safetensors files, or a file in its index is missing or corrupted.
     """
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
@@ -47,7 +47,10 @@ class Checkpoint:
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
-            raise ModelError(f"no *.safetensors in {folder}: expected a Hugging Face model folder")
+            raise ModelError(
+                f"{folder} contains no *.safetensors files: expected a Hugging Face model folder; "
+                "give another folder"
+            )
         self._file_of: dict[str, str] = {}
         for file in files:
             with self._open(file) as opened:
@@ -57,7 +60,10 @@ class Checkpoint:
         try:
             return safe_open(self.folder / file, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {self.folder / file}: {error}") from None
+            raise ModelError(
+                f"cannot read {self.folder / file}: {error}. Check its permissions, or download the model "
+                "again"
+            ) from None
 
     def _stored_name(self, name: str) -> str | None:
         short = name.removeprefix(self._prefix)
@@ -67,19 +73,22 @@ class Checkpoint:
         return self._stored_name(name) is not None
 
     def _by_file(self, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
-        """Pairs of a tensor's name and its name in the file, by file."""
+        """Group tensors by file, as pairs of a tensor's name and its name in the file."""
         by_file: dict[str, list[tuple[str, str]]] = {}
         for name in names:
             stored = self._stored_name(name)
             if stored is None:
-                raise ModelError(f"{self.folder} has no tensor '{name}'")
+                raise ModelError(f"{self.folder} has no tensor '{name}': download the model again")
             by_file.setdefault(self._file_of[stored], []).append((name, stored))
         return by_file
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read some tensors, in the precision of the file, into memory of their own.
+        """Load tensors into memory, in the precision of the file.
 
-        The copy matters: without it the tensors would keep the whole file mapped.
+        The tensors are copied: uncopied ones would keep the whole file mapped.
+
+        Raises:
+            ModelError: A tensor is missing, or a file cannot be read.
         """
         tensors: dict[str, Tensor] = {}
         for file, wanted in self._by_file(names).items():
@@ -89,27 +98,27 @@ class Checkpoint:
         return tensors
 
     def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
-        """SHA-256 of the type, shape and bytes of some tensors, of which a few are in memory at a time.
+        """SHA-256 of the type, shape and bytes of each tensor; only a few tensors are in memory at a time.
 
         Raises:
-            ModelError: A tensor holds NaN or infinity (named).
+            ModelError: A tensor contains NaN or infinity; the message names it.
         """
-        # While one thread waits for the disk, another one computes.
+        # While one thread waits for the disk, another computes.
         digests = in_threads(lambda name: _fingerprint(name, self.load([name])[name]), names)
         return dict(zip(names, digests, strict=True))
 
     def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
-        """Precisions in which some tensors are stored; reads no values."""
+        """The precision in which each tensor is stored; reads no values."""
         found: dict[str, torch.dtype] = {}
         for file, wanted in self._by_file(names).items():
             with self._open(file) as opened:
-                # An empty slice costs nothing and knows its type.
+                # An empty slice has the type but loads nothing.
                 found |= {name: opened.get_slice(stored)[:0].dtype for name, stored in wanted}
         return found
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all weight files."""
+        """Total size of all weight files in bytes."""
         return sum((self.folder / file).stat().st_size for file in set(self._file_of.values()))
 
 
@@ -117,8 +126,8 @@ def _fingerprint(name: str, tensor: Tensor) -> str:
     if tensor.is_floating_point() and not _is_finite(tensor):
         n_bad = int((~torch.isfinite(tensor)).sum())
         raise ModelError(
-            f"weight '{name}' holds NaN or infinity in {n_bad} of {tensor.numel()} places: "
-            "the checkpoint is damaged; get it again"
+            f"weight '{name}' contains NaN or infinity in {n_bad} of {tensor.numel()} entries: expected "
+            "finite numbers. The checkpoint is corrupted; download it again"
         )
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -126,15 +135,20 @@ def _fingerprint(name: str, tensor: Tensor) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # NaN and infinity reach the sum, which is one pass without temporaries; a large sum may be infinite too.
+    # NaN and infinity propagate to the sum, which takes one pass without temporaries. A sum may overflow, so
+    # entries are checked one by one if it is not finite.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 class CheckpointWriter:
-    """Writes a Hugging Face folder whose first shard holds all but the blocks, and one shard per block.
+    """Writes a Hugging Face folder with one shard per block, after a first shard with everything else.
 
-    The shards are whole or absent, and the index, without which transformers does not load them, comes
-    last; writing a shard again is harmless.
+    Shards are written atomically, and the index, without which transformers does not load them, comes last.
+    Writing a shard again is harmless.
+
+    Args:
+        folder: Folder to write to.
+        n_blocks: Number of blocks in the model.
     """
 
     def __init__(self, folder: Path, n_blocks: int) -> None:
@@ -142,7 +156,7 @@ class CheckpointWriter:
         self.n_shards = n_blocks + 1
 
     def shard_path(self, block: int | None) -> Path:
-        """Path of a block's shard; None for the one that holds everything else."""
+        """Path of a block's shard; None gives the shard that holds everything else."""
         number = 1 if block is None else block + 2
         return self.folder / f"model-{number:05d}-of-{self.n_shards:05d}.safetensors"
 
@@ -152,7 +166,7 @@ class CheckpointWriter:
         save_tensors(self.shard_path(block), on_cpu, {"format": "pt"})
 
     def finish(self, source: Path) -> None:
-        """Copy configuration and tokenizer from the source folder and write the index."""
+        """Copy the configuration and tokenizer from the source folder, and write the index."""
         for path in sorted(source.iterdir()):
             is_weight = path.name.endswith(_WEIGHTS)
             if path.is_file() and not is_weight and path.suffix != ".py" and path.name != "README.md":

@@ -1,4 +1,4 @@
-"""Find the decoder blocks of a model and the Linears in them, whatever the architecture calls them."""
+"""Find a model's decoder blocks and their Linears, whatever the architecture calls them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def find_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """The outermost list of modules that all hold Linears and that has the most parameters."""
+    """Find the outermost module list with the most parameters in which every module contains Linears.
+
+    Returns:
+        The name of the list and its modules.
+
+    Raises:
+        ModelError: The model has no such list.
+    """
     best: tuple[int, str, list[nn.Module]] = (0, "", [])
     for name, module in skeleton.named_modules():
         if not isinstance(module, nn.ModuleList) or (best[1] and name.startswith(f"{best[1]}.")):
@@ -28,14 +35,14 @@ def find_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module]]:
                 best = (size, name, list(module))
     if not best[2]:
         raise ModelError(
-            f"{type(skeleton).__name__} has no decoder blocks: expected a list of modules that hold Linear "
-            "layers"
+            f"{type(skeleton).__name__} has no decoder blocks: expected a list of modules that contain "
+            "Linear layers; use another model"
         )
     return best[1], best[2]
 
 
 def find_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
-    """Every Linear of a block by the name of its weight, each with an input of its own so far."""
+    """Every Linear of a block by the name of its weight; ``source`` is still each Linear's own name."""
     linears = {}
     for path, module in block.named_modules():
         if _is_linear(module):

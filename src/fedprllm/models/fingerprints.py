@@ -1,4 +1,4 @@
-"""The identity of a model: a SHA-256 for every tensor, and one over all of them."""
+"""Fingerprints of a model's tensors: a SHA-256 for each tensor, and one over all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tensor_fingerprints(model: BlockwiseModel, progress: Progress = silent) -> d
     """SHA-256 of every tensor by name: first those outside blocks, then block by block.
 
     Raises:
-        ModelError: A weight is not finite (named).
+        ModelError: A weight contains NaN or infinity; the message names it.
     """
     stored = [name for name in model.skeleton.state_dict() if name in model.checkpoint]
     blocks = [[name for name in stored if name.startswith(f"{block}.")] for block in model.block_names]
@@ -29,7 +29,7 @@ def tensor_fingerprints(model: BlockwiseModel, progress: Progress = silent) -> d
 
 
 def model_digest(table: Mapping[str, str]) -> bytes:
-    """One SHA-256, 32 bytes, over the names and the digests in their order."""
+    """A single SHA-256 (32 bytes) over the names and values, in table order."""
     digest = hashlib.sha256()
     for name, value in table.items():
         digest.update(f"{name}={value}\n".encode())
@@ -37,7 +37,7 @@ def model_digest(table: Mapping[str, str]) -> bytes:
 
 
 def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
-    """Name of the first tensor that is missing, extra or has other values; None if there is none."""
+    """Name of the first entry that is missing, extra or has a different value; None if there is none."""
     for name, value in expected.items():
         if found.get(name) != value:
             return name

@@ -1,8 +1,8 @@
-"""What makes two copies of a model the same: its tensors, its configuration and its tokenizer.
+"""The identity of a model: its tensors, its configuration and its tokenizer.
 
-Another ``rope_theta`` or another tokenizer prunes another model from the same tensors. So a model is
-identified by a table of names and values: the SHA-256 of every tensor, every entry of the configuration that
-can change a computation, and the SHA-256 of the parts of its tokenizer.
+With a different ``rope_theta`` or a different tokenizer, the same tensors are pruned differently. A model is
+therefore identified by a table of names and values: the SHA-256 of every tensor, every configuration entry
+that can change a computation, and the SHA-256 of each part of its tokenizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedprllm.progress import Progress, silent
 __all__ = ["describe_difference", "entry_name", "model_identity", "number_of"]
 
 _CONFIG = "config."
-# Entries that say where a model came from, how it is stored or how text is generated with it.
+# Entries that only say where a model came from, how it is stored or what it returns.
 _NO_COMPUTATION = {
     "_name_or_path",
     "_commit_hash",
@@ -40,21 +40,21 @@ _NO_COMPUTATION = {
     "attn_implementation",
     "_attn_implementation",
 }
-_LONGEST = 200  # characters of a value that is kept as it is
+_LONGEST = 200  # characters; longer values are replaced by their digest
 
 
 def model_identity(model: BlockwiseModel, progress: Progress = silent) -> dict[str, str]:
-    """The table that identifies a model, by name; tensors first, in the order of the model.
+    """The table that identifies a model, by name; tensors come first, in model order.
 
     Raises:
-        ModelError: A weight is not finite (named).
+        ModelError: A weight contains NaN or infinity; the message names it.
     """
     tensors = tensor_fingerprints(model, progress)
     return tensors | _config_entries(model.config.to_dict()) | tokenizer_fingerprints(model.folder)
 
 
 def _config_entries(values: Mapping[str, Any], prefix: str = _CONFIG) -> dict[str, str]:
-    """Entries of a configuration as JSON, those of its parts under their full name."""
+    """The entries of a configuration as JSON; entries of nested parts go by their full dotted name."""
     entries: dict[str, str] = {}
     for name in sorted(values):
         value = values[name]
@@ -64,7 +64,7 @@ def _config_entries(values: Mapping[str, Any], prefix: str = _CONFIG) -> dict[st
             entries |= _config_entries(value, f"{prefix}{name}.")
             continue
         text = json.dumps(value, sort_keys=True, default=str)
-        # A long list, such as the type of every layer, goes by its digest.
+        # Long values, such as a list with the type of every layer, are replaced by their digest.
         entries[f"{prefix}{name}"] = text if len(text) <= _LONGEST else _digest(text)
     return entries
 
@@ -74,12 +74,12 @@ def _digest(text: str) -> str:
 
 
 def describe_difference(name: str, expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """Say in words what differs between the model that was expected and the one that was found.
+    """Describe a difference between the expected model and the one found.
 
     Args:
         name: Name of the first difference (see `fedprllm.models.fingerprints.first_difference`).
-        expected: Identity of the model that was expected.
-        found: Identity of the one that was found.
+        expected: Identity of the expected model.
+        found: Identity of the model that was found.
     """
     theirs, ours = expected.get(name), found.get(name)
     if name.startswith(_CONFIG):
@@ -87,19 +87,21 @@ def describe_difference(name: str, expected: Mapping[str, str], found: Mapping[s
     if name.startswith("tokenizer"):
         part = name.partition(".")[2].replace("_", " ")
         missing = "none" in (theirs, ours)
-        return "one of them has no tokenizer" if missing else f"the tokenizer has another {part or 'form'}"
+        if missing:
+            return "one of them has no tokenizer"
+        return f"the tokenizers differ in their {part or 'form'}"
     if theirs is None or ours is None:
         return f"tensor '{name}' is only {'here' if theirs is None else 'there'}"
-    return f"tensor '{name}' has other values"
+    return f"tensor '{name}' has different values"
 
 
 def entry_name(name: str) -> str:
-    """The name of an entry as the model's own files have it."""
+    """The name of an entry as it appears in the model's own files."""
     return name.removeprefix(_CONFIG)
 
 
 def number_of(name: str, table: Mapping[str, str]) -> float | None:
-    """The value of an entry of the configuration if it is a number, which is all that a site tells of it."""
+    """The value of a configuration entry if it is a number; a site reports no other values to the server."""
     if not name.startswith(_CONFIG) or name not in table:
         return None
     try:

@@ -1,4 +1,4 @@
-"""A transformers model that a program holds in memory, as a folder that can be read block by block."""
+"""Turn a transformers model in memory into a folder that can be read block by block."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ __all__ = ["model_folder", "source_name"]
 
 @contextmanager
 def model_folder(model: Any, tokenizer: Any = None) -> Iterator[str | Path]:
-    """Where to read a model from, as long as the ``with`` block lasts.
+    """Provide a place to read a model from for the duration of the ``with`` block.
 
     Args:
-        model: Hub id, local folder or GGUF file, which are returned as they are; or a transformers model,
-            which is written to a temporary folder.
-        tokenizer: Of a transformers model; needed where text is to be tokenized.
+        model: Hub id, local folder or GGUF file, which is yielded as it is; or a transformers model, which is
+            written to a temporary folder.
+        tokenizer: Tokenizer of a transformers model; required to tokenize text.
 
     Raises:
-        ModelError: ``model`` is of another type, or a tokenizer was given for a model that has its own.
+        ModelError: ``model`` has another type, or a tokenizer was given for a model that has its own.
     """
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
             raise ModelError(
-                f"a tokenizer was given for the model {model}, which brings its own: leave the tokenizer out"
+                f"a tokenizer was given for the model {model}, which comes with its own: "
+                "leave the tokenizer out"
             )
         yield model
         return
@@ -36,7 +37,7 @@ def model_folder(model: Any, tokenizer: Any = None) -> Iterator[str | Path]:
 
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
-            "a model must be a hub id, a path, or a transformers PreTrainedModel, found "
+            "the model must be a hub id, a path or a transformers PreTrainedModel, found "
             f"{type(model).__name__}"
         )
     with tempfile.TemporaryDirectory(prefix="fedprllm-") as temporary:
@@ -48,7 +49,7 @@ def model_folder(model: Any, tokenizer: Any = None) -> Iterator[str | Path]:
 
 
 def source_name(model: Any) -> str:
-    """What a record calls a model: the user's word for it, or the name that a model object carries."""
+    """Name of a model in records: the hub id or path as given, or the name stored in the model object."""
     if isinstance(model, (str, Path)):
         return str(model)
     return str(getattr(model, "name_or_path", "")) or type(model).__name__

@@ -1,4 +1,4 @@
-"""Watch the inputs of a block's Linears while the block computes."""
+"""Collect statistics of the inputs of a block's Linears during its forward pass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fedprllm.models.block import Block, Hidden
 
 __all__ = ["BlockStatistics", "Observation", "inputs_shared", "observing"]
 
-# Statistics of the input of each Linear of a block, by weight name. Linears that read the same tensor
-# (query, key and value; gate and up) share one object.
+# Statistics of the input of each Linear of a block, by weight name. Linears that read the same tensor (query,
+# key and value; gate and up) share one object.
 BlockStatistics = dict[str, InputStatistics | GramStatistics]
-# Makes empty statistics for an input with that many channels.
+# Makes empty statistics for an input with the given number of channels.
 Observation = Callable[[int], InputStatistics | GramStatistics]
 
 
@@ -24,7 +24,7 @@ Observation = Callable[[int], InputStatistics | GramStatistics]
 def observing(
     block: Block, statistics: BlockStatistics, observation: Observation = InputStatistics.zeros
 ) -> Iterator[None]:
-    """Add the input of every Linear that computes inside the ``with`` block to its statistics."""
+    """Add the inputs of every Linear that runs inside the ``with`` block to its statistics."""
     last_input: Tensor | None = None
     last_name = ""
 
@@ -33,7 +33,7 @@ def observing(
             nonlocal last_input, last_name
             inputs = args[0]
             if inputs is last_input:
-                # The Linear before this one read the very same tensor and has already counted it.
+                # The previous Linear read the same tensor and has already counted it.
                 statistics[name] = statistics[last_name]
                 return
             if name not in statistics:
@@ -51,9 +51,9 @@ def observing(
 
 
 def inputs_shared(block: Block, hidden: Hidden) -> dict[str, str]:
-    """For the path of each Linear, that of the first Linear handed the same tensor; its own if there is none.
+    """Map the path of each Linear to the path of the first Linear that receives the same tensor.
 
-    A Linear that takes no part in the forward pass keeps its own path.
+    A Linear that shares its input with no earlier one, or takes no part in the forward pass, maps to itself.
     """
     statistics: BlockStatistics = {}
     with observing(block, statistics):

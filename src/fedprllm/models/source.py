@@ -1,11 +1,11 @@
-"""From what the user wrote (hub id, folder, GGUF file) to a folder that can be read block by block.
+"""Resolve a model given as hub id, folder or GGUF file to a folder that can be read block by block.
 
-The reader needs safetensors whose tensor names are those of the transformers model. Most checkpoints
-are that already and are used where they lie; the others are converted once and kept in a cache::
+The reader needs safetensors files whose tensors are named as in the transformers model. Most checkpoints
+already have this form and are used in place; the others are converted once and kept in a cache::
 
     <cache>/models/<name>-<digest of the source>/    a finished conversion, never changed again
     <cache>/models/<name>-<digest>.partial/          one being written, or left behind by a killed process
-    <cache>/models/convert.lock                      held by the one process that converts
+    <cache>/models/convert.lock                      held by the process that is converting
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedprllm.progress import Progress, silent
 
 __all__ = ["build_skeleton", "is_hub_id", "resolve_model"]
 
-_CONVERTER_VERSION = 1  # raise it when a conversion writes something else than before
+_CONVERTER_VERSION = 1  # increment when conversions change their output
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -37,22 +37,25 @@ _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress: Progress = silent) -> Path:
     """Return a local folder with ``config.json`` and safetensors named as in the transformers model.
 
-    A tensor that is tied to another one may be absent, and names may lack the prefix of the base model
-    (``h.0.ln_1.weight`` for ``transformer.h.0.ln_1.weight``). A conversion holds the model in memory.
+    Tensors that are tied to others may be absent, and names may lack the prefix of the base model
+    (``h.0.ln_1.weight`` for ``transformer.h.0.ln_1.weight``). A conversion holds the whole model in memory.
 
     Args:
         model: Id on the Hugging Face hub, local folder, or GGUF file.
-        cache_dir: Where conversions are kept [default: $FEDPRLLM_CACHE, or the user's cache folder].
-        progress: Reports a download and of a conversion (see `fedprllm.progress`).
+        cache_dir: Folder for conversions [default: $FEDPRLLM_CACHE, or the user's cache folder].
+        progress: Reports downloads and conversions (see `fedprllm.progress`).
 
     Raises:
-        ModelError: There is no such model, it is no decoder-only language model, or its files are
-            incomplete or corrupted.
+        ModelError: The model does not exist, is not a decoder-only language model, or has incomplete or
+            corrupted files.
         RunError: The cache cannot be written.
     """
     path = _local_path(model) or _download(str(model), progress)
     if path.is_file() and path.suffix.lower() != ".gguf":
-        raise ModelError(f"{path} is a file but no GGUF file: give the folder of the model")
+        raise ModelError(
+            f"{path} is a file, but not a GGUF file: expected a model folder, a GGUF file or a hub id; give "
+            "the folder that contains it"
+        )
     if path.is_file():
         return _converted(path, [path], _convert_gguf, cache_dir, progress)
     with _quiet():
@@ -63,29 +66,30 @@ def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress:
     weight_files = weight_files or _weight_files(path, _PICKLED)
     if not weight_files:
         raise ModelError(
-            f"{path} holds no weights: expected {_SAFETENSORS} or {_PICKLED} (or the index of their "
-            f"parts), found {_names(sorted(other.name for other in path.iterdir()))}"
+            f"{path} contains no weights: expected {_SAFETENSORS} or {_PICKLED} (or an index of their "
+            f"parts), found {_names(sorted(other.name for other in path.iterdir()))}. "
+            "Download the model again"
         )
     return _converted(path, [*weight_files, *_side_files(path)], _convert_folder, cache_dir, progress)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be an id on the hub, and so the same model everywhere; a path cannot."""
+    """Whether a name can be a hub id, which means the same model everywhere, unlike a path."""
     return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith(".gguf")
 
 
 def _local_path(model: str | Path) -> Path | None:
-    """The existing file or folder; None if the text can only be an id on the hub."""
+    """The existing file or folder; None if the text can only be a hub id."""
     path = Path(model).expanduser()
     if path.exists():
         return path
     if isinstance(model, str) and is_hub_id(model) and (path.parent == Path() or not path.parent.is_dir()):
         return None
-    raise ModelError(f"there is no model at {path}: {_neighbours(path)}")
+    raise ModelError(f"there is no model at {path}: {_neighbors(path)}")
 
 
-def _neighbours(path: Path) -> str:
-    """What there is instead of a path that does not exist."""
+def _neighbors(path: Path) -> str:
+    """Describe what exists near a path that does not exist."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
     models = sorted(
@@ -93,11 +97,11 @@ def _neighbours(path: Path) -> str:
         for other in path.parent.iterdir()
         if other.suffix.lower() == ".gguf" or (other / "config.json").is_file()
     )
-    return did_you_mean(path.name, models) if models else f"no models in {path.parent.absolute()}"
+    return did_you_mean(path.name, models) if models else f"{path.parent.absolute()} contains no models"
 
 
 def _download(model: str, progress: Progress) -> Path:
-    """The snapshot of a hub model: only what is needed, pickled weights only if there are no others."""
+    """Download a hub model: only the files needed, and pickled weights only if there are no others."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -106,7 +110,7 @@ def _download(model: str, progress: Progress) -> Path:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*"))
 
     try:
-        with progress(f"fetching {model}", 1) as advance:
+        with progress(f"downloading {model}", 1) as advance:
             with _quiet():
                 folder = fetch("model*.safetensors")
                 if not any(folder.glob("*.safetensors")):
@@ -114,68 +118,80 @@ def _download(model: str, progress: Progress) -> Path:
             advance(1)
     except errors.GatedRepoError as error:
         raise ModelError(
-            f"{model} is gated: accept its terms on the hub, then log in with 'hf auth login'"
+            f"the model {model} is gated: accept its terms on the hub, then log in with 'hf auth login'"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"{model} is neither here ({_neighbours(Path(model))}) nor on the hub; if it is private there, "
-            "log in with 'hf auth login'"
+            f"there is no model {model} locally ({_neighbors(Path(model))}) or on the hub: check its name; "
+            "if it is private, log in with 'hf auth login'"
         ) from error
-    except Exception as error:  # of the hub's client, of the network library below it, of the disk
+    except Exception as error:  # from the hub's client, the network library below it, or the disk
         raise ModelError(
-            f"{model} is not here ({_neighbours(Path(model))}) and could not be fetched from the hub. "
-            f"Offline? Give a local folder or a GGUF file. {_reason(error)}"
+            f"there is no model {model} locally ({_neighbors(Path(model))}), and it could not be downloaded "
+            f"from the hub: {_reason(error)}. Offline? Give a local folder or a GGUF file"
         ) from error
     return folder
 
 
 def build_skeleton(folder: Path, dtype: Any = None) -> Any:
-    """The transformers model of a folder, without weights: empty parameters, tied, and real buffers.
+    """Build the transformers model of a folder without weights: empty, tied parameters and real buffers.
 
-    Only ``config.json`` is read; ``dtype`` is that of the parameters to come.
+    Only ``config.json`` is read.
+
+    Args:
+        folder: Model folder.
+        dtype: Precision of the parameters that will be filled in later; None takes it from the configuration.
+
+    Raises:
+        ModelError: The folder has no usable configuration, or one of a model that cannot be pruned.
     """
     if not (folder / "config.json").is_file():
         others = sorted(other.name for other in folder.glob("*.gguf"))
-        hint = f"; for a GGUF file give the file: {_names(others)}" if others else ""
-        raise ModelError(f"{folder} is no model folder: it has no config.json{hint}")
+        hint = f"; to use a GGUF file, give the file itself: {_names(others)}" if others else ""
+        raise ModelError(f"{folder} is not a model folder: it has no config.json{hint}")
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # transformers raises whatever its thousand configurations and models raise on values they do not know.
+    # On values they do not know, transformers' many configurations and models raise exceptions of any type.
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {_reason(error)}") from error
+        raise ModelError(
+            f"{folder / 'config.json'} cannot be read: {_reason(error)}. Download it again or update "
+            "transformers; models that need code of their own are not supported"
+        ) from error
     masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     if config.is_encoder_decoder or masked:
-        form = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
-        raise ModelError(f"{folder} is {form} ({config.model_type}): only decoder-only models can be pruned")
-    if getattr(config, "quantization_config", None) is not None:
+        family = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
         raise ModelError(
-            f"{folder} is quantised: give the checkpoint from before the quantisation, or a GGUF"
+            f"{folder} is {family} model ({config.model_type}): only decoder-only models can be pruned"
         )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{folder} is quantized: give the unquantized checkpoint, or a GGUF file")
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
     except Exception as error:
         raise ModelError(
             f"{folder} ({config.model_type}) is not a decoder-only language model that this version of "
-            f"transformers knows: {_reason(error)}"
+            f"transformers supports: {_reason(error)}. Use another model or update transformers"
         ) from error
-    # Without weights a tie made during construction is lost.
+    # Ties made during construction are lost if there are no weights.
     model.tie_weights()
     return model
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The files that hold the weights, in one piece or as an index lists them; empty if there are none."""
+    """The files that contain the weights, a single one or those of an index; empty if there are none."""
     index = folder / f"{name}.index.json"
     if not index.is_file():
         return [folder / name] if (folder / name).is_file() else []
     try:
         parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is no index of weights: download it again. {_reason(error)}") from error
+        raise ModelError(
+            f"{index} is not a valid index of weights: {_reason(error)}. Download it again"
+        ) from error
     missing = [part for part in parts if not (folder / part).is_file()]
     if missing:
         raise ModelError(f"{folder} is incomplete, download it again: {_names(missing)} missing")
@@ -183,7 +199,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def _fits(model: Any, weight_files: list[Path]) -> bool:
-    """Whether the files hold every tensor of the model by its name and shape; reads their headers only."""
+    """Whether the files contain every tensor of the model by name and shape; reads only their headers."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, list[int]] = {}
@@ -192,7 +208,7 @@ def _fits(model: Any, weight_files: list[Path]) -> bool:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is corrupted, download it again: {_reason(error)}") from error
+            raise ModelError(f"{file} is corrupted: {_reason(error)}. Download it again") from error
     prefix = f"{model.base_model_prefix}."
     return all(
         list(tensor.shape) == shapes.get(name, shapes.get(name.removeprefix(prefix)))
@@ -213,7 +229,7 @@ def _converted(
     cache_dir: Path | None,
     progress: Progress,
 ) -> Path:
-    """The folder in the cache that ``convert(source, folder)`` filled, now or earlier."""
+    """The cache folder that ``convert(source, folder)`` fills now or has filled before."""
     import platformdirs
     from filelock import FileLock
 
@@ -235,14 +251,14 @@ def _converted(
                     advance(1)
     except OSError as error:
         raise RunError(
-            f"the model cache {cache} cannot be written: {_reason(error)}. Free some space, or set "
+            f"the model cache {cache} cannot be written: {_reason(error)}. Free some disk space, or set "
             "FEDPRLLM_CACHE to another folder"
         ) from error
     return target
 
 
 def _fill(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new folder that takes the name ``target`` when it is complete."""
+    """Let ``write`` fill a new folder, and rename it to ``target`` when it is complete."""
     partial = target.with_name(f"{target.name}.partial")
     partial.mkdir()
     try:
@@ -260,7 +276,7 @@ def _digest(files: Iterable[Path]) -> str:
             with file.open("rb") as content:
                 whole.update(hashlib.file_digest(content, "sha256").digest())
         except OSError as error:
-            raise ModelError(f"{file} cannot be read: {_reason(error)}") from error
+            raise ModelError(f"{file} cannot be read: {_reason(error)}. Check its permissions") from error
     return whole.hexdigest()[:20]
 
 
@@ -280,7 +296,7 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    # Newer versions may keep the weights packed unless told otherwise; older ones have no such class.
+    # Newer versions may keep the weights packed unless told otherwise; older ones do not have this class.
     config = getattr(transformers, "GgufConfig", None)
     how = {"quantization_config": config(dequantize=True)} if config else {}
     # A bare name would be looked up in the working folder first.
@@ -289,7 +305,10 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=file)
     except Exception as error:
-        raise ModelError(f"the tokenizer in {source} cannot be read: {_reason(error)}") from error
+        raise ModelError(
+            f"the tokenizer in {source} cannot be read: {_reason(error)}. Download the file again, or give "
+            "the folder of the original model"
+        ) from error
     tokenizer.save_pretrained(folder)
     _write(model, folder)
 
@@ -303,8 +322,8 @@ def _loaded(source: Path, folder: Path, **how: Any) -> Any:
         )
     except Exception as error:
         raise ModelError(
-            f"{source} cannot be read, it is corrupted or of a kind that this version of transformers does "
-            f"not know: {_reason(error)}"
+            f"{source} cannot be read: {_reason(error)}. It is corrupted, or this version of transformers "
+            "does not support it; download it again or update transformers"
         ) from error
     missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:
@@ -326,14 +345,14 @@ def _write(model: Any, folder: Path) -> None:
     except SafetensorError as error:
         raise OSError(str(error)) from error
     weight_files = _weight_files(folder, _SAFETENSORS)
-    for file in weight_files:  # safetensors lets only the owner read what it writes
+    for file in weight_files:  # safetensors creates files that only their owner can read
         shutil.copymode(folder / "config.json", file)
     assert _fits(skeleton, weight_files)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the libraries: messages, warnings and progress bars."""
+    """Silence the libraries' messages, warnings and progress bars."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as transformers
 
@@ -341,7 +360,7 @@ def _quiet() -> Iterator[None]:
     try:
         for logging, _ in levels:
             logging.set_verbosity_error()
-        # The bar over the tensors of a GGUF ignores the switch of transformers for its bars.
+        # The progress bar over the tensors of a GGUF file ignores transformers' setting for progress bars.
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -351,8 +370,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {first.rstrip('.')}"
 
 
 def _names(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, and what identifies it."""
+"""Load and fingerprint the tokenizer of a model folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["load_tokenizer", "tokenizer_fingerprints"]
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a model folder; code that the folder brings is never run.
+    """Load the tokenizer of a model folder; code in the folder is never run.
 
     Raises:
-        ModelError: The folder has none that can be used.
+        ModelError: The folder has no usable tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -24,15 +24,15 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}), which text input requires: "
-            "add one to the folder, or pass token windows from Python"
+            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): text needs one. Add its files "
+            "to the folder, or pass token windows from Python instead of text"
         ) from None
 
 
 def tokenizer_fingerprints(folder: Path) -> dict[str, str]:
-    """What makes two tokenizers give the same token ids: SHA-256 of its parts, by name.
+    """SHA-256 of each part of a tokenizer that affects its token ids, by name.
 
-    A folder without a tokenizer has the one part ``tokenizer`` with the value ``none``.
+    A folder without a tokenizer has a single part, ``tokenizer``, with the value ``none``.
     """
     try:
         tokenizer = load_tokenizer(folder)
@@ -46,7 +46,7 @@ def tokenizer_fingerprints(folder: Path) -> dict[str, str]:
     }
     if getattr(tokenizer, "is_fast", False):
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Truncation and padding are set by the caller.
+        # Truncation and padding are left out because the caller sets them.
         steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
         parts["tokenizer.rules"] = {name: rules.get(name) for name in steps}
     return {name: _digest(value) for name, value in parts.items()}
