@@ -51,7 +51,7 @@ def question_of(
             ["purpose", purpose],
             ["participants", ", ".join(sorted(job["participants"]))],
             ["you send", f"{sharing.noun}: {sharing.content}"],
-            ["size", f"{n_bytes / 1e6:,.1f} MB for {len(blocks)} of {model.n_blocks} blocks"],
+            ["size", f"{_size(n_bytes)} for {len(blocks)} of {model.n_blocks} blocks"],
             [
                 "computed from",
                 f"{len(participant.windows)} windows of {participant.windows.shape[1]} tokens "
