@@ -189,7 +189,8 @@ def _paths_or_texts(texts: Sequence[str], whose: str) -> list[Source]:
             "folder that exists, and not all items plainly are text. Correct the path, or give texts as "
             "fedprllm.Documents([...])"
         )
-    return list(texts)  # a path that does not exist is refused when it is read, with its neighbors
+    # A path that does not exist is refused when it is read, with the names beside it.
+    return as_sources(list(texts), whose)
 
 
 def make_participants(
