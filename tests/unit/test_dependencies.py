@@ -62,3 +62,22 @@ def test_every_import_is_declared(path, declared):
 def test_a_site_needs_no_plots(declared):
     plain = declared[""] | declared["federation"]
     assert not {"matplotlib", "jinja2", "markupsafe"} & plain
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["report", "."], ["demo"], ["study", "m", "--data", "d", "--eval", "e", "--out", "o"]],
+    ids=lambda words: words[0],
+)
+def test_what_draws_says_how_to_install_what_it_needs(words, monkeypatch):
+    from importlib import util
+
+    from typer.testing import CliRunner
+
+    from fedprllm import ConfigError
+    from fedprllm.cli.app import app
+
+    found = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    with pytest.raises(ConfigError, match=r"pip install 'fedprllm\[report\]'"):
+        CliRunner().invoke(app, words, catch_exceptions=False)

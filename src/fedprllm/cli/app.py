@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedprllm.cli.console import need_plots
 from fedprllm.cli.coordinator import app as federation_app
 from fedprllm.cli.participant import ledger, participate
 from fedprllm.cli.study import study_command
@@ -350,6 +351,7 @@ def _demo(
 ) -> None:
     """Prune a real small model with four participants and compare with the alternatives."""
     PruneConfig(sparsity=sparsity)
+    need_plots()
     from fedprllm.demo.compare import demo, demo_summary
     from fedprllm.report.page import write_report
 
@@ -381,6 +383,7 @@ def _report(
     """Write a self-contained HTML report about a run."""
     if not run.is_dir():
         raise RunError(f"no folder {run}: name the folder that 'fedprllm prune --out' wrote")
+    need_plots()
     from fedprllm.report.page import write_report
 
     console.print(f"report   {write_report(run, out)}", soft_wrap=True)

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from fedprllm.errors import ConfigError, FedprllmError, RunError
 
-__all__ = ["absolute", "attend", "console", "ending", "errors", "heed", "need_flare"]
+__all__ = ["absolute", "attend", "console", "ending", "errors", "heed", "need_flare", "need_plots"]
 
 console = Console()
 errors = Console(stderr=True)
@@ -30,10 +30,23 @@ def need_flare() -> None:
     Raises:
         ConfigError: NVIDIA FLARE is missing. The message says how to install it.
     """
+    _need("federation", "a federation needs NVIDIA FLARE", "nvflare")
+
+
+def need_plots() -> None:
+    """Check that what draws and lays out reports is installed, before anything is computed for one.
+
+    Raises:
+        ConfigError: It is missing. The message says how to install it.
+    """
+    _need("report", "reports and studies need matplotlib and Jinja2", "matplotlib", "jinja2")
+
+
+def _need(extra: str, sentence: str, *modules: str) -> None:
     from importlib.util import find_spec
 
-    if find_spec("nvflare") is None:
-        raise ConfigError("a federation needs NVIDIA FLARE: pip install 'fedprllm[federation]'")
+    if any(find_spec(module) is None for module in modules):
+        raise ConfigError(f"{sentence}: pip install 'fedprllm[{extra}]'")
 
 
 def absolute(source: str) -> str:

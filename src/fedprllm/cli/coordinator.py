@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import absolute, attend, console, ending, errors, heed, need_flare
+from fedprllm.cli.console import absolute, attend, console, ending, errors, heed, need_flare, need_plots
 from fedprllm.errors import ConfigError, RunError
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings, read_plan, read_run_plan
 
@@ -155,6 +155,7 @@ def report(
     folder = Path(name) if Path(name).is_dir() else kits / "server" / "runs" / name
     if not (folder / "result.json").exists():
         raise RunError(f"{folder} is not a finished run: 'fedprllm federation status' lists the runs")
+    need_plots()
     from fedprllm.report.page import write_report
 
     console.print(f"report   {write_report(folder, out)}", soft_wrap=True)

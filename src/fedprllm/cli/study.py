@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedprllm.cli.console import need_plots
 from fedprllm.settings import read_toml
 from fedprllm.study.questions import QUESTIONS, StudyConfig
 
@@ -31,6 +32,7 @@ def study_command(bars: Any, console: Console) -> Any:
     def study(**given: Any) -> None:
         """Compare variants on one machine: tables, plots and a page that answer the paper's questions."""
         config = StudyConfig(**_from_file(given.pop("config")) | _parsed(given))
+        need_plots()
         from fedprllm.study.runner import study as run
 
         results = run(config, given["out"], bars)
