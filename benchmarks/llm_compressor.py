@@ -41,12 +41,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks._harness import SEED, machine, print_json, print_table
-from fedprllm.text.windows import token_windows
 from fedprllm.demo.compare import demo_model
 from fedprllm.demo.texts import demo_texts
 from fedprllm.evaluation.perplexity import load_tokenizer
 from fedprllm.files import write_json
 from fedprllm.models.source import resolve_model
+from fedprllm.text.windows import token_windows
 
 PACKAGE = "llmcompressor==0.14.0.1"
 CONTENDERS = ("bare", "theirs", "ours")
