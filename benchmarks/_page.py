@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import llm_compressor, selection, sweeps, votes
+from benchmarks import llm_compressor, selection, sweeps, text, votes
 from benchmarks._harness import shown
 from benchmarks._plots import plots
 from fedprllm.files import read_json, write_text
@@ -249,6 +249,16 @@ BENCHMARKS: dict[str, Benchmark] = {
         "The same with updates of 238 MB (weights and masks of two wide random blocks), 2 and 4 participants",
         ("benchmarks.federation", "--large-updates"),
         _FEDERATION,
+    ),
+    "text": Benchmark(
+        "Reading text: 2 calibration windows of 64 tokens, or 256 tokens to evaluate on, from files of 5 to "
+        "500 MB",
+        ("benchmarks.text",),
+        text.tables,
+        (
+            Goal("seconds for a text of 51 MB, slowest format", lambda r: text.worst(r, "seconds"), 5.0),
+            Goal("peak memory of the process, MB, largest format", lambda r: text.worst(r, "peak_mb"), 1000),
+        ),
     ),
 }
 

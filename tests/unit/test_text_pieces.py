@@ -223,15 +223,24 @@ def test_the_blocks_in_which_a_document_comes_do_not_matter() -> None:
         assert draw_units(parts, unit_length=90, n_characters=2000, seed=0) == expected
 
 
-def test_few_tokens_in_many_characters(tmp_path: Path, large_from, monkeypatch) -> None:
-    """So few tokens that what was drawn does not hold the windows: all of the text is looked at."""
+def test_more_is_read_where_tokens_are_long(tmp_path: Path, large_from, monkeypatch) -> None:
+    """What is kept at first does not hold the windows; the result is that of keeping enough at once."""
+    path = write(tmp_path, "txt", numbered_text(20_000))
+    options = {"n_windows": 16, "window_length": 32, "bos": "never", "seed": 0}
+    expected = token_windows([path], TOKENIZERS["bytes"], **options)
+    monkeypatch.setattr(windows, "_READ_PER_TOKEN", 1)
+    assert torch.equal(token_windows([path], TOKENIZERS["bytes"], **options), expected)
+
+
+def test_all_text_is_looked_at_where_it_is_short(tmp_path: Path, large_from, monkeypatch) -> None:
+    """More windows than units: what the units leave over counts too."""
     tokenizer = TOKENIZERS["bytes"]
     text = "\n".join("the cat sat on the mat" for _ in range(3000))
     path = write(tmp_path, "txt", text)
     monkeypatch.setattr(windows, "_READ_PER_TOKEN", 1)
     ids = torch.tensor(whole(tokenizer, text))
-    drawn = token_windows([path], tokenizer, n_windows=40, window_length=16, seed=0, bos="never")
-    assert drawn.shape == (40, 16)
+    drawn = token_windows([path], tokenizer, n_windows=1200, window_length=16, seed=0, bos="never")
+    assert drawn.shape == (1200, 16)
     rows = {tuple(row) for row in ids.unfold(0, 16, 16).tolist()}
     assert all(tuple(row) in rows for row in drawn.tolist())
 

@@ -200,13 +200,17 @@ def _chosen(
         n_tokens = n_windows * cutter.window_length
         windows, n_tokens = cutter.cut(_encode_enough(cutter.encoder, documents, n_tokens))
         return _some(windows, n_windows, random), n_tokens
-    units = draw_units(
-        large, unit_length=_UNIT_PER_TOKEN * cutter.window_length, n_characters=n_held, seed=seed
-    )
-    drawn = _window_by_window(cutter, units, n_windows, random)
-    if len(drawn) == n_windows:
-        return cutter.cut_each(drawn), n_windows * cutter.n_text
-    # Few tokens in many characters, such as long stretches of spaces: everything is looked at.
+    while True:
+        units = draw_units(
+            large, unit_length=_UNIT_PER_TOKEN * cutter.window_length, n_characters=n_held, seed=seed
+        )
+        drawn = _window_by_window(cutter, units, n_windows, seed)
+        if len(drawn) == n_windows:
+            return cutter.cut_each(drawn), n_windows * cutter.n_text
+        if sum(map(len, units)) < n_held:
+            break  # they are all there are
+        large, n_held = parts_of(sources), 8 * n_held
+    # Where text is short for so many windows, what is left over in the units counts too.
     windows, n_tokens = cutter.cut(cutter.encoder.encode_all(joined(parts_of(sources))))
     return _some(windows, n_windows, random), n_tokens
 
@@ -245,9 +249,10 @@ def _encode_enough(encoder: Encoder, documents: Sequence[str], n_tokens: int) ->
 
 
 def _window_by_window(
-    cutter: _Cutter, units: Sequence[str], n_windows: int, random: torch.Generator
+    cutter: _Cutter, units: Sequence[str], n_windows: int, seed: int
 ) -> list[Int[Tensor, " tokens"]]:
     """The text of one window from each unit, from a random token on; short units are joined for it."""
+    random = generator("calibration places", seed)
     windows: list[Tensor] = []
     held: list[str] = []
     enough = 0.0  # characters that probably hold a window
