@@ -67,7 +67,7 @@ class StudyConfig(Settings):
         Field(min_length=1, description="every cell is measured once per seed"),
     ] = (0, 1, 2)
     window_length: Annotated[int, Field(ge=2, description="tokens per window")] = 512
-    eval_tokens: Annotated[int, Field(ge=2, description="maximum number of tokens to measure on per text")] = 16384
+    eval_tokens: Annotated[int, Field(ge=2, description="tokens to measure on per text, at most")] = 16384
     local_models: Annotated[
         int, Field(ge=1, description="maximum number of models pruned alone to measure")
     ] = 4
@@ -86,13 +86,15 @@ class StudyConfig(Settings):
                 raise ConfigError(f"unknown question {did_you_mean(question, QUESTIONS)}")
             if _needs_domains(QUESTIONS[question].grids(self)) and len(self.domains) < 2:
                 raise ConfigError(
-                    f"question {question} needs at least two domains, found {len(self.domains)}: name one text "
-                    "for each with --domains"
+                    f"question {question} needs at least two domains, found {len(self.domains)}: name one "
+                    "text for each with --domains"
                 )
         if not self.data and not self.domains:
             raise ConfigError("no text: name data to distribute, or domains with one participant each")
         if self.data and not self.eval:
-            raise ConfigError("no text to measure on: name texts with eval that are not in the calibration data")
+            raise ConfigError(
+                "no text to measure on: name texts with eval that are not in the calibration data"
+            )
         return self
 
     @property
