@@ -212,7 +212,7 @@ def _setting(results: Results) -> Section:
         ["model", model.source],
         ["fingerprint", f"{model.fingerprint[:12]}… (SHA-256 of its weights, shortened)"],
         ["prunable weights", f"{model.n_prunable:,}"],
-        *([name, number] for name, number in results.versions.items()),
+        *[list[str | TableCell]([name, number]) for name, number in results.versions.items()],
     ]
     section.parts.append(Table("Model and versions", ("", ""), "lp", software))
     return section
