@@ -229,7 +229,10 @@ def test_allocations_and_fractions_that_cannot_be(options, message):
 
 @pytest.mark.parametrize(
     ("fraction", "message"),
-    [(0.1, "leaves some blocks without a participant: the 2 participants together prune"), ("x=0.5", "unknown participant 'x'")],
+    [
+        (0.1, "leaves some blocks without a participant: the 2 participants together prune"),
+        ("x=0.5", "unknown participant 'x'"),
+    ],
 )
 def test_blocks_without_anybody_are_refused_before_anything_is_computed(
     tiny, windows, tmp_path, fraction, message

@@ -206,9 +206,7 @@ def test_a_damaged_update_is_refused_and_may_be_sent_again(tmp_path, model, fede
 
 
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
-def test_a_participant_that_keeps_sending_garbage_is_left_out(
-    tmp_path, model, federation, strategy
-):
+def test_a_participant_that_keeps_sending_garbage_is_left_out(tmp_path, model, federation, strategy):
     channel = federation()
 
     def meddle(name, request, answer):

@@ -107,14 +107,14 @@ def _quoted_perplexity(facts: Facts) -> tuple[str, str, str] | None:
 def _summary(facts: Facts) -> str:
     n = len(facts.participants)
     participants = count(n, "participant")
-    who = (
+    how = (
         f"on the pooled text of {participants}"
         if facts.strategy.pools_text
         else f"by {participants}, {facts.config.strategy}"
         if facts.strategy.server_votes
         else f"by {participants}, each alone"
     )
-    text = f"{facts.model} was pruned to {percent(facts.sparsity)} zeros {who}."
+    text = f"{facts.model} was pruned to {percent(facts.sparsity)} zeros {how}."
     quoted = _quoted_perplexity(facts)
     if quoted:
         text += f" Perplexity: {quoted[0]} dense, {quoted[1]} pruned ({quoted[2].lstrip(', ')})."

@@ -136,7 +136,7 @@ class KeptWalks:
         for index in range(self._model.n_blocks):
             with self._model.block(index) as block:
                 contribution = walker.contribute(block)
-                assert contribution.update is not None, "a kept walk prunes every block"
+                assert contribution.update is not None, "a stored walk prunes every block"
                 advance(n_windows)
                 path = folder / f"block-{index:04d}.safetensors"
                 save_tensors(path, {name: _packed(tensor) for name, tensor in contribution.update.items()})
