@@ -188,9 +188,8 @@ def test_votes_can_weigh_tokens(tiny, windows, tmp_path):
 
 def test_an_update_that_is_too_large_is_refused_with_its_size(tiny, windows, tmp_path):
     config = PruneConfig(share="gram", max_update_mb=0.001)
-    with pytest.raises(
-        ConfigError, match=r"would send 0\.0215 MB for block 0, but max_update_mb allows 0\.001 MB"
-    ):
+    pattern = r"would send 0\.0215 MB for block 0, but max_update_mb allows 0\.001 MB"
+    with pytest.raises(ConfigError, match=pattern):
         prune(tiny("llama"), [windows(0)], config, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

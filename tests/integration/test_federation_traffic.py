@@ -1,4 +1,4 @@
-"""Everything that leaves a participant, recorded where the engine hands it to the connection, before TLS."""
+"""Everything that leaves a participant, recorded where the engine passes it to the connection, before TLS."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
 
 NAMES = ["north", "south"]
 RECORDER = Path(__file__).parents[1] / "recorder"
-SHAKE_HANDS = {4, 5}  # types of frames without topic, with the name and the time
-# What the engine says of its own: who is there, and how the job is.
+SHAKE_HANDS = {4, 5}  # frame types without a topic, which hold the name and the time
+# The engine's own messages: which sites are connected, and the state of the job.
 ENGINE = {
     ("admin", "admin"),
     ("admin", "train.notify_job_status"),
@@ -38,7 +38,7 @@ OURS = ("sm__STREAM", "sm__DATA")
 
 
 class Frame(NamedTuple):
-    """A message as it was handed to a connection."""
+    """A message as it was passed to a connection."""
 
     about: dict[str, Any]
     headers: bytes
@@ -51,7 +51,7 @@ class Frame(NamedTuple):
 
     @property
     def update(self) -> bytes:
-        """The update in it, or nothing."""
+        """The update that the message contains; empty if there is none."""
         start = self.payload.find(b"FEDPRLLM")
         if start < 0:
             return b""
@@ -60,7 +60,7 @@ class Frame(NamedTuple):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory, small_model):
-    """A complete run, and every frame that a process of a site sent."""
+    """A complete run, and every frame sent by a process of a site."""
     folder = tmp_path_factory.mktemp("recorded")
     traffic = folder / "traffic"
     traffic.mkdir()
@@ -102,7 +102,7 @@ def test_everything_else_is_the_engine_s_own_or_small(recorded):
             assert len(frame.payload) < 200
             continue
         assert frame.topic in {*ENGINE, OURS}, frame.about
-        # A reply's state, and the engine's headers around it; the certificate when a site registers.
+        # The state in a reply plus the engine's headers; the certificate when a site registers.
         limit = 4000 if frame.topic == ("task", "register") else 1000
         assert len(frame.payload) - len(frame.update) < limit, frame.about
 
@@ -125,7 +125,7 @@ def test_no_frame_holds_text_tokens_or_paths(recorded):
 
 
 def test_the_recorder_sees_a_word_that_was_sent(recorded):
-    """So that the tests above can fail: the coordinator's requests do hold the model's path."""
+    """Proof that the tests above can fail: the coordinator's requests do contain the model's path."""
     federation, _ = recorded
     path = str(federation.model).encode()
     frames = (federation.folder / "traffic").glob("*.frame")

@@ -1,4 +1,4 @@
-"""Hidden states beyond a limit lie in files: the same bits, and nothing stays behind."""
+"""Hidden states beyond a limit are kept in files: the bits stay the same, and no file is left over."""
 
 from __future__ import annotations
 
@@ -17,6 +17,28 @@ from tests.isolation import torch_threads
 
 _STATE = 16 * 32 * 4  # bytes: tokens, hidden size, float32
 
+_KILLED = """
+import os, signal, sys
+import torch
+from fedprllm import PruneConfig, prune
+from fedprllm.pruning.run_folder import Run
+model, out = sys.argv[1:]
+torch.set_num_threads(1)
+finish_block = Run.finish_block
+def dying(self, index, *args):
+    if index == 1:
+        assert list(self.spilled_folder.glob("*.safetensors"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish_block(self, index, *args)
+Run.finish_block = dying
+participants = [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
+prune(model, participants, PruneConfig(memory_limit=1), out=out)
+"""
+
+
+def participants() -> list[torch.Tensor]:
+    return [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
+
 
 @pytest.mark.parametrize(
     "options",
@@ -33,7 +55,7 @@ _STATE = 16 * 32 * 4  # bytes: tokens, hidden size, float32
 )
 @pytest.mark.parametrize("limit", ["1B", f"{2 * _STATE}B"])
 def test_a_limit_changes_no_bit_and_no_identity(tiny, tmp_path, monkeypatch, options, limit):
-    free = prune(tiny("llama"), people(), PruneConfig(**options), out=tmp_path / "free")
+    free = prune(tiny("llama"), participants(), PruneConfig(**options), out=tmp_path / "free")
     n_files = []
     step = _SharedWalk.step
 
@@ -43,7 +65,7 @@ def test_a_limit_changes_no_bit_and_no_identity(tiny, tmp_path, monkeypatch, opt
 
     monkeypatch.setattr(_SharedWalk, "step", counting)
     config = PruneConfig(**options, memory_limit=limit)
-    limited = prune(tiny("llama"), people(), config, out=tmp_path / "limited")
+    limited = prune(tiny("llama"), participants(), config, out=tmp_path / "limited")
     size = _STATE // 2 if options.get("dtype") == "bfloat16" else _STATE
     assert set(n_files) == {5 - min(5, config.memory_limit // size)}
     assert_same_bits(free.model_dir, limited.model_dir)
@@ -57,8 +79,8 @@ def test_a_killed_run_continues_with_any_limit(tiny, tmp_path):
     killed = exit_code(prune_and_die, tiny("llama"), out, config, "before", 1, True)
     assert killed == -signal.SIGKILL
     with torch_threads(1):
-        undisturbed = prune(tiny("llama"), people(), out=tmp_path / "undisturbed")
-        resumed = prune(tiny("llama"), people(), PruneConfig(memory_limit=2 * _STATE), out=out)
+        undisturbed = prune(tiny("llama"), participants(), out=tmp_path / "undisturbed")
+        resumed = prune(tiny("llama"), participants(), PruneConfig(memory_limit=2 * _STATE), out=out)
     assert_same_bits(undisturbed.model_dir, resumed.model_dir)
     assert not (out / "state").exists()
 

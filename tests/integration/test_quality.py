@@ -1,8 +1,8 @@
-"""What pruning together is for, on a small model that was really trained (`tests/fixtures/small-model`).
+"""The benefit of pruning together, on a small model with real training (`tests/fixtures/small-model`).
 
-It knows three kinds of text that come with Python. Pruned by three participants who hold one kind each, the
-federated model is better on the others' text than what each could make alone, and near what pooled text
-gives. All is measured on text that the model never saw.
+The model was trained on three sorts of text that ship with Python. When three participants with one sort each
+prune it, the federated model is better on the others' text than any model pruned alone, and close to pooled
+text. Everything is measured on text that the model has never seen.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ LENGTH = 128
 
 @pytest.fixture(scope="module")
 def measured(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Mean loss in nats per token on each kind of text, by model."""
+    """Mean loss in nats per token on each sort of text, by model."""
     tokenizer = load_tokenizer(small_model)
 
     def windows(text: str, n_windows: int) -> torch.Tensor:
         return torch.tensor(tokenizer(text)["input_ids"][: n_windows * LENGTH]).view(n_windows, LENGTH)
 
-    people = {kind: windows(library_text(kind)[50_000:80_000], 8) for kind in KINDS}
-    held_out = {kind: list(windows(library_text(kind, held_out=True), 24)) for kind in KINDS}
+    participants = {name: windows(library_text(name)[50_000:80_000], 8) for name in KINDS}
+    held_out = {name: list(windows(library_text(name, held_out=True), 24)) for name in KINDS}
     out = tmp_path_factory.mktemp("quality")
 
     def losses(folder: Path) -> list[float]:
@@ -46,7 +46,7 @@ def measured(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         "magnitude": {"criterion": "magnitude"},
     }.items():
         config = PruneConfig(sparsity=0.5, ties="magnitude", **options)
-        result = prune(small_model, people, config, out=out / name)
+        result = prune(small_model, participants, config, out=out / name)
         for model, folder in result.model_dirs.items():
             found[name if len(result.model_dirs) == 1 else model] = losses(folder)
     return found
@@ -57,7 +57,7 @@ def mean(values: list[float]) -> float:
 
 
 def test_the_model_was_trained(measured):
-    """A uniform guess over its 512 tokens costs 6.24 nats; half the weights are not there for nothing."""
+    """Far below the 6.24 nats of a uniform guess over 512 tokens, and magnitude pruning hurts."""
     assert max(measured["dense"]) < 0.5 * math.log(512)
     for dense, magnitude in zip(measured["dense"], measured["magnitude"], strict=True):
         assert math.exp(magnitude) > 1.2 * math.exp(dense)

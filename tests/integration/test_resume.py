@@ -1,4 +1,4 @@
-"""A killed run continues and ends with the same bits; nothing is ever half written."""
+"""A killed run continues and ends with the same bits; no file is ever half written."""
 
 from __future__ import annotations
 
@@ -23,8 +23,21 @@ import torch
 from fedprllm import prune
 from tests.dying import people
 torch.set_num_threads(1)
-prune(sys.argv[1], people(), out=sys.argv[2])
+finish_block = Run.finish_block
+def dying(self, index, record, hidden):
+    if index == int(block) and phase == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish_block(self, index, record, hidden)
+    if index == int(block) and phase == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+Run.finish_block = dying
+participants = [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
+prune(model, participants, PruneConfig(strategy=strategy, seed=int(seed)), out=out)
 """
+
+
+def participants() -> list[torch.Tensor]:
+    return [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
 
 
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative", "centralized", "local-only"])
@@ -46,11 +59,11 @@ def test_killed_run_continues_to_the_same_bits(tiny, tmp_path, strategy, phase, 
             "step",
             lambda self, index, advance: (steps.append(index), original(self, index, advance)),
         )
-        resumed = prune(tiny("llama"), people(), PruneConfig(strategy=strategy), out=out)
+        resumed = prune(tiny("llama"), participants(), PruneConfig(strategy=strategy), out=out)
     assert steps == list(range(len(finished), 3)), "finished blocks must not be computed again"
     with torch_threads(1):
         undisturbed = prune(
-            tiny("llama"), people(), PruneConfig(strategy=strategy), out=tmp_path / "undisturbed"
+            tiny("llama"), participants(), PruneConfig(strategy=strategy), out=tmp_path / "undisturbed"
         )
     for name, folder in undisturbed.model_dirs.items():
         assert_same_bits(folder, resumed.model_dirs[name])
@@ -58,12 +71,13 @@ def test_killed_run_continues_to_the_same_bits(tiny, tmp_path, strategy, phase, 
 
 
 def test_killed_at_arbitrary_moments(tiny, tmp_path):
-    """Killed again and again at whatever moment, the run still ends, with the same bits."""
+    """A run that is killed repeatedly at arbitrary moments still completes, with the same bits."""
     with torch_threads(1):
-        undisturbed = prune(tiny("llama"), people(), out=tmp_path / "undisturbed")
+        undisturbed = prune(tiny("llama"), participants(), out=tmp_path / "undisturbed")
     out = tmp_path / "killed"
-    command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(tiny("llama")), str(out)]
-    # The first moments fall into the start of the process, the later ones into the walk.
+    arguments = [str(tiny("llama")), str(out), "0", "one-shot", "never", "0"]
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD, *arguments]
+    # The first kill happens while the process starts, the later ones during the walk.
     for attempt in range(4):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while child.poll() is None and len(list(out.glob("blocks/*.json"))) < attempt:
@@ -135,7 +149,7 @@ import resource, signal, sys, torch
 from fedprllm import FedprllmError, prune
 model, out, limit = sys.argv[1:4]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-people = [torch.randint(4, 128, (2, 16), generator=torch.Generator().manual_seed(2))]
+participants = [torch.randint(4, 128, (2, 16), generator=torch.Generator().manual_seed(2))]
 def full_from_block_1(steps, n=[0]):
     n[0] += steps
     if n[0] == 1:
@@ -145,7 +159,7 @@ from contextlib import contextmanager
 def progress(description, total):
     yield full_from_block_1 if description == "pruning" else (lambda steps: None)
 try:
-    prune(model, people, out=out, progress=progress)
+    prune(model, participants, out=out, progress=progress)
 except FedprllmError as error:
     print(type(error).__name__, error)
     sys.exit(2)
@@ -153,7 +167,7 @@ except FedprllmError as error:
 
 
 def test_full_disk_is_a_clear_error_and_the_run_goes_on(tiny, tmp_path):
-    """The kernel refuses to write more than a limit, as it does on a full disk."""
+    """The kernel refuses writes beyond a limit, as it does on a full disk."""
     out = tmp_path / "run"
     command = [sys.executable, "-W", "ignore", "-c", _LIMITED, str(tiny("llama")), str(out), "20000"]
     child = subprocess.run(command, capture_output=True, text=True)

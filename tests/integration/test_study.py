@@ -1,4 +1,4 @@
-"""The study: a cell decided from kept walks is what an ordinary run gives, and nothing is computed twice."""
+"""The study: a cell decided from stored walks equals an ordinary run, and nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def worded(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> dict[str, str]:
-    """Files by name, of words that differ in their frequencies."""
+    """Files by name; their word frequencies differ."""
     folder = tmp_path_factory.mktemp("texts")
     paths = {}
     for number, name in enumerate(("pool", "test", "north", "south")):
@@ -72,7 +72,7 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-# From kept walks ---------------------------------------------------------------------------------
+# Stored walks -----------------------------------------------------------------------------------
 
 SERVED = [
     {},
@@ -99,18 +99,18 @@ def test_a_cell_from_kept_walks_is_an_ordinary_run(architecture, options, tiny, 
     config = PruneConfig(**({"window_length": 16} | options))
     assert is_served(config)
     model = BlockwiseModel(tiny(architecture))
-    people = [Participant(f"p{number}", windows(number, 2 + number)) for number in range(3)]
+    participants = [Participant(f"p{number}", windows(number, 2 + number)) for number in range(3)]
     text = {"text": list(windows(9, 3))}
     lab = Lab(model, KeptWalks(model, "digest", tmp_path / "walks"), tmp_path / "runs")
     cell = Cell(config, 3, "iid")
-    kept = lab._from_walks(cell, people, text, 3, lambda _: None)
-    run = lab._from_run(cell, people, text, 3, lambda _: None)
-    assert list(kept["models"].values()) == list(run["models"].values())
-    if config.strategy != "local-only":  # a run counts the last participant's, a study the mean
+    kept = lab._from_walks(cell, participants, text, 3, lambda _: None)
+    run = lab._from_run(cell, participants, text, 3, lambda _: None)
+    assert list(kept.models.values()) == list(run.models.values())
+    if config.strategy != "local-only":  # a run counts the last participant's, a study their mean
         for count in ("n_zeros", "n_pruned"):
-            assert kept[count] == run[count], count
+            assert getattr(kept, count) == getattr(run, count), count
     if config.strategy == "one-shot":
-        assert kept["n_ties"] == run["n_ties"]
+        assert kept.n_ties == run.n_ties
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_what_walks_cannot_serve_is_run(options):
 def test_only_what_a_walk_depends_on_makes_a_new_one(tiny, windows, tmp_path):
     model = BlockwiseModel(tiny("llama"))
     walks = KeptWalks(model, "digest", tmp_path)
-    person = Participant("a", windows(0))
+    participant = Participant("a", windows(0))
 
     def key(**options) -> str:
-        return walks.key(person, PruneConfig(**options))
+        return walks.key(participant, PruneConfig(**options))
 
     same = [{"server_group": "row"}, {"scale_weights": True}, {"server_ties": "random"}, {"seed": 4}]
     assert {key(**options) for options in same} == {key()}
@@ -169,9 +169,9 @@ def test_questions_about_domains_are_asked_where_there_are_domains(worded, texts
     ("options", "pattern"),
     [
         ({"questions": ("group",)}, "did you mean 'groups'"),
-        ({"questions": ("domains",)}, "two domains"),
-        ({"data": ()}, "no text"),
-        ({"eval": ()}, "nothing to measure on"),
+        ({"questions": ("domains",)}, "needs at least two domains, found 0"),
+        ({"data": ()}, "no text: name data to distribute"),
+        ({"eval": ()}, "no text to measure on"),
         ({"sparsity": ()}, "sparsity"),
         ({"participants": (0,)}, "participants"),
         ({"seed": (1,)}, "did you mean 'seeds'"),
@@ -197,7 +197,7 @@ def test_a_grid_that_cannot_be_is_refused(grid, pattern, worded, texts):
 
 
 def test_too_little_text_is_refused_before_anything_is_computed(worded, texts, tmp_path):
-    with pytest.raises(DataError, match="were asked for"):
+    with pytest.raises(DataError, match="expected 5000: provide more text"):
         study(small(worded, texts, windows=(5000,)), tmp_path / "out")
     assert not (tmp_path / "out" / "cells").exists()
 
@@ -260,7 +260,7 @@ def test_votes_are_counted_once_for_all_that_the_server_may_do(worded, texts, tm
     config = small(worded, texts, questions=("groups", "ties", "scaling"), seeds=(0,))
     out = tmp_path / "out"
     study(config, out)
-    # Three local groups, three participants: nothing else was walked.
+    # Three local groups times three participants: no other walks were computed.
     assert len([*(out / "walks").iterdir()]) == 9
 
 
@@ -268,21 +268,21 @@ def test_one_process_at_a_time(done, monkeypatch):
     from filelock import FileLock
 
     config, out = done
-    with FileLock(out / ".lock"), pytest.raises(RunError, match="another process"):
+    with FileLock(out / ".lock"), pytest.raises(RunError, match="another process is working on"):
         study(config, out)
 
 
 def test_passes_count_what_is_left(tiny, windows, tmp_path):
     model = BlockwiseModel(tiny("llama"))
     walks = KeptWalks(model, "digest", tmp_path)
-    people = [Participant("a", windows(0)), Participant("b", windows(1))]
+    participants = [Participant("a", windows(0)), Participant("b", windows(1))]
     cell = Cell(PruneConfig(), 2, "iid")
-    assert sum(passes(cell, people, walks).values()) == 2 * 2 * 2
-    walks.of(people[0], cell.config, lambda _: None)
-    assert sum(passes(cell, people, walks).values()) == 2 * 2
+    assert sum(passes(cell, participants, walks).values()) == 2 * 2 * 2
+    walks.of(participants[0], cell.config, lambda _: None)
+    assert sum(passes(cell, participants, walks).values()) == 2 * 2
     dense = Cell(PruneConfig(share="statistics"), 2, "iid")
-    assert sum(passes(dense, people, walks).values()) == 2 * 2
-    assert passes(Cell(PruneConfig(criterion="magnitude"), 2, "iid"), people, walks) == {}
+    assert sum(passes(dense, participants, walks).values()) == 2 * 2
+    assert passes(Cell(PruneConfig(criterion="magnitude"), 2, "iid"), participants, walks) == {}
 
 
 def test_the_command(worded, texts, tmp_path, capsys):
@@ -292,7 +292,7 @@ def test_the_command(worded, texts, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         app(words)
     assert ended.value.code == 0
-    assert "scaled against not scaled" in " ".join(capsys.readouterr().out.split())
+    assert "scaled versus not scaled" in " ".join(capsys.readouterr().out.split())
     settings = {row["sparsity"] for row in read(tmp_path / "results.csv")} - {""}
     assert settings == {"0.5", "0.25"}
 
@@ -300,9 +300,9 @@ def test_the_command(worded, texts, tmp_path, capsys):
 def test_fewer_participants_are_the_first_of_more(worded, texts, tmp_path):
     from fedprllm.study.data import StudyData
 
-    people = StudyData(BlockwiseModel(worded), small(worded, texts), tmp_path)
+    data = StudyData(BlockwiseModel(worded), small(worded, texts), tmp_path)
     config = PruneConfig(windows=2, window_length=16)
-    three, two = (people.participants(Cell(config, n, "iid")) for n in (3, 2))
+    three, two = (data.participants(Cell(config, n, "iid")) for n in (3, 2))
     assert [p.fingerprint for p in two] == [p.fingerprint for p in three[:2]]
     assert len({tuple(row) for p in three for row in p.windows.tolist()}) == 6
     assert torch.equal(two[0].windows, three[0].windows)

@@ -220,7 +220,7 @@ def test_agreement_is_the_mean_weighted_by_weights(run_once):
         assert page.html.count(f">{matrix[a, b]:.3f}</text>") >= 2
     mean = (matrix.sum() - 3) / 6
     assert f"On average, two participants agree on {mean * 100:.1f} % of the weights; site-" in page.text
-    assert f"they disagree on the other {(1 - alike / n_weights) * 100:.1f} %" in page.text
+    assert f"the participants disagree on the other {(1 - alike / n_weights) * 100:.1f} %" in page.text
     # s = 1/4: 1/16 + 9/16; all or none of three: 1/64 + 27/64.
     assert "sparsity s = 0.25 agree on s² + (1 - s)² = 0.625" in page.text
     assert "(56.2 % if masks were random)" in page.text

@@ -1,25 +1,60 @@
-"""Means, spreads and paired comparisons, on numbers made by hand."""
+"""Means, spreads and paired comparisons, on hand-made numbers."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
-from fedprllm import PruneConfig
+from fedprllm import PruneConfig, RunError
+from fedprllm.evaluation.results import Perplexity
 from fedprllm.study.domains import own_and_others
 from fedprllm.study.questions import Cell
+from fedprllm.study.records import CellRecord
 from fedprllm.study.results import Spread, closed_gap, name_of, paired, spread_by_text
 
 
-def row(text: str, perplexity: float) -> dict:
-    return {"text": text, "perplexity": perplexity, "nll": math.log(perplexity), "n_tokens": 10}
+def row(text: str, perplexity: float) -> Perplexity:
+    return Perplexity(text=text, perplexity=perplexity, nll=math.log(perplexity), n_tokens=10, n_windows=1)
 
 
-def measured(models: dict[str, dict[str, float]], partition: str = "iid", **options):
+def measured(
+    models: dict[str, dict[str, float]], partition: str = "iid", **options
+) -> tuple[Cell, CellRecord]:
     cell = Cell(PruneConfig(**options), 2, partition)
-    found = {name: [row(text, value) for text, value in texts.items()] for name, texts in models.items()}
-    return cell, {"models": found, "n_ties": 1, "n_pruned": 4}
+    record = CellRecord(
+        setting=cell.setting,
+        seed=cell.config.seed,
+        n_participants=2,
+        n_tokens=64,
+        update_bytes=2,
+        update_bytes_per_block=1,
+        models={name: [row(text, value) for text, value in texts.items()] for name, texts in models.items()},
+        n_prunable=8,
+        n_zeros=5,
+        n_pruned=4,
+        n_ties=1,
+    )
+    return cell, record
+
+
+def test_a_record_keeps_its_keys_on_disk_and_an_infinite_perplexity(tmp_path):
+    _, record = measured({"model": {"t": 10.0}})
+    collapsed = Perplexity(text="t", perplexity=math.inf, nll=800.0, n_tokens=10, n_windows=1)
+    record = record.model_copy(update={"models": {"model": [collapsed]}, "agreement": None, "seconds": 1.5})
+    (tmp_path / "cell.json").write_text(json.dumps(record.as_json()))
+    stored = json.loads((tmp_path / "cell.json").read_text())
+    assert stored["models"]["model"][0]["perplexity"] == "inf"
+    assert stored["agreement"] is None
+    assert "pruned_by_votes" not in stored
+    assert CellRecord.read(tmp_path / "cell.json") == record
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "cell.json").write_text('{"setting": {}}')
+    with pytest.raises(RunError, match=r"cell\.json is not a valid record \(seed: Field required\)"):
+        CellRecord.read(tmp_path / "cell.json")
 
 
 def test_models_made_alone_count_as_their_mean_and_seeds_spread():

@@ -50,8 +50,8 @@ class Record(BaseModel):
             reason = error.errors()[0] if isinstance(error, ValidationError) else None
             where = ".".join(map(str, reason["loc"])) + ": " + reason["msg"] if reason else str(error)
             raise RunError(
-                f"{path} is not a valid run record ({where}): it is damaged or was written by another "
-                "version of fedprllm; restore it, or start a new run with another --out"
+                f"{path} is not a valid record ({where}): it is damaged or was written by another version of "
+                "fedprllm; restore it, or choose another folder with --out"
             ) from None
 
 

@@ -127,9 +127,9 @@ def _votes(facts: Facts) -> list[str | Plot]:
     alike = shares["all Linears"][0] + shares["all Linears"][n]
     by_chance = shares["random masks"][0] + shares["random masks"][n]
     lead = (
-        f"Every participant would prune {percent(shares['all Linears'][n])} of all weights, and none would "
-        f"prune {percent(shares['all Linears'][0])}; they disagree on the other {percent(1 - alike)} "
-        f"({percent(1 - by_chance)} if masks were random)."
+        f"Of all weights, {percent(shares['all Linears'][n])} would be pruned by every participant and "
+        f"{percent(shares['all Linears'][0])} by none; the participants disagree on the other "
+        f"{percent(1 - alike)} ({percent(1 - by_chance)} if masks were random)."
     )
     if facts.dropouts:
         lead += " Some blocks received fewer votes because not all participants took part in them."

@@ -11,17 +11,17 @@ __all__ = ["own_and_others"]
 
 
 def own_and_others(cells: Sequence[Measured]) -> dict[str, tuple[Spread, Spread]]:
-    """Perplexity on a participant's own text and on the others' text, averaged over participants, by setting.
+    """Perplexity on a participant's own text and on the others', averaged over participants, by setting.
 
     A model pruned together serves all participants, so both values are its mean over all texts.
     """
     all_cells = [cell for cell, _ in cells]
     found: dict[str, tuple[list[float], list[float]]] = {}
-    for cell, measured in cells:
-        texts = texts_of([(cell, measured)])
+    for cell, record in cells:
+        texts = texts_of([(cell, record)])
         own, others = [], []
         for text in texts:
-            by_model = models_on(measured, text)
+            by_model = models_on(record, text)
             alone = text in by_model
             own.append(by_model[text] if alone else mean(by_model.values()))
             rest = [value for name, value in by_model.items() if name != text]

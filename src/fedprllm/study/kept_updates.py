@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.walk import Walker
 from fedprllm.sharing import SHARING, update_bytes
 from fedprllm.sharing.interface import Shapes
+from fedprllm.study.records import WalkRecord
 
 __all__ = ["KeptWalk", "KeptWalks", "is_served"]
 
@@ -54,7 +54,7 @@ def is_served(config: PruneConfig) -> bool:
     others_default = all(
         getattr(config, name) == field.default for name, field in fields.items() if name not in known
     )
-    # With pooled text or alone, a participant decides for itself, whatever it would share.
+    # Without a vote, the model is made of a participant's own masks; walks that share sums store none.
     alone = config.strategy != "one-shot" and config.share != "mask"
     return config.share in _SHARES and config.strategy in _STRATEGIES and others_default and not alone
 
@@ -69,7 +69,7 @@ class KeptWalk:
     """
 
     folder: Path
-    record: Mapping[str, Any]
+    record: WalkRecord
 
     def update(self, block: Block, shapes: Shapes) -> dict[str, Tensor]:
         """Load the update of a block as `Sharing.contribute` made it."""
@@ -116,12 +116,12 @@ class KeptWalks:
             advance: Called with the number of windows that went through a block.
         """
         folder = self._folder / self.key(participant, config)
-        record = folder / "walk.json"
-        if not record.exists():
+        file = folder / "walk.json"
+        if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             n_ties = self._take(participant, config, folder, advance)
-            write_json(record, {"participant": participant.describe().as_json(), "n_ties": n_ties})
-        return KeptWalk(folder, json.loads(record.read_text(encoding="utf-8")))
+            write_json(file, WalkRecord(participant=participant.describe(), n_ties=n_ties).as_json())
+        return KeptWalk(folder, WalkRecord.read(file))
 
     def _take(
         self, participant: Participant, config: PruneConfig, folder: Path, advance: Callable[[int], None]
@@ -136,7 +136,7 @@ class KeptWalks:
         for index in range(self._model.n_blocks):
             with self._model.block(index) as block:
                 contribution = walker.contribute(block)
-                assert contribution.update is not None, "a kept walk prunes every block"
+                assert contribution.update is not None, "a stored walk prunes every block"
                 advance(n_windows)
                 path = folder / f"block-{index:04d}.safetensors"
                 save_tensors(path, {name: _packed(tensor) for name, tensor in contribution.update.items()})

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedprllm.api import prune
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.zeros import count_zeros
-from fedprllm.evaluation.perplexity import perplexities
+from fedprllm.evaluation.perplexity import Perplexity, perplexities
 from fedprllm.models.block import Block, PrunedWeights, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.progress import Progress
@@ -28,6 +28,7 @@ from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.sharing import SHARING, update_bytes
 from fedprllm.study.kept_updates import KeptWalk, KeptWalks, is_served
 from fedprllm.study.questions import Cell
+from fedprllm.study.records import CellRecord
 
 __all__ = ["Lab", "n_alone", "passes"]
 
@@ -47,13 +48,13 @@ class Lab:
     def __init__(self, model: BlockwiseModel, walks: KeptWalks, scratch: Path) -> None:
         self._model, self._walks, self._scratch = model, walks, scratch
 
-    def dense(self, texts: Texts, advance: Advance) -> list[dict[str, Any]]:
+    def dense(self, texts: Texts, advance: Advance) -> list[Perplexity]:
         """Perplexities of the unpruned model."""
-        return [row.as_json() for row in perplexities(self._model, texts, _forwarded(advance))]
+        return perplexities(self._model, texts, _forwarded(advance))
 
     def measure(
         self, cell: Cell, participants: list[Participant], texts: Texts, n_models: int, advance: Advance
-    ) -> dict[str, Any]:
+    ) -> CellRecord:
         """Measure everything that a study records about a cell.
 
         Args:
@@ -65,26 +66,29 @@ class Lab:
         """
         start = time.perf_counter()
         method = self._from_walks if is_served(cell.config) else self._from_run
-        found = method(cell, participants, texts, n_models, advance)
-        strategy = STRATEGIES[cell.config.strategy]
-        shapes = [SHARING[cell.config.share].shapes(linears) for linears in self._model.linears]
-        sent = [update_bytes(block) for block in shapes] if strategy.server_votes else [0]
-        return {
-            "setting": cell.setting,
-            "seed": cell.config.seed,
-            "n_participants": len(participants),
-            "n_tokens": sum(participant.n_tokens for participant in participants),
-            "update_bytes": sum(sent),
-            "update_bytes_per_block": max(sent),
-            **found,
-            "seconds": round(time.perf_counter() - start, 3),
-        }
+        record = method(cell, participants, texts, n_models, advance)
+        return record.model_copy(update={"seconds": round(time.perf_counter() - start, 3)})
+
+    def _record(
+        self, cell: Cell, participants: Sequence[Participant], sent: Sequence[int], **measured: Any
+    ) -> CellRecord:
+        """The record of a cell for which a participant shares ``sent`` bytes by block."""
+        return CellRecord(
+            setting=cell.setting,
+            seed=cell.config.seed,
+            n_participants=len(participants),
+            n_tokens=sum(participant.n_tokens for participant in participants),
+            update_bytes=sum(sent),
+            update_bytes_per_block=max(sent),
+            n_prunable=self._model.n_prunable,
+            **measured,
+        )
 
     # Ordinary runs -----------------------------------------------------------------------------
 
     def _from_run(
         self, cell: Cell, participants: list[Participant], texts: Texts, n_models: int, advance: Advance
-    ) -> dict[str, Any]:
+    ) -> CellRecord:
         """Measure an ordinary run, which lets a study compare anything that a run can do."""
         folder = self._scratch / cell.key
         windows = {participant.name: participant.windows for participant in participants}
@@ -99,26 +103,27 @@ class Lab:
         models = {}
         for name, model_dir in list(result.model_dirs.items())[:n_models]:
             pruned = BlockwiseModel(model_dir, cell.config.dtype, cell.config.device)
-            models[name] = [row.as_json() for row in perplexities(pruned, texts, _forwarded(advance))]
-        record = result.record
-        linears = [linear for _, linear in record.linears()]
+            models[name] = perplexities(pruned, texts, _forwarded(advance))
+        run = result.record
+        linears = [linear for _, linear in run.linears()]
         shutil.rmtree(folder)
-        return {
-            "models": models,
-            "n_prunable": record.n_prunable,
-            "n_zeros": record.n_zeros,
-            "n_pruned": sum(linear.n_pruned for linear in linears),
-            "n_ties": sum(linear.n_ties for linear in linears),
-            # The number of bytes actually sent: a participant may not prune every block.
-            "update_bytes": sum(record.update_bytes_per_block),
-            "update_bytes_per_block": max(record.update_bytes_per_block),
-        }
+        return self._record(
+            cell,
+            participants,
+            # The bytes actually sent: a participant may not prune every block.
+            run.update_bytes_per_block,
+            models=models,
+            n_zeros=run.n_zeros,
+            n_pruned=sum(linear.n_pruned for linear in linears),
+            n_ties=sum(linear.n_ties for linear in linears),
+        )
 
     # Stored walks ------------------------------------------------------------------------------
 
     def _from_walks(
         self, cell: Cell, participants: list[Participant], texts: Texts, n_models: int, advance: Advance
-    ) -> dict[str, Any]:
+    ) -> CellRecord:
+        """Measure decisions made from stored walks, without writing a pruned model."""
         strategy = STRATEGIES[cell.config.strategy]
         walking = [pool(participants)] if strategy.pools_text else participants
         if not strategy.server_votes:
@@ -131,20 +136,21 @@ class Lab:
         if strategy.server_votes:
             agreement = _MeanAgreement()
             decide = self._server(cell, walking, walks, counts, voted, agreement)
-            rows = perplexities(self._model, texts, _forwarded(advance), decide)
-            models = {"model": [row.as_json() for row in rows]}
+            models = {"model": perplexities(self._model, texts, _forwarded(advance), decide)}
+            shapes = [SHARING[cell.config.share].shapes(linears) for linears in self._model.linears]
+            sent = [update_bytes(block) for block in shapes]
             extra = {
                 "pruned_by_votes": [voted[n] for n in range(len(walking) + 1)] if voted else None,
                 "agreement": agreement.mean(),
             }
         else:
-            models, extra = {}, {}
+            models, extra, sent = {}, {}, [0]
             for name, walk in walks.items():
-                rows = perplexities(self._model, texts, _forwarded(advance), self._own(cell, walk, counts))
-                models[name] = [row.as_json() for row in rows]
+                decide = self._own(cell, walk, counts)
+                models[name] = perplexities(self._model, texts, _forwarded(advance), decide)
             counts = Counter({key: value // len(walks) for key, value in counts.items()})
-            counts["n_ties"] = sum(walk.record["n_ties"] for walk in walks.values()) // len(walks)
-        return {"models": models, "n_prunable": self._model.n_prunable, **counts, **extra}
+            counts["n_ties"] = sum(walk.record.n_ties for walk in walks.values()) // len(walks)
+        return self._record(cell, participants, sent, models=models, **counts, **extra)
 
     def _server(
         self,

@@ -67,7 +67,7 @@ class StudyConfig(Settings):
         Field(min_length=1, description="every cell is measured once per seed"),
     ] = (0, 1, 2)
     window_length: Annotated[int, Field(ge=2, description="tokens per window")] = 512
-    eval_tokens: Annotated[int, Field(ge=2, description="most tokens to measure on per text")] = 16384
+    eval_tokens: Annotated[int, Field(ge=2, description="tokens to measure on per text, at most")] = 16384
     local_models: Annotated[
         int, Field(ge=1, description="maximum number of models pruned alone to measure")
     ] = 4
@@ -92,7 +92,9 @@ class StudyConfig(Settings):
         if not self.data and not self.domains:
             raise ConfigError("no text: name data to distribute, or domains with one participant each")
         if self.data and not self.eval:
-            raise ConfigError("no text to measure on: name texts with eval that are not calibrated on")
+            raise ConfigError(
+                "no text to measure on: name texts with eval that are not in the calibration data"
+            )
         return self
 
     @property

@@ -1,19 +1,21 @@
-"""What a study found, as numbers: means over seeds, paired comparisons, and files of them."""
+"""The results of a study as numbers: means over seeds and paired comparisons."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from fedprllm.evaluation.results import Perplexity
 from fedprllm.study.questions import QUESTIONS, Cell, StudyConfig
+from fedprllm.study.records import CellRecord, StudiedModel
 
 __all__ = ["Difference", "Results", "Spread", "name_of", "paired", "spread_by_text"]
 
-Measured = tuple[Cell, dict[str, Any]]
+Measured = tuple[Cell, CellRecord]
 
 
 @dataclass(frozen=True)
@@ -21,33 +23,35 @@ class Results:
     """A complete study.
 
     Attributes:
-        config: What was asked.
-        cells: Each with what was measured of it.
-        dense: Perplexities of the model as it was.
-        about: Model and versions.
+        config: The study's configuration.
+        cells: All cells, each with its measurements.
+        dense: Perplexities of the unpruned model.
+        model: The model.
+        versions: Versions of the software that the exact bits depend on.
     """
 
     config: StudyConfig
     cells: list[Measured]
-    dense: list[dict[str, Any]]
-    about: dict[str, Any]
+    dense: list[Perplexity]
+    model: StudiedModel
+    versions: dict[str, str]
 
     def of(self, question: str) -> list[Measured]:
         """The cells that answer a question."""
-        return [(cell, found) for cell, found in self.cells if question in cell.questions]
+        return [(cell, record) for cell, record in self.cells if question in cell.questions]
 
     @property
     def questions(self) -> list[str]:
-        """The questions that were asked: those of the table, then the study's own grids."""
+        """The questions asked: those from the table, followed by the study's own grids."""
         return list(dict.fromkeys(question for cell, _ in self.cells for question in cell.questions))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A perplexity over seeds: each is the mean over the models that a seed gave.
+    """A perplexity over several seeds.
 
     Attributes:
-        values: One for each seed.
+        values: One value per seed: the mean over the models that the seed gave.
     """
 
     values: tuple[float, ...]
@@ -70,25 +74,25 @@ class Spread:
         return f"{self.mean:,.{digits}f}{spread}"
 
 
-def perplexity_of(rows: Sequence[Mapping[str, Any]], text: str) -> float:
+def perplexity_of(rows: Sequence[Perplexity], text: str) -> float:
     """Perplexity of one model on one text."""
-    return next(float(row["perplexity"]) for row in rows if row["text"] == text)
+    return next(row.perplexity for row in rows if row.text == text)
 
 
-def models_on(found: Mapping[str, Any], text: str) -> dict[str, float]:
-    """Perplexity of each model of a cell on a text; the mean over clients is what the paper reports."""
-    return {name: perplexity_of(rows, text) for name, rows in found["models"].items()}
+def models_on(record: CellRecord, text: str) -> dict[str, float]:
+    """Perplexity of each model of a cell on a text; the paper reports the mean over participants."""
+    return {name: perplexity_of(rows, text) for name, rows in record.models.items()}
 
 
 def texts_of(cells: Sequence[Measured]) -> list[str]:
-    """Names of the texts that cells were measured on."""
+    """Names of the texts that the cells were measured on."""
     return list(
-        dict.fromkeys(row["text"] for _, found in cells for rows in found["models"].values() for row in rows)
+        dict.fromkeys(row.text for _, record in cells for rows in record.models.values() for row in rows)
     )
 
 
 def name_of(cell: Cell, among: Sequence[Cell]) -> str:
-    """A setting by what tells it from others: ``one-shot`` or ``local row, server column``."""
+    """Name a setting by what distinguishes it from others: ``one-shot`` or ``local row, server column``."""
     varying = [axis for axis in cell.setting if len({json.dumps(other.setting[axis]) for other in among}) > 1]
     words = [_word(axis, cell.setting[axis]) for axis in varying]
     return ", ".join(words) or cell.config.strategy
@@ -117,7 +121,7 @@ def _word(axis: str, value: Any) -> str:
 
 
 def _order(cells: Sequence[Cell]) -> Callable[[Measured], list[int]]:
-    """A key that sorts cells axis by axis, the values of each as they first appear."""
+    """A sort key that orders cells axis by axis, and the values of an axis as they first appear."""
     seen: dict[str, dict[str, int]] = {}
     for cell in cells:
         for axis, value in cell.setting.items():
@@ -127,23 +131,25 @@ def _order(cells: Sequence[Cell]) -> Callable[[Measured], list[int]]:
 
 
 def spread_by_text(cells: Sequence[Measured]) -> dict[str, dict[str, Spread]]:
-    """Mean and spread over seeds, by setting and text; alike settings stand together."""
+    """Mean and spread over seeds by setting and text; similar settings are adjacent."""
     all_cells = [cell for cell, _ in cells]
     values: dict[str, dict[str, list[float]]] = {}
-    for cell, found in sorted(cells, key=_order(all_cells)):
+    for cell, record in sorted(cells, key=_order(all_cells)):
         row = values.setdefault(name_of(cell, all_cells), {})
-        for text in texts_of([(cell, found)]):
-            row.setdefault(text, []).append(mean(models_on(found, text).values()))
-    return {name: {text: Spread(tuple(found)) for text, found in row.items()} for name, row in values.items()}
+        for text in texts_of([(cell, record)]):
+            row.setdefault(text, []).append(mean(models_on(record, text).values()))
+    return {name: {text: Spread(tuple(some)) for text, some in row.items()} for name, row in values.items()}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One setting against another with everything else equal, seed and text included.
+    """A paired comparison of two values of an axis with all else equal, including seed and text.
 
     Attributes:
-        axis, base, other: What differs.
-        values: ``nll(other) - nll(base)`` of each pair, in nats per token.
+        axis: The axis that differs.
+        base: Value of the axis to compare with.
+        other: Value of the axis to compare.
+        values: ``nll(other) - nll(base)`` for each pair, in nats per token.
     """
 
     axis: str
@@ -157,7 +163,7 @@ class Difference:
         base, other = (_word(self.axis, value) for value in (self.base, self.other))
         spread = f", from {min(self.values):+.4f} to {max(self.values):+.4f}" if len(self.values) > 1 else ""
         return (
-            f"{other} against {base}: {mean(self.values):+.4f} nats per token{spread} (perplexity times "
+            f"{other} versus {base}: {mean(self.values):+.4f} nats per token{spread} (perplexity times "
             f"{_ratio(ratio)}); worse in {worse} of {len(self.values)} pairs."
         )
 
@@ -167,18 +173,16 @@ def _ratio(ratio: float) -> str:
 
 
 def paired(cells: Sequence[Measured], axis: str, base: Any, other: Any) -> Difference | None:
-    """Compare two values of an axis over all pairs of cells that are equal in everything else."""
+    """Compare two values of an axis over all pairs of cells that agree in everything else."""
     found: dict[str, dict[Any, dict[str, float]]] = {}
-    for cell, measured in cells:
+    for cell, record in cells:
         rest = {name: value for name, value in cell.setting.items() if name != axis}
         value = cell.setting[axis]
         if axis == "server_ties" and value is None:
             value = cell.config.ties
         losses = {
-            text: mean(
-                row["nll"] for rows in measured["models"].values() for row in rows if row["text"] == text
-            )
-            for text in texts_of([(cell, measured)])
+            text: mean(row.nll for rows in record.models.values() for row in rows if row.text == text)
+            for text in texts_of([(cell, record)])
         }
         found.setdefault(json.dumps([rest, cell.config.seed], sort_keys=True), {})[value] = losses
     values = [
@@ -191,9 +195,10 @@ def paired(cells: Sequence[Measured], axis: str, base: Any, other: Any) -> Diffe
 
 
 def closed_gap(cells: Sequence[Measured]) -> float | None:
-    """How much of the way from local-only to centralized one-shot goes: 1 is centralized.
+    """Fraction of the gap between local-only and centralized that one-shot closes; 1 means all of it.
 
-    From mean losses over seeds, texts and settings that all three have.
+    Computed from mean losses over paired seeds, texts and settings. None if a strategy was not measured, or
+    if centralized is no better than local-only.
     """
     alone = paired(cells, "strategy", "local-only", "one-shot")
     pooled = paired(cells, "strategy", "local-only", "centralized")
@@ -202,28 +207,24 @@ def closed_gap(cells: Sequence[Measured]) -> float | None:
     return mean(alone.values) / mean(pooled.values)
 
 
-# Files -------------------------------------------------------------------------------------------
-
-
 def tie_shares(cells: Sequence[Measured]) -> dict[str, float]:
-    """Share of the prunes that a tie rule chose, by setting: mean over seeds."""
+    """Fraction of the prunes that a tie rule decided by setting, averaged over seeds."""
     all_cells = [cell for cell, _ in cells]
     values: dict[str, list[float]] = {}
-    for cell, found in cells:
-        share = found["n_ties"] / found["n_pruned"] if found["n_pruned"] else 0.0
-        values.setdefault(name_of(cell, all_cells), []).append(share)
+    for cell, record in cells:
+        values.setdefault(name_of(cell, all_cells), []).append(record.tie_share)
     return {name: mean(shares) for name, shares in values.items()}
 
 
 def answers(results: Results, question: str) -> list[str]:
-    """The paired comparisons of a question, in words."""
+    """The paired comparisons of a question as sentences."""
     cells, known = results.of(question), QUESTIONS.get(question)
     if known is None:
         return []
     parts: dict[str, list[Measured]] = {}
-    for cell, found in cells:
+    for cell, record in cells:
         parts.setdefault(_word(known.by, cell.setting[known.by]) if known.by else "", []).append(
-            (cell, found)
+            (cell, record)
         )
     sentences = []
     for name, part in parts.items():
@@ -232,6 +233,10 @@ def answers(results: Results, question: str) -> list[str]:
         sentences += [where + str(difference) for difference in differences if difference is not None]
         gap = closed_gap(part)
         if gap is not None:
-            far = f"goes {gap:.0%} of the way" if gap >= 0 else "goes the other way, seen on the way"
-            sentences.append(f"{where}one-shot {far} from local-only to centralized.")
+            closes = (
+                f"closes {gap:.0%} of the gap between local-only and centralized"
+                if gap >= 0
+                else "is worse than local-only, although centralized is better"
+            )
+            sentences.append(f"{where}one-shot {closes}.")
     return sentences

@@ -1,9 +1,9 @@
-"""``study``: measure every cell once, keep it, and write what was found.
+"""``study``: measure every cell once, store the measurements and write the results.
 
 OUT/
-  cells/KEY.json     one measured cell; a study that was stopped goes on with those that are missing
-  walks/KEY/         what participants shared, for cells to come; may be deleted
-  texts/             domains, in a part for calibration and a part held out
+  cells/KEY.json     one measured cell; a study that was stopped continues with the missing cells
+  walks/KEY/         stored updates of one participant, for use by further cells; may be deleted
+  texts/             the domains, each split into a calibration part and a held-out part
   results.json .csv .md, report.html, plots/
 """
 
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fedprllm.errors import RunError
+from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import free_bytes, read_json, write_json
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.fingerprints import model_digest
@@ -35,6 +36,7 @@ from fedprllm.study.data import StudyData
 from fedprllm.study.kept_updates import KeptWalks, is_served
 from fedprllm.study.measure import Lab, n_alone, passes
 from fedprllm.study.questions import Cell, StudyConfig, cells_of
+from fedprllm.study.records import CellRecord, StudiedModel
 from fedprllm.study.results import Results
 from fedprllm.study.written import write_results
 from fedprllm.text.windows import fingerprint
@@ -44,7 +46,7 @@ __all__ = ["study"]
 
 @dataclass(frozen=True)
 class _Job:
-    """A cell with everything it needs, and the file it is kept in."""
+    """A cell with everything that is needed to measure it, and the file of its record."""
 
     cell: Cell
     participants: list[Participant]
@@ -57,15 +59,15 @@ def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> 
 
     Args:
         config: What to compare, on which model and texts.
-        out: Folder of the study; a study that was stopped, or asked for more, goes on there.
-        progress: Reports every window that went through a block.
+        out: Folder of the study; a study that was stopped or extended continues there.
+        progress: Notified of every window that went through a block.
 
     Returns:
-        The results that were written.
+        The results as written.
 
     Raises:
-        ConfigError, DataError, ModelError: Bad input, found before anything is computed.
-        RunError: Another process works on the folder, or the disk has too little space.
+        ConfigError, DataError, ModelError: An input is invalid; detected before anything is computed.
+        RunError: Another process is working on the folder, or the disk has too little free space.
     """
     out = Path(out)
     cells = cells_of(config)
@@ -78,7 +80,9 @@ def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> 
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"another process works on {out}: wait for it, or use another --out") from None
+        raise RunError(
+            f"another process is working on {out}: wait for it, or choose another folder with --out"
+        ) from None
     with lock:
         return _study(config, cells, model, out, progress)
 
@@ -102,30 +106,28 @@ def _study(
     lab = Lab(model, walks, out / "unfinished")
     with progress(f"studying {len(left)} cells", total + _planned(left, config, model, walks)) as advance:
         for is_iid in dense_left:
-            write_json(dense[is_iid], lab.dense(dense_texts[is_iid], advance))
+            write_json(dense[is_iid], [row.as_json() for row in lab.dense(dense_texts[is_iid], advance)])
         for job in left:
-            measured = lab.measure(job.cell, job.participants, job.texts, _n_models(job, config), advance)
-            write_json(job.file, measured)
+            record = lab.measure(job.cell, job.participants, job.texts, _n_models(job, config), advance)
+            write_json(job.file, record.as_json())
     shutil.rmtree(out / "unfinished", ignore_errors=True)
     results = Results(
         config=config,
-        cells=[(job.cell, read_json(job.file)) for job in jobs],
-        dense=[row for file in dense.values() for row in read_json(file)],
-        about={
-            "model": {"source": config.model, "fingerprint": digest, "n_prunable": model.n_prunable},
-            "versions": versions(),
-        },
+        cells=[(job.cell, CellRecord.read(job.file)) for job in jobs],
+        dense=[Perplexity(**row) for file in dense.values() for row in read_json(file)],
+        model=StudiedModel(source=config.model, fingerprint=digest, n_prunable=model.n_prunable),
+        versions=versions(),
     )
     write_results(results, out)
     return results
 
 
 def _job(cell: Cell, data: StudyData, digest: str, out: Path) -> _Job:
-    members, texts = data.participants(cell), data.texts(cell)
+    participants, texts = data.participants(cell), data.texts(cell)
     name = _hash(
-        [digest, cell.key, [participant.fingerprint for participant in members], _fingerprints(texts)]
+        [digest, cell.key, [participant.fingerprint for participant in participants], _fingerprints(texts)]
     )
-    return _Job(cell, members, texts, out / "cells" / f"{name}.json")
+    return _Job(cell, participants, texts, out / "cells" / f"{name}.json")
 
 
 def _fingerprints(texts: dict[str, list[Tensor]]) -> dict[str, str]:
@@ -137,12 +139,12 @@ def _hash(value: Any) -> str:
 
 
 def _n_steps(texts: dict[str, list[Tensor]], n_models: int, n_blocks: int) -> int:
-    """Windows through a block, or the head, to measure some models."""
+    """Number of passes of a window through a block or the head that measuring the models takes."""
     return n_models * (n_blocks + 1) * sum(map(len, texts.values()))
 
 
 def _planned(left: Sequence[_Job], config: StudyConfig, model: BlockwiseModel, walks: KeptWalks) -> int:
-    """Windows through a block that are still to come: the estimate of the time left stands on it."""
+    """Number of passes of a window through a block still to come, for estimating the remaining time."""
     pruning: dict[str, int] = {}
     total = 0
     for job in left:
@@ -158,13 +160,13 @@ def _walkers(job: _Job, config: StudyConfig) -> list[Participant]:
 
 
 def _n_models(job: _Job, config: StudyConfig) -> int:
-    """How many models the cell makes that are measured."""
+    """Number of the cell's models to measure."""
     alone = job.cell.config.strategy == "local-only"
     return n_alone(job.cell, len(job.participants), config.local_models) if alone else 1
 
 
 def _check_space(left: Sequence[_Job], model: BlockwiseModel, walks: KeptWalks, out: Path) -> None:
-    """Refuse to start what the disk cannot hold."""
+    """Refuse to start if the disk has too little free space."""
     needed: dict[str, int] = {}
     for job in left:
         if is_served(job.cell.config):
@@ -178,6 +180,7 @@ def _check_space(left: Sequence[_Job], model: BlockwiseModel, walks: KeptWalks, 
     free = free_bytes(out)
     if free < n_bytes:
         raise RunError(
-            f"the disk of {out} has {free / 1e9:.1f} GB free, the study needs up to {n_bytes / 1e9:.1f} GB: "
-            "free some, choose another disk with --out, or ask for fewer seeds or participants"
+            f"the disk of {out} has {free / 1e9:.1f} GB free, but the study needs up to "
+            f"{n_bytes / 1e9:.1f} GB: free some space, choose another disk with --out, or use fewer seeds or "
+            "participants"
         )

@@ -1,4 +1,4 @@
-"""The page of a study: one section for each question, with the paper's answer and this study's."""
+"""The page of a study: one section per question with the paper's answer and the study's own."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from fedprllm.study.results import (
 
 __all__ = ["write_page"]
 
-# Axes that a curve is drawn over, and whether they double.
+# Axes over which curves are drawn, and whether they are logarithmic to base 2.
 _NUMBERS = {"participants": True, "windows": True, "sparsity": False}
-_NAMES = {"participants": "participants", "windows": "windows of each participant", "sparsity": "sparsity"}
+_NAMES = {"participants": "participants", "windows": "windows per participant", "sparsity": "sparsity"}
 _MAX_PANELS = 3
 
 
@@ -50,7 +50,7 @@ def write_page(results: Results, out: Path) -> None:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    model = Path(results.about["model"]["source"]).name
+    model = Path(results.model.source).name
     page = environment.from_string(template).render(
         title=f"{model}: a study of federated pruning",
         source="results.json beside this page",
@@ -62,17 +62,17 @@ def write_page(results: Results, out: Path) -> None:
 
 
 def _summary(results: Results, model: str) -> str:
-    dense = ", ".join(f"{row['text']} {float(row['perplexity']):.2f}" for row in results.dense[:_MAX_PANELS])
+    dense = ", ".join(f"{row.text} {row.perplexity:.2f}" for row in results.dense[:_MAX_PANELS])
     settings = len({json.dumps(cell.setting, sort_keys=True) for cell, _ in results.cells})
     return (
-        f"{count(settings, 'setting')} on {model}, each under {count(len(results.config.seeds), 'seed')}. "
+        f"{count(settings, 'setting')} on {model}, each with {count(len(results.config.seeds), 'seed')}. "
         f"Perplexity of the dense model: {dense}."
     )
 
 
 def _tiles(results: Results) -> list[tuple[str, str, str]]:
-    spent = sum(found["seconds"] for _, found in results.cells)
-    tokens = sum(row["n_tokens"] for row in results.dense)
+    spent = sum(record.seconds for _, record in results.cells)
+    tokens = sum(row.n_tokens for row in results.dense)
     return [
         ("cells", f"{len(results.cells)}", "settings times seeds"),
         ("seeds", f"{len(results.config.seeds)}", ", ".join(map(str, results.config.seeds))),
@@ -92,7 +92,7 @@ def _section(results: Results, question: str) -> Section:
     if different:
         section.parts.append(_own_table(cells))
     section.parts.append(_table(cells, spreads))
-    dense = {row["text"]: float(row["perplexity"]) for row in results.dense}
+    dense = {row.text: row.perplexity for row in results.dense}
     section.parts.extend(_figures(cells, spreads, dense))
     if question in ("methods", "domains"):
         section.parts.extend(_agreement(cells))
@@ -103,33 +103,32 @@ def _own_table(cells: Sequence[Measured]) -> Table:
     rows: list[list[str | TableCell]] = [
         [name, str(own), str(others)] for name, (own, others) in own_and_others(cells).items()
     ]
-    caption = "Perplexity on held-out text, mean over participants"
-    return Table(caption, ("", "on its own text", "on the others'"), "lrr", rows)
+    caption = "Perplexity on held-out text, averaged over participants"
+    return Table(caption, ("", "own text", "others' text"), "lrr", rows)
 
 
 def _table(cells: Sequence[Measured], spreads: Mapping[str, Mapping[str, Spread]]) -> Table:
     texts, shares = texts_of(cells), tie_shares(cells)
     all_cells = [cell for cell, _ in cells]
-    sent = {name_of(cell, all_cells): found for cell, found in cells}
-    unwanted = {name_of(cell, all_cells): _unwanted(found.get("pruned_by_votes")) for cell, found in cells}
+    records = {name_of(cell, all_cells): record for cell, record in cells}
     rows: list[list[str | TableCell]] = [
         [
             name,
             *(str(row[text]) if text in row else "" for text in texts),
             percent(shares[name]),
-            unwanted[name],
-            size(sent[name]["update_bytes"]) if sent[name]["update_bytes"] else "",
+            _unwanted(records[name].pruned_by_votes),
+            size(records[name].update_bytes) if records[name].update_bytes else "",
         ]
         for name, row in spreads.items()
     ]
-    columns = ("", *texts, "by a tie", "against the vote", "each sends")
+    columns = ("", *texts, "by a tie", "against the majority", "each sends")
     return Table(
         "Perplexity, mean ± standard deviation over seeds", columns, "l" + "r" * (len(columns) - 1), rows
     )
 
 
 def _unwanted(by_votes: Sequence[int] | None) -> str:
-    """Share of the prunes that less than half of the participants voted for."""
+    """Share of the prunes that fewer than half of the participants voted for."""
     if not by_votes or not sum(by_votes):
         return ""
     minority = sum(n for votes, n in enumerate(by_votes) if 2 * votes < len(by_votes) - 1)
@@ -146,13 +145,13 @@ def _figures(
     label = f"Perplexity. {plots.describe(spreads)}."
     if not varying:
         panels = {text: {name: row[text] for name, row in spreads.items()} for text in texts}
-        caption = "Each dot is a seed, each bar the mean; dashed: the dense model."
+        caption = "Each dot is a seed, and each bar is the mean. The dashed line is the dense model."
         return [Plot(plots.dots(panels, dense, label), caption)]
     axis = varying[0]
     methods: dict[str, list[Measured]] = {}
     stripped = [_without(cell, axis) for cell, _ in cells]
-    for cell, found in cells:
-        methods.setdefault(name_of(_without(cell, axis), stripped), []).append((cell, found))
+    for cell, record in cells:
+        methods.setdefault(name_of(_without(cell, axis), stripped), []).append((cell, record))
     panels_by_number: dict[str, dict[str, dict[float, Spread]]] = {text: {} for text in texts}
     for name, some in methods.items():
         numbers = sorted({cell.setting[axis] for cell, _ in some})
@@ -161,11 +160,11 @@ def _figures(
             for text, spread in next(iter(at.values())).items():
                 panels_by_number[text].setdefault(name, {})[number] = spread
     figure = plots.curves(panels_by_number, dense, label, _NAMES[axis], doubling=_NUMBERS[axis])
-    return [Plot(figure, "Mean and standard deviation over seeds; dashed: the dense model.")]
+    return [Plot(figure, "Mean and standard deviation over seeds. The dashed line is the dense model.")]
 
 
 def _without(cell: Cell, axis: str) -> Cell:
-    """The cell as if an axis did not vary."""
+    """The cell with an axis reset to a constant."""
     if axis == "participants":
         return Cell(cell.config, 0, cell.partition, cell.questions)
     plain = type(cell.config).model_fields[axis].default
@@ -173,15 +172,15 @@ def _without(cell: Cell, axis: str) -> Cell:
 
 
 def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
-    """Pairwise agreement, of the setting with the most participants under the first seed."""
-    shared = [(cell, found) for cell, found in cells if found.get("agreement")]
+    """Pairwise agreement of the masks, for the setting with the most participants and its first seed."""
+    shared = [(cell, record) for cell, record in cells if record.agreement]
     if not shared:
         return []
-    cell, found = max(shared, key=lambda one: (one[0].participants, -one[0].config.seed))
-    matrix = found["agreement"]
-    if len(matrix) < 2:
+    cell, record = max(shared, key=lambda one: (one[0].participants, -one[0].config.seed))
+    matrix = record.agreement
+    if matrix is None or len(matrix) < 2:
         return []
-    names = texts_of([(cell, found)]) if cell.partition == "domain" else None
+    names = texts_of([(cell, record)]) if cell.partition == "domain" else None
     names = sorted(names) if names and len(names) == len(matrix) else [str(n + 1) for n in range(len(matrix))]
     values = np.array(matrix)
     np.fill_diagonal(values, np.nan)
@@ -196,24 +195,24 @@ def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
         limits=plots.agreement_limits(matrix),
         names=("", "", "agreement"),
     )
-    caption = f"{label} Share of weights that both prune or both keep, {cell.label or 'at the defaults'}."
+    caption = f"{label} Share of weights that both prune or both keep ({cell.label or 'default settings'})."
     return [Plot(figure, caption)]
 
 
 def _setting(results: Results) -> Section:
-    section = Section("setting", "What was run")
+    section = Section("setting", "Settings")
     fields = type(results.config).model_fields
     rows: list[list[str | TableCell]] = [
         [name.replace("_", "-"), _plain(value), fields[name].description or ""]
         for name, value in results.config.model_dump(mode="json").items()
     ]
     section.parts.append(Table("The study", ("option", "value", "meaning"), "lll", rows))
-    about = results.about
+    model = results.model
     software: list[list[str | TableCell]] = [
-        ["model", about["model"]["source"]],
-        ["fingerprint", f"{about['model']['fingerprint'][:12]}… (SHA-256 of its weights, shortened)"],
-        ["prunable weights", f"{about['model']['n_prunable']:,}"],
-        *([name, number] for name, number in about["versions"].items()),
+        ["model", model.source],
+        ["fingerprint", f"{model.fingerprint[:12]}… (SHA-256 of its weights, shortened)"],
+        ["prunable weights", f"{model.n_prunable:,}"],
+        *[list[str | TableCell]([name, number]) for name, number in results.versions.items()],
     ]
     section.parts.append(Table("Model and versions", ("", ""), "lp", software))
     return section

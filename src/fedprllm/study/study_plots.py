@@ -1,4 +1,4 @@
-"""Figures of a study: settings with their spread over seeds, curves over a number, agreement."""
+"""Figures of a study: settings with their spread over seeds, and curves over a numeric option."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Panels = Mapping[str, Mapping[str, Spread]]
 
 
 def dots(panels: Panels, dense: Mapping[str, float], label: str) -> Markup:
-    """One panel per text, one row per setting: each seed a dot, the mean a bar.
+    """One panel per text with one row per setting, in which dots are seeds and a bar is their mean.
 
     Args:
         panels: Perplexity by setting by text; every text has the same settings.
         dense: Perplexity of the dense model by text.
-        label: What the figure shows, in words.
+        label: Description of the figure.
     """
     names = list(next(iter(panels.values())))
     with drawing(label, 0.9 + 0.25 * len(names)) as drawn:
@@ -59,14 +59,14 @@ def curves(
     *,
     doubling: bool,
 ) -> Markup:
-    """One panel per text, one curve per method over a number, bars of one standard deviation.
+    """One panel per text with one curve per method over a number; error bars are one standard deviation.
 
     Args:
         panels: Perplexity by number by method by text.
         dense: Perplexity of the dense model by text.
-        label: What the figure shows, in words.
-        axis_label: What the number is.
-        doubling: The horizontal axis is logarithmic to base 2.
+        label: Description of the figure.
+        axis_label: Label of the horizontal axis.
+        doubling: Whether the horizontal axis is logarithmic to base 2.
     """
     with drawing(label, 3.2) as drawn:
         all_axes = _panels(drawn.figure, drawn.axes, len(panels))
@@ -105,14 +105,14 @@ def curves(
 
 
 def _panels(figure: object, first: Axes, n: int) -> list[Axes]:
-    """Axes side by side in place of the one that a drawing has."""
+    """Replace a drawing's axes by ``n`` axes side by side."""
     first.remove()
     made: list[Axes] = [figure.add_subplot(1, n, number + 1) for number in range(n)]  # type: ignore[attr-defined]
     return made
 
 
 def _limit(axes: Axes, values: Sequence[float], axis: str) -> None:
-    """Linear, or logarithmic where values differ by more than ten times; infinite ones lie at the edge."""
+    """Limit an axis to the finite values, on a log scale if they differ by more than a factor of ten."""
     finite = [value for value in values if np.isfinite(value)] or [1.0]
     low, high = min(finite), max(finite)
     logarithmic = high > 10 * low
@@ -129,12 +129,12 @@ def _limit(axes: Axes, values: Sequence[float], axis: str) -> None:
 
 
 def _short(value: float) -> str:
-    """A perplexity on a logarithmic axis: 300 or 1e6."""
+    """A tick label on a logarithmic axis: 300 or 1e6."""
     return f"{value:,.0f}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def describe(rows: Mapping[str, Mapping[str, Spread]]) -> str:
-    """The numbers of a figure in words."""
+    """Description of a figure's numbers."""
     return "; ".join(
         f"{name}: " + ", ".join(f"{text} {spread}" for text, spread in row.items())
         for name, row in rows.items()
@@ -142,7 +142,7 @@ def describe(rows: Mapping[str, Mapping[str, Spread]]) -> str:
 
 
 def agreement_limits(matrix: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Round values that enclose all but the diagonal."""
+    """Round limits that enclose all values off the diagonal."""
     values = np.array(matrix)
     pairs = values[~np.eye(len(values), dtype=bool)]
     return float(np.floor(pairs.min() * 50) / 50), float(np.ceil(pairs.max() * 50) / 50)

@@ -1,14 +1,15 @@
-"""The files that a study writes: tables for readers, spreadsheets and programs, the page and its plots."""
+"""The output files of a study: tables as JSON, CSV and Markdown, the page and its plots."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fedprllm.config import PruneConfig
+from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import write_json, write_text
 from fedprllm.study.questions import QUESTIONS
 from fedprllm.study.results import Results, answers, spread_by_text, texts_of, tie_shares
@@ -28,39 +29,40 @@ def write_results(results: Results, out: Path) -> None:
     write_text(out / "results.md", _markdown(results))
     write_page(results, out)
     value = {
-        **results.about,
+        "model": results.model.as_json(),
+        "versions": results.versions,
         "config": results.config.model_dump(mode="json"),
-        "dense": results.dense,
-        "cells": [{"questions": cell.questions, **found} for cell, found in results.cells],
+        "dense": [row.as_json() for row in results.dense],
+        "cells": [{"questions": cell.questions, **record.as_json()} for cell, record in results.cells],
     }
     write_json(out / "results.json", value)
 
 
 def _rows(results: Results) -> Iterator[dict[str, Any]]:
-    """One row for each model and text."""
+    """One row per model and text."""
     changing = [*PruneConfig.model_fields, "participants", "partition"]
     for row in results.dense:
-        yield {"questions": "", "model": "dense", "text": row["text"], **_losses(row)}
-    for cell, found in results.cells:
-        for model, rows in found["models"].items():
+        yield {"questions": "", "model": "dense", "text": row.text, **_losses(row)}
+    for cell, record in results.cells:
+        for model, rows in record.models.items():
             for row in rows:
                 yield {
                     "questions": " ".join(cell.questions),
                     "model": model,
-                    "text": row["text"],
+                    "text": row.text,
                     **_losses(row),
                     "seed": cell.config.seed,
-                    **{name: found["setting"][name] for name in changing if name in found["setting"]},
-                    "zeros": found["n_zeros"] / found["n_prunable"],
-                    "ties": found["n_ties"] / found["n_pruned"] if found["n_pruned"] else 0.0,
-                    "update_bytes": found["update_bytes"],
-                    "update_bytes_per_block": found["update_bytes_per_block"],
-                    "seconds": found["seconds"],
+                    **{name: record.setting[name] for name in changing if name in record.setting},
+                    "zeros": record.n_zeros / record.n_prunable,
+                    "ties": record.tie_share,
+                    "update_bytes": record.update_bytes,
+                    "update_bytes_per_block": record.update_bytes_per_block,
+                    "seconds": record.seconds,
                 }
 
 
-def _losses(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"perplexity": row["perplexity"], "nll": row["nll"], "n_tokens": row["n_tokens"]}
+def _losses(row: Perplexity) -> dict[str, Any]:
+    return row.model_dump(include={"perplexity", "nll", "n_tokens"})
 
 
 def _markdown(results: Results) -> str:
@@ -70,7 +72,7 @@ def _markdown(results: Results) -> str:
         f"Perplexity, mean ± standard deviation over seeds {list(results.config.seeds)}.",
         "",
     ]
-    dense = ", ".join(f"{row['text']} {float(row['perplexity']):.2f}" for row in results.dense)
+    dense = ", ".join(f"{row.text} {row.perplexity:.2f}" for row in results.dense)
     lines += [f"Dense: {dense}.", ""]
     for question in results.questions:
         cells = results.of(question)
