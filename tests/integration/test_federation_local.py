@@ -379,7 +379,7 @@ def test_a_path_named_by_the_coordinator_is_not_opened_at_a_participant(tmp_path
     assert conduct(tmp_path, make_plan(model), channel) == "quorum lost"
     assert {event["reason"] for event in events(tmp_path)} == {"failed: model missing"}
     (status,) = (tmp_path / "south" / "fedprllm" / "runs").glob("*/status.json")
-    assert "name where it is here with --model" in read_json(status)["message"]
+    assert "name your copy with --model" in read_json(status)["message"]
 
 
 def test_a_participant_does_not_share_what_it_does_not_allow(tmp_path, model, federation):
