@@ -12,7 +12,7 @@ from fedprllm.federation.plan import SiteSettings
 from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
 from fedprllm.pruning.in_process import _SharedWalk
 from tests.contracts.test_walk import assert_same_bits
-from tests.dying import exit_code, people, prune_and_die
+from tests.dying import exit_code, prune_and_die
 from tests.isolation import torch_threads
 
 _STATE = 16 * 32 * 4  # bytes: tokens, hidden size, float32

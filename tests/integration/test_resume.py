@@ -14,7 +14,7 @@ import torch
 from fedprllm import PruneConfig, RunError, prune
 from fedprllm.pruning.in_process import _SharedWalk
 from tests.contracts.test_walk import assert_same_bits
-from tests.dying import exit_code, people, prune_and_die
+from tests.dying import exit_code, prune_and_die
 from tests.isolation import torch_threads
 
 _CHILD = """
