@@ -43,7 +43,7 @@ def outliers(scores: Callable[[], Scores], m: float = 5.0) -> Outliers:
 
     Args:
         scores: Function that yields the Wanda scores of the block's Linears one after the other. It is called
-            twice, so that the scores of only one Linear are in memory at a time.
+            twice instead of keeping the scores, so that memory holds those of only one Linear.
         m: Multiple of the mean above which a score is an outlier.
 
     Source: Yin et al., OWL (ICML 2024), section 3.2: layer outlier distribution.
