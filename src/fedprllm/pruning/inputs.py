@@ -338,7 +338,8 @@ def fewer_windows(record: RunRecord) -> list[str]:
     """One sentence for each participant with text for fewer windows than the configuration asks for."""
     asked = record.config.windows
     return [
-        f"{name} is calibrated on {one.n_windows} windows of {one.window_length} tokens; {asked} were asked for"
+        f"{name} is calibrated on {one.n_windows} windows of {one.window_length} tokens; "
+        f"{asked} were asked for"
         for name, one in record.participants.items()
         if one.n_windows < asked and one.sources != _TOKEN_WINDOWS
     ]
