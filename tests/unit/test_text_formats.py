@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -255,6 +256,13 @@ def test_a_file_of_another_kind_in_a_folder_is_named(tmp_path: Path) -> None:
     put(tmp_path, "a.txt", "a")
     put(tmp_path, "b.docx", b"PK\x03\x04")
     assert "b.docx: .docx files are not read as text" in refusal(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    assert "a pipe or a device" in refusal(tmp_path / "a.txt")
+    assert "a pipe or a device" in refusal(tmp_path)
 
 
 # --- sources that are not files

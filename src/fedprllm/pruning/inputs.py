@@ -157,7 +157,7 @@ def _from_array(array: np.ndarray, whose: str) -> Tensor:
 
 def _from_lists(rows: Sequence[Any], whose: str) -> Tensor:
     try:
-        arrays = [np.asarray(row) for row in rows]
+        arrays = [np.asarray(row.cpu() if isinstance(row, Tensor) else row) for row in rows]
     except ValueError:
         raise DataError(_not_windows(whose, "lists that are nested unevenly")) from None
     shapes = sorted({array.shape for array in arrays})
@@ -336,11 +336,11 @@ def evaluation_texts(
 
 
 def fewer_windows(record: RunRecord) -> list[str]:
-    """One sentence for each participant whose text gave fewer windows than the configuration asks for."""
+    """One sentence for each participant with text for fewer windows than the configuration asks for."""
     asked = record.config.windows
     return [
-        f"{name} is calibrated on {one.n_windows} windows of {one.window_length} tokens; {asked} were asked "
-        "for, and its text holds no more"
+        f"{name} is calibrated on {one.n_windows} windows of {one.window_length} tokens; "
+        f"{asked} were asked for"
         for name, one in record.participants.items()
         if one.n_windows < asked and one.sources != _TOKEN_WINDOWS
     ]

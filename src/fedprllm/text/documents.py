@@ -147,6 +147,11 @@ def _missing(path: Path) -> str:
 
 
 def _read_file(path: Path) -> Iterator[Part]:
+    if path.exists() and not path.is_file():
+        # Text is read more than once.
+        raise DataError(
+            f"{path} is neither a file nor a folder but a pipe or a device: save its text as a file"
+        )
     if is_data_file(path):
         return _whole(read_documents_of(path))
     return (Part(block, starts=number == 0) for number, block in enumerate(read_prose(path)))
