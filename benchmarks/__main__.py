@@ -1,7 +1,8 @@
-"""Run the benchmarks one after the other and write docs/benchmarks.md: ``make bench``.
+"""Run the benchmarks one after another and write docs/benchmarks.md: ``make bench``.
 
-python -m benchmarks [NAME ...]     only these; the others keep their last results
-python -m benchmarks --page         none of them: the page only, from the last results
+python -m benchmarks                run all benchmarks
+python -m benchmarks NAME ...       run only these; the others keep their last results
+python -m benchmarks --page         run none; only write the page from the last results
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from fedprllm.files import write_json
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--page", action="store_true", help="write the page only")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in BENCHMARKS]:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+        parser.error(f"unknown benchmark {', '.join(unknown)}: expected {', '.join(BENCHMARKS)}")
     names = [] if options.page else options.names or list(BENCHMARKS)
     failed = []
     for name in names:
         result = _measured(name)
         write_json(RESULTS / f"{name}.json", result)
-        write_page()  # a run that is stopped leaves what it has measured
+        write_page()  # after each benchmark, so that a stopped run keeps what it has measured
         if "failed" in result:
             failed.append(name)
     write_page()
@@ -40,7 +41,7 @@ def main() -> int:
 
 
 def _measured(name: str) -> dict[str, Any]:
-    """The JSON a benchmark ends with; under ``failed`` why there is none."""
+    """Run a benchmark. Returns the JSON it ends with, or the reason under ``failed`` if there is none."""
     benchmark = BENCHMARKS[name]
     print(f"{name}: {benchmark.title}", file=sys.stderr)
     start = time.perf_counter()
@@ -51,7 +52,7 @@ def _measured(name: str) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return {"failed": "the last line of its output is no JSON", "machine": machine()}
+        return {"failed": "the last line of its output is not JSON", "machine": machine()}
     return result | {"took_s": round(time.perf_counter() - start)}
 
 

@@ -1,8 +1,8 @@
-"""What the benchmarks share: alternating repeats, medians, the machine, peak memory, one line of JSON.
+"""Shared by the benchmarks: alternating repeats, medians, the machine, peak memory and a line of JSON.
 
-Contenders take turns inside one run, so that whatever else the machine does meets all of them; read the
-ratios, not the seconds. Seconds are wall time; CPU seconds (all threads) are given beside them because they
-hold on a busy machine too.
+Contenders alternate within a run, so that other load on the machine affects all of them equally. Compare the
+ratios, not the seconds. Seconds are wall time; CPU seconds (all threads) are given too, because they also
+hold on a busy machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 SEED = 0
-_COPIED_BYTES = 2**28  # eight times the largest cache we met
+_COPIED_BYTES = 2**28  # eight times the largest cache encountered so far
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Timing:
         return median(self.cpu)
 
     def per(self, n: int) -> Timing:
-        """Seconds of one of the ``n`` things that a repeat did."""
+        """Divide by the ``n`` operations of each repeat."""
         return Timing(tuple(wall / n for wall in self.wall), tuple(cpu / n for cpu in self.cpu))
 
     def as_json(self) -> dict[str, Any]:
@@ -60,11 +60,13 @@ class Timing:
 
 
 def arguments(description: str, repeats: int) -> argparse.Namespace:
-    """``--quick`` for a check that the benchmark runs, ``--repeats``, ``--threads``."""
+    """Parse the common options ``--quick``, ``--repeats`` and ``--threads``, and set threads and seed."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, not how fast")
-    parser.add_argument("--repeats", type=int, default=repeats, help="per contender; medians are reported")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch and of fedprllm")
+    parser.add_argument("--quick", action="store_true", help="use small sizes, to check that it runs")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help="runs per contender; medians are reported"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch and fedprllm")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
@@ -72,7 +74,7 @@ def arguments(description: str, repeats: int) -> argparse.Namespace:
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Time every contender ``repeats`` times in turn, after one run of each that does not count."""
+    """Time every contender ``repeats`` times, alternating, after one warm-up run of each."""
     wall: dict[str, list[float]] = {name: [] for name in contenders}
     cpu: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
@@ -88,7 +90,7 @@ def alternate(contenders: Mapping[str, Callable[[], object]], repeats: int) -> d
 
 
 def copier(threads: int) -> tuple[Callable[[], None], int]:
-    """A contender that copies memory as fast as ``threads`` can, and the bytes it reads and writes."""
+    """Make a contender that copies memory with ``threads``. Returns it and the bytes it reads and writes."""
     source = np.ones(_COPIED_BYTES, np.uint8)
     target = np.empty_like(source)
     parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
@@ -101,14 +103,14 @@ def copier(threads: int) -> tuple[Callable[[], None], int]:
 
 
 def in_fresh_process(function: Callable[..., Any], *args: object) -> Any:
-    """The result of a module-level function in a process of its own, for a peak of memory of its own."""
+    """Call a module-level function in a new process, so that its peak memory is its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
 
 def rss_bytes(peak: bool = False) -> int:
-    """Resident memory of this process, now or at its peak (Linux)."""
+    """Current or peak resident memory of this process in bytes (Linux)."""
     field = "VmHWM:" if peak else "VmRSS:"
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -117,7 +119,7 @@ def rss_bytes(peak: bool = False) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Describe the machine and versions that the figures depend on."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -132,7 +134,7 @@ def machine() -> dict[str, Any]:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print a table of rows with the same keys; floats with three significant digits."""
+    """Print a table of rows with the same keys. Floats have three significant digits."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(rows[0]):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
@@ -142,7 +144,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def shown(value: object) -> str:
-    """A figure as people read it: three significant digits, thousands apart."""
+    """Format a figure for display, with three significant digits and separated thousands."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {shown(inner)}" for key, inner in value.items())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -151,7 +153,7 @@ def shown(value: object) -> str:
 
 
 def print_json(benchmark: str, options: argparse.Namespace, about: Mapping[str, Any], **results: Any) -> None:
-    """Print everything as the last line of output."""
+    """Print settings, machine and results as JSON, in the last line of output."""
     settings = {"quick": options.quick, "repeats": options.repeats, "seed": SEED}
     print(json.dumps({"benchmark": benchmark, **settings, "machine": about, **results}), flush=True)
 
@@ -164,12 +166,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with a mark if files that the figures depend on differ from it."""
+    """Commit of this checkout, marked as dirty if files that the figures depend on have changed."""
     here = Path(__file__).parent
     try:
         commit = ["git", "rev-parse", "--short=12", "HEAD"]
         found = subprocess.run(commit, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        # Not docs/: there a run of all benchmarks leaves the results of those before this one.
+        # Not docs/, where a run of all benchmarks leaves earlier results.
         changed = ["git", "diff", "--quiet", "HEAD", "--", ".", "../src"]
         differs = subprocess.run(changed, cwd=here, check=False).returncode != 0
     except (OSError, subprocess.CalledProcessError):

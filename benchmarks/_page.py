@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: the benchmarks, what of their JSON is shown, and the goals they are held to."""
+"""docs/benchmarks.md: the benchmarks, the parts of their JSON that are shown, and their goals."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ Tables = Mapping[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure and the limit it is held to.
+    """A figure and its limit.
 
     Attributes:
-        text: what is measured.
-        figure: finds it in the benchmark's JSON.
-        at_most, at_least: the limit, one of the two.
+        text: Description of the figure.
+        figure: Extracts the figure from the benchmark's JSON.
+        at_most: Upper limit, if that is the goal.
+        at_least: Lower limit, if that is the goal.
     """
 
     text: str
@@ -47,13 +48,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A script of this folder, and its section of the page.
+    """A script in this folder and its section of the page.
 
     Attributes:
-        title: what it measures.
-        command: module and arguments.
-        tables: the section's tables by heading, made from the JSON.
-        goals: what the figures should reach.
+        title: Description of what it measures.
+        command: Module and arguments.
+        tables: Makes the section's tables, by heading, from the JSON.
+        goals: Limits for its figures.
     """
 
     title: str
@@ -63,7 +64,7 @@ class Benchmark:
 
 
 def _figures(*names: str) -> Callable[[Json], Tables]:
-    """A table of some of the JSON's figures."""
+    """Make a function that tabulates some figures of the JSON."""
     return lambda result: {"": [{"figure": name, "measured": result[name]} for name in names]}
 
 
@@ -72,9 +73,9 @@ def _contender(name: str, figure: str) -> Callable[[Json], float]:
 
 
 def _fastest_of_torch(result: Json) -> float:
-    """torch's fastest selection in units of our time, at the shape of a 7B model where it is nearest.
+    """Time of torch's fastest selection relative to ours, at the 7B shape where it comes closest.
 
-    numpy.partition is no contender but the first step of ours; alone it prunes too much where scores tie.
+    numpy.partition does not compete: it is the first step of ours, and alone it prunes too much at ties.
     """
     return min(
         row["times_ours"]
@@ -85,20 +86,20 @@ def _fastest_of_torch(result: Json) -> float:
 
 
 def _slowest_mask(result: Json) -> float:
-    """Time of a mask, slowest to fastest of the numbers of participants."""
+    """Time per mask: ratio of slowest to fastest over all numbers of participants."""
     ms = [row["ms_per_mask"] for row in result["participants"]]
     return float(max(ms) / min(ms))
 
 
 def _spare_bits(result: Json) -> float:
-    """Growth in bits per weight with the participants, beyond that of ceil(log2(m + 1))."""
+    """Growth in bits per weight with the number of participants, beyond that of ceil(log2(m + 1))."""
     rows = sorted(result["participants"], key=lambda row: row["n_participants"])
     beyond = [row["votes_bits_per_weight"] - row["n_participants"].bit_length() for row in rows]
     return float(beyond[-1] - beyond[0])
 
 
 def _of_theirs(figure: str, *dtypes: str) -> Callable[[Json], float]:
-    """Our part of llm-compressor's figure, in the precision where it is largest."""
+    """Our figure relative to llm-compressor's, in the precision where the ratio is largest."""
     return lambda result: max(result["smollm2"][dtype]["ours_of_theirs"][figure] for dtype in dtypes)
 
 
@@ -109,7 +110,7 @@ def _straightness(sweep: str) -> Goal:
 
 
 def _large(result: Json) -> Tables:
-    """Runs of the large shapes; what two of 80 blocks say of a 70B model."""
+    """Tabulate runs with the large shapes, and the extrapolation from two blocks to a 70B model."""
     larger = result.get("llama-70b", {"measured": {}, "extrapolated": {}})
     runs = {"LLaMA-7B": _7b(result)} | {f"LLaMA-70B, {n} of 80": run for n, run in larger["measured"].items()}
     figures = ("wall_s", "forward_s", "yardstick_s", "ratio", "peak_resident_gib", "peak_anonymous_gib")
@@ -131,7 +132,7 @@ def _7b(result: Json) -> Json:
 
 
 def _worse_share(figure: str) -> Callable[[Json], float]:
-    """A figure of the large model with masks or with statistics, whichever is larger."""
+    """Make a function that returns a figure of the large model, the larger of masks and statistics."""
     return lambda result: max(_7b(result)[share][figure] for share in ("mask", "statistics"))
 
 
@@ -208,7 +209,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Goal(
                 "growth from 125 to 1,000 participants beyond ceil(log2(m + 1)), bits per weight",
                 _spare_bits,
-                0.25,  # of the process: its allocator takes a little, too
+                0.25,  # measured for the process, whose allocator adds a little
             ),
         ),
     ),
@@ -264,7 +265,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def write_page() -> None:
-    """Write docs/benchmarks.md from the JSON of the last runs and the notes kept by hand."""
+    """Write docs/benchmarks.md from the JSON of the last runs and the handwritten notes."""
     results = {name: read_json(RESULTS / f"{name}.json") for name in BENCHMARKS if _file(name).exists()}
     notes = RESULTS / "notes.md"
     parts = [
@@ -284,7 +285,7 @@ def _file(name: str) -> Path:
 
 
 def _summary(results: Mapping[str, Json]) -> str:
-    """Every goal, and what was measured of it."""
+    """Tabulate every goal with its measured figure."""
     rows = []
     for name, benchmark in BENCHMARKS.items():
         for goal in benchmark.goals:
@@ -322,7 +323,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _about(result: Json) -> str:
-    """Where and when it was measured."""
+    """Describe the machine and the versions of a measurement."""
     machine = result["machine"]
     took = f" Took {result['took_s']:,.0f} s." if "took_s" in result else ""
     return (

@@ -1,4 +1,4 @@
-"""The page's plots, drawn from the JSON of the benchmarks in the style of the report."""
+"""The plots of docs/benchmarks.md, drawn from the benchmarks' JSON in the style of the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OURS = ("select_lowest", "planes", "fedprllm")
 
 
 def plots(name: str, result: Json) -> dict[str, Markup]:
-    """The plots of a benchmark, by what they show."""
+    """Draw the plots of a benchmark, by label."""
     drawn = [draw(label, result) for label, draw in _PLOTS.get(name, {}).items()]
     return dict(zip(_PLOTS.get(name, {}), drawn, strict=True))
 
@@ -107,20 +107,20 @@ _PLOTS: dict[str, dict[str, Callable[[str, Json], Markup]]] = {
 
 
 def _bars(groups: Mapping[str, Mapping[str, float]], label: str, axis_label: str) -> Markup:
-    """Grouped bars, ours in colour."""
-    colours = {name: int(name.startswith(_OURS)) for rows in groups.values() for name in rows}
-    return grouped_bars(groups, colours, label, axis_label)
+    """Draw grouped bars, with ours in color."""
+    colors = {name: int(name.startswith(_OURS)) for rows in groups.values() for name in rows}
+    return grouped_bars(groups, colors, label, axis_label)
 
 
 def _panels(drawn: Drawing, n: int) -> Sequence[Axes]:
-    """Plots side by side."""
+    """Divide a drawing into plots side by side."""
     drawn.axes.remove()
     panels: Sequence[Axes] = drawn.figure.subplots(1, n)
     return panels
 
 
 def _from_zero(axes: Axes, n: Sequence[int]) -> None:
-    """Both axes from 0, so that a proportion looks like one."""
+    """Start both axes at 0, so that proportionality is visible."""
     axes.set_xlim(0, max(n) * 1.05)
     axes.set_ylim(0, axes.dataLim.y1 * 1.08)
     axes.set_xticks([0, *n])

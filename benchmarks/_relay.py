@@ -1,4 +1,4 @@
-"""A pass-through TCP relay that counts bytes: what the line between sites and server carries."""
+"""A pass-through TCP relay that counts the bytes between sites and server."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _CHUNK_BYTES = 2**18
 
 
 class Relay:
-    """Listens on one port of the loopback and passes everything on to another; TLS stays end to end.
+    """Listens on a loopback port and forwards everything to another. TLS remains end to end.
 
     Attributes:
-        up: bytes from the sites to the server so far.
-        down: bytes from the server to the sites so far.
+        up: Bytes from the sites to the server so far.
+        down: Bytes from the server to the sites so far.
     """
 
     def __init__(self, port: int, target: int) -> None:
@@ -25,7 +25,7 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Accept nobody any more."""
+        """Stop accepting connections."""
         self._listener.close()
 
     def _accept(self) -> None:
@@ -34,7 +34,7 @@ class Relay:
                 site, _ = self._listener.accept()
                 try:
                     server = socket.create_connection(("localhost", self._target))
-                except OSError:  # the server is not up yet; the site tries again
+                except OSError:  # the server is not up yet; the site will retry
                     site.close()
                     continue
                 for source, sink, name in ((site, server, "up"), (server, site, "down")):

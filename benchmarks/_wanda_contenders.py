@@ -1,10 +1,10 @@
-"""The processes that benchmarks.llm_compressor measures; each ends with a line of JSON.
+"""The processes that benchmarks.llm_compressor measures. Each ends with a line of JSON.
 
     python _wanda_contenders.py {ours,theirs,bare} MODEL WINDOWS OUT DTYPE THREADS [OFFLOADED]
 
-``theirs`` runs in an environment without this project: nothing but the contender's own packages is imported,
-and that only inside the functions, because imports are a part of what a process costs. OFFLOADED is a folder
-on disk for weights beyond 0.5 GB (``theirs`` only).
+``theirs`` runs in an environment without this project. Each contender imports only its own packages, and only
+inside its function, because imports are part of the cost of a process. OFFLOADED is a folder on disk for
+weights beyond 0.5 GB (``theirs`` only).
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def theirs(model: str, windows: torch.Tensor, out: Path, dtype: str, offloaded: 
             )
     else:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    # One window at a time in the given order; the head is not ours to prune, and tied to the embeddings.
+    # One window at a time, in the given order. The head is excluded: we do not prune it, and it is tied to
+    # the embeddings.
     data = DataLoader(
         [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
     )
     recipe = WandaPruningModifier(sparsity=SPARSITY, targets=["Linear"], ignore=["re:.*lm_head"])
     start = time.perf_counter()
-    # Sequential: each block is calibrated on the outputs of the pruned blocks before it, as in our walk.
+    # Sequential: each block is calibrated on the outputs of the pruned blocks before it, like our walk.
     oneshot(model=loaded, dataset=data, recipe=recipe, pipeline="sequential")
     seconds = time.perf_counter() - start
     loaded.save_pretrained(out, save_compressed=False)
@@ -70,7 +71,7 @@ def theirs(model: str, windows: torch.Tensor, out: Path, dtype: str, offloaded: 
 
 @torch.no_grad()
 def bare(model: str, windows: torch.Tensor, _out: Path, dtype: str) -> dict[str, Any]:
-    """Two forward passes of the blocks over every window, with no head."""
+    """Run two forward passes through the blocks over every window, without the head."""
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval().base_model

@@ -1,11 +1,11 @@
-"""What the network costs: a federated run against the same run in one process.
+"""The cost of the network: a federated run compared with the same run in one process.
 
     python -m benchmarks.federation                    SmolLM2-135M, masks
     python -m benchmarks.federation --large-updates    two wide random blocks, weights and masks, 238 MB each
 
-Server, sites and computations are real processes on the loopback, and all traffic between sites and server
-goes through a relay that counts it: TLS, the engine's own messages and all. Memory is that of the largest
-process of each part. The last line is JSON.
+Server, sites and computations are real processes on loopback. All traffic between sites and server, including
+TLS and the engine's own messages, passes through a relay that counts it. Memory is that of the largest
+process of each part. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from fedprllm.federation.flare.supervisor import supervise
 from fedprllm.federation.plan import RunPlan, SiteSettings
 from fedprllm.files import read_json, write_json
 
-# Processes by a word of their command line, and what they are.
+# Parts of a federation, by a word in the command line of their processes.
 PARTS = {
-    "federation.worker": "computation",
+    "federation.site.worker": "computation",
     "client.worker_process": "site_job",
     "server.runner_process": "coordinator_job",
     "client.client_train": "site",
@@ -47,12 +47,12 @@ PARTS = {
 
 
 class Watch:
-    """Peak memory in MB by part, of the processes below this one, looked at ten times a second.
+    """Peak memory in MB of this process's descendants, by part, sampled ten times a second.
 
     Attributes:
-        resident: the kernel's own high-water mark, mapped files included (a mapped checkpoint is given back
-            when somebody needs the room).
-        anonymous: without mapped files, at the moments we looked.
+        resident: The kernel's own high-water mark, including mapped files. (The system can reclaim the memory
+            of a mapped checkpoint.)
+        anonymous: Largest sample without mapped files.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ def large_model(folder: Path) -> Path:
 
 
 def texts(folder: Path, n_participants: int) -> dict[str, str]:
-    """One text for each participant: the demonstration's, or sentences where there are more participants."""
+    """One text per participant: the demonstration's texts, then generated sentences for further ones."""
     from fedprllm.demo.texts import demo_texts
 
     paths = [path.resolve() for path, _ in demo_texts(folder).values()]
@@ -120,7 +120,7 @@ def texts(folder: Path, n_participants: int) -> dict[str, str]:
 def in_process(
     model: str, data: dict[str, str], options: dict[str, Any], out: Path
 ) -> tuple[PruneResult, float]:
-    """The same run in this process, and its seconds."""
+    """Run in this process. Returns the result and the time in seconds."""
     begin = time.perf_counter()
     result = prune(model, {n: [d] for n, d in data.items()}, PruneConfig(**options), out=out)
     return result, time.perf_counter() - begin
@@ -129,8 +129,8 @@ def in_process(
 def federated(
     model: str, data: dict[str, str], options: dict[str, Any], folder: Path
 ) -> tuple[Path, dict[str, Any]]:
-    """A run over a fresh federation: its folder, and what was measured of it."""
-    people = {
+    """Run over a fresh federation. Returns the run's folder and the measurements."""
+    settings = {
         name: SiteSettings(
             data=[path],
             model=model,
@@ -145,7 +145,7 @@ def federated(
         for name, path in data.items()
     }
     kits, port = folder / "kits", free_port()
-    federation = rehearsal_kits(kits, people)
+    federation = rehearsal_kits(kits, settings)
     _let_the_server_listen_on(kits, port)
     relay = Relay(federation.port, port)
     first: list[float] = []
@@ -167,11 +167,11 @@ def federated(
     result = read_json(run / "result.json")
     n_blocks = len(result["blocks"])
     return run, {
-        "update_bytes": sum(person["update_bytes"] for person in result["participants"].values()),
+        "update_bytes": sum(one["update_bytes"] for one in result["participants"].values()),
         "wire_up_bytes": relay.up,
         "wire_down_bytes": relay.down,
         "until_first_update_s": round(first[0] - begin, 1),
-        # Where all blocks but the first one were computed, sent, checked and decided.
+        # The time in which all blocks but the first were computed, sent, checked and decided.
         "federated_s_per_block": round((end - first[0]) / max(1, n_blocks - 1), 3),
         "peak_resident_mb": watch.resident,
         "peak_anonymous_mb": watch.anonymous,
@@ -179,7 +179,7 @@ def federated(
 
 
 def _let_the_server_listen_on(kits: Path, port: int) -> None:
-    """Leave the port of the kits to the relay; the coordinator talks to the server without it."""
+    """Move the server to another port, so that the relay gets the kits' port. The coordinator skips it."""
     path = kits / "server" / "startup" / "fed_server.json"
     config = read_json(path)
     config["servers"][0]["service"]["target"] = f"localhost:{port}"
@@ -192,11 +192,11 @@ def _let_the_server_listen_on(kits: Path, port: int) -> None:
 
 
 def measure(folder: Path, model: str, options: dict[str, Any], n_participants: int) -> dict[str, Any]:
-    """One row: the run in one process with all threads, with one, and federated with one each."""
+    """Measure one row: in one process with all threads, with one thread, and federated with one each."""
     data = texts(folder / "texts", n_participants)
     torch.set_num_threads(os.cpu_count() or 1)
     _, seconds = in_process(model, data, options, folder / "warm")
-    torch.set_num_threads(1)  # as at the sites: the order of a sum, and so its last bit, depends on it
+    torch.set_num_threads(1)  # as on the sites: the order of a sum depends on it, and so does its last bit
     alone, one_thread_s = in_process(model, data, options, folder / "alone")
     run, measured = federated(model, data, options, folder)
     shards = sorted(alone.model_dir.glob("*.safetensors"))
@@ -243,7 +243,7 @@ def main() -> None:
     figures = {name: next(iter(by.values())) if len(rows) == 1 else by for name, by in figures.items()}
     settings = {"benchmark": "federation", "model": Path(model).name, "seed": SEED, **options}
     print(json.dumps({**settings, **figures, "machine": about}), flush=True)
-    os._exit(0)  # FLARE's session threads would keep Python alive
+    os._exit(0)  # FLARE's session threads would keep this process alive
 
 
 def _smollm2() -> Path:

@@ -1,14 +1,14 @@
-"""A model larger than memory: a checkpoint of LLaMA-7B's shape, pruned by participants with one window each.
+"""A model larger than memory: a checkpoint with LLaMA-7B's shape, pruned with one window per participant.
 
-Random weights in bfloat16, 13.5 GB in shards of a block each, made block by block in a temporary folder. It
-is pruned one-shot with masks and with statistics, each in a process tree of its own whose memory is watched.
-The yardsticks are measured in the same run: the bare forward passes of the same walk (two for each window
-with masks: observe, advance; one with statistics), block by block from the same files, and the time the disk
-takes to read and write the bytes once. Files are dropped from the page cache before, and the disk has
-everything at the end, for ours and for the yardsticks alike. Then the model that was written is read block by
-block: exact sparsity everywhere, a finite forward pass through its first block.
+The checkpoint has random bfloat16 weights, 13.5 GB in one shard per block, written block by block to a
+temporary folder. It is pruned one-shot with masks and with statistics, each in its own process tree, whose
+memory is sampled. The yardsticks are measured in the same run: the bare forward passes of the same walk,
+block by block from the same files (two per window with masks: observe and advance; one with statistics), and
+the time the disk takes to read and write all bytes once. In each case, files are dropped from the page cache
+beforehand, and everything is on disk at the end. Finally the written model is read block by block, to check
+that its sparsity is exact everywhere and that a forward pass through its first block is finite.
 
-Goals: 4 GiB, 1.5 times the sum of the yardsticks.
+Goals: a peak of 4 GiB, and 1.5 times the sum of the yardsticks.
 
     python -m benchmarks.large [--blocks 2] [--shape llama-7b] [--dtype float32] [--folder /big/disk]
 """
@@ -68,11 +68,11 @@ _COPIED_AT_ONCE = 2**24
 
 
 class Watch:
-    """Peak memory of a process and all below it, in bytes: sums over the tree at the moments we looked.
+    """Peak memory in bytes of a process and its descendants: the largest sampled sum over the tree.
 
     Attributes:
-        resident: with mapped files.
-        anonymous: without them: what the system cannot take back.
+        resident: Memory including mapped files.
+        anonymous: Memory without mapped files, which the system cannot reclaim.
     """
 
     def __init__(self, pid: int) -> None:
@@ -105,7 +105,7 @@ class Watch:
 
 
 def make_checkpoint(folder: Path, shape: str, n_blocks: int) -> int:
-    """Write a model of random weights block by block; the bytes of its weights."""
+    """Write a model with random weights block by block. Returns the size of its weights in bytes."""
     config = LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": n_blocks}, vocab_size=32000)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder / "source")
@@ -134,21 +134,21 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def participants(n: int, length: int) -> dict[str, torch.Tensor]:
-    """One window of random token ids each."""
+    """Make participants with one window of random token ids each."""
     return {
         f"p{index}": torch.randint(32000, (1, length), generator=torch.Generator().manual_seed(SEED + index))
         for index in range(n)
     }
 
 
-# In processes of their own ---------------------------------------------------------------------------
+# Tasks that run in separate processes ----------------------------------------------------------------
 
 
 def prune_here(settings: dict[str, Any]) -> dict[str, Any]:
-    """Prune, and say how many seconds each phase took."""
+    """Prune the model. Returns the seconds of each phase."""
     config = PruneConfig(share=settings["share"], dtype=settings["dtype"])
-    people = participants(settings["participants"], settings["length"])
-    result = prune(settings["model"], people, config, out=settings["out"])
+    windows_by_name = participants(settings["participants"], settings["length"])
+    result = prune(settings["model"], windows_by_name, config, out=settings["out"])
     phases: dict[str, float] = {}
     for record in result.record.blocks:
         for phase, seconds in record.seconds.items():
@@ -157,15 +157,15 @@ def prune_here(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def forward_here(settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of the bare forward passes through all blocks, without reading them."""
+    """Measure the bare forward passes through all blocks, in seconds, without the time to read the blocks."""
     model = BlockwiseModel(Path(settings["model"]), settings["dtype"])
-    people = participants(settings["participants"], settings["length"])
-    hidden = list(model.embed([window for windows in people.values() for window in windows]))
+    windows_by_name = participants(settings["participants"], settings["length"])
+    hidden = list(model.embed([window for windows in windows_by_name.values() for window in windows]))
     seconds = 0.0
     for index in range(model.n_blocks):
         with model.block(index) as block:
             if index == 0:
-                block.forward(hidden[0])  # the first product of a process is slow
+                block.forward(hidden[0])  # warm up: the first product in a process is slow
             start = time.perf_counter()
             for _ in range(settings["passes"]):
                 outputs = [block.forward(state) for state in hidden]
@@ -175,7 +175,7 @@ def forward_here(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_here(settings: dict[str, Any]) -> dict[str, Any]:
-    """Read the model that was written, block by block."""
+    """Check the written model, block by block."""
     out = Path(settings["out"])
     model = BlockwiseModel(PruneResult.load(out).model_dir, settings["dtype"])
     windows = next(iter(participants(1, settings["length"]).values()))
@@ -191,7 +191,7 @@ def check_here(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_own_process(task: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Run one of the functions above, watched; its result and what it took until the disk had everything."""
+    """Run one of the tasks above in a process. Returns its result, its peak memory and its time with sync."""
     command = [sys.executable, "-m", "benchmarks.large", "--task", task, json.dumps(settings)]
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child, Watch(child.pid) as watch:
@@ -223,7 +223,7 @@ def forget(folder: Path) -> None:
 
 
 def disk_speed(model: Path, folder: Path) -> dict[str, float]:
-    """Bytes a second of reading the model's files, and of writing as many, until the disk has them."""
+    """Measure the disk, in bytes per second: reading the model's files, and writing as much with sync."""
     forget(model)
     n_bytes, start = 0, time.perf_counter()
     buffer = bytearray(_COPIED_AT_ONCE)
@@ -243,11 +243,11 @@ def disk_speed(model: Path, folder: Path) -> dict[str, float]:
     return {"read_bytes_per_s": read, "written_bytes_per_s": written}
 
 
-# All of it -------------------------------------------------------------------------------------------
+# The benchmark ---------------------------------------------------------------------------------------
 
 
 def measure(folder: Path, shape: str, n_blocks: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Make a model, prune it in both ways, and compare with the yardsticks."""
+    """Make a model, prune it with masks and with statistics, and compare with the yardsticks."""
     n_bytes = make_checkpoint(folder, shape, n_blocks)
     model = folder / "model"
     disk = disk_speed(model, folder)
@@ -280,13 +280,13 @@ def measure(folder: Path, shape: str, n_blocks: int, options: argparse.Namespace
 
 
 def in_own_process_result(task: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The result alone."""
+    """Run a task in a process. Returns only its result."""
     measured = ("wall_s", "before_sync_s", "peak_resident_gib", "peak_anonymous_gib")
     return {name: value for name, value in in_own_process(task, settings).items() if name not in measured}
 
 
 def extrapolated(one: dict[str, Any], two: dict[str, Any], n_blocks: int) -> dict[str, Any]:
-    """Seconds of all blocks from those of one and two: what a block adds, and what comes once."""
+    """Extrapolate from runs with one and two blocks to all blocks: fixed time plus time per block."""
     seconds = {}
     for share in N_PASSES:
         block_s = two[share]["wall_s"] - one[share]["wall_s"]
@@ -297,14 +297,14 @@ def extrapolated(one: dict[str, Any], two: dict[str, Any], n_blocks: int) -> dic
         "blocks": n_blocks,
         "model_bytes": one["model_bytes"] + block_bytes * (n_blocks - 1),
         "wall_s": seconds,
-        # A block more changes no peak.
+        # Further blocks do not change the peaks.
         **{peak: max(two[share][peak] for share in N_PASSES) for peak in peaks},
     }
 
 
 @contextmanager
 def working_folder(parent: Path | None) -> Iterator[Path]:
-    """A temporary folder."""
+    """Make a temporary folder for the duration of the block."""
     with tempfile.TemporaryDirectory(prefix="large-", dir=parent) as name:
         yield Path(name)
 
@@ -312,14 +312,14 @@ def working_folder(parent: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="a tiny model: shows that it runs")
-    parser.add_argument("--blocks", type=int, help="fewer blocks than the model has")
+    parser.add_argument("--quick", action="store_true", help="use a tiny model, to check that it runs")
+    parser.add_argument("--blocks", type=int, help="number of blocks, if fewer than the model has")
     parser.add_argument("--participants", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--folder", type=Path, help="where there is room for twice the model and its votes")
-    parser.add_argument("--no-70b", action="store_true", help="leave out the blocks of LLaMA-70B's shape")
+    parser.add_argument("--folder", type=Path, help="folder with space for twice the model and its votes")
+    parser.add_argument("--no-70b", action="store_true", help="omit the blocks with LLaMA-70B's shape")
     options = parser.parse_args()
     if options.task:
         task, settings = options.task[0], json.loads(options.task[1])

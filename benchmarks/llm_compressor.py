@@ -1,18 +1,17 @@
-"""Centralized Wanda against llm-compressor's WandaPruningModifier: time, memory, and the masks.
+"""Centralized Wanda compared with llm-compressor's WandaPruningModifier: time, memory and masks.
 
-Both prune the same Linears of SmolLM2-135M to 50 %, on the same 16 windows of 512 tokens, row by row, each
-block on the outputs of the pruned blocks before it. Beside them two bare forward passes over the windows.
-Every run is a process of its own; they take turns. ``prune_s`` is our whole ``prune()``, which reads and
-writes the checkpoint block by block, against their ``oneshot()``, without loading and saving; ``process_s``
-is everything from start to exit, imports and the written checkpoint included.
+Both prune the same Linears of SmolLM2-135M to 50 %, with the same 16 windows of 512 tokens, row by row, each
+block on the outputs of the pruned blocks before it. Two bare forward passes over the windows are measured
+too. Every run is a separate process, and the contenders take turns. ``prune_s`` compares our whole
+``prune()``, which reads and writes the checkpoint block by block, with their ``oneshot()`` without loading
+and saving. ``process_s`` is everything from start to exit, including imports and writing the checkpoint.
 
-The second part gives both the shape of LLaMA-7B cut to a few blocks, bfloat16 with random weights; theirs
-offloads to disk what does not fit in 0.5 GB.
+In the second part, both prune a few random bfloat16 blocks with the shape of LLaMA-7B. llm-compressor
+offloads everything beyond 0.5 GB to disk.
 
     python -m benchmarks.llm_compressor [--quick] [--venv PATH]
 
-The packages it is compared with go into an environment of their own: the first time several hundred MB are
-downloaded.
+llm-compressor is installed into a separate environment. The first run downloads several hundred MB.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ _LOOK_EVERY_S = 0.02
 
 
 def environment(folder: Path) -> Path:
-    """The interpreter of an environment with llm-compressor and our version of torch, made if need be."""
+    """Interpreter of an environment with llm-compressor and our version of torch, created if necessary."""
     python, ready = folder / "bin" / "python", folder / "installed.txt"
     if not ready.exists():
         print(f"installing {PACKAGE} into {folder}", file=sys.stderr)
@@ -69,7 +68,7 @@ def environment(folder: Path) -> Path:
         constraints = folder / "constraints.txt"
         constraints.write_text(pinned + "\n", encoding="utf-8")
         pip = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints]
-        # torch alone first: where the index offers several builds, nothing else may choose one.
+        # torch first and alone, so that no other package chooses its build.
         for package in (pinned, PACKAGE):
             subprocess.run([*pip, package], check=True, stdout=sys.stderr)
         ready.write_text(PACKAGE + "\n", encoding="utf-8")
@@ -77,7 +76,7 @@ def environment(folder: Path) -> Path:
 
 
 def measured(command: Sequence[str | Path], threads: int) -> dict[str, Any]:
-    """Run a process to its end: the JSON it ends with, its wall and CPU seconds, and its peaks of memory."""
+    """Run a process. Returns the JSON it ends with, its wall and CPU seconds, and its peak memory."""
     variables = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     peaks = {"peak_resident_mb": 0.0, "peak_anonymous_mb": 0.0}
     used = os.times()
@@ -104,13 +103,13 @@ def measured(command: Sequence[str | Path], threads: int) -> dict[str, Any]:
 
 
 def _watch(process: subprocess.Popen[str], peaks: dict[str, float]) -> None:
-    """Keep a process's peaks: resident from the kernel's own mark, anonymous looked at 50 times a second.
+    """Record a process's peaks: resident from the kernel's high-water mark, anonymous sampled at 50 Hz.
 
-    Neither contender starts processes of its own.
+    Neither contender starts further processes.
     """
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        with suppress(OSError, KeyError):  # it ends while we look
+        with suppress(OSError, KeyError):  # the process may end during a sample
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
             for name, field in (("peak_resident_mb", "VmHWM"), ("peak_anonymous_mb", "RssAnon")):
                 peaks[name] = max(peaks[name], int(fields[field].split()[0]) * 1024 / 1e6)
@@ -121,7 +120,7 @@ def _watch(process: subprocess.Popen[str], peaks: dict[str, float]) -> None:
 
 
 def in_dtype(model: Path, dtype: torch.dtype, folder: Path) -> Path:
-    """The model with its weights in another precision: both contenders read what they compute with."""
+    """Convert a model's weights to another precision, so that both contenders read what they compute with."""
     folder.mkdir()
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
@@ -133,7 +132,7 @@ def in_dtype(model: Path, dtype: torch.dtype, folder: Path) -> Path:
 
 
 def llama_7b_shape(n_blocks: int, folder: Path, hidden: int, tokenizer: Path) -> Path:
-    """Random blocks of the shape of LLaMA-7B (hidden 4096), bfloat16, in shards of 0.5 GB."""
+    """Make random bfloat16 blocks with the shape of LLaMA-7B (hidden size 4096), in shards of 0.5 GB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -150,7 +149,7 @@ def llama_7b_shape(n_blocks: int, folder: Path, hidden: int, tokenizer: Path) ->
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(
         folder, max_shard_size="500MB"
     )
-    _copy_tokenizer(tokenizer, folder)  # llm-compressor wants one although it is given token ids
+    _copy_tokenizer(tokenizer, folder)  # llm-compressor requires one although it gets token ids
     return folder
 
 
@@ -160,7 +159,7 @@ def _copy_tokenizer(model: Path, folder: Path) -> None:
 
 
 def text_windows(model: Path, n_windows: int, length: int, folder: Path) -> Path:
-    """Token windows of the demonstration's texts, in a file that both read."""
+    """Write token windows of the demonstration's texts to a file that both contenders read."""
     texts = [files[0] for files in demo_texts(folder / "texts").values()]
     tokenizer = load_tokenizer(model)
     windows = token_windows(
@@ -171,10 +170,10 @@ def text_windows(model: Path, n_windows: int, length: int, folder: Path) -> Path
 
 
 def identical_share(ours: Path, theirs: Path) -> dict[str, Any]:
-    """How much of the two masks is the same, in all blocks and in each.
+    """Share of identical bits in the two masks, over all blocks and per block.
 
-    Where two scores are nearly equal rounding decides, and each block sees the pruned blocks before it: masks
-    that agree in the first blocks part with depth.
+    Where two scores are nearly equal, rounding decides. Since each block depends on the pruned blocks before
+    it, masks that agree in the first blocks diverge with depth.
     """
     left, right = _tensors(ours), _tensors(theirs)
     names = [name for name in left if name.endswith("_proj.weight")]
@@ -209,7 +208,7 @@ def _tensors(folder: Path) -> dict[str, Path]:
 
 
 class Comparison:
-    """Runs of all contenders on one model, in turn."""
+    """Runs all contenders on one model, alternating."""
 
     def __init__(self, pythons: Mapping[str, Path], threads: int, folder: Path) -> None:
         self.pythons, self.threads, self.folder = pythons, threads, folder
@@ -224,7 +223,7 @@ class Comparison:
         contenders: Sequence[str] = CONTENDERS,
         offload: bool = False,
     ) -> dict[str, Any]:
-        """Medians of every contender, their ratios to ours, and the share of identical mask bits."""
+        """Compute each contender's medians, the ratios to ours, and the share of identical mask bits."""
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
         masks: dict[str, Any] = {}
         for repeat in range(repeats):
@@ -258,7 +257,7 @@ class Comparison:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows for the terminal and for the page, by title."""
+    """Build the rows of each table, by title, for the terminal and the page."""
     windows = "{n_windows} windows of {window_length} tokens".format(**results)
     found = {}
     for dtype, compared in results["smollm2"].items():
@@ -278,7 +277,7 @@ def _rows(compared: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _further_blocks(large: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the line through the fewest and the most blocks says of a block and of the whole model."""
+    """Extrapolate to one block and to the whole model, by a line through the smallest and largest run."""
     sizes = sorted((int(n) for n, compared in large.items() if "stopped" not in compared))
     if len(sizes) < 2:
         return []
@@ -311,12 +310,16 @@ def _masks(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     default = Path(platformdirs.user_cache_dir("fedprllm")) / f"bench-{PACKAGE.replace('==', '-')}"
-    parser.add_argument("--venv", type=Path, default=default, help=f"made if it is not there [{default}]")
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, not how fast")
-    parser.add_argument("--repeats", type=int, default=3, help="per contender; medians are reported")
-    parser.add_argument("--windows", type=int, default=16, help="of 512 tokens [16]")
+    parser.add_argument(
+        "--venv", type=Path, default=default, help=f"environment, created if necessary [{default}]"
+    )
+    parser.add_argument("--quick", action="store_true", help="use small sizes, to check that it runs")
+    parser.add_argument("--repeats", type=int, default=3, help="runs per contender; medians are reported")
+    parser.add_argument("--windows", type=int, default=16, help="number of windows of 512 tokens [16]")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--blocks", type=int, nargs="*", default=[2, 4], help="of the shape of LLaMA-7B")
+    parser.add_argument(
+        "--blocks", type=int, nargs="*", default=[2, 4], help="numbers of blocks with LLaMA-7B's shape"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     about = machine()
@@ -351,7 +354,7 @@ def main() -> None:
 def _large(
     comparison: Comparison, n_blocks: int, folder: Path, hidden: int, tokenizer: Path
 ) -> dict[str, Any]:
-    """Both on a few blocks of a large model, once; or what stopped the other."""
+    """Compare both once on a few blocks of a large model, or report what stopped llm-compressor."""
     model = llama_7b_shape(n_blocks, folder / f"{n_blocks}-blocks", hidden, tokenizer)
     windows = folder / "large.npy"
     generator = torch.Generator().manual_seed(SEED)

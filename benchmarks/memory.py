@@ -1,7 +1,7 @@
-"""Peak memory of a one-shot run against the number of participants.
+"""Peak memory of a one-shot run as a function of the number of participants.
 
-Each run is a process of its own that prunes SmolLM2-135M; what grows with the participants should be their
-hidden states only (window length times hidden size times 4 bytes each).
+Each run is a separate process that prunes SmolLM2-135M. Only the participants' hidden states should grow with
+their number: window length times hidden size times 4 bytes for each.
 
     python -m benchmarks.memory [--participants 1 4 16] [--length 512]
 """
@@ -21,9 +21,9 @@ from fedprllm import prune
 from fedprllm.demo.compare import demo_model
 from fedprllm.models.source import resolve_model
 n, length = int(sys.argv[1]), int(sys.argv[2])
-people = [torch.randint(49152, (1, length), generator=torch.Generator().manual_seed(i)) for i in range(n)]
+windows = [torch.randint(49152, (1, length), generator=torch.Generator().manual_seed(i)) for i in range(n)]
 with tempfile.TemporaryDirectory() as out:
-    prune(resolve_model(demo_model()), people, out=out + "/run")
+    prune(resolve_model(demo_model()), windows, out=out + "/run")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

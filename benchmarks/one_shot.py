@@ -1,9 +1,9 @@
-"""A one-shot federation, end to end without evaluation, against its bare forward passes.
+"""A one-shot federation, end to end without evaluation, compared with its bare forward passes.
 
-The yardstick is what no one-shot run can do without: two forward passes of the blocks per calibration
-window (observe, advance), with all weights in memory, no hooks and no head, measured in the same process
-in turn with the runs. Goal: at most 1.3 times at 2 windows of 2048 tokens a participant, at most 2 times at
-2 windows of 512.
+The yardstick is the minimum that any one-shot run needs: two forward passes through the blocks per
+calibration window (observe and advance), with all weights in memory, without hooks and without the head. It
+is measured in the same process, alternating with the runs. Goals: at most 1.3 times the yardstick with 2
+windows of 2048 tokens per participant, and at most 2 times with 2 windows of 512.
 
     python -m benchmarks.one_shot [--participants 4] [--length 512] [--dtype float32] [--repeats 3]
 """
@@ -31,9 +31,9 @@ from fedprllm.models.source import resolve_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default=None, help="folder, hub id or GGUF; SmolLM2-135M by default")
+    parser.add_argument("--model", default=None, help="folder, hub id or GGUF file [SmolLM2-135M]")
     parser.add_argument("--participants", type=int, default=4)
-    parser.add_argument("--windows", type=int, default=2, help="per participant")
+    parser.add_argument("--windows", type=int, default=2, help="windows per participant")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=3)
@@ -43,17 +43,17 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype]).eval()
     generator = torch.Generator().manual_seed(0)
     shape = (options.windows, options.length)
-    people = [
+    participants = [
         torch.randint(model.config.vocab_size, shape, generator=generator)
         for _ in range(options.participants)
     ]
     config = PruneConfig(dtype=options.dtype)
     forward_s, federation_s, phases = [], [], []
     for _ in range(options.repeats):
-        forward_s.append(_forward_passes(model, people))
+        forward_s.append(_forward_passes(model, participants))
         out = Path(tempfile.mkdtemp(prefix="one-shot-"))
         start = time.perf_counter()
-        result = prune(folder, people, config, out=out / "run")
+        result = prune(folder, participants, config, out=out / "run")
         federation_s.append(time.perf_counter() - start)
         totals: dict[str, float] = {}
         for record in result.record.blocks:
@@ -86,12 +86,12 @@ def main() -> None:
 
 
 @torch.no_grad()
-def _forward_passes(model: torch.nn.Module, people: list[torch.Tensor]) -> float:
-    """Seconds of two passes over every window, one window at a time as in the walk."""
+def _forward_passes(model: torch.nn.Module, participants: list[torch.Tensor]) -> float:
+    """Measure two passes over every window in seconds, one window at a time as in the walk."""
     base = model.base_model
-    base(input_ids=people[0][:1], use_cache=False)
+    base(input_ids=participants[0][:1], use_cache=False)
     start = time.perf_counter()
-    for windows in people:
+    for windows in participants:
         for window in windows:
             for _ in range(2):
                 base(input_ids=window[None], use_cache=False)

@@ -1,10 +1,10 @@
-"""The k lowest of every row: ours against sort, top-k, k-th value and partition.
+"""Selection of the k lowest scores in every row: ours compared with sort, top-k, k-th value and partition.
 
     python -m benchmarks.selection [--quick]
 
-Scores are absolute values of normal numbers at sparsity 0.5, at the shapes of the Linears of LLaMA-7B and of
-SmolLM2-135M. Every contender makes a mask. Those that only compare with the k-th value prune too much where
-scores are equal; ours prunes exactly k and counts the ties.
+Scores are absolute values of normally distributed numbers, in the shapes of the Linears of LLaMA-7B and
+SmolLM2-135M, at a sparsity of 0.5. Every contender makes a mask. Contenders that only compare with the k-th
+value prune too much where scores are equal. Ours prunes exactly k and counts the ties.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ CONTENDERS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def bench_shape(shape: tuple[int, int], repeats: int) -> dict[str, Any]:
-    """Seconds of every contender, and the bits in which its mask differs from ours (equal scores)."""
+    """Measure each contender's seconds, and the bits in which its mask differs from ours (equal scores)."""
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).abs()
     k = shape[1] // 2
     timings = alternate({name: partial(run, scores, k) for name, run in CONTENDERS.items()}, repeats)
@@ -84,7 +84,7 @@ def _ratios(timing: Timing, ours_timing: Timing) -> dict[str, float]:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows for the terminal and for the page, by title."""
+    """Build the rows of each table, by title, for the terminal and the page."""
     rows = [
         {
             "shape": "{} x {}".format(*result["shape"]),

@@ -1,8 +1,8 @@
-"""Shared sums against pooled text: mask bits that differ between the two, on SmolLM2-135M.
+"""Shared sums compared with pooled text: mask bits that differ between the two, on SmolLM2-135M.
 
-Four participants with the demonstration's texts share sums of squares block by block; the model they
-make is compared with that of their pooled windows. The scores of both are the same up to float rounding.
-Goal: at most one weight in a million is treated otherwise.
+Four participants with the demonstration's texts share sums of squares block by block. The resulting model is
+compared with the model pruned on their pooled windows. The scores of both are equal up to floating-point
+rounding. Goal: at most one weight in a million is treated differently.
 
     python -m benchmarks.statistics_exact [--windows 2] [--length 256] [--allocation uniform]
 """
@@ -26,7 +26,7 @@ from fedprllm.models.source import resolve_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--windows", type=int, default=2, help="per participant")
+    parser.add_argument("--windows", type=int, default=2, help="windows per participant")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--allocation", default="uniform", choices=("uniform", "owl"))
     options = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> None:
     runs = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        people = {name: files[0] for name, files in demo_texts(folder / "texts").items()}
+        participants = {name: files[0] for name, files in demo_texts(folder / "texts").items()}
         model = resolve_model(demo_model())
         for name, way in {
             "statistics": {"share": "statistics", "strategy": "iterative"},
@@ -43,7 +43,7 @@ def main() -> None:
             config = PruneConfig(
                 **way, windows=options.windows, window_length=options.length, allocation=options.allocation
             )
-            runs[name] = prune(model, people, config, out=folder / name)
+            runs[name] = prune(model, participants, config, out=folder / name)
             print(f"{name} done", file=sys.stderr)
         differing = _differing(runs["statistics"], runs["centralized"])
     shared = runs["statistics"].record
@@ -52,7 +52,7 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "statistics_exact",
-                "participants": len(people),
+                "participants": len(participants),
                 "windows": options.windows,
                 "window_length": options.length,
                 "allocation": options.allocation,
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _differing(one: PruneResult, other: PruneResult) -> int:
-    """Weights that are zero in one of the two models only."""
+    """Count the weights that are zero in exactly one of the two models."""
     left, right = (
         {name: file for file in run.model_dir.glob("*.safetensors") for name in _names(file)}
         for run in (one, other)

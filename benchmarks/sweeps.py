@@ -1,8 +1,8 @@
-"""Cost of a one-shot federation against its windows, its participants and the blocks of the model.
+"""Cost of a one-shot federation as a function of its windows, its participants and the model's blocks.
 
-Each is raised while the other two stay; the goal is a straight line. All points take turns, one run of each
-per repeat, so that a slow minute of the machine bends no line. SmolLM2-135M and its first blocks, windows of
-256 tokens, masks.
+Each number is increased while the other two stay fixed. The goal is a straight line. The points alternate,
+with one run of each per repeat, so that a slow minute of the machine distorts no line. The model is
+SmolLM2-135M, or its first blocks; windows have 256 tokens, and masks are shared.
 
     python -m benchmarks.sweeps [--quick]
 """
@@ -31,14 +31,14 @@ from fedprllm.models.source import resolve_model
 
 
 class Job(NamedTuple):
-    """A run: windows of each participant, participants, and blocks of the model."""
+    """Size of a run: windows per participant, participants, and blocks of the model."""
 
     windows: int
     participants: int
     blocks: int
 
 
-# By what is raised: the run's other sizes, and the values it takes.
+# Varied size -> the sizes of the run, and the values of the varied size.
 SWEEPS = {
     "windows": (Job(1, 1, 30), (1, 2, 4, 8)),
     "participants": (Job(1, 1, 30), (1, 2, 4, 8)),
@@ -52,7 +52,7 @@ QUICK = {
 
 
 def first_blocks(model: Path, n_blocks: int, folder: Path) -> Path:
-    """The model without its later blocks, in a folder of its own."""
+    """Write a copy of the model that has only its first blocks."""
     folder.mkdir(parents=True)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": n_blocks}))
@@ -66,22 +66,22 @@ def first_blocks(model: Path, n_blocks: int, folder: Path) -> Path:
 
 
 def run(job: Job, model: Path, length: int, out: Path) -> float:
-    """Seconds of a run."""
+    """Measure one run in seconds."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     shape = (job.windows, length)
     generator = torch.Generator().manual_seed(SEED)
-    people = [
+    participants = [
         torch.randint(config["vocab_size"], shape, generator=generator) for _ in range(job.participants)
     ]
     start = time.perf_counter()
-    prune(model, people, PruneConfig(), out=out)
+    prune(model, participants, PruneConfig(), out=out)
     seconds = time.perf_counter() - start
     shutil.rmtree(out)
     return seconds
 
 
 def fitted(values: list[int], seconds: list[float]) -> dict[str, Any]:
-    """The line through the points by least squares, and how much of their variance it explains."""
+    """Fit a line through the points by least squares. Returns it with its coefficient of determination."""
     slope, intercept = np.polyfit(values, seconds, 1)
     left = np.square(np.array(seconds) - (slope * np.array(values) + intercept)).sum()
     r2 = 1 - left / np.square(np.array(seconds) - np.mean(seconds)).sum()
@@ -89,7 +89,7 @@ def fitted(values: list[int], seconds: list[float]) -> dict[str, Any]:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows for the terminal and for the page, by title."""
+    """Build the rows of each table, by title, for the terminal and the page."""
     rows = [
         {
             "raised": name,

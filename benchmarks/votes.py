@@ -1,9 +1,9 @@
-"""Votes in bit planes against unpack-and-add; packing; 1,000 participants over 100 million weights.
+"""Votes in bit planes compared with unpack-and-add; packing; 1,000 participants and 100 million weights.
 
     python -m benchmarks.votes [--quick]
 
-Masks are random bits at sparsity 0.5. A pool of a few dozen distinct masks, larger than any cache, is used
-again and again: what is added does not change the time, where it comes from does.
+Masks are random bits at a sparsity of 0.5. A pool of a few dozen distinct masks, larger than any cache, is
+reused, because the time depends not on the content of a mask but on where in memory it comes from.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Words = NDArray[np.uint64]
 
 N_DISTINCT = 32
 AT_ONCE = 16
-UNPACKED_AT_ONCE = 2**13  # bytes of a mask whose counts stay in the cache
+UNPACKED_AT_ONCE = 2**13  # bytes of a mask; their counts fit in the cache
 
 
 def mask_pool(n_weights: int) -> list[Words]:
@@ -55,7 +55,7 @@ def unpack_and_add(counts: NDArray[Any], masks: list[Words]) -> None:
 
 
 def unpack_and_add_in_cache(counts: NDArray[Any], masks: list[Words], threads: int) -> None:
-    """The same, as well as it can be done: chunk by chunk, in threads."""
+    """Do the same in the best known way: chunk by chunk, in threads."""
 
     def add(part: tuple[int, int]) -> None:
         for mask in masks:
@@ -72,7 +72,7 @@ def unpack_and_add_in_cache(counts: NDArray[Any], masks: list[Words], threads: i
 
 
 def bench_adding(n_weights: int, repeats: int) -> dict[str, Any]:
-    """Seconds per mask of every contender, with counts for 1,000 participants (ten planes, int16)."""
+    """Measure each contender's seconds per mask, with counts for 1,000 participants (ten planes, int16)."""
     pool, threads = mask_pool(n_weights), torch.get_num_threads()
     single, several = PackedVotes(n_weights), PackedVotes(n_weights)
     for votes in (single, several):
@@ -110,11 +110,11 @@ def bench_adding(n_weights: int, repeats: int) -> dict[str, Any]:
 
 
 def moved_bytes(n_weights: int, n_planes: int, at_once: int) -> float:
-    """Bytes that adding one mask reads from and writes to memory, on average.
+    """Average number of bytes that adding one mask reads from and writes to memory.
 
-    One by one: the mask is read; half of the carries into each of the four lowest places wait (one write)
-    and half meet a partner (two reads, one write); one carry in 16 passes each higher plane (a read and a
-    write). At once: all planes and all that waits are read and written once for all masks.
+    One by one: the mask is read. At each of the four lowest places, half of the carries wait (one write) and
+    half meet a partner (two reads, one write). One carry in 16 passes through each higher plane (one read,
+    one write). At once: all planes and all waiting carries are read and written once for all masks.
     """
     if at_once == 1:
         words = 1 + sum(2 / 2**level for level in range(4)) + 2 * (n_planes - 4) / 16
@@ -127,7 +127,7 @@ def moved_bytes(n_weights: int, n_planes: int, at_once: int) -> float:
 
 
 def add_participants(n_participants: int, n_weights: int, threads: int) -> dict[str, Any]:
-    """Time and memory of so many participants, one mask at a time."""
+    """Measure the time and memory of adding the masks of ``n_participants``, one mask at a time."""
     torch.set_num_threads(threads)
     pool = mask_pool(n_weights)
     before = rss_bytes()
@@ -160,7 +160,7 @@ def add_participants(n_participants: int, n_weights: int, threads: int) -> dict[
 
 
 def bench_packing(n_weights: int, repeats: int) -> dict[str, Any]:
-    """GB of unpacked mask (one byte per weight) per second, as the wire format packs and unpacks it."""
+    """Measure packing and unpacking as in the wire format, in GB/s of unpacked mask (1 byte per weight)."""
     mask = torch.from_numpy(np.random.default_rng(SEED).integers(0, 2, n_weights, dtype=np.uint8)).bool()
     packed = pack(mask)
     timings = alternate(
@@ -177,11 +177,11 @@ def bench_packing(n_weights: int, repeats: int) -> dict[str, Any]:
 
 
 def bench_selection(shape: tuple[int, int], n_participants: int, repeats: int) -> list[dict[str, Any]]:
-    """The most voted half, from the planes and from integer votes that are already there."""
+    """Select the half with the most votes, from bit planes and from existing integer counts."""
     pool = mask_pool(shape[0] * shape[1])
     votes = PackedVotes(shape[0] * shape[1])
     generator = np.random.default_rng(SEED)
-    for _ in range(n_participants):  # OR of AND spreads the votes over more than a few counts
+    for _ in range(n_participants):  # combining masks spreads the votes over many different counts
         a, b, c = (pool[i] for i in generator.integers(0, N_DISTINCT, 3))
         votes.add(a & b | c & pool[0])
     counts = votes.counts().reshape(shape)
@@ -208,7 +208,7 @@ def bench_selection(shape: tuple[int, int], n_participants: int, repeats: int) -
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows for the terminal and for the page, by title."""
+    """Build the rows of each table, by title, for the terminal and the page."""
     adding, selection = results["adding"], results["selection"]
     found: dict[str, list[dict[str, Any]]] = {}
     gb_per_second = adding["copy_bytes_per_second"] / 1e9

@@ -137,7 +137,7 @@ def test_a_computation_is_killed(federation, expected):
     assert federation.n_computed("south", "compute-killed") < 5
     kill([worker])
     output = finish(running)
-    assert "again" not in output  # the job continued
+    assert "retrying" not in output  # the job went on
     check(federation, expected, "compute-killed", NAMES, SLOW)
 
 
@@ -151,7 +151,7 @@ def test_a_job_process_is_killed(federation, expected):
         assert not any("libtorch" in library.path for library in process.memory_maps())
     kill([job])
     output = finish(running)
-    assert "again" in output
+    assert "retrying" in output
     check(federation, expected, "job-killed", NAMES, options)
 
 
