@@ -253,3 +253,26 @@ def test_all_text_in_pieces_is_the_joined_text_cut(tmp_path: Path, small_pieces)
     assert text == numbered_text(500).strip().replace("\n", "\n\n")
     expected = torch.tensor(whole(tokenizer, text)).unfold(0, 16, 16)
     assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize(
+    "run", ["=" * 400_000, "ab" * 200_000, "€" * 150_000], ids=["equals", "pairs", "euro"]
+)
+def test_nothing_is_lost_in_a_long_run(run):
+    """Pieces of a run may share no token boundary that both agree on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(set("before after=ab€ "))
+    words = [("<unk>", 0.0), *((letter, -4.0) for letter in letters)]
+    words += (
+        [("=" * n, -3.0 - n / 10) for n in (2, 3, 5, 7)]
+        + [("ab" * n, -3.0) for n in (2, 3, 7)]
+        + [("€€€", -3.0)]
+    )
+    fast = Tokenizer(models.Unigram(words, unk_id=0))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="never", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>")
+    text = f"before {run} after"
+    ids = Encoder(tokenizer).encode(text)
+    assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")

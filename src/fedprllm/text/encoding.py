@@ -58,7 +58,7 @@ class Encoder:
     """A tokenizer for texts of any length, whose ids are checked against the model.
 
     Text longer than about 100,000 characters is encoded in pieces that overlap by 1,024 characters. Two
-    neighbours are joined where both begin a token at the same character and agree on the tokens around it,
+    neighbors are joined where both begin a token at the same character and agree on the tokens around it,
     so that the ids are those of the whole text. Tokenizers that do not tell places (not "fast") meet at a
     line break instead, where the ids may differ from those of the whole by the tokens at that break.
 
@@ -112,9 +112,13 @@ class Encoder:
         for text, n_overlap in _pieces(blocks, self._overlap):
             current = self._encoded(text)
             if previous is not None:
-                end, begin = _meeting(previous, current, n_overlap)
-                yield previous.ids[first:end]
-                first = begin
+                meeting = _meeting(previous, current, n_overlap)
+                if meeting is None:
+                    # A run without a common token boundary: the overlap stays with the piece before.
+                    current = self._encoded(text[n_overlap:])
+                    meeting = len(previous.ids), 0
+                yield previous.ids[first : meeting[0]]
+                first = meeting[1]
             previous = current
         assert previous is not None
         yield previous.ids[first:]
@@ -164,10 +168,16 @@ def break_before(text: str, low: int, high: int) -> int:
     return high
 
 
-def _meeting(previous: _Encoded, current: _Encoded, n_overlap: int) -> tuple[int, int]:
-    """Where two neighbours meet: the end of the one and the beginning of the other, in tokens."""
-    if not n_overlap or previous.places is None or current.places is None:
+def _meeting(previous: _Encoded, current: _Encoded, n_overlap: int) -> tuple[int, int] | None:
+    """Where two neighbors meet: the end of the one and the beginning of the other, in tokens.
+
+    Returns:
+        The two places, or None if the tokens of the overlap do not tell where.
+    """
+    if not n_overlap:
         return len(previous.ids), 0
+    if previous.places is None or current.places is None:
+        return None
     shift = len(previous.text) - n_overlap
     before = previous.boundaries(reversed(range(len(previous.ids))), shift, len(previous.text))
     after = current.boundaries(range(len(current.ids)), 0, n_overlap)
@@ -176,10 +186,7 @@ def _meeting(previous: _Encoded, current: _Encoded, n_overlap: int) -> tuple[int
         end, begin = before[place + shift], after[place]
         if _agree(previous.ids, end, current.ids, begin):
             return end, begin
-    # No such place: the overlap goes to the one before.
-    return len(previous.ids), min(
-        (token for place, token in after.items() if place >= n_overlap), default=len(current.ids)
-    )
+    return None
 
 
 def _agree(first: np.ndarray, end: int, second: np.ndarray, begin: int) -> bool:
