@@ -102,7 +102,9 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
 )
 def test_the_same_bits_as_in_one_process(tmp_path, model, federation, strategy, options):
     options = {"strategy": strategy, **options}
-    channel = federation(allow=["mask", "statistics", "gram", "weights", "outliers"])
+    channel = federation(
+        allow=["mask", "statistics", "gram", "weights", "outliers"], seed=options.get("seed", 0)
+    )
     assert conduct(tmp_path, make_plan(model, prune=options), channel) == "complete", outcome(tmp_path)
     expected = in_process(tmp_path, model, federation.paths, **options)
     same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
@@ -275,7 +277,7 @@ def test_a_late_participant_is_left_out(tmp_path, model, federation):
 
     def meddle(name, request, answer):
         if name == "west" and read_request(request)[0].op == "state":
-            return pack(Reply(state="working", n_ready=1))
+            return pack(Reply(state="working", n_ready=min(read_reply(answer)[0].n_ready, 1)))
         return answer
 
     channel.meddle = meddle

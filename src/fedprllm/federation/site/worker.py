@@ -10,6 +10,7 @@ another process takes over the spool. If it is killed at any point, the next pro
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -260,6 +261,10 @@ class _Walk:
 
         self.walker.enter(self.model)
         n_walked = self.spool.n_walked
+        if self.spool.n_ready < n_walked:
+            # An update behind the walk is gone: only a walk from the beginning makes it again.
+            shutil.rmtree(self.spool.hidden_path(0).parent, ignore_errors=True)
+            return 0
         if n_walked:
             kept = load_file(self.spool.hidden_path(n_walked - 1))
             self.participant.hidden.fill(
