@@ -20,19 +20,11 @@ from tests.isolation import torch_threads
 _CHILD = """
 import sys
 import torch
-from fedprllm import prune
-from tests.dying import people
+from fedprllm import PruneConfig, prune
+model, out = sys.argv[1:]
 torch.set_num_threads(1)
-finish_block = Run.finish_block
-def dying(self, index, record, hidden):
-    if index == int(block) and phase == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    finish_block(self, index, record, hidden)
-    if index == int(block) and phase == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
-Run.finish_block = dying
 participants = [torch.randint(4, 128, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (2, 3)]
-prune(model, participants, PruneConfig(strategy=strategy, seed=int(seed)), out=out)
+prune(model, participants, PruneConfig(), out=out)
 """
 
 
@@ -75,8 +67,7 @@ def test_killed_at_arbitrary_moments(tiny, tmp_path):
     with torch_threads(1):
         undisturbed = prune(tiny("llama"), participants(), out=tmp_path / "undisturbed")
     out = tmp_path / "killed"
-    arguments = [str(tiny("llama")), str(out), "0", "one-shot", "never", "0"]
-    command = [sys.executable, "-W", "ignore", "-c", _CHILD, *arguments]
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(tiny("llama")), str(out)]
     # The first kill happens while the process starts, the later ones during the walk.
     for attempt in range(4):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -28,7 +28,7 @@ def _ria(weight: Matrix, norm: list[float], o: int, j: int) -> float:
     return (abs(weight[o][j]) / row_sum + abs(weight[o][j]) / column_sum) * norm[j] ** 0.5
 
 
-# One oracle per entry of the table.
+# An oracle for every row of the table.
 ORACLES = {
     "wanda": _wanda,
     "magnitude": _magnitude,
