@@ -15,7 +15,7 @@ import psutil
 
 from fedprllm.federation.flare.processes import end, start_participant, start_server
 from fedprllm.federation.flare.rehearsal import rehearsal_kits
-from fedprllm.federation.plan import SiteSettings
+from fedprllm.federation.plan import Plan, SiteSettings
 from tests.federation_helpers import UNLIMITED
 
 STORY = "Once upon a time there was a little {who} who saw {n} birds and gave them bread. "
@@ -62,12 +62,19 @@ class Federation:
             )
             for name, path in self.texts.items()
         }
-        self.plan = rehearsal_kits(self.kits, people)
+        self.plan = self.make_kits(people)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def make_kits(self, people: dict[str, SiteSettings]) -> Plan:
+        return rehearsal_kits(self.kits, people)
+
+    def kit(self, name: str) -> Path:
+        """The kit of the server or of a participant, on its machine."""
+        return self.kits / name
 
     def start(self, name: str) -> None:
         start = start_server if name == "server" else start_participant
-        self.processes[name] = start(self.kits / name)
+        self.processes[name] = start(self.kit(name))
 
     def __enter__(self) -> Federation:
         for name in ("server", *self.names):
@@ -102,7 +109,7 @@ class Federation:
 
     def spool(self, name: str, run: str) -> Path:
         run_id = (self.run_folder(run) / ".run-id").read_text()
-        return self.kits / name / "fedprllm" / "runs" / run_id
+        return self.kit(name) / "fedprllm" / "runs" / run_id
 
     def n_computed(self, name: str, run: str) -> int:
         """Updates of one participant that are ready, wherever they are by now."""

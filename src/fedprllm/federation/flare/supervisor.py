@@ -10,6 +10,7 @@ from typing import Any
 
 from fedprllm.errors import RunError
 from fedprllm.federation.flare.session import AdminSession
+from fedprllm.federation.keys.revoked import RevokedFile
 from fedprllm.federation.plan import Plan, RunPlan
 from fedprllm.files import read_json
 
@@ -43,10 +44,11 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
     """
     folder = runs / plan.name
     names = sorted(plan.participants or federation.participants)
+    revoked = RevokedFile(runs.parent)
     n_fruitless = 0
     before = _achieved(folder)
     while not (folder / "result.json").exists():
-        outcome, reason = _one_job(plan, names, admin_kit, folder, tell)
+        outcome, reason = _one_job(plan, _admitted(names, revoked, plan), admin_kit, folder, tell)
         if outcome == "quorum lost":
             raise RunError(reason)
         if outcome == "error":
@@ -62,6 +64,22 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
         if outcome != "complete":
             tell("again", {"reason": reason})
     return folder
+
+
+def _admitted(names: list[str], revoked: RevokedFile, plan: RunPlan) -> list[str]:
+    """The participants that are not revoked.
+
+    Raises:
+        RunError: They are fewer than the quorum.
+    """
+    excluded = sorted(revoked.names() & set(names))
+    admitted = [name for name in names if name not in excluded]
+    if excluded and len(admitted) < plan.quorum:
+        raise RunError(
+            f"{', '.join(excluded)} was revoked, {len(admitted)} participants are left and the quorum is "
+            f"{plan.quorum}: 'fedprllm federation revoke NAME --undo' lets a participant in again"
+        )
+    return admitted
 
 
 def _achieved(folder: Path) -> int:
