@@ -146,8 +146,8 @@ def check_requested(kits: Path, plan: Plan, request: Request) -> None:
     own = [entry.key for entry in issued(kits) if entry.name == request.name]
     if digest in own and own[-1] != digest:
         raise ConfigError(
-            f"the request of '{request.name}' has a key that it replaced, which somebody else may hold: ask for "
-            "the request of a new key ('fedprllm identity renew FOLDER --new-key')"
+            f"the request of '{request.name}' has a key that it replaced, which somebody else may hold: "
+            "ask for the request of a new key ('fedprllm identity renew FOLDER --new-key')"
         )
     for entry in issued(kits):
         if entry.key == digest and entry.name != request.name:

@@ -274,7 +274,7 @@ def issue(
     """
     begin = begin or datetime.now(UTC) - _CLOCK_TOLERANCE
     end = min(begin + timedelta(days=valid_days), root.certificate.not_valid_after_utc)
-    if end <= datetime.now(UTC):
+    if root.certificate.not_valid_after_utc <= datetime.now(UTC):
         raise RunError(
             f"the federation's authority expired on {_day(root.certificate.not_valid_after_utc)}: write new "
             "kits with 'fedprllm federation init PLAN.toml --out ANOTHER_FOLDER'; all participants need new "
