@@ -31,7 +31,7 @@ from fedprllm.errors import FedprllmError, RunError
 from fedprllm.federation.flare.kits import keys_of_participants, write_kits, write_ready_kits
 from fedprllm.federation.flare.processes import start_participant, start_server
 from fedprllm.federation.keys import authority as authorities
-from fedprllm.federation.keys import certificates, revoked
+from fedprllm.federation.keys import certificates, requests, revoked
 from fedprllm.federation.keys.identity import accept, check_credentials, examine, new_identity, renew
 from fedprllm.federation.plan import Plan
 from fedprllm.files import read_json, write_json
@@ -82,7 +82,7 @@ def joined(kits, tmp_path, quick_keys):
 
 
 def sign(kits, path, **options):
-    return authorities.sign(kits, make_plan(**options), certificates.read_request(path))
+    return authorities.sign(kits, make_plan(**options), requests.read_request(path))
 
 
 def run(*words):
@@ -100,7 +100,7 @@ def test_a_new_identity_is_a_key_for_its_owner_only_and_a_request_without_secret
     assert stat.S_IMODE((folder / "startup" / "client.key").stat().st_mode) == 0o600
     assert stat.S_IMODE((folder / "startup").stat().st_mode) == 0o700
     assert private_keys(folder) == {"startup/client.key"}
-    read = certificates.read_request(request.path)
+    read = requests.read_request(request.path)
     assert read.name == "north"
     assert certificates.fingerprint(read.public_key) == request.fingerprint
 
@@ -211,31 +211,31 @@ def test_a_request_is_for_a_name_and_nothing_else(case, keys, tmp_path):
     make, message = BAD_REQUESTS[case]
     (tmp_path / "north.csr").write_bytes(make(keys[0]))
     with pytest.raises(ConfigError, match=message):
-        certificates.read_request(tmp_path / "north.csr")
+        requests.read_request(tmp_path / "north.csr")
 
 
 def test_a_request_proves_that_its_sender_holds_the_key(keys, tmp_path):
     """Somebody else's public key, without its private one: the signature is of another key."""
     path = tmp_path / "north.csr"
-    honest, forger = (x509.load_pem_x509_csr(certificates.make_request(key, "north")) for key in keys[:2])
+    honest, forger = (x509.load_pem_x509_csr(requests.make_request(key, "north")) for key in keys[:2])
     der = honest.public_bytes(serialization.Encoding.DER)
     assert honest.signature in der
     forged = der.replace(honest.signature, forger.signature)
     text = base64.encodebytes(forged).decode()
     path.write_text(f"-----BEGIN CERTIFICATE REQUEST-----\n{text}-----END CERTIFICATE REQUEST-----\n")
     with pytest.raises(ConfigError, match="may not hold the private key"):
-        certificates.read_request(path)
+        requests.read_request(path)
     altered = der.replace(b"north", b"south")
     text = base64.encodebytes(altered).decode()
     path.write_text(f"-----BEGIN CERTIFICATE REQUEST-----\n{text}-----END CERTIFICATE REQUEST-----\n")
     with pytest.raises(ConfigError, match="may not hold the private key"):
-        certificates.read_request(path)
+        requests.read_request(path)
 
 
 def test_a_private_key_that_was_sent_by_mistake_is_recognized(tmp_path, keys):
     certificates.write_key(tmp_path / "north.csr", keys[0])
     with pytest.raises(ConfigError, match="holds a private key, which must not leave"):
-        certificates.read_request(tmp_path / "north.csr")
+        requests.read_request(tmp_path / "north.csr")
 
 
 # Signing ---------------------------------------------------------------------------------------
@@ -310,14 +310,14 @@ def test_the_search_for_private_keys_finds_them(kind, archive, keys, tmp_path):
 
 def test_only_participants_of_the_plan_get_certificates(kits, keys, tmp_path):
     for name, message in (("nroth", "did you mean 'north'"), ("localhost", "Only participants")):
-        (tmp_path / "x.csr").write_bytes(certificates.make_request(keys[0], name))
+        (tmp_path / "x.csr").write_bytes(requests.make_request(keys[0], name))
         with pytest.raises(ConfigError, match=message):
             sign(kits, tmp_path / "x.csr")
     assert not list(kits.glob("*.kit"))
 
 
 def test_two_participants_never_have_the_same_key(kits, joined, keys, tmp_path):
-    (tmp_path / "south.csr").write_bytes(certificates.make_request(keys[0], "south"))
+    (tmp_path / "south.csr").write_bytes(requests.make_request(keys[0], "south"))
     with pytest.raises(ConfigError, match="has the key of 'north'"):
         sign(kits, tmp_path / "south.csr")
 
@@ -454,7 +454,7 @@ def test_a_new_key_ends_the_old_certificate(kits, joined):
 
 def test_a_replaced_key_is_never_certified_again(kits, joined, tmp_path, keys):
     sign(kits, renew(joined, with_new_key=True).path)
-    (tmp_path / "north.csr").write_bytes(certificates.make_request(keys[0], "north"))
+    (tmp_path / "north.csr").write_bytes(requests.make_request(keys[0], "north"))
     with pytest.raises(ConfigError, match="has a key that it replaced"):
         sign(kits, tmp_path / "north.csr")
 

@@ -101,7 +101,7 @@ def sign(
     need_keys()
     from fedprllm.federation.keys import authority
     from fedprllm.federation.keys.certificates import fingerprint as fingerprint_of
-    from fedprllm.federation.keys.certificates import read_request
+    from fedprllm.federation.keys.requests import read_request
 
     if fingerprint is not None and len(requests) > 1:
         raise ConfigError(f"--fingerprint is of one request, found {len(requests)}: sign them one at a time")
@@ -215,7 +215,8 @@ def status(
             heard = connected.get(name)
             age = f"{max(0.0, time.time() - heard):.0f} s ago" if heard is not None else ""
             state = "[red]revoked[/]" if name in revoked else "yes" if heard is not None else "[red]no[/]"
-            table.add_row(name, state, age, ends.get(name, "not signed"))
+            # The authority may be on another machine; then nothing is known here.
+            table.add_row(name, state, age, ends.get(name, "not signed" if ends else ""))
         console.print(table)
         if runs:
             table = Table("run", "blocks", "state")

@@ -295,7 +295,7 @@ def prepare_engine(kit: Path, max_message_mb: int) -> Path:
     for name in _CREDENTIALS:
         source, copy = kit / "startup" / name, engine / "startup" / name
         if not source.is_file():
-            raise RunError(f"{kit} is not complete: {source} is missing; unpack the kit again")
+            raise RunError(f"{kit} is not complete: {source} is missing; accept the kit again")
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_private(copy, source.read_bytes())
     write_json(engine / "startup" / _STARTUP, _startup(address))
@@ -313,7 +313,7 @@ def _check_no_links(folder: Path) -> None:
     """
     inside = [path for path in folder.rglob("*") if path.is_symlink()] if folder.is_dir() else []
     for path in [folder] * folder.is_symlink() + inside:
-        raise RunError(f"{path} is a link, to {path.readlink()}: remove it, or unpack the kit again")
+        raise RunError(f"{path} is a link, to {path.readlink()}: remove it")
 
 
 def _sweep(engine: Path) -> None:

@@ -34,10 +34,10 @@ from fedprllm.federation.keys.certificates import (
     pem,
     read_certificate,
     read_key,
-    read_request,
     write_key,
 )
 from fedprllm.federation.keys.identity import KEY, accept, examine, new_identity
+from fedprllm.federation.keys.requests import read_request
 from fedprllm.federation.plan import Plan
 from fedprllm.files import read_json, write_json, write_text
 

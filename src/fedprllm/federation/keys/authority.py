@@ -18,7 +18,6 @@ from cryptography import x509
 
 from fedprllm.errors import ConfigError, RunError, did_you_mean
 from fedprllm.federation.keys.certificates import (
-    Request,
     Root,
     check_dates,
     common_name,
@@ -33,6 +32,7 @@ from fedprllm.federation.keys.certificates import (
     write_key,
 )
 from fedprllm.federation.keys.kit_file import FORMAT, KitFile, write_kit_file
+from fedprllm.federation.keys.requests import Request
 from fedprllm.federation.keys.revoked import check_server_here, supersede
 from fedprllm.federation.plan import Plan
 from fedprllm.files import read_json, write_json, write_text

@@ -1,4 +1,4 @@
-"""Private keys, certificate requests and certificates, and the checks of what others send.
+"""Private keys, fingerprints and certificates.
 
 Keys are RSA because FLARE signs with PSS when a participant registers. No private key leaves the machine it
 was made on; what is compared by telephone is `fingerprint`.
@@ -22,8 +22,9 @@ from fedprllm.errors import ConfigError, RunError
 from fedprllm.files import write_private
 
 __all__ = [
+    "EXPONENT",
+    "KEY_BITS",
     "WARN_DAYS",
-    "Request",
     "Root",
     "check_dates",
     "common_name",
@@ -33,13 +34,12 @@ __all__ = [
     "issue",
     "key_digest",
     "key_of",
-    "make_request",
     "make_root",
     "new_key",
     "pem",
     "read_certificate",
     "read_key",
-    "read_request",
+    "read_small",
     "same_fingerprint",
     "write_key",
 ]
@@ -47,11 +47,9 @@ __all__ = [
 # Days before its end from which a certificate's owner is told to renew it.
 WARN_DAYS = 30
 
-_KEY_BITS = 3072
-_MAX_KEY_BITS = 8192
-_EXPONENT = 65537
+KEY_BITS = 3072
+EXPONENT = 65537
 _MAX_FILE_BYTES = 64 * 1024
-_HASHES = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 _ORGANIZATION = "fedprllm"
 # Certificates begin this long before they are signed: clocks differ, and many are used within seconds.
 _CLOCK_TOLERANCE = timedelta(minutes=10)
@@ -62,7 +60,7 @@ _CLOCK_TOLERANCE = timedelta(minutes=10)
 
 def new_key() -> rsa.RSAPrivateKey:
     """Draw a private key."""
-    return rsa.generate_private_key(public_exponent=_EXPONENT, key_size=_KEY_BITS)
+    return rsa.generate_private_key(public_exponent=EXPONENT, key_size=KEY_BITS)
 
 
 def write_key(path: Path, key: rsa.RSAPrivateKey) -> None:
@@ -84,7 +82,9 @@ def read_key(path: Path, content: bytes | None = None) -> rsa.RSAPrivateKey:
         RunError: The file is missing or does not hold an RSA key.
     """
     try:
-        key = serialization.load_pem_private_key(_read(path) if content is None else content, password=None)
+        key = serialization.load_pem_private_key(
+            read_small(path) if content is None else content, password=None
+        )
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise RunError(
             f"{path} does not hold a private key that can be read: restore it from your backup, or make a "
@@ -114,99 +114,6 @@ def same_fingerprint(one: str, other: str) -> bool:
     """Whether two fingerprints agree, however they are spaced and capitalized."""
     plain = ["".join(text.replace(":", " ").replace("-", " ").split()).lower() for text in (one, other)]
     return plain[0] == plain[1]
-
-
-# Requests --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Request:
-    """A checked certificate request.
-
-    Attributes:
-        name: Name of the participant that asks.
-        public_key: Its key. The request proves that its sender holds the private one.
-    """
-
-    name: str
-    public_key: rsa.RSAPublicKey
-
-
-def make_request(key: rsa.RSAPrivateKey, name: str) -> bytes:
-    """Ask for a certificate in a participant's name: PKCS #10, PEM, signed with its key."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
-    return request.public_bytes(serialization.Encoding.PEM)
-
-
-def read_request(path: Path) -> Request:
-    """Read a certificate request as from an untrusted sender.
-
-    Raises:
-        ConfigError: It is none, asks for more than a name, its key is weak, or its sender does not hold the
-            private key.
-    """
-    content = _read(path, ConfigError)
-    if b"PRIVATE KEY" in content:
-        raise ConfigError(
-            f"{path} holds a private key, which must not leave its owner's machine: delete it here, and ask "
-            "for a request from a new identity ('fedprllm identity new')"
-        )
-    if content.count(b"-----BEGIN") != 1:
-        raise ConfigError(
-            f"{path} is no certificate request: expected the file that 'fedprllm identity' wrote"
-        )
-    try:
-        request = x509.load_pem_x509_csr(content)
-        return _checked(path, request)
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ConfigError(
-            f"{path} is no certificate request that can be read: expected the file that 'fedprllm identity' "
-            "wrote"
-        ) from None
-
-
-def _checked(path: Path, request: x509.CertificateSigningRequest) -> Request:
-    key = request.public_key()
-    defect = _excess(request) or _key_defect(key)
-    if defect is None and not _is_signed(request):
-        defect = "its signature is not that of its key, so its sender may not hold the private key"
-    if defect is not None:
-        raise ConfigError(
-            f"{path}: {defect}; ask for the request that 'fedprllm identity new' or 'renew' writes"
-        )
-    assert isinstance(key, rsa.RSAPublicKey), "other keys are a defect"
-    return Request(common_name(request.subject), key)
-
-
-def _excess(request: x509.CertificateSigningRequest) -> str | None:
-    """What a request asks for beyond a name: a role, rights of an authority, other host names."""
-    if [part.oid for part in request.subject] != [NameOID.COMMON_NAME]:
-        asked = ", ".join(f"{part.oid._name} {str(part.value)[:40]!a}" for part in request.subject)
-        return f"expected the name of a participant and nothing else, found {asked or 'no name'}"
-    asked = ", ".join(extension.oid._name for extension in request.extensions)
-    if asked or list(request.attributes):
-        return f"a participant's request has no extensions or attributes, found {asked or 'an attribute'}"
-    return None
-
-
-def _key_defect(key: object) -> str | None:
-    """Why a public key is not accepted: it is weak, or so long that checking it takes seconds."""
-    if not isinstance(key, rsa.RSAPublicKey):
-        return f"expected an RSA key, found {type(key).__name__}"
-    exponent = key.public_numbers().e
-    if not _KEY_BITS <= key.key_size <= _MAX_KEY_BITS or exponent != _EXPONENT:
-        return (
-            f"expected an RSA key of {_KEY_BITS} to {_MAX_KEY_BITS} bits with exponent {_EXPONENT}, found "
-            f"{key.key_size} bits with exponent {str(exponent)[:12]}"
-        )
-    return None
-
-
-def _is_signed(request: x509.CertificateSigningRequest) -> bool:
-    return isinstance(request.signature_hash_algorithm, _HASHES) and request.is_signature_valid
 
 
 # Certificates ----------------------------------------------------------------------------------
@@ -334,9 +241,11 @@ def read_certificate(path: Path, content: bytes | None = None) -> x509.Certifica
         RunError: The file is missing or does not hold one certificate.
     """
     try:
-        (certificate,) = x509.load_pem_x509_certificates(_read(path) if content is None else content)
+        (certificate,) = x509.load_pem_x509_certificates(read_small(path) if content is None else content)
     except (ValueError, UnsupportedAlgorithm):
-        raise RunError(f"{path} does not hold one certificate: unpack the kit again, or ask for it") from None
+        raise RunError(
+            f"{path} does not hold one certificate: accept the kit again, or ask for another"
+        ) from None
     return certificate
 
 
@@ -402,8 +311,16 @@ def _day(time: datetime) -> str:
     return f"{time:%Y-%m-%d}"
 
 
-def _read(path: Path, error: type[ConfigError | RunError] = RunError) -> bytes:
-    """Read a file that is small if it is what it should be."""
+def read_small(path: Path, error: type[ConfigError | RunError] = RunError) -> bytes:
+    """Read a file that is small if it is what it should be.
+
+    Args:
+        path: The file.
+        error: What is raised otherwise.
+
+    Raises:
+        RunError: The file cannot be read, or is too long to be a key, a request or a certificate.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_FILE_BYTES + 1)

@@ -23,15 +23,14 @@ from fedprllm.federation.keys.certificates import (
     is_authority,
     is_issued_by,
     key_of,
-    make_request,
     new_key,
     pem,
     read_certificate,
     read_key,
-    read_request,
     write_key,
 )
 from fedprllm.federation.keys.kit_file import KitFile, read_kit_file
+from fedprllm.federation.keys.requests import make_request, read_request
 from fedprllm.federation.plan import check_name
 from fedprllm.files import write_private, write_text
 
