@@ -10,7 +10,7 @@ import pytest
 from fedprllm import PruneConfig, prune
 from fedprllm.federation.coordinator import rounds
 from fedprllm.federation.coordinator.job import conduct_run
-from fedprllm.federation.protocol.messages import read_request
+from fedprllm.federation.protocol.messages import Reply, pack, read_request
 from fedprllm.files import read_json
 from tests.federation_helpers import (
     NAMES,
@@ -130,6 +130,28 @@ def test_votes_of_finished_blocks_stay(tmp_path, federation, conduct, strategy):
     result = read_json(tmp_path / "runs" / "run" / "result.json")
     assert result["participants"]["west"]["n_blocks"] == 2
     assert result["participants"]["north"]["n_blocks"] == n_blocks
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
+def test_nobody_waits_for_a_revoked_participant_to_speak(
+    tmp_path, federation, conduct, without_west, strategy
+):
+    """The server lets nothing of it through, and the others compute for longer than a silence may last."""
+    revoked = Revoked()
+    busy = iter(range(100))
+
+    def meddle(name, request, answer):
+        if read_request(request)[0].op != "state":
+            return answer
+        if name == "west":
+            revoked.names = ["west"]
+        if name in revoked.names:
+            return None
+        return answer if next(busy, None) is None else pack(Reply(state="working", n_ready=0))
+
+    federation.meddle = meddle
+    assert conduct(revoked, strategy, silence_s=0.2) == "complete"
+    same_model(tmp_path / "runs" / "run" / "model", without_west(strategy))
 
 
 def test_a_quorum_that_is_lost_by_a_revocation_is_named(tmp_path, federation, conduct):
