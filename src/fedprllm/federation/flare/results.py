@@ -24,6 +24,7 @@ from fedprllm.federation.site.site import settings_path, work_folder
 __all__ = ["exchange_results"]
 
 _TIMEOUT_S = 30.0  # without any progress of the transfer
+_FIRST_TIMEOUT_S = 3.0  # there may be no connection yet, and then no answer comes
 _LOOK_S = 0.5
 _RETRY_S = 2.0
 _ASK_S = 60.0  # between two questions if no run has just ended
@@ -61,13 +62,17 @@ def _serve(cell: Any, kit: Path) -> None:
 def _collect(cell: Any, kit: Path) -> None:
     """Collect results at once, whenever a run has ended, and now and then."""
 
+    timeout_s = _FIRST_TIMEOUT_S
+
     def ask(message: bytes) -> bytes:
+        nonlocal timeout_s
         reply = cell.send_request(
-            RESULT_CHANNEL, "server", RESULT_TOPIC, Message({}, message), timeout=_TIMEOUT_S
+            RESULT_CHANNEL, RESULT_TOPIC, "server", Message({}, message), timeout=timeout_s
         )
         code = reply.get_header(MessageHeaderKey.RETURN_CODE)
         if code != ReturnCode.OK or not isinstance(reply.payload, bytes | bytearray | memoryview):
             raise Unreachable(str(code))
+        timeout_s = _TIMEOUT_S
         return bytes(reply.payload)
 
     home = work_folder(kit)
