@@ -143,6 +143,9 @@ def test_a_revocation_takes_effect_in_a_running_job(federation):
         assert event["event"] == "left out"
         assert event["reason"].startswith("revoked")
         assert "west" not in federation.connected()
+        # Only who still takes part gets the result.
+        assert (federation.kit("north") / "runs" / "cut" / "model").exists()
+        assert not (federation.kit("west") / "runs" / "cut" / "model").exists()
         wait_until(lambda: federation.part("west", "worker_process") is None, "the end of its computation")
 
 

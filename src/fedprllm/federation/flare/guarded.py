@@ -46,7 +46,10 @@ _installed = False
 
 
 def install(
-    communication: dict[str, Any], requests: RequestLog | None, turned_away: TurnedAway | None = None
+    communication: dict[str, Any],
+    requests: RequestLog | None,
+    turned_away: TurnedAway | None = None,
+    made: Callable[[Any], object] = lambda cell: None,  # noqa: ARG005
 ) -> None:
     """Change FLARE in this process, once: do it before a cell is made.
 
@@ -54,6 +57,7 @@ def install(
         communication: FLARE's ``comm_config.json``.
         requests: Where refusals and the server's orders are written down; None in the coordinator's process.
         turned_away: Whom the server turns away; None in all other processes.
+        made: Called with every end point (a `Cell`) of this process.
 
     Raises:
         RunError: This version of FLARE was not tested with the guard.
@@ -65,7 +69,7 @@ def install(
     _installed = True
     _fix_communication(communication)
     _limit_frames()
-    _guard_cells(int(communication["streaming_max_blob_size"]), requests or Unwritten(), turned_away)
+    _guard_cells(int(communication["streaming_max_blob_size"]), requests or Unwritten(), turned_away, made)
     _close_handlers()
     _refuse_super()
     _guard_job_processes()
@@ -125,7 +129,12 @@ class _Waiting:
             self._changed.notify_all()
 
 
-def _guard_cells(max_update_bytes: int, notes: Notes, turned_away: TurnedAway | None) -> None:
+def _guard_cells(
+    max_update_bytes: int,
+    notes: Notes,
+    turned_away: TurnedAway | None,
+    made: Callable[[Any], object],
+) -> None:
     from nvflare.fuel.f3.cellnet.cell import Adapter, Cell
     from nvflare.fuel.f3.cellnet.core_cell import CoreCell
     from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
@@ -146,6 +155,7 @@ def _guard_cells(max_update_bytes: int, notes: Notes, turned_away: TurnedAway | 
     def cell(self: Any, *arguments: Any, **options: Any) -> None:
         make_cell(self, *arguments, **options)
         self.core_cell.fedprllm_guard.stream_cell = self
+        made(self)
 
     def receive(self: Any, endpoint: Any, connection: Any, app_id: int, message: Any) -> None:
         if not isinstance(connection, NullConnection):  # a process speaks to itself without one
@@ -278,9 +288,15 @@ def main() -> None:
     path = work_folder(kit) / REQUESTS if is_site else kit / "refused.jsonl"
     # All messages of participants come to the server's own process first, also those to its process of a job.
     is_server = ".server.server_train" in module
-    turned_away = TurnedAway(RevokedFile(kit)) if is_server else None
+    from fedprllm.federation.flare.results import exchange_results
+
     try:
-        install(_communication(workspace, is_site=is_site), RequestLog(path), turned_away)
+        install(
+            _communication(workspace, is_site=is_site),
+            RequestLog(path),
+            TurnedAway(RevokedFile(kit)) if is_server else None,
+            lambda cell: exchange_results(cell, kit),
+        )
     except FedprllmError as error:
         sys.exit(f"error: {error}")
     runpy.run_module(module, run_name="__main__", alter_sys=True)
