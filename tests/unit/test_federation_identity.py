@@ -583,6 +583,21 @@ def test_a_revocation_is_read_by_whoever_watches(tmp_path):
     assert watched.read().serials == {"1f", "2e"}
 
 
+def test_whoever_is_let_in_again_while_the_server_is_down_is_let_in_by_flare_too(tmp_path):
+    from nvflare.private.fed.server.client_manager import ClientManager
+
+    path = tmp_path / "disabled_clients.json"
+    manager = ClientManager(project_name="x")
+    manager.set_disabled_clients_file(str(path))
+    for name in ("north", "south"):
+        revoked.revoke(tmp_path, name)
+        manager.disable_client(name)
+    revoked.readmit(tmp_path, "north")
+    restarted = ClientManager(project_name="x")
+    restarted.set_disabled_clients_file(str(path))
+    assert restarted.disabled_clients == {"south"} == revoked.RevokedFile(tmp_path).names()
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"names": [], "serials": []}', '{"names": {"a": "b"}}'])
 def test_a_damaged_list_refuses_everything_instead_of_nothing(content, tmp_path):
     (tmp_path / revoked.REVOKED).write_text(content)

@@ -20,6 +20,8 @@ from fedprllm.files import read_json, write_json
 __all__ = ["REVOKED", "Revoked", "RevokedFile", "check_server_here", "readmit", "revoke", "supersede"]
 
 REVOKED = "revoked.json"
+# FLARE's own list, which it reads when the server starts and writes while it runs.
+_FLARE_LIST = "disabled_clients.json"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ def revoke(server_kit: Path, name: str) -> None:
 def readmit(server_kit: Path, name: str) -> None:
     """Let a revoked participant in again; replaced certificates stay refused."""
     _change(server_kit, remove=name)
+    path = server_kit / _FLARE_LIST
+    if path.exists():
+        listed = read_json(path)["disabled_clients"]
+        write_json(path, {"disabled_clients": [other for other in listed if other != name]})
 
 
 def supersede(server_kit: Path, serials: list[str]) -> None:
