@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +18,14 @@ from fedprllm.errors import ConfigError, FedprllmError
 from fedprllm.evaluation.perplexity import window_length_for
 from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.coordinator.decisions import BlockDecider, Pruning, Surveying
+from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.coordinator.rounds import Ask, Coordinator
 from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
+from fedprllm.federation.protocol.results import Manifest
 from fedprllm.files import write_json, write_text
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.fingerprints import model_digest
 from fedprllm.models.identity import model_identity
 from fedprllm.models.source import resolve_model
@@ -32,6 +35,7 @@ from fedprllm.pruning.preflight import (
     check_message_size,
     check_pattern_divides,
     check_update_size,
+    decision_bytes,
     needed_bytes,
 )
 from fedprllm.pruning.records import (
@@ -68,6 +72,7 @@ def conduct_run(
     channel: Channel,
     stopped: Callable[[], bool] = lambda: False,
     max_message_mb: float | None = None,
+    revoked: Callable[[], Collection[str]] = tuple,
 ) -> str:
     """Work on a run until it is complete or cannot continue, and record the outcome.
 
@@ -79,13 +84,14 @@ def conduct_run(
         channel: Transport to the participants.
         stopped: Called between steps. True ends the job.
         max_message_mb: Longest message that sites and server accept, in MB (10^6 bytes). None for no limit.
+        revoked: Called between steps. Names participants whose part ends, also while the run goes on.
 
     Returns:
         The recorded outcome: ``complete``, ``interrupted``, ``quorum lost`` or ``error``.
     """
     folder = runs / plan.name
     try:
-        _conduct(plan, names, folder, channel, stopped, max_message_mb)
+        _conduct(plan, names, folder, channel, stopped, max_message_mb, revoked)
         outcome, reason = "complete", ""
     except Interrupted as interruption:
         outcome, reason = "interrupted", str(interruption)
@@ -104,6 +110,7 @@ def _conduct(
     channel: Channel,
     stopped: Callable[[], bool],
     max_message_mb: float | None,
+    revoked: Callable[[], Collection[str]],
 ) -> None:
     taking_part = _taking_part(plan, names)
     config = plan.config
@@ -124,10 +131,12 @@ def _conduct(
         "versions": versions(),
         "run_id": run_id.hex(),
     }
-    run = Run(folder, identity, needed_bytes(model, [], config))
+    run = Run(folder, identity, needed_bytes(model, [], config) + decision_bytes(model, config))
     with run.when_free(_LOCK_WAIT_S):
         if not run.is_complete:
-            conducting = _Conducting(model, config, fingerprints, plan, taking_part, channel, stopped)
+            conducting = _Conducting(
+                model, config, fingerprints, plan, taking_part, channel, stopped, revoked
+            )
             outliers = conducting.survey(run, identity)
             conducting.prune(run, run_id, identity, outliers)
 
@@ -143,6 +152,7 @@ class _Conducting:
     names: Sequence[str]
     channel: Channel
     stopped: Callable[[], bool]
+    revoked: Callable[[], Collection[str]]
 
     def _ballots(self, method: Method[_Decided], run_id: bytes, folder: Path) -> Ballots[_Decided]:
         def updates(block: int) -> Path:
@@ -154,7 +164,16 @@ class _Conducting:
         self, ask: Ask, ballots: Ballots[Any], decider: BlockDecider, run: Run, folder: Path
     ) -> Coordinator:
         return Coordinator(
-            ask, ballots, decider, self.plan, self.names, run, self.channel, folder, self.stopped
+            ask,
+            ballots,
+            decider,
+            self.plan,
+            self.names,
+            run,
+            self.channel,
+            folder,
+            self.stopped,
+            self.revoked,
         )
 
     def survey(self, run: Run, identity: Mapping[str, Any]) -> list[Outliers]:
@@ -193,8 +212,27 @@ class _Conducting:
         coordinator = self._coordinator(ask, ballots, decider, run, folder)
         coordinator.conduct()
         decider.finish()
-        _finish(run, self.model, identity, outliers)
+        record = _finish(run, self.model, identity, outliers)
+        self._publish(run, run_id, record, coordinator.participants)
+        run.finish(record)
         coordinator.finish()
+
+    def _publish(self, run: Run, run_id: bytes, record: RunRecord, still_in: Iterable[str]) -> None:
+        """Let participants fetch the result."""
+        checkpoint = Checkpoint(run.model_dir())
+        publication = Publication(run.folder)
+        manifest = Manifest(
+            run=run_id.hex(),
+            name=self.plan.name,
+            model=self.plan.model,
+            fingerprints=dict(self.fingerprints),
+            blocks=publication.decision_digests(self.model.n_blocks),
+            tensors=checkpoint.fingerprints(checkpoint.names),
+            n_prunable=record.n_prunable,
+            n_zeros=record.n_zeros,
+            card=(run.model_dir() / "README.md").read_text(encoding="utf-8"),
+        )
+        publication.publish(manifest, self.names if self.plan.left_out_receive else list(still_in))
 
 
 def _taking_part(plan: RunPlan, names: Sequence[str]) -> list[str]:
@@ -215,8 +253,8 @@ def _taking_part(plan: RunPlan, names: Sequence[str]) -> list[str]:
 
 def _finish(
     run: Run, model: BlockwiseModel, identity: Mapping[str, Any], outliers: Sequence[Outliers]
-) -> None:
-    """Write the result in the same format as a run in one process."""
+) -> RunRecord:
+    """Write the model card and return the result, in the same format as a run in one process."""
     records = run.records()
     surveyed = Run(run.folder / "survey", {}).survey_records()
     config = identity["config"]
@@ -238,7 +276,7 @@ def _finish(
         }
     )
     write_model_card(run.model_dir(), record)
-    run.finish(record)
+    return record
 
 
 def _longest(record: BlockRecord | SurveyRecord) -> int:

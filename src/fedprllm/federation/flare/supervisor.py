@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedprllm.errors import RunError
+from fedprllm.federation.coordinator.results import outcomes
 from fedprllm.federation.flare.session import AdminSession
+from fedprllm.federation.keys.revoked import RevokedFile
 from fedprllm.federation.plan import Plan, RunPlan
 from fedprllm.files import read_json
 
@@ -35,18 +37,19 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
         federation: The participants and the server.
         admin_kit: The coordinator's kit.
         runs: The server's folder of runs, readable from here.
-        tell: Reports progress (``progress``, with the coordinator's status) and of events (``job``,
-            ``again``, ``waiting``).
+        tell: Reports progress (``progress``, with the coordinator's status; ``results``, with what became of
+            the model at each participant) and events (``job``, ``again``, ``waiting``).
 
     Raises:
         RunError: Too few participants are left, or several jobs in a row got nowhere.
     """
     folder = runs / plan.name
     names = sorted(plan.participants or federation.participants)
+    revoked = RevokedFile(runs.parent)
     n_fruitless = 0
     before = _achieved(folder)
     while not (folder / "result.json").exists():
-        outcome, reason = _one_job(plan, names, admin_kit, folder, tell)
+        outcome, reason = _one_job(plan, _admitted(names, revoked, plan), admin_kit, folder, tell)
         if outcome == "quorum lost":
             raise RunError(reason)
         if outcome == "error":
@@ -61,7 +64,52 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
             )
         if outcome != "complete":
             tell("again", {"reason": reason})
+    _hand_out(plan, revoked, admin_kit, folder, tell)
     return folder
+
+
+def _admitted(names: list[str], revoked: RevokedFile, plan: RunPlan) -> list[str]:
+    """The participants that are not revoked.
+
+    Raises:
+        RunError: They are fewer than the quorum.
+    """
+    excluded = sorted(revoked.names() & set(names))
+    admitted = [name for name in names if name not in excluded]
+    if excluded and len(admitted) < plan.quorum:
+        raise RunError(
+            f"{', '.join(excluded)} was revoked, {len(admitted)} participants are left and the quorum is "
+            f"{plan.quorum}: 'fedprllm federation revoke NAME --undo' lets a participant in again"
+        )
+    return admitted
+
+
+def _hand_out(plan: RunPlan, revoked: RevokedFile, admin_kit: Path, folder: Path, tell: Tell) -> None:
+    """Wait while connected participants fetch the result and build the model.
+
+    Participants that are not connected fetch it later. The wait ends ``deadline_s`` after the last news.
+    """
+    before, end = outcomes(folder), time.monotonic() + plan.deadline_s
+    if all(before.values()):
+        return
+    session = _session(admin_kit, tell)
+    try:
+        while time.monotonic() < end:
+            found = outcomes(folder)
+            end = time.monotonic() + plan.deadline_s if found != before else end
+            before = found
+            unheard = {name for name, outcome in found.items() if not outcome} - revoked.names()
+            waiting = unheard & set(session.connected())
+            if not waiting:
+                return
+            tell("results", {"outcomes": found, "waiting": sorted(waiting)})
+            time.sleep(_WATCH_S)
+    except RunError:
+        raise
+    except Exception as error:  # noqa: BLE001  of FLARE's session, whose errors have no common base
+        tell("again", {"reason": f"the server does not answer: {type(error).__name__}"})
+    finally:
+        session.close()
 
 
 def _achieved(folder: Path) -> int:
