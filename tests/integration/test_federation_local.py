@@ -90,6 +90,8 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
         {"scale_weights": True, "weighting": "tokens"},
         {"share": "statistics"},
         {"share": "gram"},
+        {"share": "gram", "solver": "sparsegpt"},
+        {"share": "gram", "solver": "alps"},
         {"share": "weights"},
         {"criterion": "magnitude"},
         {"allocation": "owl"},

@@ -167,11 +167,11 @@ def test_the_unit_of_the_inputs_makes_no_difference(solver, factor) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_nothing_to_prune_changes_nothing_that_matters(solver) -> None:
+def test_nothing_to_prune_changes_nothing(solver) -> None:
     weight, inputs = problem(4, 8)
     found = SOLVERS[solver](scaled(weight, inputs.T @ inputs, 0.0))
     assert not found.pruned.mask.any()
-    torch.testing.assert_close(found.weight, weight, rtol=1e-3, atol=1e-4)
+    assert torch.equal(found.weight, weight)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
@@ -183,8 +183,8 @@ def test_sums_that_are_none_are_refused(value) -> None:
 
 
 def test_damping_grows_where_tokens_are_few() -> None:
-    assert damping_for(16 * 576, 576) == damping_for(10**9, 576) == 0.05
-    assert damping_for(8 * 576, 576) == 0.1
+    assert damping_for(16 * 576, 576) == damping_for(10**9, 576) == 0.1
+    assert damping_for(8 * 576, 576) == 0.2
     assert damping_for(1, 576) == damping_for(0, 576) == 1.0
 
 

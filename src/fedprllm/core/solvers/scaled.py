@@ -26,7 +26,7 @@ __all__ = ["Problem", "damping_for"]
 
 _REFIT_STEPS = 10
 # Damping with at least `_PLENTY` tokens per input channel; with fewer it grows in proportion.
-_DAMPING, _PLENTY, _MAX_DAMPING = 0.05, 16, 1.0
+_DAMPING, _PLENTY, _MAX_DAMPING = 0.1, 16, 1.0
 
 Mask = Bool[Tensor, "out in"]
 Matrix = Float[Tensor, "out in"]
@@ -151,8 +151,9 @@ class Problem:
         return solution
 
     def reconstruction(self, solution: Matrix, pruned: PruneMask) -> Reconstruction:
-        """Undo the scaling. Kept weights of dead channels keep their value."""
-        weight = torch.where(self.dead, self.original, solution / self.norms)
+        """Undo the scaling. Rows that lose nothing, and kept weights of dead channels, keep their value."""
+        unchanged = self.dead | ~pruned.mask.any(dim=1, keepdim=True)
+        weight = torch.where(unchanged, self.original, solution / self.norms)
         weight = weight.masked_fill_(pruned.mask, 0.0)
         return Reconstruction(weight, pruned, self.damping, int(self.dead.sum()))
 
