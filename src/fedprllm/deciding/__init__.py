@@ -1,7 +1,8 @@
 """How the server decides what to prune from the sums of what participants shared.
 
 A decision is a function ``(totals, block, target) -> BlockDecision`` plus an entry in `DECISIONS`, under the
-kind of update whose sums it needs. The option `aggregation` selects one of those that share a kind.
+kind of update whose sums it needs. The first entry of a kind is its default; the option `aggregation` selects
+another.
 
 | kind shared | decision | meaning |
 |---|---|---|
@@ -103,7 +104,10 @@ DECISIONS: dict[str, tuple[Decision, ...]] = {
             keeps_apart=True,
         ),
     ),
-    "gram": (Decision("sparsegpt", by_sparsegpt, _layer, survey=_SUMS),),
+    "gram": (
+        # The first one is the default.
+        Decision("sparsegpt", by_sparsegpt, _layer, survey=_SUMS),
+    ),
     "weights": (Decision("average", by_average, _server),),
 }
 
