@@ -252,7 +252,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         _FEDERATION,
     ),
     "hostile": Benchmark(
-        "One hostile participant of 4 and of 16, for every way of sharing: perplexity of the honest and of the "
+        "One hostile participant of 4 and of 16, for every way of sharing: perplexity of the honest and the "
         "attacked model, or refused and named (16 windows of 128 tokens each, the small model of the tests)",
         ("benchmarks.hostile",),
         hostile.tables,
