@@ -6,13 +6,13 @@ as the mask does. The error is the median over channels, relative, after the bes
 
 Membership: which of two windows of source code is among the windows behind an update, one that is or one
 from another document? A likelihood ratio of Gaussians over the channels' sums of squares, with mean and
-spread from 96 reference windows of other documents of the same kind; from masks, with the recovered norms. Of
-several participants only the total is seen, as with secure aggregation: the sum of their statistics, or the
-votes. An AUC of 0.5 is guessing. "Proved absent": windows that exceed the sum in some channel.
+covariance from 192 reference windows of other documents of the same kind; from masks, with the recovered
+norms. Of several participants only the total is seen, as with secure aggregation: the sum of their
+statistics, or the votes. An AUC of 0.5 is guessing. "Proved absent": windows beyond the sum in some channel.
 
 Inputs of all blocks are those of the unpruned model.
 
-    python -m benchmarks.leakage [--blocks 2] [--length 128] [--targets 2] [--quick]
+    python -m benchmarks.leakage [--blocks 4] [--length 128] [--targets 2] [--quick]
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from fedprllm.models.source import resolve_model
 from fedprllm.pruning.participant import Participant
 
 _KIND = "code"
-_N_REFERENCE = 96
+_N_REFERENCE = 192
 _N_ABSENT = 48
 _ROUNDS = 12
-_CLIP = 5.0  # standard deviations; a few channels would decide otherwise
+_SHRINKAGE = 0.1
+_CLIP = 8.0  # standard deviations; a few channels would decide otherwise
 
 # Sums of squares of every window, [windows, in], and the weights of one Linear that reads this input.
 Input = tuple[Tensor, Tensor]
@@ -49,7 +50,7 @@ Input = tuple[Tensor, Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default=None, help="folder, hub id or GGUF file [SmolLM2-135M]")
-    parser.add_argument("--blocks", type=int, default=2, help="blocks whose updates are seen")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks whose updates are seen")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--targets", type=int, default=2, help="different sets of windows for each figure")
     parser.add_argument("--threads", type=int, default=2)
@@ -60,12 +61,16 @@ def main() -> None:
     n_windows, n_participants = ((1, 4), (1, 2)) if options.quick else ((1, 4, 16, 64), (1, 4, 8, 32))
     with tempfile.TemporaryDirectory() as temporary:
         file = demo_texts(Path(temporary))[_KIND][0]
-        windows = windows_of(model, file, 160 if options.quick else 800, options.length)
+        windows = windows_of(model, file, 280 if options.quick else 800, options.length)
     inputs = _observed(model, windows, options.blocks)
     most = len(windows) - _N_REFERENCE - _N_ABSENT
     print(f"{len(windows)} windows of {_KIND}, {len(inputs)} inputs", file=sys.stderr)
+    gaussian = Gaussian(torch.cat([sums[most : most + _N_REFERENCE] for sums, _ in inputs], dim=1))
     rows = [
-        _row(inputs, m, n, most, options.targets) for m in n_participants for n in n_windows if m * n <= most
+        _row(inputs, gaussian, m, n, most, options.targets)
+        for m in n_participants
+        for n in n_windows
+        if m * n <= most
     ]
     result = {
         "benchmark": "leakage",
@@ -101,30 +106,33 @@ def _observed(model: BlockwiseModel, windows: Tensor, n_blocks: int) -> list[Inp
     return inputs
 
 
-def _row(inputs: Sequence[Input], m: int, n: int, most: int, n_targets: int) -> dict[str, Any]:
+def _row(
+    inputs: Sequence[Input], model: Gaussian, m: int, n: int, most: int, n_targets: int
+) -> dict[str, Any]:
     """One line of the table: ``m`` participants with ``n`` windows each."""
-    scores: dict[str, tuple[list[float], list[float]]] = {"statistics": ([], []), "mask": ([], [])}
-    errors, absent = [], []
+    every = torch.cat([sums for sums, _ in inputs], dim=1)
+    outside = every[most + _N_REFERENCE :]
+    scores: dict[str, tuple[list[float], list[float]]] = {"statistics": ([], []), "masks": ([], [])}
+    errors: list[float] = []
+    absent: list[float] = []
     for target in range(n_targets):
         order = torch.randperm(most, generator=torch.Generator().manual_seed(1000 * n + 10 * m + target))
         members = order[: m * n]
         seen = [_seen(sums, weight, members.reshape(m, n)) for sums, weight in inputs]
         errors += [error for _, _, error in seen]
-        outside = torch.arange(most + _N_REFERENCE, most + _N_REFERENCE + _N_ABSENT)
-        for kind, which in (("statistics", 0), ("mask", 1)):
-            totals = [one[which] for one in seen]
-            for found, candidates in zip(scores[kind], (members[:_N_ABSENT], outside), strict=True):
-                found += _likelihoods(inputs, totals, candidates, m * n, most)
-        beyond = [
-            (sums[outside] > total * (1 + 1e-6)).any(dim=1)
-            for (sums, _), (total, _, _) in zip(inputs, seen, strict=True)
-        ]
-        absent += torch.stack(beyond).any(dim=0).double().tolist()
+        true = torch.cat([total for total, _, _ in seen])
+        for kind, total in (
+            ("statistics", true),
+            ("masks", torch.cat([from_mask for _, from_mask, _ in seen])),
+        ):
+            for found, candidates in zip(scores[kind], (every[members[:_N_ABSENT]], outside), strict=True):
+                found += model.likelihoods(total, candidates, m * n)
+        absent += (outside > true * (1 + 1e-6)).any(dim=1).double().tolist()
     row = {
         "participants": m,
-        "windows": n,
+        "windows of each": n,
         "AUC statistics": _auc(*scores["statistics"]),
-        "AUC masks": _auc(*scores["mask"]),
+        "AUC masks": _auc(*scores["masks"]),
         "proved absent by statistics, %": 100 * sum(absent) / len(absent),
         "error of norms from masks, %": 100 * sorted(errors)[len(errors) // 2],
     }
@@ -172,23 +180,31 @@ def _between(in_order: Tensor, counts: Tensor) -> Tensor:
     return (in_order.gather(1, last[:, None]) + in_order.gather(1, following[:, None]))[:, 0] / 2
 
 
-def _likelihoods(
-    inputs: Sequence[Input], totals: Sequence[Tensor], candidates: Tensor, n: int, most: int
-) -> list[float]:
-    """Logarithm of the likelihood that each candidate is among the ``n`` windows, over that it is not."""
-    ratio = torch.zeros(len(candidates), dtype=torch.float64)
-    for (sums, _), total in zip(inputs, totals, strict=True):
-        reference = sums[most : most + _N_REFERENCE]
-        mean, spread = reference.mean(dim=0), reference.std(dim=0).clamp(min=1e-12)
-        without = (total - n * mean) / (spread * n**0.5)
-        others = max(n - 1, 0.05)  # a single window leaves no other, only rounding
-        rest = (total - sums[candidates] - (n - 1) * mean) / (spread * others**0.5)
-        ratio += (_squared(without) - _squared(rest)).sum(dim=1) / 2
-    return ratio.tolist()
+class Gaussian:
+    """Windows of a kind as a Gaussian over all channels, from reference windows.
 
+    The covariance of standardized channels is shrunk towards the identity, because channels far outnumber the
+    reference windows; with it, what all text of a kind shares no longer hides a single window.
+    """
 
-def _squared(deviations: Tensor) -> Tensor:
-    return deviations.clamp(-_CLIP, _CLIP).square()
+    def __init__(self, reference: Tensor) -> None:
+        self.mean, self.spread = reference.mean(dim=0), reference.std(dim=0).clamp(min=1e-12)
+        _, sizes, axes = torch.linalg.svd((reference - self.mean) / self.spread, full_matrices=False)
+        variances = (1 - _SHRINKAGE) * sizes.square() / (len(reference) - 1) + _SHRINKAGE
+        self._axes, self._excess = axes.T, 1 / _SHRINKAGE - 1 / variances
+
+    def distance(self, total: Tensor, n: float) -> Tensor:
+        """Squared Mahalanobis distance of sums over ``n`` windows, [sums, channels], from those expected."""
+        # A single window leaves no others, only rounding.
+        deviation = (total - n * self.mean) / (self.spread * max(n, 0.05) ** 0.5)
+        deviation = deviation.clamp(-_CLIP, _CLIP)
+        whole = deviation.square().sum(dim=1) / _SHRINKAGE
+        return whole - ((deviation @ self._axes).square() * self._excess).sum(dim=1)
+
+    def likelihoods(self, total: Tensor, candidates: Tensor, n: int) -> list[float]:
+        """Logarithm of the likelihood that each candidate is among ``n`` windows, over that it is not."""
+        found: Tensor = self.distance(total[None], n) - self.distance(total - candidates, n - 1)
+        return found.tolist()
 
 
 def _auc(members: Sequence[float], others: Sequence[float]) -> float:
