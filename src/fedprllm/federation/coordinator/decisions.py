@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from fedprllm.core.owl import Outliers
 from fedprllm.deciding import BlockDecision
 from fedprllm.federation.coordinator.ballots import Ballots
+from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.protocol.decision import encode_decision
 from fedprllm.federation.site.spool import write_bytes
 from fedprllm.models.checkpoint import CheckpointWriter
@@ -80,6 +80,7 @@ class Pruning:
     def __init__(self, ballots: Ballots[BlockDecision], run: Run, run_id: bytes, digest: bytes) -> None:
         self._ballots, self._run = ballots, run
         self._run_id, self._digest = run_id, digest
+        self._publication = Publication(run.folder)
         self._writer = CheckpointWriter(run.unfinished_model_dir(), ballots.model.n_blocks)
         method = ballots.method
         self._is_followed = method.strategy.follows_server and method.uses_inputs
@@ -92,10 +93,9 @@ class Pruning:
 
             def announce(decision: BlockDecision) -> None:
                 message = encode_decision(decision, block, self._run_id, self._digest)
-                write_bytes(self._path(index), message)
+                write_bytes(self._publication.decision_path(index), message)
 
             decision = decide_and_write(aggregate, self._writer, announce)
-            self._path(index - 1).unlink(missing_ok=True)
             record = aggregate.record(
                 decision,
                 still_in=sorted(still_in),
@@ -107,10 +107,7 @@ class Pruning:
 
     def decision(self, index: int) -> bytes | None:
         """See `BlockDecider`."""
-        return self._path(index).read_bytes() if self._is_followed else None
-
-    def _path(self, index: int) -> Path:
-        return self._run.folder / "federation" / f"decision-{index:04d}"
+        return self._publication.decision_path(index).read_bytes() if self._is_followed else None
 
     def finish(self) -> None:
         """Write the tensors outside the blocks and move the complete model into place."""
@@ -119,5 +116,3 @@ class Pruning:
             self._writer.write(None, model.checkpoint.load(model.names_outside_blocks()))
             self._writer.finish(model.folder)
             self._run.publish_model()
-        for path in (self._run.folder / "federation").glob("decision-*"):
-            path.unlink()
