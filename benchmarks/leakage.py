@@ -4,11 +4,12 @@ Recovery of norms: a Wanda mask prunes ``|W_ij| * norm_j < threshold_i``. From t
 column norms and row thresholds are estimated in turn, so that each column and each row prunes as many weights
 as the mask does. The error is the median over channels, relative, after the best common scale.
 
-Membership: which of two windows of source code is among the windows behind an update, one that is or one
-from another document? A likelihood ratio of Gaussians over the channels' sums of squares, with mean and
-covariance from 192 reference windows of other documents of the same kind; from masks, with the recovered
-norms. Of several participants only the total is seen, as with secure aggregation: the sum of their
-statistics, or the votes. An AUC of 0.5 is guessing. "Proved absent": windows beyond the sum in some channel.
+Membership: is a window of source code among the windows behind an update? Candidates are windows that are and
+windows that are not, drawn alike from the same documents. A likelihood ratio of Gaussians over the channels'
+sums of squares, with mean and covariance from 192 reference windows of other documents of the same kind; from
+masks, with the recovered norms. Of several participants only the total is seen, as with secure aggregation:
+the sum of their statistics, or the votes. An AUC of 0.5 is guessing. "Proved absent": windows beyond the sum
+in some channel.
 
 Inputs of all blocks are those of the unpruned model.
 
@@ -63,14 +64,14 @@ def main() -> None:
         file = demo_texts(Path(temporary))[_KIND][0]
         windows = windows_of(model, file, 280 if options.quick else 800, options.length)
     inputs = _observed(model, windows, options.blocks)
-    most = len(windows) - _N_REFERENCE - _N_ABSENT
+    most = len(windows) - _N_REFERENCE
     print(f"{len(windows)} windows of {_KIND}, {len(inputs)} inputs", file=sys.stderr)
     gaussian = Gaussian(torch.cat([sums[most : most + _N_REFERENCE] for sums, _ in inputs], dim=1))
     rows = [
         _row(inputs, gaussian, m, n, most, options.targets)
         for m in n_participants
         for n in n_windows
-        if m * n <= most
+        if m * n <= most - _N_ABSENT
     ]
     result = {
         "benchmark": "leakage",
@@ -111,13 +112,12 @@ def _row(
 ) -> dict[str, Any]:
     """One line of the table: ``m`` participants with ``n`` windows each."""
     every = torch.cat([sums for sums, _ in inputs], dim=1)
-    outside = every[most + _N_REFERENCE :]
     scores: dict[str, tuple[list[float], list[float]]] = {"statistics": ([], []), "masks": ([], [])}
     errors: list[float] = []
     absent: list[float] = []
     for target in range(n_targets):
         order = torch.randperm(most, generator=torch.Generator().manual_seed(1000 * n + 10 * m + target))
-        members = order[: m * n]
+        members, outside = order[: m * n], every[order[m * n :][:_N_ABSENT]]
         seen = [_seen(sums, weight, members.reshape(m, n)) for sums, weight in inputs]
         errors += [error for _, _, error in seen]
         true = torch.cat([total for total, _, _ in seen])
