@@ -267,7 +267,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "leakage": Benchmark(
         "What an update tells: the norms behind a mask, and whether a window of 128 tokens is among the text "
-        "(SmolLM2-135M, updates of 4 of 30 blocks)",
+        "(SmolLM2-135M, updates of 3 of 30 blocks)",
         ("benchmarks.leakage",),
         leakage.tables,
     ),
