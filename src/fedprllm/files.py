@@ -30,6 +30,7 @@ __all__ = [
     "read_json",
     "save_tensors",
     "write_json",
+    "write_private",
     "write_text",
 ]
 
@@ -88,6 +89,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner can read, at no moment anybody else; whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.unlink(missing_ok=True)
+        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:
