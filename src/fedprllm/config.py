@@ -121,6 +121,13 @@ class PruneConfig(Settings):
         Literal["participants", "tokens"],
         Field(description="weight of a vote (1, or the participant's number of calibration tokens)"),
     ] = "participants"
+    aggregation: Annotated[
+        Literal["sum", "trimmed"],
+        Field(
+            description="how statistics are combined (trimmed: leave out the highest and lowest quarter of "
+            "the participants in each channel)"
+        ),
+    ] = "sum"
     scale_weights: Annotated[
         bool, Field(description="multiply each kept weight by the fraction of votes to keep it")
     ] = False
@@ -251,6 +258,11 @@ class PruneConfig(Settings):
             raise ConfigError(
                 f"solver applies to Gram matrices, which need share gram, found share {self.share}: leave "
                 "it out"
+            )
+        if self.aggregation != "sum" and self.share != "statistics":
+            raise ConfigError(
+                f"aggregation {self.aggregation} applies to sums of squares, which need share statistics, "
+                f"found share {self.share}: leave it out"
             )
         if self.server_ties is not None and self.share not in ("mask", "weights"):
             raise ConfigError(f"server_ties applies to votes, but share {self.share} has none: leave it out")
