@@ -97,10 +97,15 @@ class PruneResult:
             for of_block in record.blocks
             for name in of_block.linears
         }
+        digests = {
+            out / name: digest
+            for of_block in record.blocks
+            for name, digest in (of_block.files or {}).items()
+        }
         return cls(
             out=out,
             model_dirs={name: out / folder for name, folder in record.models.items()},
-            votes=StoredVotes(votes),
+            votes=StoredVotes(votes, digests),
             sparsity={
                 name: linear.sparsity
                 for of_block in record.blocks
@@ -184,7 +189,9 @@ def _prune(
         "versions": versions(),
     }
     with Run(out, identity, needed_bytes(walked, members, config)) as run:
-        if not run.is_complete:
+        if run.is_complete:
+            run.check_result()
+        else:
             _run(walked, members, samples, config, run, tests, identity, progress)
     return PruneResult.load(out)
 
@@ -222,16 +229,18 @@ def _run(
         for name, folder in models.items():
             pruned = BlockwiseModel(folder, config.dtype, config.device)
             evaluation[name] = perplexities(pruned, tests, progress)
+    folders = {name: str(folder.relative_to(run.folder)) for name, folder in models.items()}
     record = RunRecord.model_validate(
         {
             **identity,
-            "models": {name: str(folder.relative_to(run.folder)) for name, folder in models.items()},
+            "models": folders,
             "n_prunable": model.n_prunable,
             "n_participants": len(walking),
             **_traffic(model, samples, config, identity["participants"]),
             "outlier_ratios": outlier_ratios(outliers),
             "evaluation": evaluation,
             "blocks": run.records(),
+            "files": run.model_files(folders),
         }
     )
     for folder in models.values():
