@@ -237,7 +237,9 @@ def free_bytes(path: Path) -> int:
 
 
 # Suffixes that tell how a text is stored; what follows any other dot belongs to the name.
-_SUFFIXES = re.compile(r"(\.(txt|text|md|jsonl?|jsonlines|ndjson|csv|tsv|tab|parquet))?(\.(gz|bz2|xz|lzma))?$", re.IGNORECASE)
+_SUFFIXES = re.compile(
+    r"(\.(txt|text|md|jsonl?|jsonlines|ndjson|csv|tsv|tab|parquet))?(\.(gz|bz2|xz|lzma))?$", re.IGNORECASE
+)
 _LONGEST_NAME = 80  # bytes: leaves room for what the names of files add to it
 # Files cannot have these names on Windows, whatever the suffix.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
