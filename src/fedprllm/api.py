@@ -31,6 +31,7 @@ from fedprllm.pruning.inputs import (
     make_participants,
     name_participants,
     pool,
+    say_notes,
 )
 from fedprllm.pruning.method import pruning_method
 from fedprllm.pruning.model_card import write_model_card
@@ -150,7 +151,12 @@ def prune(
 
     Raises:
         ConfigError, DataError, ModelError: Bad input, found before the long computation.
-        RunError: The folder belongs to another run or is in use, or the disk is full.
+        RunError: The folder belongs to another run or is in use, the disk is full, or a file of a complete
+            run is missing or damaged.
+
+    Warns:
+        FedprllmWarning: A participant has too little text, files of its folder were left out, or a file of an
+            unfinished run was damaged and is computed again.
     """
     config = config or PruneConfig()
     if not isinstance(config, PruneConfig):
@@ -176,6 +182,7 @@ def _prune(
     check_pattern_divides(walked, config)
     check_update_size(walked, config)
     members, config = make_participants(walked, named, config)
+    say_notes(members)
     samples = sampled(config, [member.name for member in members], walked.n_blocks)
     tests = evaluation_texts(walked, eval_texts, config)
     identity = {
@@ -241,6 +248,7 @@ def _run(
             "evaluation": evaluation,
             "blocks": run.records(),
             "files": run.model_files(folders),
+            "notes": [note for member in members for note in member.notes] or None,
         }
     )
     for folder in models.values():

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import need_plots
+from fedprllm.cli.console import need_plots, noting
 from fedprllm.cli.coordinator import app as federation_app
 from fedprllm.cli.participant import ledger, participate
 from fedprllm.cli.study import study_command
@@ -189,14 +189,15 @@ def _prune(**given: Any) -> None:
 
     from fedprllm.api import prune
 
-    result = prune(
-        options["model"],
-        participants,
-        config,
-        out=options["out"],
-        eval_texts=options.get("eval", ()),
-        progress=bars,
-    )
+    with noting():
+        result = prune(
+            options["model"],
+            participants,
+            config,
+            out=options["out"],
+            eval_texts=options.get("eval", ()),
+            progress=bars,
+        )
     _print_result(result)
 
 
@@ -251,11 +252,7 @@ _register_prune()
 
 
 def _print_result(result: Any) -> None:
-    from fedprllm.pruning.inputs import fewer_windows
-
     record = result.record
-    for sentence in fewer_windows(record):
-        console.print(f"note     {escape(sentence)}", soft_wrap=True)
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
     console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
@@ -15,9 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from fedprllm.errors import ConfigError, FedprllmError, RunError
+from fedprllm.errors import ConfigError, FedprllmError, FedprllmWarning, RunError
 
-__all__ = ["absolute", "attend", "console", "ending", "errors", "heed", "need_flare", "need_plots"]
+__all__ = ["absolute", "attend", "console", "ending", "errors", "heed", "need_flare", "need_plots", "noting"]
 
 console = Console()
 errors = Console(stderr=True)
@@ -40,6 +41,23 @@ def need_plots() -> None:
         ConfigError: It is missing. The message says how to install it.
     """
     _need("report", "reports and studies need matplotlib and Jinja2", "matplotlib", "jinja2")
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[None]:
+    """Print what a user should know as notes; other warnings as usual."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FedprllmWarning)
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *more: Any) -> None:
+            if issubclass(category, FedprllmWarning):
+                errors.print(f"note     {escape(str(message))}", soft_wrap=True)
+            else:
+                usual(message, category, *more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _need(extra: str, sentence: str, *modules: str) -> None:

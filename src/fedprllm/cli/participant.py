@@ -274,6 +274,7 @@ class _Watch:
 
     def __call__(self) -> None:
         self._ask()
+        self._notes()
         for path in self._runs.glob("*/status.json"):
             with contextlib.suppress(FileNotFoundError):
                 key = (path.parent.name, path.stat().st_mtime)
@@ -281,6 +282,15 @@ class _Watch:
                 if status.get("message") and key not in self._shown:
                     self._shown.add(key)
                     errors.print(f"[red]{status['code']}[/]: {escape(status['message'])}", soft_wrap=True)
+
+    def _notes(self) -> None:
+        for path in self._runs.glob("*/notes.json"):
+            with contextlib.suppress(FileNotFoundError, RunError):
+                key = (path.parent.name, path.stat().st_mtime)
+                if key not in self._shown:
+                    self._shown.add(key)
+                    for note in read_sealed(path)["notes"]:
+                        errors.print(f"note     {escape(note)}", soft_wrap=True)
 
     def _ask(self) -> None:
         from fedprllm.federation.site.consent import answer, open_questions

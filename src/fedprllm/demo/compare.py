@@ -22,7 +22,7 @@ from fedprllm.errors import ModelError
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.evaluation.results import Perplexity
-from fedprllm.files import read_json, write_json
+from fedprllm.files import read_json, write_json, write_sealed
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
@@ -65,10 +65,15 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
     source = demo_model()
     model = resolve_model(source, progress=progress)
     calibration = {name: files[0] for name, files in texts.items()}
-    tokenizer = load_tokenizer(model)
+    tokenizer, vocabulary_size = load_tokenizer(model), BlockwiseModel(model).vocabulary_size
     held_out = {
         name: evaluation_windows(
-            [files[1]], tokenizer, window_length=_WINDOW_LENGTH, bos="auto", max_tokens=_HELD_OUT_TOKENS
+            [files[1]],
+            tokenizer,
+            window_length=_WINDOW_LENGTH,
+            bos="auto",
+            max_tokens=_HELD_OUT_TOKENS,
+            vocabulary_size=vocabulary_size,
         )
         for name, files in texts.items()
     }
@@ -89,7 +94,7 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
     result = prune(source, calibration, config, out=out / "federated", progress=progress)
     comparison |= _measured(out / "federated.json", {"federated": result.model_dir}, held_out, progress)
     record = result.record.model_copy(update={"comparison": comparison})
-    write_json(result.out / "result.json", record.as_json())
+    write_sealed(result.out / "result.json", record.as_json())
     return PruneResult.load(result.out)
 
 

@@ -4,6 +4,7 @@ RUN/
   job.json                        the coordinator's request
   fingerprints.json               identity of the coordinator's model
   text.json                       fingerprint of the windows that the run began with
+  notes.json                      what the participant should know about its text, such as too little of it
   question.json, answer.json      what the participant was asked, and its answer
   status.json                     state of the computation
   owner                           token of the process that may compute here

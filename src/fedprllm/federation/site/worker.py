@@ -239,6 +239,9 @@ class _Walk:
         )
         self.config = self.config.model_copy(update={"window_length": config.window_length})
         self._check_same_text()
+        if self.participant.notes:
+            print("\n".join(self.participant.notes), file=sys.stderr)
+            write_sealed(self.spool.path("notes.json"), {"notes": self.participant.notes})
         check_text(self.settings, len(self.participant.windows), self.participant.n_tokens)
         self._memory = HiddenMemory(self.spool.spilled_folder, self.settings.memory_limit)
         self.participant.hidden = HiddenStates(self._memory, self.name)
