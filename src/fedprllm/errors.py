@@ -11,7 +11,8 @@ FedprllmError
 Each message says what is wrong, what was expected, what was found and what to do. The command line prints
 the message and exits with status 2. Any exception outside this tree is a bug and keeps its traceback.
 
-What a user should know although the work goes on is a `FedprllmWarning`; the command line prints it as a note.
+What a user should know although the work goes on is a `FedprllmWarning`, which the command line prints as a
+note.
 """
 
 from __future__ import annotations

@@ -309,8 +309,8 @@ def _safe(name: str) -> str:
     safe = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", name)).strip(".").lstrip("-.")
     if not re.search(r"\w", safe):
         raise DataError(
-            f"'{name}' cannot name a participant or a text: expected at least one letter or digit, found none. "
-            "Rename the file, or give a name of your own"
+            f"'{name}' cannot name a participant or a text: expected at least one letter or digit, found "
+            "none. Rename the file, or give a name of your own"
         )
     if len(safe.encode()) <= _LONGEST_NAME:
         return safe

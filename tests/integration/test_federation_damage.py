@@ -24,7 +24,7 @@ from tests.federation_helpers import (
     texts,
     threads,  # noqa: F401  a fixture
 )
-from tests.integration.test_damage import DAMAGES, stop_after
+from tests.integration.test_damage import DAMAGES, stopped
 
 pytestmark = [pytest.mark.usefixtures("threads")]
 NAMES = ["north", "south"]
@@ -79,19 +79,17 @@ def paths(tmp_path, monkeypatch) -> dict[str, str]:
 
 @pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
 def test_every_file_of_a_stopped_run(tmp_path, small_model, paths, strategy) -> None:
-    stopped = Federation(tmp_path / "stopped", small_model, paths, strategy=strategy)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception, match="^$"):
-        stop_after(1, patch)
-        stopped.conduct()
-    undisturbed = stopped.copy(tmp_path / "undisturbed")
+    begun = Federation(tmp_path / "begun", small_model, paths, strategy=strategy)
+    stopped(begun.conduct)
+    undisturbed = begun.copy(tmp_path / "undisturbed")
     assert undisturbed.conduct() == "complete"
-    files = stopped.files()
+    files = begun.files()
     if strategy == "one-shot":  # where the coordinator holds updates, and a site has nothing else to do
         files = [name for name in files if name.parts[0] == "runs"]
     assert len(files) > 15
     n_named = 0
     for name, damage in zip(files, cycle(DAMAGES), strict=False):
-        one = stopped.copy(tmp_path / "damaged")
+        one = begun.copy(tmp_path / "damaged")
         DAMAGES[damage](one.folder / name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FedprllmWarning)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from fedprllm import DataError, Documents, ModelError, PruneConfig, evaluate, prune
 from fedprllm.cli.app import app
+from fedprllm.errors import FedprllmWarning
 from fedprllm.evaluation.perplexity import load_tokenizer
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.pruning.inputs import (

@@ -301,16 +301,17 @@ def _evaluate(
     if text:
         from fedprllm.evaluation.perplexity import evaluate
 
-        rows = evaluate(
-            model,
-            text,
-            window_length=window_length,
-            max_tokens=max_tokens,
-            bos=bos,  # type: ignore[arg-type]
-            dtype=dtype,
-            device=device,
-            progress=bars,
-        )
+        with noting():
+            rows = evaluate(
+                model,
+                text,
+                window_length=window_length,
+                max_tokens=max_tokens,
+                bos=bos,  # type: ignore[arg-type]
+                dtype=dtype,
+                device=device,
+                progress=bars,
+            )
         measured["perplexity"] = [row.as_json() for row in rows]
     if tasks:
         from fedprllm.evaluation.zero_shot import zero_shot

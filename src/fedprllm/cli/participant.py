@@ -16,8 +16,8 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import absolute, attend, console, ending, errors, need_flare
-from fedprllm.errors import ConfigError
+from fedprllm.cli.console import absolute, attend, console, ending, errors, need_flare, noting
+from fedprllm.errors import ConfigError, RunError
 from fedprllm.federation.plan import (
     DEFAULT_ALLOWED,
     DEFAULT_MESSAGE_MB,
@@ -171,7 +171,9 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
         raise ConfigError("no model: name the run's TOML file with --config, or a model with --model")
     plan = read_run_plan(config) if config else RunPlan(name="dry-run", model=settings.model or "")
     total = n_blocks = 0
-    for preview in dry_run(settings, plan, kit.name or "participant", blocks):
+    with noting():
+        previews = list(dry_run(settings, plan, kit.name or "participant", blocks))
+    for preview in previews:
         total, n_blocks = total + preview.message_bytes, preview.n_blocks
         table = Table(
             "tensor",
@@ -284,6 +286,8 @@ class _Watch:
                     errors.print(f"[red]{status['code']}[/]: {escape(status['message'])}", soft_wrap=True)
 
     def _notes(self) -> None:
+        from fedprllm.files import read_sealed
+
         for path in self._runs.glob("*/notes.json"):
             with contextlib.suppress(FileNotFoundError, RunError):
                 key = (path.parent.name, path.stat().st_mtime)

@@ -22,6 +22,7 @@ from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
 from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.progress import Progress, silent
+from fedprllm.text.documents import say_left_out
 from fedprllm.text.sources import Source, named_sources
 from fedprllm.text.windows import Bos, evaluation_windows
 
@@ -125,6 +126,7 @@ def evaluate(
     walked = BlockwiseModel(folder, dtype, device)
     tokenizer = load_tokenizer(folder)
     length = window_length_for(walked, window_length)
+    say_left_out([source for sources in named.values() for source in sources])
     windows = {
         name: evaluation_windows(
             sources,

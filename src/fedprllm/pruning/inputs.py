@@ -20,7 +20,7 @@ from fedprllm.files import distinct_names, names_of
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.pruning.participant import Participant
-from fedprllm.text.documents import left_out
+from fedprllm.text.documents import left_out, say_left_out
 from fedprllm.text.partition import partition
 from fedprllm.text.sources import (
     Documents,
@@ -332,6 +332,7 @@ def evaluation_texts(
         return {}
     tokenizer = load_tokenizer(model.folder)
     assert config.window_length is not None
+    say_left_out([source for sources in named.values() for source in sources])
     return {
         name: evaluation_windows(
             sources,

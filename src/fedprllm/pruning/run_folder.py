@@ -321,8 +321,8 @@ class Run:
                 check_files(self.folder, files or {})
         except RunError as error:
             raise RunError(
-                f"{error}. The run was complete: restore the file, or delete {path} and repeat the command to "
-                "have the missing part computed again"
+                f"{error}. The run was complete: restore the file, or delete {path} and repeat the command "
+                "to have the missing part computed again"
             ) from None
 
     def finish(self, record: RunRecord | SurveyRun) -> None:

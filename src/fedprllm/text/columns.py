@@ -22,8 +22,8 @@ _TEXT_NAMES = re.compile(
 )
 # Names that say that it holds something else, whatever its values look like.
 _OTHER_NAMES = re.compile(
-    r"(.*[_ .-])?(id|ids|uuid|guid|idx|index|key|hash|sha\d*|md5|digest|checksum|ur[li]s?|link|links|href|doi|isbn|"
-    r"path|paths|file|files|filename|file_?name|folder|dir|name|names|label|labels|class|category|categories|tag|"
+    r"(.*[_ .-])?(id|ids|uuid|guid|idx|index|key|hash|sha\d*|md5|digest|checksum|ur[li]s?|link|links|href|"
+    r"doi|isbn|path|paths|file|files|filename|file_?name|folder|dir|name|names|label|labels|class|category|categories|tag|"
     r"tags|type|kind|split|source|sources|origin|domain|lang|language|locale|author|authors|user|username|"
     r"email|date|time|timestamp|created|updated|year|license|licence|title|titles|headline|subject|status|"
     r"version|code_language|country|city|gender|image|audio|video)|__.*__",
@@ -68,8 +68,8 @@ def choose_column(
     found = names_shown([name for name, _ in kinds])
     if len(strings) != 1:
         raise DataError(
-            f"{source}: expected a column 'text' or a single column of strings, found {found}. Rename the one "
-            "that holds the text to 'text'"
+            f"{source}: expected a column 'text' or a single column of strings, found {found}. Rename the "
+            "one that holds the text to 'text'"
         )
     name = strings[0]
     advice = f"found {found}. Rename the column that holds the text to 'text'"
@@ -108,8 +108,8 @@ def refuse_ids(documents: Iterable[tuple[str, bool]], source: object) -> Iterato
     head = list(islice(rest, _LOOKED_AT))
     if not any(named for _, named in head) and (kind := _kind_of([text for text, _ in head])):
         raise DataError(
-            f"{source}: expected documents, found strings that seem to be {kind}: name the file that holds the "
-            'text; if they are the text, write each as {"text": ...}'
+            f"{source}: expected documents, found strings that seem to be {kind}: name the file that holds "
+            'the text; if they are the text, write each as {"text": ...}'
         )
     yield from (text for text, _ in chain(head, rest))
 

@@ -122,7 +122,8 @@ def _bytes_of(path: Path) -> Iterator[bytes]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DataError(
-            f"{path} is damaged or not compressed as its name says: it cannot be decompressed. Copy or download it again"
+            f"{path} is damaged or not compressed as its name says: it cannot be decompressed. Copy or "
+            "download it again"
         ) from None
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedprllm.errors import DataError, did_you_mean
+from fedprllm.errors import DataError, FedprllmWarning, did_you_mean
 from fedprllm.text.columns import names_shown
 from fedprllm.text.formats import is_data_file, is_housekeeping, read_documents_of, read_prose
 from fedprllm.text.sources import Documents, Source, describe, is_dataset, refuse_text
 from fedprllm.text.tables import optional, read_dataset
 
-__all__ = ["Part", "joined", "left_out", "parts_of", "read_documents"]
+__all__ = ["Part", "joined", "left_out", "parts_of", "read_documents", "say_left_out"]
 
 _HUB = re.compile(r"hf:(?P<name>[^:\[\]]+)(?::(?P<config>[^:\[\]]+))?:(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?)")
 _NAMES_SHOWN = 20
@@ -172,8 +173,8 @@ def _read_folder(folder: Path) -> Iterator[Part]:
     texts = [path for path in files if not is_housekeeping(path)]
     if files and not texts:
         raise DataError(
-            f"{folder} holds no text but only files that describe some: {_listed(folder, files)}. Name the files "
-            "of text; one of these, named by itself, is read"
+            f"{folder} holds no text but only files that describe some: {_listed(folder, files)}. Name the "
+            "files of text; one of these, named by itself, is read"
         )
     return (part for path in texts for part in _read_file(path))
 
@@ -187,6 +188,16 @@ def left_out(sources: Sequence[Source]) -> list[str]:
             if names := [path for path in _files(folder) if is_housekeeping(path)]:
                 found.append(f"{folder}: {_listed(folder, names)} left out: not texts but files about them")
     return found
+
+
+def say_left_out(sources: Sequence[Source]) -> None:
+    """Warn of files that `left_out` names.
+
+    Warns:
+        FedprllmWarning: There are some.
+    """
+    for note in left_out(sources):
+        warnings.warn(FedprllmWarning(note), stacklevel=3)
 
 
 def _listed(folder: Path, files: Sequence[Path]) -> str:

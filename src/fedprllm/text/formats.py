@@ -142,7 +142,8 @@ def _refusals() -> dict[str, str]:
         "save it as CSV with a column 'text'": "xls xlsx ods sqlite sqlite3 db sav dta rdata psv",
         "save it as Parquet or JSON Lines with a column 'text'": "arrow feather orc avro h5 hdf5 pkl pickle "
         "npy npz msgpack",
-        'save its text as JSON Lines: {"text": ...} on every line': "ipynb jsonld geojson json5 mbox eml warc",
+        'save its text as JSON Lines: {"text": ...} on every line': "ipynb jsonld geojson json5 mbox eml "
+        "warc",
         "save what is said as plain text (.txt)": "srt vtt ass sub sbv lrc",
         "name files of text": "safetensors gguf pt pth bin onnx exe dll so dylib png jpg jpeg gif webp bmp "
         "tif tiff svg ico mp3 wav flac ogg mp4 avi mkv mov webm ttf woff woff2 class jar pyc o a",
@@ -152,8 +153,8 @@ def _refusals() -> dict[str, str]:
 
 _REFUSED = _refusals()
 _CONVERT = (
-    "convert it to plain text (.txt), or to JSON Lines or CSV with a column 'text'; if it is plain text already, "
-    "rename it to .txt"
+    "convert it to plain text (.txt), or to JSON Lines or CSV with a column 'text'; if it is plain text "
+    "already, rename it to .txt"
 )
 
 

@@ -44,8 +44,8 @@ def _items(path: Path) -> Iterator[tuple[str, bool]]:
     reader = _Reader(read_blocks(path), where)
     if reader.peek() != "[":
         raise DataError(
-            f'{path}: expected a list of strings or of {{"text": ...}}, found {_type(reader.only_value())}. If '
-            "it holds one object per line, name it .jsonl"
+            f'{path}: expected a list of strings or of {{"text": ...}}, found {_type(reader.only_value())}. '
+            "If it holds one object per line, name it .jsonl"
         )
     for number, value in enumerate(reader.items(), start=1):
         yield _document(value, f"{path}, item {number}")

@@ -150,8 +150,8 @@ def own_seed(folder: Path) -> int:
         return int(read_sealed(path)["seed"])
     except RunError as error:
         raise RunError(
-            f"{error}. This participant chooses its windows by it: restore it, since a run that has begun cannot "
-            "go on without it; when no run is going on, delete it, and another is drawn"
+            f"{error}. This participant chooses its windows by it: restore it, since a run that has begun "
+            "cannot go on without it; when no run is going on, delete it, and another is drawn"
         ) from None
 
 

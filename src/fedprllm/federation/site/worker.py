@@ -163,8 +163,8 @@ class _Walk:
         if self.spool.known("text.json") not in (None, found):
             raise _Failed(
                 "data",
-                message="the text, or the seed in windows-seed by which its windows are chosen, has changed since "
-                "this run began: restore it, or let the run continue without this participant",
+                message="the text, or the seed in windows-seed by which its windows are chosen, has changed "
+                "since this run began: restore it, or let the run continue without this participant",
             )
         write_sealed(self.spool.path("text.json"), found)
 
@@ -338,9 +338,9 @@ class _Walk:
         if self.spool.decision_path(index + 1).exists():
             raise _Failed(
                 "internal",
-                message=f"the decision about block {index} is missing or damaged, and the walk must begin again "
-                f"because of other damage in {self.spool.folder}: check the disk; the run can continue without "
-                "this participant",
+                message=f"the decision about block {index} is missing or damaged, and the walk must begin "
+                f"again because of other damage in {self.spool.folder}: check the disk; the run can continue "
+                "without this participant",
             )
 
 
