@@ -188,6 +188,32 @@ def test_a_run_moves_with_its_text(tiny, tmp_path, monkeypatch, small_model) -> 
         prune(small_model, ["t/a.txt"], config, out=tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_run_does_not_go_on_with_another_model(small_model, tmp_path, name) -> None:
+    """Weights are the same, and the configuration or the tokenizer is not."""
+    shutil.copytree(small_model, tmp_path / "model")
+    stopped(lambda: prune(tmp_path / "model", people(), out=tmp_path / "run"))
+    settings = json.loads((tmp_path / "model" / name).read_text())
+    if name == "config.json":
+        settings |= {"rope_theta": 5e5, "rope_parameters": None}
+    else:
+        vocabulary = settings["model"]["vocab"]
+        one, other = list(vocabulary)[-2:]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (tmp_path / "model" / name).write_text(json.dumps(settings))
+    with pytest.raises(RunError, match=r"belongs to another run: model\.fingerprint"):
+        prune(tmp_path / "model", people(), out=tmp_path / "run")
+
+
+def test_participants_with_one_text_keep_their_own_states(tiny, tmp_path) -> None:
+    """They prune different blocks, so that what they compute differs from the first block on."""
+    same = [people()[0], people()[0].clone()]
+    config = PruneConfig(block_fraction="0.7")
+    expected = what_counts(prune(tiny("llama"), same, config, out=tmp_path / "undisturbed"))
+    stopped(lambda: prune(tiny("llama"), same, config, out=tmp_path / "run"))
+    assert what_counts(prune(tiny("llama"), same, config, out=tmp_path / "run")) == expected
+
+
 def test_what_is_sealed_is_read_as_it_was_written(tmp_path) -> None:
     values = {"a": [1, 2.5, None, "\u00e9\u2028"], "b": {"c": 1e-300, "d": True}}
     write_sealed(tmp_path / "a.json", values)

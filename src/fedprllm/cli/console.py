@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -50,11 +50,18 @@ def noting() -> Iterator[None]:
         warnings.simplefilter("always", FedprllmWarning)
         usual = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *more: Any) -> None:
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, FedprllmWarning):
                 errors.print(f"note     {escape(str(message))}", soft_wrap=True)
             else:
-                usual(message, category, *more)
+                usual(message, category, filename, lineno, file, line)
 
         warnings.showwarning = show
         yield

@@ -69,6 +69,11 @@ class Checkpoint:
         short = name.removeprefix(self._prefix)
         return name if name in self._file_of else short if short in self._file_of else None
 
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of all tensors as the files have them."""
+        return list(self._file_of)
+
     def __contains__(self, name: str) -> bool:
         return self._stored_name(name) is not None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +42,7 @@ __all__ = [
     "ParticipantInputs",
     "PooledData",
     "Source",
+    "check_outside",
     "evaluation_texts",
     "make_participants",
     "name_participants",
@@ -343,6 +345,26 @@ def evaluation_texts(
         )
         for name, sources in named.items()
     }
+
+
+def check_outside(out: Path, sources: Iterable[Source]) -> None:
+    """Refuse a folder for output inside a folder of text: its files would be read as text.
+
+    Raises:
+        ConfigError: It is.
+    """
+    where = out.expanduser().resolve()
+    for source in sources:
+        if isinstance(source, (str, Path)) and (folder := Path(source).expanduser()).is_dir():
+            # Hidden folders are not read.
+            inside = where.is_relative_to(folder.resolve()) and not any(
+                part.startswith(".") for part in where.relative_to(folder.resolve()).parts
+            )
+            if inside:
+                raise ConfigError(
+                    f"{out} lies in {folder}, which is read as text: what a run writes there would be taken "
+                    "for text. Choose a folder elsewhere with --out"
+                )
 
 
 def _fewer_windows(participant: Participant, asked: int) -> list[str]:

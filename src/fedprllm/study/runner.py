@@ -29,6 +29,7 @@ from fedprllm.models.fingerprints import model_digest
 from fedprllm.models.identity import model_identity
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
+from fedprllm.pruning.inputs import check_outside
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.preflight import check_pattern_divides, check_update_size
 from fedprllm.pruning.run_folder import versions
@@ -72,6 +73,7 @@ def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> 
         RunError: Another process is working on the folder, or the disk has too little free space.
     """
     out = Path(out)
+    check_outside(out, [*config.data, *config.domains, *config.eval])
     cells = cells_of(config)
     model = BlockwiseModel(resolve_model(config.model, progress=progress), config.dtype, config.device)
     for cell in cells:
