@@ -200,7 +200,7 @@ def unsealed(value: Any, path: Path, *, required: bool = True) -> dict[str, Any]
         RunError: The digest differs from the content, or is missing.
     """
     if not isinstance(value, dict) or (required and _SEAL not in value):
-        raise RunError(f"{path} {_DAMAGED}")
+        raise RunError(f"{path} has no digest: it is damaged or was written by another version of fedprllm")
     # What was read must be compared as it stands: JSON has several ways to write one number.
     if _SEAL in value and sealed(value)[_SEAL] != value[_SEAL]:
         raise RunError(f"{path} {_DAMAGED}")

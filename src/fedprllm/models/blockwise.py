@@ -337,7 +337,7 @@ class BlockwiseModel:
         if further:
             raise ModelError(
                 f"{self.folder} holds weights of {max(further) + 1} blocks ('{prefix}.{max(further)}'), and "
-                f"its config.json says {self.n_blocks}: correct the configuration, or download the model again"
+                f"its config.json says {self.n_blocks}: correct config.json, or download the model again"
             )
 
 

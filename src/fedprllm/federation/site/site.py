@@ -29,7 +29,7 @@ from fedprllm.federation.protocol.messages import (
     read_request,
 )
 from fedprllm.federation.site.spool import Spool, append_ledger, write_bytes
-from fedprllm.files import read_json, remove_temporary, write_json, write_sealed, write_text
+from fedprllm.files import read_json, write_json, write_sealed, write_text
 
 __all__ = ["LEDGER", "SETTINGS", "Site", "settings_path", "work_folder"]
 
@@ -133,7 +133,6 @@ class Site:
         write_json(self.spool.path("fingerprints.json"), fingerprints)
         write_sealed(self.spool.path("job.json"), job)
         if self._worker is None:
-            remove_temporary(self.spool.folder)
             self._report_damage(self.spool.drop_damaged())
         if self._worker is None and self.spool.status["state"] != "done":
             # The participant may have fixed whatever failed before.
