@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from fedprllm.federation.coordinator.job import conduct_run
+from fedprllm.federation.coordinator.results import ResultServer
 from fedprllm.federation.plan import RunPlan, SiteSettings
+from fedprllm.federation.site import build, worker
 from fedprllm.federation.site import site as site_module
-from fedprllm.federation.site import worker
+from fedprllm.federation.site.results import Collector
 from fedprllm.federation.site.site import Site, settings_path, work_folder
 from fedprllm.files import write_json
 from fedprllm.models import blockwise, source
@@ -31,18 +33,19 @@ STORY = "Once upon a time there was a little {who} who saw {n} birds and gave th
 
 
 class _Thread:
-    """Stands for the computation's process: ``poll`` and ``kill`` are all that a `Site` asks of it."""
+    """Stands for a participant's computing process: ``poll`` and ``kill`` are all that is asked of it."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, module: str, arguments: Sequence[str]) -> None:
         self.returncode: int | None = None
         self.stdin = self
+        self._main = {"worker": worker.main, "build": build.main}[module.rpartition(".")[2]]
         self._arguments = arguments
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self.returncode = worker.main(list(self._arguments))
+            self.returncode = self._main(list(self._arguments))
         except SystemExit as ended:
             self.returncode = int(ended.code or 0)
 
@@ -80,9 +83,10 @@ def threads(monkeypatch) -> None:
     for module in (blockwise, source):
         monkeypatch.setattr(module, "build_skeleton", alone(module.build_skeleton))
     monkeypatch.setattr(worker.os, "_exit", ended)
-    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
+    for process in (worker, build):
+        monkeypatch.setattr(process, "end_with_parent", lambda: None)
     monkeypatch.setattr(
-        site_module.subprocess, "Popen", lambda command, **_: _Thread([str(word) for word in command[3:]])
+        site_module.subprocess, "Popen", lambda command, **_: _Thread(command[2], list(map(str, command[3:])))
     )
 
 
@@ -130,6 +134,15 @@ def make_plan(model: Path, **options: Any) -> RunPlan:
     prune = {"windows": 2, "window_length": 32, **options.pop("prune", {})}
     values = {"deadline_s": 120, "join_s": 5, "silence_s": 60, "quorum": 2, **options}
     return RunPlan(name="run", model=str(model), prune=prune, **values)
+
+
+def collector(folder: Path, name: str, server: ResultServer | None = None) -> Collector:
+    """What fetches the results of a participant, from the runs below ``folder``."""
+    server = server or ResultServer(folder / "runs")
+    kit = folder / name
+    return Collector(
+        lambda message: server.answer(name, message), settings_path(kit), work_folder(kit), kit / "runs"
+    )
 
 
 def conduct(folder: Path, plan: RunPlan, channel: Any, names: Sequence[str] = NAMES) -> str:

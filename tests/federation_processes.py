@@ -16,6 +16,8 @@ import psutil
 from fedprllm.federation.flare.processes import end, start_participant, start_server
 from fedprllm.federation.flare.rehearsal import rehearsal_kits
 from fedprllm.federation.plan import SiteSettings
+from fedprllm.federation.site.site import settings_path
+from fedprllm.files import write_json
 from tests.federation_helpers import UNLIMITED
 
 STORY = "Once upon a time there was a little {who} who saw {n} birds and gave them bread. "
@@ -51,19 +53,22 @@ class Federation:
         self.texts = {name: folder / f"{name}.txt" for name in names}
         for name, path in self.texts.items():
             path.write_text("".join(STORY.format(who=name, n=n) for n in range(n_sentences)))
-        people = {
-            name: SiteSettings(
-                data=[str(path)],
-                model=str(model),
-                threads=1,
-                allow=["mask", "statistics"],
-                record=str(folder / "sent" / name),
-                **UNLIMITED,
-            )
-            for name, path in self.texts.items()
-        }
-        self.plan = rehearsal_kits(self.kits, people)
+        self.plan = rehearsal_kits(self.kits, {name: self.settings(name) for name in names})
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def settings(self, name: str) -> SiteSettings:
+        return SiteSettings(
+            data=[str(self.texts[name])],
+            model=str(self.model),
+            threads=1,
+            allow=["mask", "statistics"],
+            record=str(self.folder / "sent" / name),
+            **UNLIMITED,
+        )
+
+    def write_settings(self, name: str) -> None:
+        """Give a participant the settings that it began with."""
+        write_json(settings_path(self.kits / name), self.settings(name).model_dump(mode="json"))
 
     def start(self, name: str) -> None:
         start = start_server if name == "server" else start_participant
@@ -126,6 +131,12 @@ class Federation:
 
     def command(self, *arguments: str) -> subprocess.Popen[str]:
         return start(_CLI, *arguments)
+
+    def participate(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start ``fedprllm participate``."""
+        return start(
+            "from fedprllm.cli.app import app; app()", "participate", str(self.kits / name), *arguments
+        )
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:

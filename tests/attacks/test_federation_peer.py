@@ -112,6 +112,13 @@ def test_a_peer_fetches_nothing_of_a_running_job(federation, south, job, origin)
     assert [line for line in federation.requests("north") if line["what"] == "fetch"] == fetched
 
 
+def test_a_peer_reports_nothing_and_fetches_nothing_for_another(federation, south):
+    south.raw("north", "server", "fedprllm", "result", size=100)
+    wait_until(lambda: "south cannot speak for north" in federation.log("server"), "refusal", 20)
+    answer = south("request", "fedprllm", "result", "north", size=10)
+    assert "south has nothing to say to north" in answer["error"]
+
+
 @pytest.mark.parametrize("channel", ["_net_manager", "cellnet.channel", "hci_channel", "server_command"])
 def test_a_peer_reaches_no_other_channel_of_the_server(south, channel):
     topic = {"_net_manager": "stop", "cellnet.channel": "bulk", "hci_channel": "command"}.get(
@@ -216,6 +223,7 @@ ALWAYS = ["cellnet.channel:bye", "sm__STREAM:sm__ACK", "sm__STREAM:sm__DATA", "s
 OPEN = {
     "server": [
         "aux_communication:*",
+        "fedprllm:result",
         "hci_channel:*",
         "server_parent_listener:*",
         *(f"task:{topic}" for topic in ("challenge", "heart_beat", "quit", "register", "report_job_failure")),
@@ -225,7 +233,7 @@ OPEN = {
     "north.JOB": ["aux_communication:*", "client_command:*"],
 }
 OPEN_STREAMS = {
-    "server": ["aux_communication:*", "hci_channel:*", "return_only:*"],
+    "server": ["aux_communication:*", "fedprllm:result", "hci_channel:*", "return_only:*"],
     "server.JOB": ["aux_communication:*", "return_only:*", "server_command:*"],
     "north": ["return_only:*"],
     "north.JOB": ["aux_communication:*", "return_only:*"],

@@ -16,9 +16,11 @@ import pytest
 pytest.importorskip("nvflare")
 
 from fedprllm import PruneConfig, prune
+from fedprllm.federation.flare.processes import end
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.messages import read_reply
-from fedprllm.federation.site.spool import Spool
+from fedprllm.federation.protocol.results import read_result_request
+from fedprllm.federation.site.spool import Spool, read_ledger
 from fedprllm.files import read_json
 from tests.federation_helpers import same_model
 from tests.federation_processes import Federation, finish, kill, wait_until
@@ -89,6 +91,8 @@ def n_updates_sent(federation, name):
             update = wire.decode(payload, expect=None, max_bytes=len(payload))
             assert (update.participant, update.kind) == (name, "mask")
             n_updates += 1
+    for path in (federation.folder / "sent" / name).glob("*.request"):
+        assert read_result_request(path.read_bytes())
     return n_updates
 
 
@@ -118,6 +122,11 @@ def check(federation, expected, run, names, options):
     same_model(federation.run_folder(run) / "model", expected(names, options))
     result = read_json(federation.run_folder(run) / "result.json")
     assert sorted(result["participants"]) == sorted(names)
+    for name in NAMES:  # also those that were left out
+        built = federation.kits / name / "runs" / run / "model"
+        wait_until(built.exists, f"the model at {name}")
+        same_model(built, federation.run_folder(run) / "model")
+        assert (built / "README.md").exists()
 
 
 def test_a_federated_run_and_one_in_process_give_the_same_model(federation, expected, complete):
@@ -178,7 +187,7 @@ def test_the_server_is_killed_and_restarted(federation, expected):
 
 
 def test_a_participant_is_too_slow(federation, expected):
-    running = federation.begin("too-slow", SLOW, deadline_s=20)
+    running = federation.begin("too-slow", SLOW, start_s=30, deadline_s=20)
     wait_until(lambda: federation.n_computed("north", "too-slow"), "the first update of north")
     stopped = wait_until(lambda: federation.worker("north"), "the computation of north")
     stopped.suspend()
@@ -208,7 +217,7 @@ def test_a_participant_sends_garbage_and_may_correct_it(federation, expected):
 
 def test_the_quorum_is_lost_and_the_run_continues_later(federation, expected):
     options = {**SLOW, "strategy": "iterative"}
-    running = federation.begin("quorum", options, quorum=3, deadline_s=20)
+    running = federation.begin("quorum", options, quorum=3, start_s=30, deadline_s=20)
     wait_until(lambda: federation.n_computed("north", "quorum"), "the first update of north")
     stopped = wait_until(lambda: federation.worker("north"), "the computation of north")
     stopped.suspend()
@@ -221,6 +230,27 @@ def test_the_quorum_is_lost_and_the_run_continues_later(federation, expected):
     assert n_decided < 5
     finish(federation.begin("quorum", options, quorum=3, deadline_s=120))
     check(federation, expected, "quorum", NAMES, options)
+
+
+def test_who_was_away_fetches_the_result_later(federation, expected):
+    end(federation.processes["west"])
+    finish(federation.begin("away", QUICK, join_s=5))
+    kit = federation.kits / "west"
+    assert not (kit / "runs" / "away").exists()
+    try:
+        output = finish(federation.participate("west", "--fetch", "nonsense"), expected=2)
+        assert "no result named nonsense" in " ".join(output.split())
+        output = finish(federation.participate("west", "--fetch", "away", "--model", str(federation.model)))
+        assert "50.0% zeros" in " ".join(output.split())
+        same_model(kit / "runs" / "away" / "model", expected(["north", "south"], QUICK))
+    finally:
+        federation.write_settings("west")
+        federation.start("west")
+    lines = [
+        line for line in read_ledger(kit / "fedprllm" / "ledger.jsonl") if line["direction"] == "received"
+    ]
+    run = (federation.run_folder("away") / ".run-id").read_text()
+    assert [line["block"] for line in lines if line["run"] == run] == [None, *range(5)]
 
 
 def test_what_left_was_answers_and_updates_and_no_word_of_the_text(federation, complete):

@@ -21,6 +21,7 @@ from fedprllm.files import read_json
 from tests.federation_helpers import (
     NAMES,
     Local,
+    collector,
     conduct,
     make_plan,
     make_site,
@@ -121,6 +122,8 @@ def test_the_same_bits_as_in_one_process(tmp_path, model, federation, strategy, 
         assert one["sparsity"] == other["sparsity"]
     assert result["model"]["fingerprint"]
     assert not (tmp_path / "runs" / "run" / "federation" / "updates").exists()
+    collector(tmp_path, "north").collect()
+    same_model(tmp_path / "north" / "runs" / "run" / "model", expected.model_dir)
 
 
 def test_only_updates_and_states_leave(tmp_path, model, federation):

@@ -119,14 +119,16 @@ def ending(if_interrupted: str = "the same command continues") -> Iterator[None]
     _leave(0)
 
 
-def attend(start: Callable[[], Any], what: str, kit: Path, look: Callable[[], object] = lambda: None) -> None:
+def attend(
+    start: Callable[[], Any], what: str, kit: Path, look: Callable[[], object] = lambda: False
+) -> None:
     """Keep a process of the engine running until it ends or the user interrupts it.
 
     Args:
         start: Starts the process.
         what: Description of the process for messages.
         kit: Folder with the process's logs.
-        look: Called every second.
+        look: Called every second. The process is ended when it returns True.
 
     Raises:
         RunError: The process ended with an error.
@@ -136,7 +138,8 @@ def attend(start: Callable[[], Any], what: str, kit: Path, look: Callable[[], ob
     with running(start) as process:
         errors.print(f"{what} is running; its log is {kit / 'log.txt'}; press Ctrl-C to stop", soft_wrap=True)
         while (status := process.poll()) is None:
-            look()
+            if look() is True:
+                return
             time.sleep(1.0)
     if status:
         raise RunError(f"{what} ended with status {status}: see {kit / 'console.txt'} and {kit / 'log.txt'}")

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
@@ -21,6 +21,9 @@ from rich.table import Table
 from fedprllm.cli.console import absolute, attend, console, ending, errors, heed, need_flare, need_plots
 from fedprllm.errors import ConfigError, RunError
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings, read_plan, read_run_plan
+
+if TYPE_CHECKING:
+    from fedprllm.pruning.records import RunRecord
 
 __all__ = ["app"]
 
@@ -125,9 +128,14 @@ def status(
             table.add_row(name, "yes" if heard is not None else "[red]no[/]", age)
         console.print(table)
         if runs:
-            table = Table("run", "blocks", "state")
+            from fedprllm.federation.coordinator.results import outcomes
+
+            table = Table("run", "blocks", "state", "model")
             for name, (n_finished, n_blocks, doing) in runs.items():
-                table.add_row(escape(name), f"{n_finished}/{n_blocks}", escape(doing))
+                models = outcomes(kits / "server" / "runs" / name)
+                fetched = [site for site, found in models.items() if found.get("outcome") == "received"]
+                at = f"at {len(fetched)} of {len(models)} participants" if models else ""
+                table.add_row(escape(name), f"{n_finished}/{n_blocks}", escape(doing), at)
             console.print(table)
 
 
@@ -283,6 +291,8 @@ def _progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
                 live.update(_progress_table(details))
             elif what == "waiting":
                 live.update(f"waiting for {', '.join(details['for'])}")
+            elif what == "results":
+                live.update(f"the model is complete; {', '.join(details['waiting'])} are fetching it")
             elif what == "again":
                 errors.print(f"[yellow]retrying[/]: {escape(details['reason'])}", soft_wrap=True)
             elif what == "job":
@@ -306,16 +316,55 @@ def _progress_table(status: dict[str, Any]) -> Table:
     return table
 
 
+def _in_words(outcome: dict[str, Any]) -> str:
+    """What became of the model at a participant."""
+    if not outcome:
+        return "not fetched yet"
+    return "the same model" if outcome["outcome"] == "received" else f"[red]{outcome['outcome']}[/]"
+
+
+def _print_left_out(folder: Path) -> None:
+    """Name each participant that was left out, and why."""
+    path = folder / "federation" / "events.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for event in map(json.loads, lines):
+        if event["event"] == "left out":
+            console.print(f"[yellow]{event['participant']}[/] was left out: {escape(event['reason'])}")
+
+
+def _print_evaluation(record: RunRecord) -> None:
+    """Perplexities that participants measured on their own held-out text."""
+    if not record.evaluation:
+        return
+    table = Table("held-out text of", "dense", "pruned", "tokens")
+    for dense, pruned in zip(record.evaluation["dense"], record.evaluation["model"], strict=True):
+        table.add_row(
+            dense.text, f"{dense.perplexity:.2f}", f"{pruned.perplexity:.2f}", f"{pruned.n_tokens:,}"
+        )
+    console.print(table)
+
+
 def _print_run(folder: Path) -> None:
     from fedprllm.pruning.records import RunRecord
 
     record = RunRecord.read(folder / "result.json")
-    table = Table("participant", "blocks", "tokens", "bytes sent")
+    from fedprllm.federation.coordinator.results import outcomes
+
+    models = {name: _in_words(found) for name, found in outcomes(folder).items()}
+    table = Table("participant", "blocks", "tokens", "bytes sent", "model")
     for name, participant in record.participants.items():
         table.add_row(
-            name, str(participant.n_blocks), f"{participant.n_tokens:,}", f"{participant.update_bytes:,}"
+            name,
+            str(participant.n_blocks),
+            f"{participant.n_tokens:,}",
+            f"{participant.update_bytes:,}",
+            models.get(name, "not shared"),
         )
+    for name in sorted(set(models) - set(record.participants)):
+        table.add_row(name, "[yellow]left out[/]", "", "", models[name])
     console.print(table)
+    _print_left_out(folder)
+    _print_evaluation(record)
     console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
     console.print(f"model    {folder / 'model'}", soft_wrap=True)
     console.print(f"report   fedprllm report {folder}", soft_wrap=True)

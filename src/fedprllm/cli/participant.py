@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +65,21 @@ def participate(
             show_default=False,
         ),
     ] = None,
+    fetch: Annotated[
+        str | None,
+        typer.Option(help="name of a finished run: fetch its model, and end", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=escape("folder for finished models [default: KIT/runs]"))
+    ] = None,
+    result: Annotated[bool, typer.Option(help="build the pruned model here when a run has ended")] = True,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text of yours that is not in --data: dense and pruned model are measured on it, and the "
+            "two perplexities are sent"
+        ),
+    ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="agree to every run within these limits without being asked")
     ] = False,
@@ -79,16 +96,23 @@ def participate(
     blocks: Annotated[int, typer.Option(help="with --dry-run: number of blocks to show")] = 1,
 ) -> None:
     """Take part in a federation with your own text, which stays on this machine."""
-    if not data:
+    if not data and fetch is None:
         raise ConfigError("no text: name a file or folder with --data")
+    if fetch is not None and (dry_run or not result):
+        raise ConfigError("--fetch builds a model: leave out --dry-run and --no-result")
     settings = SiteSettings(
-        data=[absolute(source) for source in data],
+        data=[absolute(source) for source in data or []],
         model=None if model is None else absolute(model),
         device=device,
         threads=threads,
         memory_gb=memory_gb,
         memory_limit=memory_limit,
-        allow=allow or list(DEFAULT_ALLOWED),
+        # While only a result is fetched, nothing may be asked of the text.
+        allow=[] if fetch is not None else allow or list(DEFAULT_ALLOWED),
+        result=result,
+        fetch=fetch,
+        out=None if out is None else str(out.resolve()),
+        held_out=[absolute(source) for source in held_out or []],
         block_fraction=block_fraction,
         record=None if record is None else str(record.resolve()),
         min_windows=min_windows,
@@ -117,22 +141,64 @@ def participate(
             "server's address, the certificates and the key of a kit are used",
             soft_wrap=True,
         )
+    if fetch is not None:
+        write_json(settings_path(kit), settings.model_dump(mode="json"))
+        with ending(), _holding(kit):
+            news = _Results(kit, fetch)
+            attend(lambda: start_participant(kit), f"participant {name}", engine_folder(kit), news)
+            news.conclude()
+        return
     if settings.confirm and not sys.stdin.isatty():
         raise ConfigError(
             "there is no terminal on which to ask for your consent: pass --yes to agree to every run within "
             "your limits"
         )
+    with _holding(kit):
+        _take_part(kit, name, settings)
+
+
+def _take_part(kit: Path, name: str, settings: SiteSettings) -> None:
+    from fedprllm.federation.flare.configuration import engine_folder
+    from fedprllm.federation.flare.processes import start_participant
+    from fedprllm.federation.site.site import settings_path
+    from fedprllm.files import write_json
+
     write_json(settings_path(kit), settings.model_dump(mode="json"))
+    results = settings.out or str(kit / "runs")
     for line in (
         f"text      {', '.join(settings.data)}; read here, never sent",
         f"model     {settings.model or 'from the hub, by the id that the coordinator names'}; "
         "compared with the coordinator's before anything is computed",
         f"sent      {', '.join(settings.allow)}; 'fedprllm ledger {kit}' lists every update",
+        f"result    {f'built in {results}/RUN/model' if settings.result else 'not wanted'}",
         f"requests  shown here as they arrive; 'fedprllm ledger {kit} --requests' lists them",
     ):
         errors.print(escape(line), soft_wrap=True)
     with ending():
         attend(lambda: start_participant(kit), f"participant {name}", engine_folder(kit), _News(kit))
+
+
+@contextlib.contextmanager
+def _holding(kit: Path) -> Iterator[None]:
+    """Hold a kit: two processes with one certificate would take each other's place at the server.
+
+    Raises:
+        RunError: Another process uses the kit.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(kit / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            f"another 'fedprllm participate' is running with {kit} and fetches results by itself: stop it "
+            "before you start this one"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _pinned(plan: RunPlan) -> dict[str, Any]:
@@ -217,19 +283,25 @@ def ledger(
     if as_json:
         print(json.dumps(lines, indent=1))
         return
-    table = Table("time (UTC)", "run", "block", "kind", "tensors", "bytes", "sha256", box=SIMPLE)
+    table = Table("time (UTC)", "", "run", "block", "kind", "tensors", "bytes", "sha256", box=SIMPLE)
+    sent = [line for line in lines if line.get("direction", "sent") == "sent"]
     for line in lines:
         table.add_row(
             line["time"][:19].replace("T", " "),
+            line.get("direction", "sent"),
             line["run"][:8],
-            str(line["block"]),
+            "" if line["block"] is None else str(line["block"]),
             line["kind"],
             str(len(line["shapes"])),
             f"{line['bytes']:,}",
             line["sha256"][:8],
         )
     console.print(table)
-    console.print(f"{len(lines)} updates, {sum(line['bytes'] for line in lines):,} bytes")
+    n_received = sum(line["bytes"] for line in lines) - sum(line["bytes"] for line in sent)
+    console.print(
+        f"sent: {len(sent)} updates, {sum(line['bytes'] for line in sent):,} bytes; received: "
+        f"{n_received:,} bytes"
+    )
 
 
 def _show_requests(kit: Path, *, as_json: bool) -> None:
@@ -255,6 +327,7 @@ class _News:
 
         self._requests = follow(work_folder(kit) / REQUESTS)
         self._complaints = _Watch(kit)
+        self._results = _Results(kit)
 
     def __call__(self) -> None:
         from fedprllm.federation.flare.request_log import sentence
@@ -263,6 +336,85 @@ class _News:
             style = "yellow" if "refused" in line else "dim"
             errors.print(f"[{style}]{line['time'][11:19]}[/] {escape(sentence(line))}", soft_wrap=True)
         self._complaints()
+        self._results()
+
+
+class _Results:
+    """Prints what becomes of results, each state once.
+
+    Args:
+        kit: The participant's kit.
+        awaited: Name of the run whose result is waited for; its end ends the command.
+    """
+
+    def __init__(self, kit: Path, awaited: str | None = None) -> None:
+        from fedprllm.federation.site.results import results_folder
+        from fedprllm.federation.site.site import work_folder
+
+        self._folder, self._awaited = results_folder(work_folder(kit)), awaited
+        self._begin = time.time()
+        self._shown = {path: self._state(path) for path in self._folder.glob("*/status.json")}
+        if awaited is not None:
+            self._shown = {}
+
+    def _state(self, path: Path) -> dict[str, Any]:
+        with contextlib.suppress(FileNotFoundError):
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        return {}
+
+    def __call__(self) -> bool:
+        """Print what is new; returns whether the awaited result has come to its end."""
+        ended = False
+        for path in sorted(self._folder.glob("*/status.json")):
+            status = self._state(path)
+            if not status or (self._awaited is not None and status["run"] != self._awaited):
+                continue
+            if status["state"] != self._shown.get(path, {}).get("state"):
+                self._print(status)
+            self._shown[path] = status
+            ended |= status["state"] not in ("fetching", "building") and self._is_new(path)
+        return self._awaited is not None and (ended or self._is_unknown())
+
+    def _is_new(self, path: Path) -> bool:
+        """A model that is there stays; a failure may be of an earlier attempt."""
+        return self._state(path)["state"] == "received" or path.stat().st_mtime >= self._begin
+
+    def _is_unknown(self) -> bool:
+        path = self._folder / "offers.json"
+        if not path.exists() or path.stat().st_mtime < self._begin:
+            return False
+        return self._awaited not in [offer["name"] for offer in json.loads(path.read_text(encoding="utf-8"))]
+
+    def _print(self, status: dict[str, Any]) -> None:
+        name, state = escape(status["run"]), status["state"]
+        if state == "received":
+            errors.print(
+                f"[green]run {name} is complete[/]: {status['sparsity']:.1%} zeros, "
+                f"{escape(status['model'])}; every tensor has the coordinator's digest",
+                soft_wrap=True,
+            )
+        elif state in ("fetching", "building"):
+            errors.print(f"run {name} is complete: {state} the model", soft_wrap=True)
+        elif state != "declined":
+            message = escape(status["message"])
+            errors.print(f"[red]run {name}[/]: no model ({state}): {message}", soft_wrap=True)
+
+    def conclude(self) -> None:
+        """Check that the awaited result is there.
+
+        Raises:
+            RunError: It is not. The message says why.
+        """
+        states = [status for status in self._shown.values() if status.get("run") == self._awaited]
+        if any(status["state"] == "received" for status in states):
+            return
+        if states:
+            raise RunError(f"the model of run {self._awaited} was not built ({states[-1]['state']})")
+        raise RunError(
+            f"the server has no result named {self._awaited} for this participant: the run has not ended, "
+            "its name is different, or its plan withholds the result from participants that were left out"
+        )
 
 
 class _Watch:

@@ -109,6 +109,9 @@ class RunPlan(Settings):
     silence_s: Annotated[
         float, Field(gt=0, description="seconds of silence after which a participant counts as gone")
     ] = 30.0
+    left_out_receive: Annotated[
+        bool, Field(description="whether participants that were left out may fetch the result too")
+    ] = True
     max_ballots: Annotated[
         int, Field(ge=1, description="consecutive invalid updates after which a participant is left out")
     ] = 3
@@ -177,6 +180,14 @@ class SiteSettings(Settings):
         Field(ge=0, description="seed for choosing windows; by default drawn once and kept on this machine"),
     ] = None
     confirm: Annotated[bool, Field(description="ask before a run's first computation")] = True
+    result: Annotated[bool, Field(description="build the pruned model here at the end of a run")] = True
+    out: Annotated[str | None, Field(description="folder for results, if not the kit's runs folder")] = None
+    fetch: Annotated[
+        str | None, Field(description="the only run whose result to fetch, again if its model is gone")
+    ] = None
+    held_out: Annotated[
+        list[str], Field(description="text on which dense and pruned model are measured; numbers are sent")
+    ] = Field(default_factory=list)
     plan: Annotated[
         dict[str, Any] | None, Field(description="the only run to accept: model, config, participants")
     ] = None

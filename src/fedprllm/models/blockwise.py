@@ -329,7 +329,7 @@ class BlockwiseModel:
         ignored = self.skeleton._keys_to_ignore_on_load_unexpected or ()
         further = {
             int(found[1])
-            for name in self.checkpoint.stored_names
+            for name in self.checkpoint.names
             if (found := re.match(rf"(?:{re.escape(prefix)}|{re.escape(short)})\.(\d+)\.", name))
             and int(found[1]) >= self.n_blocks
             and not any(re.search(pattern, name) for pattern in ignored)

@@ -19,7 +19,7 @@ from fedprllm.core.threads import in_threads
 from fedprllm.errors import ModelError
 from fedprllm.files import flush_file, read_json, save_tensors, write_json
 
-__all__ = ["Checkpoint", "CheckpointWriter"]
+__all__ = ["Checkpoint", "CheckpointWriter", "tensor_fingerprint"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -70,9 +70,9 @@ class Checkpoint:
         return name if name in self._file_of else short if short in self._file_of else None
 
     @property
-    def stored_names(self) -> list[str]:
-        """Names of all tensors as the files have them."""
-        return list(self._file_of)
+    def names(self) -> list[str]:
+        """Names of all tensors, as the files have them."""
+        return sorted(self._file_of)
 
     def __contains__(self, name: str) -> bool:
         return self._stored_name(name) is not None
@@ -109,7 +109,7 @@ class Checkpoint:
             ModelError: A tensor contains NaN or infinity; the message names it.
         """
         # While one thread waits for the disk, another computes.
-        digests = in_threads(lambda name: _fingerprint(name, self.load([name])[name]), names)
+        digests = in_threads(lambda name: tensor_fingerprint(name, self.load([name])[name]), names)
         return dict(zip(names, digests, strict=True))
 
     def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
@@ -127,7 +127,12 @@ class Checkpoint:
         return sum((self.folder / file).stat().st_size for file in set(self._file_of.values()))
 
 
-def _fingerprint(name: str, tensor: Tensor) -> str:
+def tensor_fingerprint(name: str, tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes.
+
+    Raises:
+        ModelError: The tensor contains NaN or infinity; the message names it.
+    """
     if tensor.is_floating_point() and not _is_finite(tensor):
         n_bad = int((~torch.isfinite(tensor)).sum())
         raise ModelError(

@@ -152,6 +152,8 @@ def build_skeleton(folder: Path, dtype: Any = None) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from fedprllm.models.empty import LeaveEmpty
+
     # On values they do not know, transformers' many configurations and models raise exceptions of any type.
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -169,7 +171,7 @@ def build_skeleton(folder: Path, dtype: Any = None) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{folder} is quantized: give the unquantized checkpoint, or a GGUF file")
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), LeaveEmpty():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
     except Exception as error:
         raise ModelError(

@@ -108,7 +108,7 @@ class Aggregate(Generic[_Decided]):
         run: Run,
         record: BlockRecord,
         hidden: Mapping[str, Tensor] | None = None,
-        newest: Sequence[Path] = (),
+        files: Sequence[Path] = (),
     ) -> None:
         """Write the votes, the hidden states and finally the record, which marks the block as finished.
 
@@ -116,10 +116,10 @@ class Aggregate(Generic[_Decided]):
             run: The run, open.
             record: The block's record.
             hidden: Hidden states after the block.
-            newest: Further files that are needed until the next block is finished.
+            files: Further files that belong to the block.
         """
         save_votes(run.votes_path(self.block.index), self.totals.votes, self.block.linears)
-        run.finish_block(self.block.index, record, hidden, newest)
+        run.finish_block(self.block.index, record, hidden, files)
 
 
 def decide_and_write(

@@ -14,7 +14,13 @@ from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.sharing import SHARING, update_bytes
 
-__all__ = ["check_message_size", "check_pattern_divides", "check_update_size", "needed_bytes"]
+__all__ = [
+    "check_message_size",
+    "check_pattern_divides",
+    "check_update_size",
+    "decision_bytes",
+    "needed_bytes",
+]
 
 
 # Upper bound on what names, headers and the engine add to the values of an update.
@@ -60,16 +66,16 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
 def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_mb: float) -> None:
     """Refuse a run whose messages exceed the kits' limit and could never arrive.
 
-    Messages are updates and, if participants follow the server, its decisions.
+    Messages are updates, and decisions, from which participants build the result.
 
     Raises:
         ConfigError: A message would be too large; the message names the first such block, the size and the
             limit.
     """
     for index, linears in enumerate(model.linears):
-        n_bytes = update_bytes(SHARING[config.share].shapes(linears))
-        if STRATEGIES[config.strategy].follows_server:
-            n_bytes = max(n_bytes, _decision_bytes(linears, config))
+        n_bytes = max(
+            update_bytes(SHARING[config.share].shapes(linears)), _block_decision_bytes(linears, config)
+        )
         if n_bytes * _ENVELOPE > max_message_mb * 1e6:
             raise ConfigError(
                 f"block {index} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, but the kits of this "
@@ -78,7 +84,12 @@ def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_m
             )
 
 
-def _decision_bytes(linears: Mapping[str, Linear], config: PruneConfig) -> int:
+def decision_bytes(model: BlockwiseModel, config: PruneConfig) -> int:
+    """Payload of the server's decisions about all blocks."""
+    return sum(_block_decision_bytes(linears, config) for linears in model.linears)
+
+
+def _block_decision_bytes(linears: Mapping[str, Linear], config: PruneConfig) -> int:
     """Payload of the server's decision about a block: masks if they determine it, weights otherwise."""
     masks_tell_all = decision_of(config).only_zeroes and not config.scale_weights
     return sum(

@@ -181,7 +181,7 @@ class Run:
         block: int,
         record: BlockRecord | SurveyRecord,
         hidden: Mapping[str, Tensor] | None = None,
-        newest: Sequence[Path] = (),
+        files: Sequence[Path] = (),
     ) -> None:
         """Save the hidden states and the record, which is written last and marks the block as finished.
 
@@ -189,14 +189,13 @@ class Run:
             block: Block index, whose shard and votes must have been written before.
             record: Its record, to which the digests of its files are added.
             hidden: Hidden states after the block.
-            newest: Further files that are needed until the next block is finished.
+            files: Further files that belong to the block.
         """
         if hidden:
             save_tensors(self._hidden_path(block), {name: state.cpu() for name, state in hidden.items()})
-            newest = (*newest, self._hidden_path(block))
         digests = {
-            "files": self._digests([path for path in self._files_of(block) if path.exists()]),
-            "newest": self._digests(newest),
+            "files": self._digests([*(path for path in self._files_of(block) if path.exists()), *files]),
+            "newest": self._digests([self._hidden_path(block)] if hidden else []),
         }
         record = record.model_copy(update={name: found or None for name, found in digests.items()})
         write_sealed(self._record_path(block), record.as_json())

@@ -108,7 +108,7 @@ _SUFFIX = re.compile(r"\.\w{1,12}")
 # count only as such files are usually written: in capitals, or without a suffix.
 _HOUSEKEEPING = re.compile(
     r"(?i:(read[-_ ]?me|un)?licen[cs]es?|read[-_ ]?me|copying|copyright|citation|changelog|contributing|"
-    r"code[-_]of[-_]conduct|data[-_]?card|dataset[-_]?card|model[-_]?card|data[-_]?sheet)"
+    r"code[-_]of[-_]conduct|attributions?|disclaimer|terms[-_]of[-_]use|eula|data[-_]?statement|data[-_]?card|dataset[-_]?card|model[-_]?card|data[-_]?sheet)"
     r"([-_. ][\w.+-]{1,24})?"
     r"|(NOTICES?|AUTHORS|CONTRIBUTORS|CHANGES|HISTORY|SECURITY|CREDITS|INSTALL|TODO|MAINTAINERS|PATENTS|"
     r"THIRD[-_]PARTY.*|ACKNOWLEDGE?MENTS|MANIFEST|VERSION|CODEOWNERS|NEWS)([-_.]\w{1,12})?(\.(md|txt|rst|in))?"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from fedprllm.core.owl import Outliers
 from fedprllm.deciding import BlockDecision
 from fedprllm.federation.coordinator.ballots import Ballots
+from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.protocol.decision import encode_decision
 from fedprllm.files import write_bytes
 from fedprllm.models.checkpoint import CheckpointWriter
@@ -80,6 +80,7 @@ class Pruning:
     def __init__(self, ballots: Ballots[BlockDecision], run: Run, run_id: bytes, digest: bytes) -> None:
         self._ballots, self._run = ballots, run
         self._run_id, self._digest = run_id, digest
+        self._publication = Publication(run.folder)
         self._writer = CheckpointWriter(run.unfinished_model_dir(), ballots.model.n_blocks)
         method = ballots.method
         self._is_followed = method.strategy.follows_server and method.uses_inputs
@@ -92,7 +93,7 @@ class Pruning:
 
             def announce(decision: BlockDecision) -> None:
                 message = encode_decision(decision, block, self._run_id, self._digest)
-                write_bytes(self._path(index), message)
+                write_bytes(self._publication.decision_path(index), message)
 
             decision = decide_and_write(aggregate, self._writer, announce)
             record = aggregate.record(
@@ -102,15 +103,11 @@ class Pruning:
                 n_tokens=received["n_tokens"],
                 seconds={"aggregate": time.perf_counter() - begin},
             )
-            aggregate.keep(self._run, record, newest=[self._path(index)])
-            self._path(index - 1).unlink(missing_ok=True)
+            aggregate.keep(self._run, record, files=[self._publication.decision_path(index)])
 
     def decision(self, index: int) -> bytes | None:
         """See `BlockDecider`."""
-        return self._path(index).read_bytes() if self._is_followed else None
-
-    def _path(self, index: int) -> Path:
-        return self._run.folder / "federation" / f"decision-{index:04d}"
+        return self._publication.decision_path(index).read_bytes() if self._is_followed else None
 
     def finish(self) -> None:
         """Write the tensors outside the blocks and move the complete model into place."""
@@ -118,5 +115,3 @@ class Pruning:
         self._writer.write(None, model.checkpoint.load(model.names_outside_blocks()))
         self._writer.finish(model.folder)
         self._run.publish_model()
-        for path in (self._run.folder / "federation").glob("decision-*"):
-            path.unlink()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +18,14 @@ from fedprllm.errors import ConfigError, FedprllmError, RunError
 from fedprllm.evaluation.perplexity import window_length_for
 from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.coordinator.decisions import BlockDecider, Pruning, Surveying
+from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.coordinator.rounds import Ask, Coordinator
 from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
+from fedprllm.federation.protocol.results import Manifest
 from fedprllm.files import read_sealed, write_json, write_text
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.fingerprints import model_digest
 from fedprllm.models.identity import model_identity
 from fedprllm.models.source import resolve_model
@@ -32,6 +35,7 @@ from fedprllm.pruning.preflight import (
     check_message_size,
     check_pattern_divides,
     check_update_size,
+    decision_bytes,
     needed_bytes,
 )
 from fedprllm.pruning.records import (
@@ -135,7 +139,7 @@ def _conduct(
         "versions": versions(),
         "run_id": run_id.hex(),
     }
-    run = Run(folder, identity, needed_bytes(model, [], config))
+    run = Run(folder, identity, needed_bytes(model, [], config) + decision_bytes(model, config))
     with run.when_free(_LOCK_WAIT_S):
         if run.is_complete:
             run.check_result()
@@ -209,8 +213,27 @@ class _Conducting:
         coordinator = self._coordinator(ask, ballots, decider, run, folder)
         coordinator.conduct()
         decider.finish()
-        _finish(run, self.model, identity, outliers)
+        record = _finish(run, self.model, identity, outliers)
+        self._publish(run, run_id, record, coordinator.participants)
+        run.finish(record)
         coordinator.finish()
+
+    def _publish(self, run: Run, run_id: bytes, record: RunRecord, still_in: Iterable[str]) -> None:
+        """Let participants fetch the result."""
+        checkpoint = Checkpoint(run.model_dir())
+        publication = Publication(run.folder)
+        manifest = Manifest(
+            run=run_id.hex(),
+            name=self.plan.name,
+            model=self.plan.model,
+            fingerprints=dict(self.fingerprints),
+            blocks=publication.decision_digests(self.model.n_blocks),
+            tensors=checkpoint.fingerprints(checkpoint.names),
+            n_prunable=record.n_prunable,
+            n_zeros=record.n_zeros,
+            card=(run.model_dir() / "README.md").read_text(encoding="utf-8"),
+        )
+        publication.publish(manifest, self.names if self.plan.left_out_receive else list(still_in))
 
 
 def _taking_part(plan: RunPlan, names: Sequence[str]) -> list[str]:
@@ -231,8 +254,8 @@ def _taking_part(plan: RunPlan, names: Sequence[str]) -> list[str]:
 
 def _finish(
     run: Run, model: BlockwiseModel, identity: Mapping[str, Any], outliers: Sequence[Outliers]
-) -> None:
-    """Write the result in the same format as a run in one process."""
+) -> RunRecord:
+    """Write the model card and return the result, in the same format as a run in one process."""
     records = run.records()
     surveyed = Run(run.folder / "survey", {}).survey_records()
     config = identity["config"]
@@ -255,7 +278,7 @@ def _finish(
         }
     )
     write_model_card(run.model_dir(), record)
-    run.finish(record)
+    return record
 
 
 def _longest(record: BlockRecord | SurveyRecord) -> int:

@@ -43,12 +43,17 @@ _MAX_WAITING_BYTES = 16 * MB
 _installed = False
 
 
-def install(communication: dict[str, Any], requests: RequestLog | None) -> None:
+def install(
+    communication: dict[str, Any],
+    requests: RequestLog | None,
+    made: Callable[[Any], object] = lambda cell: None,  # noqa: ARG005
+) -> None:
     """Change FLARE in this process, once: do it before a cell is made.
 
     Args:
         communication: FLARE's ``comm_config.json``.
         requests: Where refusals and the server's orders are written down; None in the coordinator's process.
+        made: Called with every end point (a `Cell`) of this process.
 
     Raises:
         RunError: This version of FLARE was not tested with the guard.
@@ -61,7 +66,7 @@ def install(communication: dict[str, Any], requests: RequestLog | None) -> None:
     note = requests.note_refused if requests is not None else lambda refused: None  # noqa: ARG005
     _fix_communication(communication)
     _limit_frames()
-    _guard_cells(int(communication["streaming_max_blob_size"]), note)
+    _guard_cells(int(communication["streaming_max_blob_size"]), note, made)
     _close_handlers()
     _refuse_super()
     _guard_job_processes()
@@ -121,7 +126,9 @@ class _Waiting:
             self._changed.notify_all()
 
 
-def _guard_cells(max_update_bytes: int, note: Callable[[Refused], None]) -> None:
+def _guard_cells(
+    max_update_bytes: int, note: Callable[[Refused], None], made: Callable[[Any], object]
+) -> None:
     from nvflare.fuel.f3.cellnet.cell import Adapter, Cell
     from nvflare.fuel.f3.cellnet.core_cell import CoreCell
     from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
@@ -142,6 +149,7 @@ def _guard_cells(max_update_bytes: int, note: Callable[[Refused], None]) -> None
     def cell(self: Any, *arguments: Any, **options: Any) -> None:
         make_cell(self, *arguments, **options)
         self.core_cell.fedprllm_guard.stream_cell = self
+        made(self)
 
     def receive(self: Any, endpoint: Any, connection: Any, app_id: int, message: Any) -> None:
         if not isinstance(connection, NullConnection):  # a process speaks to itself without one
@@ -267,8 +275,14 @@ def main() -> None:
     is_site = ".client." in module
     kit = kit_of(workspace)
     path = work_folder(kit) / REQUESTS if is_site else kit / "refused.jsonl"
+    from fedprllm.federation.flare.results import exchange_results
+
     try:
-        install(_communication(workspace, is_site=is_site), RequestLog(path))
+        install(
+            _communication(workspace, is_site=is_site),
+            RequestLog(path),
+            lambda cell: exchange_results(cell, kit),
+        )
     except FedprllmError as error:
         sys.exit(f"error: {error}")
     runpy.run_module(module, run_name="__main__", alter_sys=True)

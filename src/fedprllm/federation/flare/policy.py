@@ -21,6 +21,8 @@ __all__ = [
     "MAX_FRAME_BYTES",
     "MAX_OPEN_STREAMS",
     "MB",
+    "RESULT_CHANNEL",
+    "RESULT_TOPIC",
     "SITE_ORDERS",
     "TESTED_VERSIONS",
     "UPDATE",
@@ -52,6 +54,10 @@ MAX_OPEN_STREAMS = 64
 # As a limit: the longest message that was agreed on, as `max_message_mb`.
 UPDATE = -1
 
+# A participant asks the server for results here.
+RESULT_CHANNEL = "fedprllm"
+RESULT_TOPIC = "result"
+
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ADMIN_PREFIX = "_admin_"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -76,6 +82,7 @@ ALLOWED: Mapping[tuple[Party, Party], Mapping[str, int]] = {
         **_BYE,
         **_REGISTER,
         "task/heart_beat": 64 * KB,
+        f"{RESULT_CHANNEL}/{RESULT_TOPIC}": 64 * KB,
         "task/report_job_failure": 64 * KB,
     },
     (Party.SERVER, Party.SITE_JOB): _BYE,
@@ -116,7 +123,11 @@ ALLOWED: Mapping[tuple[Party, Party], Mapping[str, int]] = {
 }
 
 # Answers that are longer than the others; every other one has at most 1 MiB.
-_LONG_ANSWERS = {"aux_communication/fedprllm": UPDATE, "hci_channel/command": 16 * MB}
+_LONG_ANSWERS = {
+    "aux_communication/fedprllm": UPDATE,
+    f"{RESULT_CHANNEL}/{RESULT_TOPIC}": UPDATE,
+    "hci_channel/command": 16 * MB,
+}
 _ANSWER_BYTES = 1 * MB
 
 # Orders of the server that a site follows: say that there is room for a run (there always is), receive it,

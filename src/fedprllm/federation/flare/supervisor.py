@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprllm.errors import RunError
+from fedprllm.federation.coordinator.results import outcomes
 from fedprllm.federation.flare.session import AdminSession
 from fedprllm.federation.plan import Plan, RunPlan
 from fedprllm.files import read_json
@@ -35,8 +36,8 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
         federation: The participants and the server.
         admin_kit: The coordinator's kit.
         runs: The server's folder of runs, readable from here.
-        tell: Reports progress (``progress``, with the coordinator's status) and of events (``job``,
-            ``again``, ``waiting``).
+        tell: Reports progress (``progress``, with the coordinator's status; ``results``, with what became of
+            the model at each participant) and events (``job``, ``again``, ``waiting``).
 
     Raises:
         RunError: Too few participants are left, or several jobs in a row got nowhere.
@@ -61,7 +62,35 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
             )
         if outcome != "complete":
             tell("again", {"reason": reason})
+    _hand_out(plan, admin_kit, folder, tell)
     return folder
+
+
+def _hand_out(plan: RunPlan, admin_kit: Path, folder: Path, tell: Tell) -> None:
+    """Wait while connected participants fetch the result and build the model.
+
+    Participants that are not connected fetch it later. The wait ends ``deadline_s`` after the last news.
+    """
+    before, end = outcomes(folder), time.monotonic() + plan.deadline_s
+    if all(before.values()):
+        return
+    session = _session(admin_kit, tell)
+    try:
+        while time.monotonic() < end:
+            found = outcomes(folder)
+            end = time.monotonic() + plan.deadline_s if found != before else end
+            before = found
+            waiting = {name for name, outcome in found.items() if not outcome} & set(session.connected())
+            if not waiting:
+                return
+            tell("results", {"outcomes": found, "waiting": sorted(waiting)})
+            time.sleep(_WATCH_S)
+    except RunError:
+        raise
+    except Exception as error:  # noqa: BLE001  of FLARE's session, whose errors have no common base
+        tell("again", {"reason": f"the server does not answer: {type(error).__name__}"})
+    finally:
+        session.close()
 
 
 def _achieved(folder: Path) -> int:

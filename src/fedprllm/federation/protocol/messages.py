@@ -28,11 +28,13 @@ from fedprllm.errors import UpdateError
 __all__ = [
     "MAX_HEADER_BYTES",
     "Code",
+    "Header",
     "Operation",
     "Reply",
     "Request",
     "pack",
     "read_fingerprints",
+    "read_header",
     "read_reply",
     "read_request",
 ]
@@ -65,14 +67,16 @@ Code = Literal[
 ]
 
 
-class _Header(BaseModel):
+class Header(BaseModel):
+    """Base class of headers: immutable, and nothing beside the fields that are declared."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-_T = TypeVar("_T", bound=_Header)
+_T = TypeVar("_T", bound=Header)
 
 
-class Request(_Header):
+class Request(Header):
     """The header of a request.
 
     Attributes:
@@ -98,7 +102,7 @@ class Request(_Header):
     outliers: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]] = []
 
 
-class Reply(_Header):
+class Reply(Header):
     """The header of a reply.
 
     Attributes:
@@ -116,7 +120,7 @@ class Reply(_Header):
     value: Annotated[float | None, Field(allow_inf_nan=False)] = None
 
 
-def pack(header: Request | Reply, payload: bytes = b"") -> bytes:
+def pack(header: Header, payload: bytes = b"") -> bytes:
     """Encode a message."""
     text = json.dumps(header.model_dump(exclude_defaults=True), separators=(",", ":")).encode()
     assert len(text) <= MAX_HEADER_BYTES
@@ -129,7 +133,7 @@ def read_request(message: bytes) -> tuple[Request, memoryview]:
     Raises:
         UpdateError: The bytes are not a valid request.
     """
-    return _read(message, Request)
+    return read_header(message, Request)
 
 
 def read_reply(message: bytes) -> tuple[Reply, memoryview]:
@@ -138,7 +142,7 @@ def read_reply(message: bytes) -> tuple[Reply, memoryview]:
     Raises:
         UpdateError: The bytes are not a valid reply.
     """
-    return _read(message, Reply)
+    return read_header(message, Reply)
 
 
 def read_fingerprints(payload: memoryview) -> dict[str, str]:
@@ -157,7 +161,12 @@ def read_fingerprints(payload: memoryview) -> dict[str, str]:
         ) from None
 
 
-def _read(message: bytes, header_type: type[_T]) -> tuple[_T, memoryview]:
+def read_header(message: bytes, header_type: type[_T]) -> tuple[_T, memoryview]:
+    """Decode a message into its header, of the given type, and its payload.
+
+    Raises:
+        UpdateError: The bytes are not such a message.
+    """
     view = memoryview(message)
     name = header_type.__name__.lower()
     if len(view) < _LENGTH.size:

@@ -28,6 +28,7 @@ from fedprllm.federation.protocol.messages import (
     read_fingerprints,
     read_request,
 )
+from fedprllm.federation.site.results import wake_path
 from fedprllm.federation.site.spool import Spool, append_ledger, write_bytes
 from fedprllm.files import read_json, write_json, write_sealed, write_text
 
@@ -112,6 +113,7 @@ class Site:
             self._stop_worker()
             self.spool.clear()
             self._run = ""
+            write_text(wake_path(self.folder), request.run)
             return pack(Reply(state="done"))
         return pack(self._state())
 

@@ -1,4 +1,4 @@
-"""A participant's folder for one run, its spool, and the ledger of everything that was sent.
+"""A participant's folder for one run, its spool, and the ledger of everything sent and received.
 
 RUN/
   job.json                        the coordinator's request
@@ -172,24 +172,34 @@ class Spool:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
-# The ledger: one line per update sent ---------------------------------------------------------------
+# The ledger: one line per message ---------------------------------------------------------------
 
 
-def append_ledger(path: Path, run: str, block: int, summary: Mapping[str, Any], data: bytes) -> None:
-    """Record an update in the ledger before it is sent, and flush the line to disk.
+def append_ledger(
+    path: Path,
+    run: str,
+    block: int | None,
+    summary: Mapping[str, Any],
+    data: bytes,
+    *,
+    received: bool = False,
+) -> None:
+    """Record a message in the ledger before it is sent, or when it was received; flush the line to disk.
 
     Args:
         path: The ledger.
         run: Id of the run in hexadecimal digits.
-        block: Block index.
+        block: Block index; None for a manifest.
         summary: ``kind``, ``n_tokens`` and ``shapes`` of the update.
         data: The message.
+        received: It came in, as a part of a result.
 
     Raises:
-        RunError: The line could not be written, so the update must not be sent.
+        RunError: The line could not be written, so an update must not be sent.
     """
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "direction": "received" if received else "sent",
         "run": run,
         "block": block,
         "kind": summary["kind"],
@@ -211,7 +221,7 @@ def append_ledger(path: Path, run: str, block: int, summary: Mapping[str, Any], 
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Read the ledger: every update sent, oldest first.
+    """Read the ledger: every update sent and every part of a result received, oldest first.
 
     Raises:
         RunError: There is no ledger, or one of its lines is damaged.

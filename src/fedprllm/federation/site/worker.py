@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import threading
 import time
 import traceback
 from fractions import Fraction
@@ -21,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from fedprllm.errors import DataError, FedprllmError, ModelError, UpdateError
+from fedprllm.errors import DataError, FedprllmError, UpdateError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.site.consent import (
     Refused,
@@ -32,6 +31,7 @@ from fedprllm.federation.site.consent import (
     own_seed,
     text_identity,
 )
+from fedprllm.federation.site.process import Failed, end_with_parent, limit_resources
 from fedprllm.federation.site.spool import Spool
 from fedprllm.files import read_json, read_sealed, save_tensors, write_sealed
 from fedprllm.process import use_large_pages
@@ -39,12 +39,6 @@ from fedprllm.process import use_large_pages
 __all__ = ["main"]
 
 _DECISION_POLL_S = 0.05
-
-
-class _Failed(Exception):  # noqa: N818  it carries a status and is not a defect
-    def __init__(self, code: str, tensor: str = "", message: str = "", value: float | None = None) -> None:
-        super().__init__(message or code)
-        self.code, self.tensor, self.value = code, tensor, value
 
 
 def main(arguments: list[str]) -> int:
@@ -59,8 +53,8 @@ def main(arguments: list[str]) -> int:
     folder, settings_file, name, owner = arguments
     spool = Spool(Path(folder))
     settings = SiteSettings(**read_json(Path(settings_file)))
-    _end_with_parent()
-    _limit(settings)
+    end_with_parent()
+    limit_resources(settings)
     with FileLock(spool.path(".lock")):
         return _walk(spool, settings, name, owner)
 
@@ -69,7 +63,7 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
     spool.set_status("working")
     try:
         _Walk(spool, settings, name, owner).run()
-    except _Failed as failure:
+    except Failed as failure:
         print(failure, file=sys.stderr)
         spool.set_status("failed", failure.code, failure.tensor, str(failure), failure.value)
     except Refused as refusal:
@@ -97,30 +91,6 @@ def _fail(spool: Spool, code: str, error: BaseException) -> int:
     traceback.print_exception(error)
     spool.set_status("failed", code, message=f"{type(error).__name__}: {error}")
     return 1
-
-
-def _end_with_parent() -> None:
-    """End this process when the parent, at the other end of standard input, is gone for any reason."""
-
-    def wait() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(3)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _limit(settings: SiteSettings) -> None:
-    if settings.threads is not None:
-        import torch
-
-        torch.set_num_threads(settings.threads)
-    if settings.memory_gb is not None:
-        import resource
-
-        # This limit covers data and private mappings: all tensors, but not the mapped checkpoint.
-        limit = int(settings.memory_gb * 1e9)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 class _Walk:
@@ -161,7 +131,7 @@ class _Walk:
         """Refuse to continue a run with windows other than those it began with."""
         found = {"fingerprint": self.participant.fingerprint}
         if self.spool.known("text.json") not in (None, found):
-            raise _Failed(
+            raise Failed(
                 "data",
                 message="the text, or the seed in windows-seed by which its windows are chosen, has changed "
                 "since this run began: restore it, or let the run continue without this participant",
@@ -197,39 +167,16 @@ class _Walk:
 
     def _prepare(self) -> None:
         """Open the model, compare it with the coordinator's, and read the text."""
-        from fedprllm.models.blockwise import BlockwiseModel
-        from fedprllm.models.fingerprints import first_difference, model_digest
-        from fedprllm.models.identity import describe_difference, model_identity, number_of
-        from fedprllm.models.source import is_hub_id, resolve_model
+        from fedprllm.federation.site.model import open_model
+        from fedprllm.models.fingerprints import model_digest
         from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
         from fedprllm.pruning.inputs import make_participants
 
-        named = self.settings.model or self.job["model"]
-        if self.settings.model is None and not is_hub_id(named):
-            # The coordinator must not choose which local files are opened.
-            raise _Failed(
-                "model missing",
-                message=f"the coordinator's model is at {named}, a path on its own machine: get the same "
-                "model and name your copy with --model",
-            )
-        try:
-            folder = resolve_model(named)
-        except ModelError as error:
-            raise _Failed("model missing", message=str(error)) from None
-        self.model = BlockwiseModel(folder, self.config.dtype, self.config.device)
-        self._check_blocks(self.model.n_blocks)
         expected = read_json(self.spool.path("fingerprints.json"))
-        found = model_identity(self.model)
-        different = first_difference(expected, found)
-        if different is not None:
-            raise _Failed(
-                "model differs",
-                different,
-                f"the model at {named} is not the coordinator's: "
-                f"{describe_difference(different, expected, found)}; get the same copy as the coordinator's "
-                "and name it with --model",
-                number_of(different, found),
-            )
+        self.model = open_model(
+            self.settings, self.job["model"], expected, self.config.dtype, self.config.device
+        )
+        self._check_blocks(self.model.n_blocks)
         self.digest = model_digest(expected)
         seed = own_seed(self._home) if self.settings.seed is None else self.settings.seed
         (self.participant,), config = make_participants(
@@ -251,7 +198,7 @@ class _Walk:
         most = max(1, int(n_blocks * Fraction(str(self.settings.block_fraction))))
         asked = len(self.job["blocks"])
         if asked > most:
-            raise _Failed(
+            raise Failed(
                 "too many blocks",
                 message=f"the run asks for {asked} of {n_blocks} blocks, and this participant prunes at most "
                 f"{most} (--block-fraction): ask the coordinator to set the run's block_fraction to "
@@ -336,7 +283,7 @@ class _Walk:
     def _check_decision_may_come(self, index: int) -> None:
         """The coordinator sends its newest decision only: one that is lost behind it never comes again."""
         if self.spool.decision_path(index + 1).exists():
-            raise _Failed(
+            raise Failed(
                 "internal",
                 message=f"the decision about block {index} is missing or damaged, and the walk must begin "
                 f"again because of other damage in {self.spool.folder}: check the disk; the run can continue "

@@ -1,0 +1,57 @@
+"""Opening a participant's own copy of the model, and comparing it with the coordinator's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedprllm.errors import ModelError
+from fedprllm.federation.plan import SiteSettings
+from fedprllm.federation.site.process import Failed
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.fingerprints import first_difference
+from fedprllm.models.identity import describe_difference, model_identity, number_of
+from fedprllm.models.source import is_hub_id, resolve_model
+
+__all__ = ["open_model"]
+
+
+def open_model(
+    settings: SiteSettings, named: str, expected: Mapping[str, str], dtype: str, device: str
+) -> BlockwiseModel:
+    """Open the participant's copy of the coordinator's model.
+
+    Args:
+        settings: The participant's settings, which may name its copy.
+        named: The coordinator's name for the model.
+        expected: Identity of the coordinator's model.
+        dtype: Precision of the forward pass.
+        device: Device to compute on.
+
+    Raises:
+        Failed: There is no copy, or it is not the same model.
+    """
+    source = settings.model or named
+    if settings.model is None and not is_hub_id(named):
+        # The coordinator must not choose which local files are opened.
+        raise Failed(
+            "model missing",
+            message=f"the coordinator's model is at {named}, a path on its own machine: get the same "
+            "model and name your copy with --model",
+        )
+    try:
+        folder = resolve_model(source)
+    except ModelError as error:
+        raise Failed("model missing", message=str(error)) from None
+    model = BlockwiseModel(folder, dtype, device)
+    found = model_identity(model)
+    different = first_difference(expected, found)
+    if different is not None:
+        raise Failed(
+            "model differs",
+            different,
+            f"the model at {source} is not the coordinator's: "
+            f"{describe_difference(different, expected, found)}; get the same copy as the coordinator's "
+            "and name it with --model",
+            number_of(different, found),
+        )
+    return model

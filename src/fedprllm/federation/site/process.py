@@ -1,0 +1,49 @@
+"""What every computing process of a participant has in common: how it fails, ends and is limited."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from fedprllm.federation.plan import SiteSettings
+
+__all__ = ["Failed", "end_with_parent", "limit_resources"]
+
+
+class Failed(Exception):  # noqa: N818  it carries a status and is not a defect
+    """Work at a participant cannot continue.
+
+    Attributes:
+        code: Reason, as the coordinator hears it.
+        tensor: Name of the first tensor or setting of the model that differs.
+        value: The participant's value of that setting, if it is a number.
+    """
+
+    def __init__(self, code: str, tensor: str = "", message: str = "", value: float | None = None) -> None:
+        super().__init__(message or code)
+        self.code, self.tensor, self.value = code, tensor, value
+
+
+def end_with_parent() -> None:
+    """End this process when the parent, at the other end of standard input, is gone for any reason."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(3)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def limit_resources(settings: SiteSettings) -> None:
+    """Keep to the number of threads and the memory that the participant grants."""
+    if settings.threads is not None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+    if settings.memory_gb is not None:
+        import resource
+
+        # This limit covers data and private mappings: all tensors, but not the mapped checkpoint.
+        limit = int(settings.memory_gb * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
