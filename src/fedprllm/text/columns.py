@@ -17,7 +17,7 @@ _LOOKED_AT = 200  # rows
 _TEXT_NAMES = re.compile(
     r"(.*[_ .-])?(texts?|body|content|contents|document|documents|sentence|sentences|paragraph|passage|story|"
     r"article|abstract|summary|note|notes|transcript|prose|completion|dialog|dialogue|conversation|essay|report|"
-    r"code|markdown|raw_content|utterance|review|comment|post|message)",
+    r"code|markdown|raw_content|utterance|review|comment|post|message)|texts?[_.-]\w+",
     re.IGNORECASE,
 )
 # Names that say that it holds something else, whatever its values look like.
@@ -83,7 +83,7 @@ def choose_column(
     def checked(values: Iterable[str]) -> Iterator[str]:
         rest = iter(values)
         head = list(islice(rest, _LOOKED_AT))
-        kind = _kind_of(head) or (None if is_named or _is_prose(head) else "labels or short strings")
+        kind = _kind_of(head, 6) or (None if is_named or _is_prose(head) else "labels or short strings")
         if kind:
             raise DataError(
                 f"{source}: expected a column 'text', and the only column of strings, {names_shown([name])}, "
@@ -106,7 +106,7 @@ def refuse_ids(documents: Iterable[tuple[str, bool]], source: object) -> Iterato
     """
     rest = iter(documents)
     head = list(islice(rest, _LOOKED_AT))
-    if not any(named for _, named in head) and (kind := _kind_of([text for text, _ in head])):
+    if not any(named for _, named in head) and (kind := _kind_of([text for text, _ in head], 30)):
         raise DataError(
             f"{source}: expected documents, found strings that seem to be {kind}: name the file that holds "
             'the text; if they are the text, write each as {"text": ...}'
@@ -114,13 +114,18 @@ def refuse_ids(documents: Iterable[tuple[str, bool]], source: object) -> Iterato
     yield from (text for text, _ in chain(head, rest))
 
 
-def _kind_of(values: Sequence[str]) -> str | None:
-    """What all values are instead of text; None if they may be text."""
+def _kind_of(values: Sequence[str], n_repeated: int) -> str | None:
+    """What all values are instead of text; None if they may be text.
+
+    Args:
+        values: The values.
+        n_repeated: Number of values from which on a few that repeat are labels.
+    """
     given = [value.strip() for value in values if value and not value.isspace()]
     for kind, pattern in _NOT_TEXT.items():
         if given and all(len(value) <= 4096 and pattern.fullmatch(value) for value in given):
             return kind
-    if len(given) >= 20 and max(map(len, given)) < 60 and 4 * len(set(given)) <= len(given):
+    if len(given) >= n_repeated and max(map(len, given)) < 60 and 3 * len(set(given)) <= len(given):
         return "labels"
     return None
 
