@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "gone": Path.unlink,
 }
 KINDS: dict[str, dict[str, Any]] = {
-    "one-shot": {},
-    "iterative-spilled": {"strategy": "iterative", "memory_limit": 1},
+    "one-shot": {"memory_limit": 1},
+    "iterative": {"strategy": "iterative"},
     "alone": {"strategy": "local-only", "allocation": "owl"},
 }
 
@@ -99,8 +100,11 @@ def test_every_file_of_an_unfinished_run(tiny, tmp_path, kind) -> None:
     expected = what_counts(prune(tiny("llama"), people(), config, out=tmp_path / "undisturbed"))
     stopped(lambda: prune(tiny("llama"), people(), config, out=tmp_path / "stopped"))
     n_named = n_again = 0
+    ways = list(DAMAGES) if kind == "one-shot" else ["bit"]
+    rest = cycle(DAMAGES)
     for name in files_of(tmp_path / "stopped"):
-        for damage in ("bit", "gone") if kind == "alone" else DAMAGES:
+        # One kind of run meets every damage of every file, the others one in turn and a flipped bit.
+        for damage in dict.fromkeys([*ways, next(rest)]):
             out = tmp_path / "damaged"
             shutil.copytree(tmp_path / "stopped", out)
             DAMAGES[damage](out / name)
