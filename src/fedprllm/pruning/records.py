@@ -48,6 +48,8 @@ class Record(BaseModel):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             return cls.model_validate(unsealed(value, path, required=False))
+        except RunError as error:
+            raise RunError(f"{error}; restore it, or choose another folder with --out") from None
         except FileNotFoundError:
             raise RunError(f"{path} is missing: restore it, or choose another folder with --out") from None
         except (ValueError, ValidationError) as error:
