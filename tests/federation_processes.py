@@ -15,7 +15,7 @@ import psutil
 
 from fedprllm.federation.flare.processes import end, start_participant, start_server
 from fedprllm.federation.flare.rehearsal import rehearsal_kits
-from fedprllm.federation.plan import SiteSettings
+from fedprllm.federation.plan import Plan, SiteSettings
 from fedprllm.federation.site.site import settings_path
 from fedprllm.files import write_json
 from tests.federation_helpers import UNLIMITED
@@ -53,7 +53,7 @@ class Federation:
         self.texts = {name: folder / f"{name}.txt" for name in names}
         for name, path in self.texts.items():
             path.write_text("".join(STORY.format(who=name, n=n) for n in range(n_sentences)))
-        self.plan = rehearsal_kits(self.kits, {name: self.settings(name) for name in names})
+        self.plan = self.make_kits({name: self.settings(name) for name in names})
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def settings(self, name: str) -> SiteSettings:
@@ -68,11 +68,18 @@ class Federation:
 
     def write_settings(self, name: str) -> None:
         """Give a participant the settings that it began with."""
-        write_json(settings_path(self.kits / name), self.settings(name).model_dump(mode="json"))
+        write_json(settings_path(self.kit(name)), self.settings(name).model_dump(mode="json"))
+
+    def make_kits(self, people: dict[str, SiteSettings]) -> Plan:
+        return rehearsal_kits(self.kits, people)
+
+    def kit(self, name: str) -> Path:
+        """The kit of the server or of a participant, on its machine."""
+        return self.kits / name
 
     def start(self, name: str) -> None:
         start = start_server if name == "server" else start_participant
-        self.processes[name] = start(self.kits / name)
+        self.processes[name] = start(self.kit(name))
 
     def __enter__(self) -> Federation:
         for name in ("server", *self.names):
@@ -107,7 +114,7 @@ class Federation:
 
     def spool(self, name: str, run: str) -> Path:
         run_id = (self.run_folder(run) / ".run-id").read_text()
-        return self.kits / name / "fedprllm" / "runs" / run_id
+        return self.kit(name) / "fedprllm" / "runs" / run_id
 
     def n_computed(self, name: str, run: str) -> int:
         """Updates of one participant that are ready, wherever they are by now."""

@@ -42,6 +42,7 @@ __all__ = [
     "unsealed",
     "write_bytes",
     "write_json",
+    "write_private",
     "write_sealed",
     "write_text",
 ]
@@ -165,6 +166,15 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", durable=durable)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner can read, at no moment anybody else; whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.unlink(missing_ok=True)
+        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
 
 
 def read_json(path: Path) -> Any:

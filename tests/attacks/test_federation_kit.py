@@ -15,7 +15,7 @@ pytest.importorskip("nvflare")
 
 from fedprllm.errors import RunError
 from fedprllm.federation.flare.configuration import altered_files, prepare_engine, site_configuration
-from fedprllm.federation.flare.kits import write_kits
+from fedprllm.federation.flare.kits import write_ready_kits
 from fedprllm.federation.flare.policy import TESTED_VERSIONS, check_version
 from fedprllm.federation.flare.processes import end
 from fedprllm.federation.flare.rehearsal import free_port
@@ -30,7 +30,7 @@ MAIN = "from fedprllm.cli import main; main()"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kits")
-    write_kits(Plan(server="localhost", port=free_port(), participants=["north"]), folder)
+    write_ready_kits(Plan(server="localhost", port=free_port(), participants=["north"]), folder)
     return folder
 
 

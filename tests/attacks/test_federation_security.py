@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("nvflare")
 
-from fedprllm.federation.flare.kits import write_kits
+from fedprllm.federation.flare.kits import write_ready_kits
 from fedprllm.federation.flare.processes import end, start_participant
 from fedprllm.federation.flare.session import job_files
 from fedprllm.federation.plan import Plan, RunPlan
@@ -168,7 +168,7 @@ def test_the_coordinator_cannot_look_around_or_restart_a_site(federation, comman
 def test_a_certificate_of_another_authority_is_refused(federation, tmp_path):
     ours = federation.plan
     plan = Plan(name=ours.name, server="localhost", port=ours.port, participants=["stranger"])
-    write_kits(plan, tmp_path / "kits")
+    write_ready_kits(plan, tmp_path / "kits")
     stranger = start_participant(tmp_path / "kits" / "stranger")
     try:
         refused = ("handshake", "certificate", "ssl", "cannot connect", "failed to connect")

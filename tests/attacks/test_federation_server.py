@@ -167,8 +167,9 @@ def intruder(marker):
 
 def signed_by_super(federation, folder, files):
     """An app with the signature of a certificate of role super, which the authority made."""
-    state = json.loads((federation.kits / ".authority" / "rehearsal" / "state" / "cert.json").read_text())
-    authority, key = load_crt_bytes(state["root_cert"].encode()), load_private_key(state["root_pri_key"])
+    folder_of_keys = federation.kits / ".authority"
+    authority = load_crt_bytes((folder_of_keys / "root.crt").read_bytes())
+    key = load_private_key((folder_of_keys / "root.key").read_text())
     (name,) = (part.value for part in authority.subject if part.oid == NameOID.COMMON_NAME)
     own_key, own_public = generate_keys()
     subject = Identity("coordinator@fedprllm.local", "fedprllm", "super")
@@ -363,11 +364,13 @@ def test_another_user_reads_nothing_of_the_engine(federation):
 
 def test_the_certificate_of_another_participant_does_not_open_the_inside_of_a_site(federation, tmp_path):
     """North's own authority signed it: it is the name that is refused."""
-    from fedprllm.federation.flare.kits import write_kits
+    from fedprllm.federation.flare.kits import write_ready_kits
     from fedprllm.federation.plan import Plan
 
     plan = federation.plan
-    write_kits(Plan(**plan.model_dump() | {"participants": [*plan.participants, "other"]}), federation.kits)
+    write_ready_kits(
+        Plan(**plan.model_dump() | {"participants": [*plan.participants, "other"]}), federation.kits
+    )
     startup = tmp_path / "startup"
     shutil.copytree(federation.kits / "other" / "startup", startup)
     port = loopback_port(federation.site)

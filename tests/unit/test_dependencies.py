@@ -20,6 +20,7 @@ EXTRAS = {
     "report": {"report"},
     "study": {"report"},
     "federation/flare": {"federation"},
+    "federation/keys": {"federation"},
     "documents": {"data"},
     "text": {"data"},
     "evaluation/zero_shot": {"lm-eval"},

@@ -162,7 +162,7 @@ def test_help_imports_neither_torch_nor_the_engine():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     result = CliRunner().invoke(app, ["--help"])
-    for command in ("init", "serve", "run", "status", "report", "revoke", "rehearse"):
+    for command in ("init", "sign", "renew", "serve", "run", "status", "report", "revoke", "rehearse"):
         assert command in result.output
 
 

@@ -145,7 +145,8 @@ def test_help_imports_neither_torch_nor_transformers():
 
 @pytest.mark.parametrize(
     "module",
-    ["federation.site.site", "federation.site.worker", "cli.coordinator", "cli.participant"]
+    ["federation.site.site", "federation.site.worker", "cli.coordinator", "cli.identity", "cli.participant"]
+    + [f"federation.keys.{name}" for name in ("authority", "identity", "revoked")]
     + [
         f"federation.flare.{name}"
         for name in ("executor", "controller", "kits", "processes", "rehearsal", "session", "supervisor")

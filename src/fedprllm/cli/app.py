@@ -22,6 +22,7 @@ from rich.table import Table
 
 from fedprllm.cli.console import need_plots, noting
 from fedprllm.cli.coordinator import app as federation_app
+from fedprllm.cli.identity import app as identity_app
 from fedprllm.cli.participant import ledger, participate
 from fedprllm.cli.study import study_command
 from fedprllm.config import PruneConfig
@@ -395,6 +396,7 @@ app.command("study")(study_command(bars, console))
 # federation ------------------------------------------------------------------------------------
 
 app.add_typer(federation_app, name="federation")
+app.add_typer(identity_app, name="identity")
 app.command("participate")(participate)
 app.command("ledger")(ledger)
 

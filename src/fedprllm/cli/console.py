@@ -18,7 +18,18 @@ from rich.markup import escape
 
 from fedprllm.errors import ConfigError, FedprllmError, FedprllmWarning, RunError
 
-__all__ = ["absolute", "attend", "console", "ending", "errors", "heed", "need_flare", "need_plots", "noting"]
+__all__ = [
+    "absolute",
+    "attend",
+    "console",
+    "ending",
+    "errors",
+    "heed",
+    "need_flare",
+    "need_keys",
+    "need_plots",
+    "noting",
+]
 
 console = Console()
 errors = Console(stderr=True)
@@ -32,6 +43,15 @@ def need_flare() -> None:
         ConfigError: NVIDIA FLARE is missing. The message says how to install it.
     """
     _need("federation", "a federation needs NVIDIA FLARE", "nvflare")
+
+
+def need_keys() -> None:
+    """Check that what makes keys and certificates is installed.
+
+    Raises:
+        ConfigError: It is missing. The message says how to install it.
+    """
+    _need("federation", "an identity needs the package cryptography", "cryptography")
 
 
 def need_plots() -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +19,19 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import absolute, attend, console, ending, errors, heed, need_flare, need_plots
-from fedprllm.errors import ConfigError, RunError
+from fedprllm.cli.console import (
+    absolute,
+    attend,
+    console,
+    ending,
+    errors,
+    heed,
+    need_flare,
+    need_keys,
+    need_plots,
+)
+from fedprllm.cli.identity import compare, warn_of_expiry
+from fedprllm.errors import ConfigError, RunError, did_you_mean
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings, read_plan, read_run_plan
 
 if TYPE_CHECKING:
@@ -50,9 +62,10 @@ def init(
     plan: Annotated[Path, typer.Argument(help="TOML file with the server, its port and the participants")],
     out: Annotated[Path, typer.Option(help="folder for the kits")] = _KITS,
 ) -> None:
-    """Write start-up kits for the server, the coordinator and each participant."""
+    """Write start-up kits for the server and the coordinator; participants make their own keys."""
     need_flare()
-    from fedprllm.federation.flare.kits import write_kits
+    from fedprllm.federation.flare.kits import keys_of_participants, write_kits
+    from fedprllm.federation.keys.authority import authority, authority_fingerprint
 
     federation = read_plan(plan)
     written = write_kits(federation, out)
@@ -61,18 +74,94 @@ def init(
         command, owner = {
             "server": (f"fedprllm federation serve {kit}", "the server"),
             "admin": (f"fedprllm federation run CONFIG.toml --kits {out}", "the coordinator"),
-        }.get(kit.name, (f"fedprllm participate {kit.name} --data TEXT", f"participant {kit.name}"))
+        }[kit.name]
         table.add_row(escape(str(kit)), escape(owner), escape(command))
-    console.print(table if written else "all kits already exist")
-    console.print("Hand each kit to its owner the way you would send a password: it holds a private key.")
+    console.print(table if written else "both kits already exist")
+    console.print(f"authority  {authority_fingerprint(authority(out))}", highlight=False)
+    console.print(
+        "next       each participant runs 'fedprllm identity new NAME' and sends you NAME.csr; sign it with "
+        f"'fedprllm federation sign NAME.csr --kits {escape(str(out))}'",
+        soft_wrap=True,
+    )
+    for key in keys_of_participants(federation, out):
+        errors.print(
+            f"[yellow]{escape(str(key))} is a private key of a participant[/], from an earlier version: "
+            "it should run 'fedprllm identity renew FOLDER --new-key'; then delete this folder",
+            soft_wrap=True,
+        )
+
+
+@app.command("sign")
+def sign(
+    requests: Annotated[list[Path], typer.Argument(help="certificate requests of participants: NAME.csr")],
+    kits: Kits = _KITS,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="the key's fingerprint as the participant told you (one request)")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="sign without comparing fingerprints")] = False,
+) -> None:
+    """Sign participants' requests and write their kits, which hold no secret."""
+    need_keys()
+    from fedprllm.federation.keys import authority
+    from fedprllm.federation.keys.certificates import fingerprint as fingerprint_of
+    from fedprllm.federation.keys.requests import read_request
+
+    if fingerprint is not None and len(requests) > 1:
+        raise ConfigError(f"--fingerprint is of one request, found {len(requests)}: sign them one at a time")
+    plan, root = _federation(kits), authority.authority(kits)
+    checked = [read_request(path) for path in requests]
+    for request in checked:
+        authority.check_requested(kits, plan, request)
+    for request in checked:
+        known = authority.signed_before(kits, request)
+        found = fingerprint_of(request.public_key)
+        console.print(f"{request.name:<10} {found}{'  (same key as before)' * known}", highlight=False)
+        if not known or fingerprint is not None:
+            question = f"Does {request.name} read out the same groups?"
+            compare(found, fingerprint, question, agreed=yes)
+        path, entry = authority.sign(kits, plan, request)
+        console.print(
+            f"           send {escape(str(path))} back; the certificate is valid until {entry.ends[:10]}",
+            soft_wrap=True,
+        )
+    console.print(f"authority  {authority.authority_fingerprint(root)}", highlight=False)
+    _tell_capped(plan, root.certificate.not_valid_after_utc)
+    revoked = sorted(_revoked(kits) & {request.name for request in checked})
+    for name in revoked:
+        errors.print(
+            f"[yellow]{name} is revoked[/]: 'fedprllm federation revoke {name} --undo' lets it in again"
+        )
+
+
+def _tell_capped(plan: Plan, end: datetime) -> None:
+    """Tell that no certificate outlives the authority."""
+    days = (end - datetime.now(UTC)) / timedelta(days=1)
+    if days < plan.valid_days:
+        errors.print(
+            f"[yellow]the authority itself ends on {end:%Y-%m-%d}[/], and every certificate with it: "
+            "before then, write new kits into another folder with 'fedprllm federation init'",
+            soft_wrap=True,
+        )
+
+
+@app.command("renew")
+def renew(kits: Kits = _KITS) -> None:
+    """Renew the certificates of the server and the coordinator, for the keys they have."""
+    need_flare()
+    from fedprllm.federation.flare.kits import renew_own
+
+    for path in renew_own(_federation(kits), kits):
+        console.print(f"renewed  {escape(str(path))}", soft_wrap=True)
+    console.print("restart the server; participants need nothing")
 
 
 @app.command("serve")
 def serve(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
     """Run the server until you interrupt it."""
     need_flare()
-    from fedprllm.federation.flare.processes import start_server
+    from fedprllm.federation.flare.processes import RENEW_OWN, check_server, start_server
 
+    warn_of_expiry("the server's certificate", check_server(kit), RENEW_OWN)
     with ending():
         attend(lambda: start_server(kit), f"server of {kit}", kit)
 
@@ -112,6 +201,7 @@ def status(
     """Show which participants are connected and how far each run has progressed."""
     need_flare()
     from fedprllm.federation.flare.session import AdminSession
+    from fedprllm.federation.keys.authority import issued
 
     with ending():
         federation = _federation(kits)
@@ -121,11 +211,15 @@ def status(
         if as_json:
             print(json.dumps({"connected": sorted(connected), "runs": runs}, indent=1))
             return
-        table = Table("participant", "connected", "last contact")
+        table = Table("participant", "connected", "last contact", "certificate until")
+        revoked = _revoked(kits)
+        ends = {entry.name: entry.ends[:10] for entry in issued(kits)}
         for name in federation.participants:
             heard = connected.get(name)
             age = f"{max(0.0, time.time() - heard):.0f} s ago" if heard is not None else ""
-            table.add_row(name, "yes" if heard is not None else "[red]no[/]", age)
+            state = "[red]revoked[/]" if name in revoked else "yes" if heard is not None else "[red]no[/]"
+            # The authority may be on another machine; then nothing is known here.
+            table.add_row(name, state, age, ends.get(name, "not signed" if ends else ""))
         console.print(table)
         if runs:
             from fedprllm.federation.coordinator.results import outcomes
@@ -175,17 +269,30 @@ def revoke(
     kits: Kits = _KITS,
     undo: Annotated[bool, typer.Option("--undo", help="accept the participant again")] = False,
 ) -> None:
-    """Refuse a participant from now on, although its certificate is valid."""
+    """Refuse a participant from now on, also in a run that is going on; its certificate stays valid."""
     need_flare()
+    known = _federation(kits).participants
+    if participant not in known:
+        raise ConfigError(f"unknown participant {did_you_mean(participant, known)}")
     from fedprllm.federation.flare.session import AdminSession
+    from fedprllm.federation.keys.revoked import readmit
+    from fedprllm.federation.keys.revoked import revoke as write_down
 
     with ending():
-        known = _federation(kits).participants
-        if participant not in known:
-            raise ConfigError(f"unknown participant '{participant}': expected one of {', '.join(known)}")
-        with AdminSession(kits / "admin") as session:
-            (session.enable if undo else session.disable)(participant)
+        # The server and its process of a running job read this; it holds whether the server runs or not.
+        (readmit if undo else write_down)(kits / "server", participant)
         console.print(f"{participant} is {'accepted again' if undo else 'refused from now on'}")
+        try:
+            with AdminSession(kits / "admin") as session:
+                (session.enable if undo else session.disable)(participant)
+        except RunError:
+            errors.print("the server does not answer; if it does not run, this takes effect when it starts")
+
+
+def _revoked(kits: Path) -> set[str]:
+    from fedprllm.federation.keys.revoked import RevokedFile
+
+    return RevokedFile(kits / "server").names()
 
 
 @app.command("rehearse")

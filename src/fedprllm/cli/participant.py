@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedprllm.cli.console import absolute, attend, console, ending, errors, need_flare, noting
+from fedprllm.cli.identity import warn_of_expiry
 from fedprllm.errors import ConfigError, RunError
 from fedprllm.federation.plan import (
     DEFAULT_ALLOWED,
@@ -32,7 +33,7 @@ __all__ = ["ledger", "participate"]
 
 
 def participate(
-    kit: Annotated[Path, typer.Argument(help="folder of your kit")],
+    kit: Annotated[Path, typer.Argument(help="folder of your identity")],
     data: Annotated[list[str] | None, typer.Option(help="your text (repeat for several files)")] = None,
     model: Annotated[
         str | None,
@@ -131,10 +132,12 @@ def participate(
     _check_here(settings)
     from fedprllm.federation.flare.configuration import altered_files, engine_folder, participant_name
     from fedprllm.federation.flare.processes import start_participant
+    from fedprllm.federation.keys.identity import check_credentials
     from fedprllm.federation.site.site import settings_path
     from fedprllm.files import write_json
 
     name = participant_name(kit)
+    warn_of_expiry("your certificate", check_credentials(kit), f"fedprllm identity renew {kit}")
     for file in altered_files(kit, settings.max_message_mb):
         errors.print(
             f"[yellow]ignored[/]: {escape(str(kit / file))} differs from what is installed here; only the "
@@ -333,7 +336,7 @@ class _News:
         from fedprllm.federation.flare.request_log import sentence
 
         for line in next(self._requests):
-            style = "yellow" if "refused" in line else "dim"
+            style = "yellow" if "refused" in line or "reason" in line else "dim"
             errors.print(f"[{style}]{line['time'][11:19]}[/] {escape(sentence(line))}", soft_wrap=True)
         self._complaints()
         self._results()

@@ -21,6 +21,7 @@ __all__ = [
     "Plan",
     "RunPlan",
     "SiteSettings",
+    "check_name",
     "read_plan",
     "read_run_plan",
 ]
@@ -40,7 +41,8 @@ class Plan(Settings):
     """The participants and the server's address, from which ``fedprllm federation init`` writes the kits.
 
     Raises:
-        ConfigError: A name is invalid or occurs twice, or the scheme is unknown.
+        ConfigError: A name is invalid or occurs twice, the scheme is unknown, or the authority would not
+            outlive the certificates.
     """
 
     name: Annotated[str, Field(description="name of the federation in its certificates")] = "fedprllm"
@@ -50,7 +52,10 @@ class Plan(Settings):
     scheme: Annotated[str, Field(description="grpc, or http where traffic must pass through a web proxy")] = (
         "grpc"
     )
-    valid_days: Annotated[int, Field(ge=1, description="days that the certificates are valid")] = 360
+    valid_days: Annotated[int, Field(ge=1, description="days that a certificate is valid")] = 360
+    authority_days: Annotated[
+        int, Field(ge=2, description="days that the authority signing the certificates is valid")
+    ] = 3650
     max_message_mb: Annotated[
         int, Field(ge=1, description="longest message the server accepts, in MB (10^6 bytes)")
     ] = DEFAULT_MESSAGE_MB
@@ -58,12 +63,7 @@ class Plan(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in (self.name, *self.participants):
-            if not _NAME.fullmatch(name) or name in _RESERVED:
-                raise ConfigError(
-                    f"'{name}' cannot name a federation or a participant: use 1 to 63 lowercase letters, "
-                    "digits and inner dashes, and none of the reserved names "
-                    f"{', '.join(sorted(_RESERVED))}"
-                )
+            check_name(name)
         twice = {name for name in self.participants if self.participants.count(name) > 1}
         if twice:
             raise ConfigError(
@@ -72,6 +72,11 @@ class Plan(Settings):
         if self.server in self.participants:
             raise ConfigError(
                 f"'{self.server}' is the server's host name: give the participant a different name"
+            )
+        if self.authority_days <= self.valid_days:
+            raise ConfigError(
+                f"authority_days is {self.authority_days} and valid_days is {self.valid_days}: the "
+                "authority must outlive the certificates that it signs, or they cannot be renewed"
             )
         if self.scheme not in ("grpc", "http", "tcp"):
             raise ConfigError(f"unknown scheme {did_you_mean(self.scheme, ('grpc', 'http', 'tcp'))}")
@@ -201,6 +206,19 @@ class SiteSettings(Settings):
             if kind not in KINDS:
                 raise ConfigError(f"allow: unknown kind of update {did_you_mean(kind, KINDS)}")
         return self
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be the name of a federation or a participant.
+
+    Raises:
+        ConfigError: Says what a name looks like.
+    """
+    if not _NAME.fullmatch(name) or name in _RESERVED:
+        raise ConfigError(
+            f"'{name}' cannot name a federation or a participant: use 1 to 63 lowercase letters, digits and "
+            f"inner dashes, and none of the reserved names {', '.join(sorted(_RESERVED))}"
+        )
 
 
 def read_plan(path: Path) -> Plan:

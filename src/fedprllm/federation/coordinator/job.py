@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +83,7 @@ def conduct_run(
     channel: Channel,
     stopped: Callable[[], bool] = lambda: False,
     max_message_mb: float | None = None,
+    revoked: Callable[[], Collection[str]] = tuple,
 ) -> str:
     """Work on a run until it is complete or cannot continue, and record the outcome.
 
@@ -94,13 +95,14 @@ def conduct_run(
         channel: Transport to the participants.
         stopped: Called between steps. True ends the job.
         max_message_mb: Longest message that sites and server accept, in MB (10^6 bytes). None for no limit.
+        revoked: Called between steps. Names participants whose part ends, also while the run goes on.
 
     Returns:
         The recorded outcome: ``complete``, ``interrupted``, ``quorum lost`` or ``error``.
     """
     folder = runs / plan.name
     try:
-        _conduct(plan, names, folder, channel, stopped, max_message_mb)
+        _conduct(plan, names, folder, channel, stopped, max_message_mb, revoked)
         outcome, reason = "complete", ""
     except Interrupted as interruption:
         outcome, reason = "interrupted", str(interruption)
@@ -119,6 +121,7 @@ def _conduct(
     channel: Channel,
     stopped: Callable[[], bool],
     max_message_mb: float | None,
+    revoked: Callable[[], Collection[str]],
 ) -> None:
     taking_part = _taking_part(plan, names)
     config = plan.config
@@ -144,7 +147,9 @@ def _conduct(
         if run.is_complete:
             run.check_result()
         else:
-            conducting = _Conducting(model, config, fingerprints, plan, taking_part, channel, stopped)
+            conducting = _Conducting(
+                model, config, fingerprints, plan, taking_part, channel, stopped, revoked
+            )
             outliers = conducting.survey(run, identity)
             conducting.prune(run, run_id, identity, outliers)
 
@@ -160,6 +165,7 @@ class _Conducting:
     names: Sequence[str]
     channel: Channel
     stopped: Callable[[], bool]
+    revoked: Callable[[], Collection[str]]
 
     def _ballots(self, method: Method[_Decided], run_id: bytes, folder: Path) -> Ballots[_Decided]:
         def updates(block: int) -> Path:
@@ -171,7 +177,16 @@ class _Conducting:
         self, ask: Ask, ballots: Ballots[Any], decider: BlockDecider, run: Run, folder: Path
     ) -> Coordinator:
         return Coordinator(
-            ask, ballots, decider, self.plan, self.names, run, self.channel, folder, self.stopped
+            ask,
+            ballots,
+            decider,
+            self.plan,
+            self.names,
+            run,
+            self.channel,
+            folder,
+            self.stopped,
+            self.revoked,
         )
 
     def survey(self, run: Run, identity: Mapping[str, Any]) -> list[Outliers]:

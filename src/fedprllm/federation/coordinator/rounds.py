@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +42,7 @@ _PATIENT = 20  # pause for 1/20 of the time since the last progress: news is not
 _ANSWER_S = 5.0  # timeout of a small request; a slower participant is asked again
 _SLOWEST_BYTES_PER_S = 250_000  # 2 Mbit/s; a slower connection counts as none
 
-Reason = Literal["absent", "deadline", "failed", "invalid updates"]
+Reason = Literal["absent", "deadline", "failed", "invalid updates", "revoked"]
 
 
 @dataclass
@@ -98,6 +98,7 @@ class Coordinator:
         channel: Transport to the participants.
         folder: Folder for the coordinator's own files.
         stopped: Called between steps. True ends the job.
+        revoked: Called between steps. Names participants whose part ends, also while the run goes on.
         clock: Returns seconds, for deadlines.
     """
 
@@ -112,11 +113,12 @@ class Coordinator:
         channel: Channel,
         folder: Path,
         stopped: Callable[[], bool] = lambda: False,
+        revoked: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ask_for, self.ballots, self._decider = ask, ballots, decider
         self.plan, self.run, self.channel = plan, run, channel
-        self._folder, self._stopped, self._clock = folder, stopped, clock
+        self._folder, self._stopped, self._revoked, self._clock = folder, stopped, revoked, clock
         self._news = clock()
         self._n_blocks = ballots.model.n_blocks
         self._follows_server = ballots.method.strategy.follows_server
@@ -221,6 +223,7 @@ class Coordinator:
         waiting = set(self._missing(blocks))
         while waiting and self._clock() - begin < self.plan.join_s:
             self._check_stopped()
+            waiting &= set(self._dismiss_revoked())
             for name, (reply, _) in self._ask_to_start(sorted(waiting), payload).items():
                 self._heard(name, reply)
                 waiting.discard(name)
@@ -254,8 +257,7 @@ class Coordinator:
 
     def _collect(self, blocks: Sequence[int]) -> None:
         """Collect the updates of the given blocks from all remaining participants."""
-        while missing := self._missing(blocks):
-            self._check_stopped()
+        while missing := self._still_missing(blocks):
             self._listen({name: wanted[0] for name, wanted in missing.items()})
             ready = [
                 (name, wanted[0])
@@ -263,7 +265,8 @@ class Coordinator:
                 if name in self.participants and self._may_be_asked(self.participants[name], wanted[0])
             ]
             for name, block in ready:
-                self._fetch(name, block)
+                if name in self.participants:  # fetching takes long enough to be revoked meanwhile
+                    self._fetch(name, block)
             self._check_quorum()
             self._show(f"block {blocks[0]}" if len(blocks) == 1 else "collecting")
             if not ready:
@@ -282,8 +285,17 @@ class Coordinator:
         }
         return {name: wanted for name, wanted in missing.items() if wanted}
 
+    def _still_missing(self, blocks: Sequence[int]) -> dict[str, list[int]]:
+        """Blocks whose update has not arrived, of those who may still send one."""
+        self._check_stopped()
+        self._dismiss_revoked()
+        return self._missing(blocks)
+
     def _decide(self, block: int) -> None:
         self._check_stopped()
+        # Its updates for this block and later ones do not count, even those that have arrived.
+        self._dismiss_revoked()
+        self._check_quorum()
         self._show(f"deciding block {block}")
         names = [name for name in self.participants if block in self._samples[name]]
         if not names:
@@ -394,6 +406,8 @@ class Coordinator:
         request = Request(op="fetch", run=self._run_id, block=block)
         patience_s = self._patience_s(self.ballots.max_bytes(block, name))
         answers = self._ask([name], request, timeout_s=patience_s)
+        if name not in self._dismiss_revoked():
+            return
         if name not in answers:
             standing.lost_at = self._clock()
             standing.n_invalid += 1
@@ -438,6 +452,12 @@ class Coordinator:
             self._leave_out(name, "invalid updates", f"{standing.n_invalid} in a row")
             return False
         return True
+
+    def _dismiss_revoked(self) -> Collection[str]:
+        """Leave out participants that were revoked; returns those that still take part."""
+        for name in sorted(set(self._revoked()) & set(self.participants)):
+            self._leave_out(name, "revoked", "the coordinator revoked it; what is decided already stays")
+        return self.participants
 
     def _leave_out(self, name: str, reason: Reason, words: str) -> None:
         self._note(name, "left out", f"{reason}: {words}")

@@ -1,8 +1,8 @@
 """FLARE's configuration at a participant: written from here before each start, never taken from a kit.
 
 KIT/
-  startup/            from the coordinator: certificate, key, the authority's certificate, and in
-                      fed_client.json the address of the server
+  startup/            the participant's own key; from the coordinator its certificate, the authority's, and
+                      in fed_client.json the address of the server
   local/fedprllm.json the participant's own settings
   engine/             FLARE's workspace; of what lies here before a start, only logs stay
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ from fedprllm.federation.flare.orders import EXECUTOR
 from fedprllm.federation.flare.policy import Party, party
 from fedprllm.federation.plan import DEFAULT_MESSAGE_MB, SiteSettings
 from fedprllm.federation.site.site import settings_path
-from fedprllm.files import read_json, write_json
+from fedprllm.files import read_json, write_json, write_private
 
 __all__ = [
     "DEFAULT_MESSAGE_MB",
     "ENGINE",
     "HARDENING",
     "RIGHTS",
+    "Address",
+    "address_of",
     "altered_files",
+    "check_address",
     "check_allow_list",
     "engine_folder",
     "kit_of",
@@ -36,12 +39,17 @@ __all__ = [
     "participant_name",
     "prepare_engine",
     "site_configuration",
+    "write_address",
 ]
 
 ENGINE = "engine"
 _STARTUP = "fed_client.json"
+_NEXT_KEY = "next.key"  # of an open request; FLARE never sees it
 _CREDENTIALS = ("client.crt", "client.key", "rootCA.pem")
 _SETTINGS = "fedprllm.json"
+# Five words: name of the federation, target (host and port), scheme, identity (the name in the server's
+# certificate), and name of the participant.
+Address = dict[str, str]
 _LOG = re.compile(r".*\.(txt|log)(\.\d+)?")
 _TARGET = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*:\d{1,5}")
 _BASE = "nvflare.app_common"
@@ -142,15 +150,26 @@ def participant_name(kit: Path) -> str:
     Raises:
         RunError: The folder is no kit of a participant.
     """
-    return _address(kit)["name"]
+    return address_of(kit)["name"]
 
 
-def _address(kit: Path) -> dict[str, str]:
-    """What is taken from a kit, beside its certificates: five words."""
+def address_of(kit: Path) -> Address:
+    """What is taken from a kit, beside its certificates: five words.
+
+    Raises:
+        RunError: The folder is no kit of a participant, or waits for one.
+    """
     path = kit / "startup" / _STARTUP
     if not path.exists():
+        requests = sorted(kit.glob("*.csr"))
+        if requests:
+            raise RunError(
+                f"{kit} has no certificate yet: send {requests[0]} to the coordinator, and accept the kit "
+                f"that comes back with 'fedprllm identity accept {kit} {requests[0].stem}.kit'"
+            )
         raise RunError(
-            f"{kit} is no participant's kit: {path} is missing; unpack the kit and name its folder"
+            f"{kit} is no participant's kit: {path} is missing; make an identity with 'fedprllm identity new "
+            "NAME', and name its folder"
         )
     try:
         found = read_json(path)
@@ -164,11 +183,25 @@ def _address(kit: Path) -> dict[str, str]:
         }
     except (ValueError, LookupError, TypeError):
         raise RunError(f"{path} does not name a server and a participant: ask for another kit") from None
-    _check_address(path, address)
+    check_address(path, address)
     return address
 
 
-def _check_address(path: Path, address: dict[str, Any]) -> None:
+def write_address(kit: Path, address: Address) -> None:
+    """Write the address of the server into a kit."""
+    write_json(kit / "startup" / _STARTUP, _startup(address))
+
+
+def check_address(path: Path, address: Mapping[str, Any]) -> None:
+    """Refuse words that are no address: they become part of FLARE's configuration and command line.
+
+    Args:
+        path: Where they are from; named in the error.
+        address: The words.
+
+    Raises:
+        RunError: Names the word.
+    """
     fits = {
         "federation": party(str(address["federation"])) is Party.SITE,
         "target": isinstance(address["target"], str) and _TARGET.fullmatch(address["target"]),
@@ -181,7 +214,7 @@ def _check_address(path: Path, address: dict[str, Any]) -> None:
         raise RunError(f"{path}: {wrong[0]} cannot be {address[wrong[0]]!r:.80}: ask for another kit")
 
 
-def _startup(address: dict[str, str]) -> dict[str, Any]:
+def _startup(address: Address) -> dict[str, Any]:
     """FLARE's ``fed_client.json`` for an address."""
     return {
         "format_version": 2,
@@ -210,8 +243,8 @@ def altered_files(kit: Path, max_message_mb: int) -> list[str]:
         RunError: A file of the kit would let in every class.
     """
     ours = {f"local/{name}": content for name, content in site_configuration(max_message_mb).items()}
-    ours[f"startup/{_STARTUP}"] = _startup(_address(kit))
-    expected = {f"startup/{name}" for name in _CREDENTIALS} | {f"local/{_SETTINGS}"}
+    ours[f"startup/{_STARTUP}"] = _startup(address_of(kit))
+    expected = {f"startup/{name}" for name in (*_CREDENTIALS, _NEXT_KEY)} | {f"local/{_SETTINGS}"}
     altered = []
     for path in sorted(kit / part for part in ("startup", "local")):
         for file in sorted(path.rglob("*")) if path.is_dir() else []:
@@ -255,17 +288,16 @@ def prepare_engine(kit: Path, max_message_mb: int) -> Path:
     Raises:
         RunError: The folder is no kit, a certificate is missing, or a part of it leads somewhere else.
     """
-    address, engine = _address(kit), engine_folder(kit)
+    address, engine = address_of(kit), engine_folder(kit)
     for folder in (engine, kit / "local", kit / "fedprllm"):
         _check_no_links(folder)
     _sweep(engine)
     for name in _CREDENTIALS:
         source, copy = kit / "startup" / name, engine / "startup" / name
         if not source.is_file():
-            raise RunError(f"{kit} is not complete: {source} is missing; unpack the kit again")
+            raise RunError(f"{kit} is not complete: {source} is missing; accept the kit again")
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, copy)
-        copy.chmod(0o600)
+        write_private(copy, source.read_bytes())
     write_json(engine / "startup" / _STARTUP, _startup(address))
     for name, content in site_configuration(max_message_mb).items():
         write_json(engine / "local" / name, content)
@@ -281,7 +313,7 @@ def _check_no_links(folder: Path) -> None:
     """
     inside = [path for path in folder.rglob("*") if path.is_symlink()] if folder.is_dir() else []
     for path in [folder] * folder.is_symlink() + inside:
-        raise RunError(f"{path} is a link, to {path.readlink()}: remove it, or unpack the kit again")
+        raise RunError(f"{path} is a link, to {path.readlink()}: remove it")
 
 
 def _sweep(engine: Path) -> None:

@@ -15,6 +15,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedprllm.federation.flare.kits import FEDERATION_FILE
+from fedprllm.federation.keys.revoked import RevokedFile
 from fedprllm.federation.plan import Plan, RunPlan
 from fedprllm.files import read_json
 
@@ -90,6 +91,7 @@ class CoordinatorController(Controller):  # type: ignore[misc]
             _FlareChannel(fl_ctx.get_engine(), fl_ctx),
             stopped=lambda: abort_signal.triggered,
             max_message_mb=federation.max_message_mb,
+            revoked=RevokedFile(kit).names,
         )
         log.info("the job ended: %s", outcome)
 

@@ -45,7 +45,7 @@ from fedprllm.federation.flare.policy import (
     party,
     root,
 )
-from fedprllm.federation.flare.request_log import Refused
+from fedprllm.federation.flare.request_log import Notes, Refused
 
 __all__ = ["Guard", "Refusal"]
 
@@ -135,17 +135,15 @@ class Guard:
         cell: FLARE's end point of this process (a `CoreCell`).
         max_update_bytes: Longest update or decision that was agreed on.
         coordinator: Name in the certificate of whoever may connect as coordinator.
-        note: Reports every refusal.
+        notes: Where refusals are written down, and that the server turns this participant away.
     """
 
-    def __init__(
-        self, cell: Any, max_update_bytes: int, coordinator: str, note: Callable[[Refused], None]
-    ) -> None:
+    def __init__(self, cell: Any, max_update_bytes: int, coordinator: str, notes: Notes) -> None:
         self._cell = cell
         self._here = str(cell.my_info.fqcn)
         self._max_update_bytes = max_update_bytes
         self._coordinator = coordinator
-        self._note = note
+        self._notes = notes
         self.streams = _Streams(self._is_awaited)
         # The end point that streams; FLARE makes it around the cell, later.
         self.stream_cell: Any = None
@@ -167,6 +165,10 @@ class Guard:
             self._refuse(endpoint, message, f"malformed ({type(error).__name__})", tell=False)
             return False
         return True
+
+    def turn_away(self, endpoint: Any, message: Message, reason: str) -> None:
+        """Refuse a message because of who sent it, and tell the sender so."""
+        self._refuse(endpoint, message, reason, tell=True, code=ReturnCode.UNAUTHENTICATED)
 
     # Judging -----------------------------------------------------------------------------------
 
@@ -248,6 +250,8 @@ class Guard:
             # What could not be delivered comes back from whoever could not deliver it.
             if headers[Header.MSG_TYPE] == MessageType.REPLY and origin not in waiter.targets:
                 raise Refusal("an answer of somebody who was not asked")
+        if headers.get(Header.RETURN_CODE) == ReturnCode.UNAUTHENTICATED and party(self._here) is Party.SITE:
+            self._notes.note_turned_away("server", _short(headers.get(Header.ERROR), 200))
 
     def _is_awaited(self, request: str | None, origin: str) -> bool:
         waiter = self.stream_cell.requests_dict.get(request) if self.stream_cell is not None else None
@@ -261,24 +265,32 @@ class Guard:
 
     # Refusing ----------------------------------------------------------------------------------
 
-    def _refuse(self, endpoint: Any, message: Message, reason: str, *, tell: bool) -> None:
+    def _refuse(
+        self,
+        endpoint: Any,
+        message: Message,
+        reason: str,
+        *,
+        tell: bool,
+        code: str = ReturnCode.INVALID_REQUEST,
+    ) -> None:
         headers = message.headers if isinstance(message.headers, dict) else {}
         refused = Refused(_short(endpoint.name), _subject(headers), reason)
         log.warning("refused %s from %s: %s", refused.what, refused.sender, reason)
-        self._note(refused)
+        self._notes.note_refused(refused)
         if not tell or headers.get(Header.MSG_TYPE) != MessageType.REQ:
             return
         try:
-            self._tell(endpoint, headers, reason)
+            self._tell(endpoint, headers, reason, code)
         except Exception as error:  # noqa: BLE001  the refusal stands whether the sender hears of it or not
             log.warning("could not tell %s: %s", refused.sender, type(error).__name__)
 
-    def _tell(self, endpoint: Any, headers: dict[str, Any], reason: str) -> None:
+    def _tell(self, endpoint: Any, headers: dict[str, Any], reason: str, code: str) -> None:
         """Tell a sender that it waits in vain."""
         if headers.get(Header.CHANNEL) == STREAM_CHANNEL:
             self._end_stream(headers, f"refused: {reason}")
         elif headers.get(Header.REPLY_EXPECTED):
-            self._cell._send_reply(self._refusal_reply(endpoint, headers, reason), endpoint)
+            self._cell._send_reply(self._refusal_reply(endpoint, headers, reason, code), endpoint)
 
     def _end_stream(self, headers: dict[str, Any], reason: str) -> None:
         task = RxTask.rx_task_map.get((headers[Header.ORIGIN], headers[StreamHeaderKey.STREAM_ID]))
@@ -297,9 +309,9 @@ class Guard:
                 STREAM_CHANNEL, STREAM_ERROR_TOPIC, target, Message(told), optional=True
             )
 
-    def _refusal_reply(self, endpoint: Any, headers: dict[str, Any], reason: str) -> Message:
+    def _refusal_reply(self, endpoint: Any, headers: dict[str, Any], reason: str, code: str) -> Message:
         """An answer; FLARE expects what was not for this process to come back instead."""
-        reply = make_reply(ReturnCode.INVALID_REQUEST, error=f"refused: {reason}")
+        reply = make_reply(code, error=f"refused: {reason}")
         forwarding = headers[Header.DESTINATION] != self._here
         reply.add_headers(
             {
@@ -329,7 +341,7 @@ def _subject(headers: dict[str, Any]) -> str:
     return "/".join(_short(part) for part in parts)
 
 
-def _short(value: object) -> str:
+def _short(value: object, longest: int = 64) -> str:
     """A sender's word in a line of ours: printable ASCII, and not much of it."""
-    text = "".join(letter for letter in str(value)[:64] if letter.isascii() and letter.isprintable())
+    text = "".join(letter for letter in str(value)[:longest] if letter.isascii() and letter.isprintable())
     return text or "?"

@@ -31,7 +31,9 @@ from fedprllm.federation.flare.policy import (
     check_version,
     opens,
 )
-from fedprllm.federation.flare.request_log import REQUESTS, Refused, RequestLog
+from fedprllm.federation.flare.request_log import REQUESTS, Notes, Refused, RequestLog, Unwritten
+from fedprllm.federation.flare.turned_away import TurnedAway, close_soon
+from fedprllm.federation.keys.revoked import RevokedFile
 from fedprllm.federation.site.site import work_folder
 from fedprllm.files import read_json
 
@@ -46,6 +48,7 @@ _installed = False
 def install(
     communication: dict[str, Any],
     requests: RequestLog | None,
+    turned_away: TurnedAway | None = None,
     made: Callable[[Any], object] = lambda cell: None,  # noqa: ARG005
 ) -> None:
     """Change FLARE in this process, once: do it before a cell is made.
@@ -53,6 +56,7 @@ def install(
     Args:
         communication: FLARE's ``comm_config.json``.
         requests: Where refusals and the server's orders are written down; None in the coordinator's process.
+        turned_away: Whom the server turns away; None in all other processes.
         made: Called with every end point (a `Cell`) of this process.
 
     Raises:
@@ -63,10 +67,9 @@ def install(
     if _installed:
         return
     _installed = True
-    note = requests.note_refused if requests is not None else lambda refused: None  # noqa: ARG005
     _fix_communication(communication)
     _limit_frames()
-    _guard_cells(int(communication["streaming_max_blob_size"]), note, made)
+    _guard_cells(int(communication["streaming_max_blob_size"]), requests or Unwritten(), turned_away, made)
     _close_handlers()
     _refuse_super()
     _guard_job_processes()
@@ -127,7 +130,10 @@ class _Waiting:
 
 
 def _guard_cells(
-    max_update_bytes: int, note: Callable[[Refused], None], made: Callable[[Any], object]
+    max_update_bytes: int,
+    notes: Notes,
+    turned_away: TurnedAway | None,
+    made: Callable[[Any], object],
 ) -> None:
     from nvflare.fuel.f3.cellnet.cell import Adapter, Cell
     from nvflare.fuel.f3.cellnet.core_cell import CoreCell
@@ -144,7 +150,7 @@ def _guard_cells(
     def core(self: Any, *arguments: Any, **options: Any) -> None:
         self.fedprllm_guard = None  # a message that comes before there is a guard finds none, and fails
         make_core(self, *arguments, **options)
-        self.fedprllm_guard = Guard(self, max_update_bytes, ADMIN, note)
+        self.fedprllm_guard = Guard(self, max_update_bytes, ADMIN, notes)
 
     def cell(self: Any, *arguments: Any, **options: Any) -> None:
         make_cell(self, *arguments, **options)
@@ -154,6 +160,11 @@ def _guard_cells(
     def receive(self: Any, endpoint: Any, connection: Any, app_id: int, message: Any) -> None:
         if not isinstance(connection, NullConnection):  # a process speaks to itself without one
             peer = connection.get_conn_properties().get(DriverParams.PEER_CN.value)
+            reason = turned_away.reason(str(endpoint.name), connection) if turned_away is not None else None
+            if reason is not None:
+                self.fedprllm_guard.turn_away(endpoint, message, reason)
+                close_soon(connection)
+                return
             if not self.fedprllm_guard.admits(endpoint, peer, message):
                 return
         process(self, endpoint, connection, app_id, message)
@@ -275,12 +286,15 @@ def main() -> None:
     is_site = ".client." in module
     kit = kit_of(workspace)
     path = work_folder(kit) / REQUESTS if is_site else kit / "refused.jsonl"
+    # All messages of participants come to the server's own process first, also those to its process of a job.
+    is_server = ".server.server_train" in module
     from fedprllm.federation.flare.results import exchange_results
 
     try:
         install(
             _communication(workspace, is_site=is_site),
             RequestLog(path),
+            TurnedAway(RevokedFile(kit)) if is_server else None,
             lambda cell: exchange_results(cell, kit),
         )
     except FedprllmError as error:

@@ -1,54 +1,75 @@
-"""Start-up kits: certificates for the server, each participant and the coordinator, and where the server is.
+"""Start-up kits: keys, certificates and configuration of the server and the coordinator.
 
-FLARE's provisioning makes the certificates. The server's kit also configures the server; a participant's kit
-configures nothing (`fedprllm.federation.flare.configuration` does, at the participant).
+Participants make their keys themselves (`fedprllm.federation.keys`). Their kits configure nothing;
+`fedprllm.federation.flare.configuration` does, at the participant. FLARE's provisioning writes the
+configuration of the server and the coordinator.
 """
 
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nvflare.lighter.constants import CtxKey
 from nvflare.lighter.entity import participant_from_dict
-from nvflare.lighter.impl.cert import CertBuilder
-from nvflare.lighter.impl.signature import SignatureBuilder
 from nvflare.lighter.impl.static_file import StaticFileBuilder
 from nvflare.lighter.impl.workspace import WorkspaceBuilder
 from nvflare.lighter.provisioner import Provisioner
-from nvflare.lighter.spec import Project
+from nvflare.lighter.spec import Builder, Project
 
 from fedprllm.errors import ConfigError, RunError
 from fedprllm.federation.flare.configuration import RIGHTS, log_configuration
 from fedprllm.federation.flare.orders import EXECUTOR
 from fedprllm.federation.flare.policy import ADMIN
+from fedprllm.federation.keys.authority import AUTHORITY, make_authority, server_identity, sign
+from fedprllm.federation.keys.authority import authority as read_authority
+from fedprllm.federation.keys.certificates import (
+    Root,
+    issue,
+    new_key,
+    pem,
+    read_certificate,
+    read_key,
+    write_key,
+)
+from fedprllm.federation.keys.identity import KEY, accept, examine, new_identity
+from fedprllm.federation.keys.requests import read_request
 from fedprllm.federation.plan import Plan
-from fedprllm.files import read_json, write_json
+from fedprllm.files import read_json, write_json, write_text
 
-__all__ = ["ADMIN", "CONTROLLER", "EXECUTOR", "FEDERATION_FILE", "write_kits"]
+__all__ = [
+    "ADMIN",
+    "CONTROLLER",
+    "EXECUTOR",
+    "FEDERATION_FILE",
+    "keys_of_participants",
+    "renew_own",
+    "write_kits",
+    "write_ready_kits",
+]
 
 CONTROLLER = "fedprllm.federation.flare.controller.CoordinatorController"
 FEDERATION_FILE = "federation.json"
-# Where provisioning keeps the private key of the federation's own certificate authority.
-STATE = ".authority"
-
-_ORGANISATION = "fedprllm"
+_ORGANIZATION = "fedprllm"
+_ROLE = "project_admin"
 _HEARTBEAT_TIMEOUT_S = 30
 
 
 def write_kits(plan: Plan, folder: Path) -> list[Path]:
-    """Write one kit for the server, one per participant and one for the coordinator.
+    """Write a kit for the server and one for the coordinator, and make the federation's authority.
 
-    Called again with more participants, it adds their kits under the same authority and leaves the
-    others as they are.
+    Called again with more participants, it lets them in and leaves existing kits as they are.
 
     Returns:
         The folders of the new kits.
 
     Raises:
         ConfigError: The folder holds kits of another federation.
-        RunError: FLARE could not make them.
+        RunError: FLARE could not make them, or the authority has expired.
     """
     known = folder / FEDERATION_FILE
     if known.exists():
@@ -58,26 +79,67 @@ def write_kits(plan: Plan, folder: Path) -> list[Path]:
                 f"{folder} holds the kits of federation '{before.name}' with its server at "
                 f"{before.server}:{before.port}: name another folder with --out"
             )
-    made = _provision(plan, folder / STATE)
+    root = make_authority(folder, plan)
+    missing = [name for name in ("server", "admin") if not (folder / name).exists()]
     written = []
-    for source, name in [(plan.server, "server"), *((p, p) for p in plan.participants), (ADMIN, "admin")]:
-        kit = folder / name
-        if not kit.exists():
-            shutil.copytree(made / source, kit)
-            (kit / "startup").chmod(0o700)
-            written.append(kit)
-    shutil.rmtree(made)
-    for kit in written:
-        _remove_scripts(kit)
-        if kit.name == "server":
-            _configure_server(kit, plan)
-        elif kit.name != "admin":
-            # A participant's FLARE is configured from its own installed package, not by the coordinator.
-            shutil.rmtree(kit / "local")
+    if missing:
+        with _provisioned(plan, root, folder / AUTHORITY) as made:
+            for name in missing:
+                source = made / (server_identity(plan) if name == "server" else ADMIN)
+                _finish(source, name, plan)
+                written.append(Path(shutil.copytree(source, folder / name)))
     for kit in (folder / "server", folder / "admin"):
         write_json(kit / "local" / FEDERATION_FILE, plan.model_dump(mode="json"))
     write_json(known, plan.model_dump(mode="json"))
     return written
+
+
+def write_ready_kits(plan: Plan, folder: Path) -> None:
+    """Write all kits of a federation, with the keys of its participants: for rehearsals and tests only."""
+    write_kits(plan, folder)
+    for name in plan.participants:
+        kit = folder / name
+        if not kit.exists():
+            request = read_request(new_identity(name, kit).path)
+            path, _ = sign(folder, plan, request)
+            accept(kit, examine(kit, path))
+            path.unlink()
+
+
+def keys_of_participants(plan: Plan, folder: Path) -> list[Path]:
+    """Private keys of participants that lie in a folder of kits: of rehearsals, and of earlier versions."""
+    paths = [folder / name / "startup" / KEY for name in plan.participants]
+    return [path for path in paths if path.exists()]
+
+
+def renew_own(plan: Plan, folder: Path) -> list[Path]:
+    """Sign new certificates for the server and the coordinator, for the keys they have.
+
+    Returns:
+        The files that were replaced.
+
+    Raises:
+        RunError: A kit is not here, or the authority has expired.
+    """
+    root = read_authority(folder)
+    server, admin = folder / "server" / "startup", folder / "admin" / "startup"
+    certificates = {
+        server / "server.crt": (read_key(server / "server.key"), server_identity(plan), None),
+        admin / "client.crt": (read_key(admin / KEY), ADMIN, _ROLE),
+    }
+    for path, (key, name, role) in certificates.items():
+        read_certificate(path)
+        host = plan.server if role is None else None
+        write_text(path, pem(issue(root, name, key.public_key(), plan.valid_days, role=role, host=host)))
+    return list(certificates)
+
+
+def _finish(kit: Path, name: str, plan: Plan) -> None:
+    """Make a kit of ours out of what FLARE's provisioning wrote."""
+    (kit / "startup").chmod(0o700)
+    _remove_scripts(kit)
+    if name == "server":
+        _configure_server(kit, plan)
 
 
 def _remove_scripts(kit: Path) -> None:
@@ -101,29 +163,50 @@ class _Quiet:
         self.errors.append(message)
 
 
-def _provision(plan: Plan, state: Path) -> Path:
+class _Certificates(Builder):  # type: ignore[misc]
+    """Keys and certificates of the server and the coordinator, in the place of FLARE's own builder.
+
+    FLARE's keeps all private keys in its state, and signs for 360 days whatever is asked for.
+    """
+
+    def __init__(self, root: Root, plan: Plan) -> None:
+        self._root, self._plan = root, plan
+
+    def build(self, project: Project, ctx: Any) -> None:
+        """Write them where FLARE's provisioning collects the kits."""
+        server = project.get_server()
+        self._write(Path(ctx.get_kit_dir(server)), "server", server.name, host=self._plan.server)
+        for admin in project.get_admins():
+            self._write(Path(ctx.get_kit_dir(admin)), "client", admin.name, role=_ROLE)
+
+    def _write(self, folder: Path, base: str, name: str, **details: Any) -> None:
+        key = new_key()
+        certificate = issue(self._root, name, key.public_key(), self._plan.valid_days, **details)
+        write_key(folder / f"{base}.key", key)
+        write_text(folder / f"{base}.crt", pem(certificate))
+        write_text(folder / "rootCA.pem", pem(self._root.certificate))
+
+
+@contextmanager
+def _provisioned(plan: Plan, root: Root, state: Path) -> Iterator[Path]:
+    """A folder below ``state`` with the kits of server and coordinator; it is removed afterwards."""
     properties: dict[str, Any] = {"api_version": 3, "name": plan.name, "description": "fedprllm"}
     project = Project(name=plan.name, description="fedprllm", props=properties)
-    participants = [
-        {"name": plan.server, "type": "server", "org": _ORGANISATION, "fed_learn_port": plan.port},
-        *({"name": name, "type": "client", "org": _ORGANISATION} for name in plan.participants),
-        {"name": ADMIN, "type": "admin", "org": _ORGANISATION, "role": "project_admin"},
-    ]
-    for participant in participants:
-        project.add_participant(participant_from_dict(participant))
+    server = {"name": server_identity(plan), "type": "server", "default_host": plan.server}
+    admin = {"name": ADMIN, "type": "admin", "role": _ROLE}
+    for participant in (server | {"fed_learn_port": plan.port}, admin):
+        project.add_participant(participant_from_dict(participant | {"org": _ORGANIZATION}))
     builders = [
         WorkspaceBuilder(template_file=["master_template.yml"]),
         StaticFileBuilder(config_folder="config", scheme=plan.scheme),
-        CertBuilder(root_valid_days=plan.valid_days),
-        SignatureBuilder(),
+        _Certificates(root, plan),
     ]
-    state.mkdir(parents=True, exist_ok=True)
-    state.chmod(0o700)
-    logger = _Quiet()
-    context = Provisioner(str(state), builders).provision(project, logger=logger)
-    if context.get(CtxKey.BUILD_ERROR) or logger.errors:
-        raise RunError(f"provisioning failed: {'; '.join(logger.errors)[:500]}")
-    return Path(context[CtxKey.CURRENT_PROD_DIR])
+    with tempfile.TemporaryDirectory(dir=state) as temporary:
+        logger = _Quiet()
+        context = Provisioner(temporary, builders).provision(project, logger=logger)
+        if context.get(CtxKey.BUILD_ERROR) or logger.errors:
+            raise RunError(f"provisioning failed: {'; '.join(logger.errors)[:500]}")
+        yield Path(context[CtxKey.CURRENT_PROD_DIR])
 
 
 def _configure_server(kit: Path, plan: Plan) -> None:

@@ -20,10 +20,24 @@ from fedprllm.federation.flare.configuration import (
     prepare_engine,
 )
 from fedprllm.federation.flare.policy import GUARDED, check_version
+from fedprllm.federation.keys.certificates import check_dates, read_certificate
+from fedprllm.federation.keys.identity import check_credentials
 from fedprllm.files import read_json, write_json
 
-__all__ = ["end", "participant_name", "running", "start_participant", "start_server"]
+__all__ = [
+    "RENEW_OWN",
+    "check_server",
+    "end",
+    "participant_name",
+    "running",
+    "start_participant",
+    "start_server",
+]
 
+RENEW_OWN = "fedprllm federation renew, on the machine with the kits; then restart the server"
+RENEW_AUTHORITY = (
+    "fedprllm federation init PLAN.toml --out ANOTHER_FOLDER; every participant then needs a new identity"
+)
 _GRACE_S = 5.0
 
 
@@ -31,16 +45,28 @@ def start_server(kit: Path) -> subprocess.Popen[bytes]:
     """Start the server of a kit in a process group of its own.
 
     Raises:
-        RunError: The folder is no kit of a server, it would let in every class, or FLARE is of another
-            version than was tested.
+        RunError: The folder is no kit of a server, its certificate has expired, it would let in every
+            class, or FLARE is of another version than was tested.
     """
-    if not (kit / "startup" / "fed_server.json").exists():
-        raise RunError(f"{kit} is no server's kit: startup/fed_server.json is missing")
+    check_server(kit)
     check_version()
     kit = kit.resolve()
     check_allow_list(kit / "local" / "resources.json")
     _place_storage(kit)
     return _start(kit, "nvflare.private.fed.app.server.server_train", "fed_server.json", [])
+
+
+def check_server(kit: Path) -> float:
+    """Check a server's kit and that its certificate is in date; returns the days left.
+
+    Raises:
+        RunError: Says what is wrong, and which command helps.
+    """
+    startup = kit / "startup"
+    if not (startup / "fed_server.json").exists():
+        raise RunError(f"{kit} is no server's kit: startup/fed_server.json is missing")
+    check_dates(read_certificate(startup / "rootCA.pem"), "the federation's authority", RENEW_AUTHORITY)
+    return check_dates(read_certificate(startup / "server.crt"), "the server's certificate", RENEW_OWN)
 
 
 def _place_storage(kit: Path) -> None:
@@ -59,10 +85,13 @@ def start_participant(kit: Path) -> subprocess.Popen[bytes]:
     """Start the site of a kit in a process group of its own, configured from the installed package.
 
     Raises:
-        RunError: The folder is no kit of a participant, or FLARE is of another version than was tested.
+        RunError: The folder is no kit of a participant, its certificate has expired or is for another key, or
+            FLARE is of another version than was tested.
     """
     check_version()
-    name, kit = participant_name(kit), kit.resolve()
+    name = participant_name(kit)
+    check_credentials(kit)
+    kit = kit.resolve()
     engine = prepare_engine(kit, max_message_mb(kit))
     return _start(engine, "nvflare.private.fed.app.client.client_train", "fed_client.json", [f"uid={name}"])
 

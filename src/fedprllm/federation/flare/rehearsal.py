@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from fedprllm.errors import ConfigError
-from fedprllm.federation.flare.kits import write_kits
+from fedprllm.federation.flare.kits import write_ready_kits
 from fedprllm.federation.flare.processes import running, start_participant, start_server
 from fedprllm.federation.flare.supervisor import Tell, silent, supervise
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings
@@ -54,7 +54,7 @@ def rehearsal_kits(folder: Path, participants: Mapping[str, SiteSettings]) -> Pl
     federation = Plan(
         name="rehearsal", server="localhost", port=free_port(), participants=sorted(participants)
     )
-    write_kits(federation, folder)
+    write_ready_kits(federation, folder)
     for name, settings in participants.items():
         write_json(settings_path(folder / name), settings.model_dump(mode="json"))
     return federation

@@ -6,6 +6,7 @@ What repeats within a minute is counted, and written once; nothing that somebody
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -13,15 +14,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fedprllm.errors import RunError
 
-__all__ = ["REQUESTS", "Refused", "RequestLog", "follow", "read_requests", "sentence"]
+__all__ = ["REQUESTS", "Notes", "Refused", "RequestLog", "Unwritten", "follow", "read_requests", "sentence"]
 
 REQUESTS = "requests.jsonl"
 
 _MINUTE_S = 60.0
+# Parts of an entry that hold words of whoever is at the other end.
+_SENT = ("refused", "reason")
 # Different refusals that are written within a minute; further ones are counted together.
 _MAX_KINDS = 50
 
@@ -33,6 +36,26 @@ class Refused:
     sender: str
     what: str
     reason: str
+
+
+class Notes(Protocol):
+    """Where a process writes down what it refused, and what refused it."""
+
+    def note_refused(self, refused: Refused) -> None:
+        """Write down what was refused."""
+
+    def note_turned_away(self, sender: str, reason: str) -> None:
+        """Write down that ``sender`` wants nothing from this participant."""
+
+
+class Unwritten:
+    """Notes of a process that has no file for them."""
+
+    def note_refused(self, refused: Refused) -> None:
+        """Write nothing."""
+
+    def note_turned_away(self, sender: str, reason: str) -> None:
+        """Write nothing."""
 
 
 @dataclass
@@ -69,11 +92,16 @@ class RequestLog:
         except RunError:
             return
 
+    def note_turned_away(self, sender: str, reason: str) -> None:
+        """Write down that the server turned this participant away, for its terminal."""
+        with contextlib.suppress(RunError):
+            self._write({"from": sender, "what": "turned away", "reason": reason})
+
     def _write(self, entry: dict[str, Any]) -> None:
         with self._lock:
             now = time.monotonic()
             self._forget(now)
-            if "refused" in entry and _key(entry) not in self._seen:
+            if not entry.keys().isdisjoint(_SENT) and _key(entry) not in self._seen:
                 entry = self._within_bounds(entry)
             seen = self._seen.get(_key(entry))
             if seen is not None:
@@ -152,6 +180,9 @@ def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 def sentence(line: dict[str, Any]) -> str:
     """A line as it is shown on the terminal."""
+    if line["what"] == "turned away" and "reason" in line:
+        again = f" ({line['times']} times more)" if line["times"] > 1 else ""
+        return f"{line['from']} turned this participant away{again}: {line['reason']}"
     details = [
         f"{name} {line[name][:8] if name == 'run' else line[name]}"
         for name in ("run", "block", "job")

@@ -56,7 +56,7 @@ def _serve(cell: Any, kit: Path) -> None:
             return make_reply(ReturnCode.INVALID_REQUEST)
         return make_reply(ReturnCode.OK, body=server.answer(name, bytes(payload)))
 
-    cell.register_request_cb(RESULT_CHANNEL, RESULT_TOPIC, answer)
+    cell.register_request_cb(channel=RESULT_CHANNEL, topic=RESULT_TOPIC, cb=answer)
 
 
 def _collect(cell: Any, kit: Path) -> None:
@@ -67,7 +67,11 @@ def _collect(cell: Any, kit: Path) -> None:
     def ask(message: bytes) -> bytes:
         nonlocal timeout_s
         reply = cell.send_request(
-            RESULT_CHANNEL, RESULT_TOPIC, "server", Message({}, message), timeout=timeout_s
+            channel=RESULT_CHANNEL,  # FLARE streams long messages only if the channel is named
+            topic=RESULT_TOPIC,
+            target="server",
+            request=Message({}, message),
+            timeout=timeout_s,
         )
         code = reply.get_header(MessageHeaderKey.RETURN_CODE)
         if code != ReturnCode.OK or not isinstance(reply.payload, bytes | bytearray | memoryview):

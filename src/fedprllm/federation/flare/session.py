@@ -20,6 +20,8 @@ from fedprllm.federation.flare.configuration import HARDENING
 from fedprllm.federation.flare.guarded import install
 from fedprllm.federation.flare.kits import ADMIN, CONTROLLER, EXECUTOR
 from fedprllm.federation.flare.orders import client_configuration
+from fedprllm.federation.flare.processes import RENEW_OWN
+from fedprllm.federation.keys.certificates import check_dates, read_certificate
 from fedprllm.federation.plan import RunPlan
 
 __all__ = ["AdminSession", "job_files"]
@@ -61,12 +63,14 @@ class AdminSession:
         timeout_s: How long to try to reach the server.
 
     Raises:
-        RunError: The server cannot be reached, or refuses the kit.
+        RunError: The certificate has expired, or the server cannot be reached or refuses the kit.
     """
 
     def __init__(self, kit: Path, timeout_s: float = 6.0) -> None:
         if not (kit / "startup" / "fed_admin.json").exists():
             raise RunError(f"{kit} is no coordinator's kit: startup/fed_admin.json is missing")
+        certificate = read_certificate(kit / "startup" / "client.crt")
+        check_dates(certificate, "the coordinator's certificate", RENEW_OWN)
         install({"streaming_max_blob_size": _MAX_ANSWER_BYTES, **HARDENING}, None)
         kit = kit.resolve()  # the working directory changes below
         _log_to(kit / "log.txt")

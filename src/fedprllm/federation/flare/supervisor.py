@@ -11,6 +11,7 @@ from typing import Any
 from fedprllm.errors import RunError
 from fedprllm.federation.coordinator.results import outcomes
 from fedprllm.federation.flare.session import AdminSession
+from fedprllm.federation.keys.revoked import RevokedFile
 from fedprllm.federation.plan import Plan, RunPlan
 from fedprllm.files import read_json
 
@@ -44,10 +45,11 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
     """
     folder = runs / plan.name
     names = sorted(plan.participants or federation.participants)
+    revoked = RevokedFile(runs.parent)
     n_fruitless = 0
     before = _achieved(folder)
     while not (folder / "result.json").exists():
-        outcome, reason = _one_job(plan, names, admin_kit, folder, tell)
+        outcome, reason = _one_job(plan, _admitted(names, revoked, plan), admin_kit, folder, tell)
         if outcome == "quorum lost":
             raise RunError(reason)
         if outcome == "error":
@@ -62,11 +64,27 @@ def supervise(plan: RunPlan, federation: Plan, admin_kit: Path, runs: Path, tell
             )
         if outcome != "complete":
             tell("again", {"reason": reason})
-    _hand_out(plan, admin_kit, folder, tell)
+    _hand_out(plan, revoked, admin_kit, folder, tell)
     return folder
 
 
-def _hand_out(plan: RunPlan, admin_kit: Path, folder: Path, tell: Tell) -> None:
+def _admitted(names: list[str], revoked: RevokedFile, plan: RunPlan) -> list[str]:
+    """The participants that are not revoked.
+
+    Raises:
+        RunError: They are fewer than the quorum.
+    """
+    excluded = sorted(revoked.names() & set(names))
+    admitted = [name for name in names if name not in excluded]
+    if excluded and len(admitted) < plan.quorum:
+        raise RunError(
+            f"{', '.join(excluded)} was revoked, {len(admitted)} participants are left and the quorum is "
+            f"{plan.quorum}: 'fedprllm federation revoke NAME --undo' lets a participant in again"
+        )
+    return admitted
+
+
+def _hand_out(plan: RunPlan, revoked: RevokedFile, admin_kit: Path, folder: Path, tell: Tell) -> None:
     """Wait while connected participants fetch the result and build the model.
 
     Participants that are not connected fetch it later. The wait ends ``deadline_s`` after the last news.
@@ -80,7 +98,8 @@ def _hand_out(plan: RunPlan, admin_kit: Path, folder: Path, tell: Tell) -> None:
             found = outcomes(folder)
             end = time.monotonic() + plan.deadline_s if found != before else end
             before = found
-            waiting = {name for name, outcome in found.items() if not outcome} & set(session.connected())
+            unheard = {name for name, outcome in found.items() if not outcome} - revoked.names()
+            waiting = unheard & set(session.connected())
             if not waiting:
                 return
             tell("results", {"outcomes": found, "waiting": sorted(waiting)})
