@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import llm_compressor, selection, sweeps, text, votes
+from benchmarks import hostile, leakage, llm_compressor, selection, sweeps, text, votes
 from benchmarks._harness import shown
 from benchmarks._plots import plots
 from fedprllm.files import read_json, write_text
@@ -250,6 +250,26 @@ BENCHMARKS: dict[str, Benchmark] = {
         "The same with updates of 238 MB (weights and masks of two wide random blocks), 2 and 4 participants",
         ("benchmarks.federation", "--large-updates"),
         _FEDERATION,
+    ),
+    "hostile": Benchmark(
+        "One hostile participant of 4 and of 16, for every way of sharing: perplexity of the honest and the "
+        "attacked model, or refused and named (16 windows of 128 tokens each, the small model of the tests)",
+        ("benchmarks.hostile",),
+        hostile.tables,
+        (
+            Goal(
+                "largest rise in perplexity by one of 4 participants: masks, weights, outliers, trimmed, %",
+                lambda r: r["worst_percent_robust"],
+                5.0,
+            ),
+            Goal("the same with sums and Gram matrices, %", lambda r: r["worst_percent"], 5.0),
+        ),
+    ),
+    "leakage": Benchmark(
+        "What an update tells: the norms behind a mask, and whether a window of 128 tokens is among the text "
+        "(SmolLM2-135M, updates of 3 of 30 blocks)",
+        ("benchmarks.leakage",),
+        leakage.tables,
     ),
     "text": Benchmark(
         "Reading text: 2 calibration windows of 64 tokens, or 256 tokens to evaluate on, from files of 5 MB "

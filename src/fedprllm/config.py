@@ -108,6 +108,13 @@ class PruneConfig(Settings):
         Literal["participants", "tokens"],
         Field(description="weight of a vote (1, or the participant's number of calibration tokens)"),
     ] = "participants"
+    aggregation: Annotated[
+        Literal["sum", "trimmed"],
+        Field(
+            description="how statistics are combined (trimmed: leave out the highest and lowest quarter of "
+            "the participants in each channel)"
+        ),
+    ] = "sum"
     scale_weights: Annotated[
         bool, Field(description="multiply each kept weight by the fraction of votes to keep it")
     ] = False
@@ -234,6 +241,11 @@ class PruneConfig(Settings):
                         f"{option} applies to votes, which need share mask, found share {self.share}: "
                         "leave it out"
                     )
+        if self.aggregation != "sum" and self.share != "statistics":
+            raise ConfigError(
+                f"aggregation {self.aggregation} applies to sums of squares, which need share statistics, "
+                f"found share {self.share}: leave it out"
+            )
         if self.server_ties is not None and self.share not in ("mask", "weights"):
             raise ConfigError(f"server_ties applies to votes, but share {self.share} has none: leave it out")
         if self.share in ("statistics", "gram") and self.criterion == "magnitude":

@@ -8,7 +8,7 @@ import torch
 from fedprllm import ConfigError, PruneConfig, UpdateError, prune
 from fedprllm.deciding import DECISIONS
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.pruning.method import pruning_method
+from fedprllm.pruning.method import pruning_method, survey_method
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.walk import Walker
 from fedprllm.sharing import SHARING, update_bytes
@@ -169,6 +169,78 @@ def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, wi
             sharing.check(Ballot(block.linears, damaged, block.tensors.__getitem__), method.target)
 
 
+# A line for every way of sharing: what a hostile participant sends, and what its refusal says.
+HOSTILE = {
+    "mask": (torch.ones_like, "expected exactly"),
+    "statistics": (lambda tensor: 1e30 * tensor, "expected at most"),
+    "gram": (lambda tensor: 1e30 * tensor, "expected at most"),
+    "weights": (lambda tensor: tensor if tensor.dtype == torch.bool else 1000 * tensor, "not the model's"),
+    "outliers": (lambda tensor: tensor + 800, "of the block's scores are outliers"),
+}
+
+
+def refusals(sharing, model, block, updates, n_tokens, target) -> dict[str, str]:
+    """What the checks of each update, and then their comparison, refuse."""
+    refused = {}
+    for name, update in updates.items():
+        try:
+            sharing.check(Ballot(block.linears, update, block.tensors.__getitem__), target)
+        except UpdateError as error:
+            refused[name] = str(error)
+    if sharing.comparison and not refused:
+        figures = {
+            name: sharing.comparison.figures(update, block.linears, n_tokens[name])
+            for name, update in updates.items()
+        }
+        refused |= sharing.comparison.outstanding(figures, model.input_norms(block.index))
+    return refused
+
+
+@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("kind", SHARING)
+def test_honest_updates_pass_and_a_hostile_one_is_refused(tiny, windows, kind, n):
+    model, sharing = BlockwiseModel(tiny("llama")), SHARING[kind]
+    config = PruneConfig(share="mask" if kind == "outliers" else kind, allocation="owl")
+    method = survey_method(config) if kind == "outliers" else pruning_method(config)
+    people = [Participant(f"p{index}", windows(index, 1 + index)) for index in range(n)]
+    for participant in people:
+        participant.enter(model)
+    with model.block(0) as block:
+        updates = {one.name: Walker(one, method, model.n_blocks).contribute(block).update for one in people}
+        n_tokens = {participant.name: participant.n_tokens for participant in people}
+        assert refusals(sharing, model, block, updates, n_tokens, method.target) == {}
+        spoil, words = HOSTILE[kind]
+        updates["p1"] = {name: spoil(tensor.clone()) for name, tensor in updates["p1"].items()}
+        refused = refusals(sharing, model, block, updates, n_tokens, method.target)
+    assert list(refused) == ["p1"]
+    assert words in refused["p1"]
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
+def test_a_trimmed_mean_of_identical_participants_is_their_sum(tiny, windows, tmp_path, strategy):
+    """With one and two participants nothing is left out; a decision needs no more than what it keeps."""
+    for n in (1, 2, 4):
+        runs = [
+            prune(
+                tiny("llama"),
+                [windows(0)] * n,
+                PruneConfig(share="statistics", strategy=strategy, aggregation=aggregation),
+                out=tmp_path / f"{aggregation}-{n}",
+            )
+            for aggregation in ("sum", "trimmed")
+        ]
+        assert_same_bits(runs[0].model_dir, runs[1].model_dir)
+
+
+def test_a_trimmed_mean_does_not_depend_on_the_order_of_participants(tiny, windows, tmp_path):
+    config = PruneConfig(share="statistics", aggregation="trimmed", strategy="iterative")
+    folders = [
+        prune(tiny("llama"), ordered, config, out=tmp_path / str(number)).model_dir
+        for number, ordered in enumerate((participants(windows), participants(windows)[::-1]))
+    ]
+    assert_same_bits(*folders)
+
+
 def test_votes_can_weigh_tokens(tiny, windows, tmp_path):
     config = PruneConfig(weighting="tokens", scale_weights=True)
     result = prune(tiny("llama"), [windows(0, 1), windows(1, 3)], config, out=tmp_path / "run")
@@ -200,6 +272,7 @@ def test_an_update_that_is_too_large_is_refused_with_its_size(tiny, windows, tmp
         {"share": "statistics", "scale_weights": True},
         {"share": "weights", "weighting": "tokens"},
         {"share": "statistics", "criterion": "magnitude"},
+        {"share": "gram", "aggregation": "trimmed"},
     ],
 )
 def test_options_that_contradict_each_other(options):

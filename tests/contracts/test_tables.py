@@ -21,6 +21,8 @@ def test_every_option_value_has_a_row_and_every_row_an_option_value():
     assert set(get_args(CriterionName)) == set(CRITERIA)
     assert set(get_args(ShareName)) == set(DECISIONS)
     assert set(KINDS) == set(SHARING)
+    aggregations = {row.aggregation for rows in DECISIONS.values() for row in rows}
+    assert set(choices_of(PruneConfig.model_fields["aggregation"].annotation)) == aggregations
     assert set(choices_of(PruneConfig.model_fields["strategy"].annotation)) == set(STRATEGIES)
     assert set(choices_of(PruneConfig.model_fields["ties"].annotation)) == set(TIES)
 
@@ -30,6 +32,7 @@ def test_rows_go_by_their_own_names():
     for decisions in DECISIONS.values():
         names = [decision.name for decision in decisions]
         assert len(names) == len(set(names))
+        assert decisions[0].aggregation == "sum"
 
 
 def test_no_two_kinds_share_a_number_on_the_wire():

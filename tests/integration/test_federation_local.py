@@ -89,6 +89,7 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
         {},
         {"scale_weights": True, "weighting": "tokens"},
         {"share": "statistics"},
+        {"share": "statistics", "aggregation": "trimmed", "allocation": "owl"},
         {"share": "gram"},
         {"share": "weights"},
         {"criterion": "magnitude"},
@@ -573,6 +574,60 @@ def test_a_ballot_that_no_text_gives_names_its_sender(tmp_path, model, federatio
     assert {event["participant"] for event in refused} == {"west"}
     assert words in refused[0]["reason"]
     assert "west" not in read_json(tmp_path / "runs" / "run" / "result.json")["participants"]
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "iterative"])
+@pytest.mark.parametrize("share", ["statistics", "gram"])
+def test_sums_out_of_proportion_are_refused_before_anything_is_added_up(
+    tmp_path, model, federation, share, strategy
+):
+    """A participant that keeps sending them is left out, and the model is the others'."""
+    channel = federation(allow=["mask", "statistics", "gram"])
+
+    def scaled(name, request, reply):
+        header, _ = read_request(request)
+        if name != "west" or header.op != "fetch" or (strategy == "one-shot" and header.block != 3):
+            return reply
+        return reply if not len(read_reply(reply)[1]) else _scaled(reply, 1000)
+
+    channel.meddle = scaled
+    plan = make_plan(model, prune={"share": share, "strategy": strategy})
+    assert conduct(tmp_path, plan, channel) == "complete", outcome(tmp_path)
+    told = events(tmp_path)
+    block = 3 if strategy == "one-shot" else 0
+    assert [event["event"] for event in told] == [f"update of block {block} refused"] * 3 + ["left out"]
+    assert {event["participant"] for event in told} == {"west"}
+    for event in told[:3]:
+        assert f"'model.layers.{block}.self_attn.q_proj.weight' are" in event["reason"]
+        assert "expected at most" in event["reason"]
+    others = {name: path for name, path in federation.paths.items() if name != "west"}
+    expected = in_process(tmp_path, model, others, share=share, strategy=strategy)
+    same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
+
+
+def _scaled(reply, factor):
+    state, payload = read_reply(reply)
+    update = wire.decode(payload, expect=None, max_bytes=len(payload))
+    tensors = {name: factor * tensor for name, tensor in update.tensors.items()}
+    return pack(state, wire.encode(replace(update, tensors=tensors)))
+
+
+def test_one_update_out_of_proportion_may_be_sent_again(tmp_path, model, federation):
+    channel = federation(allow=["statistics"])
+    spoiled = []
+
+    def once(name, request, reply):
+        if name != "west" or not is_update(request) or not len(read_reply(reply)[1]) or len(spoiled) == 2:
+            return reply
+        spoiled.append(name)
+        return _scaled(reply, 1000)
+
+    channel.meddle = once
+    plan = make_plan(model, prune={"share": "statistics"})
+    assert conduct(tmp_path, plan, channel) == "complete", outcome(tmp_path)
+    assert "left out" not in {event["event"] for event in events(tmp_path)}
+    expected = in_process(tmp_path, model, federation.paths, share="statistics")
+    same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
 
 
 def edited(model: Path, folder: Path, **entries: object) -> Path:

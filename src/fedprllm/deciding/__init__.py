@@ -1,12 +1,14 @@
 """How the server decides what to prune from the sums of what participants shared.
 
 A decision is a function ``(totals, block, target) -> BlockDecision`` plus an entry in `DECISIONS`, under the
-kind of update whose sums it needs. The first entry of a kind is its default.
+kind of update whose sums it needs. The first entry of a kind is its default; the option `aggregation` selects
+another.
 
 | kind shared | decision | meaning |
 |---|---|---|
 | mask | vote | prune the most-voted weights (FedPrLLM) |
 | statistics | score | score as if all text were in one place |
+| statistics | trimmed score | the same, from means that leave out the extremes of each channel |
 | gram | sparsegpt | prune, and correct the remaining weights |
 | weights | average | average the retained weights (FedSpaLLM) |
 
@@ -26,6 +28,7 @@ from fedprllm.deciding.count import count_pooled, count_shared
 from fedprllm.deciding.decision import BlockDecision
 from fedprllm.deciding.score import by_pooled_score, own_decision
 from fedprllm.deciding.solve import by_sparsegpt
+from fedprllm.deciding.trim import by_trimmed_score, count_trimmed
 from fedprllm.deciding.vote import by_votes
 from fedprllm.models.block import Block
 from fedprllm.sharing import Target, Totals
@@ -48,6 +51,7 @@ class Survey:
 
 _COUNTS = Survey("outliers", count_shared)
 _SUMS = Survey("statistics", count_pooled)
+_TRIMMED = Survey("statistics", count_trimmed)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Decision:
         only_zeroes: Whether the decision only zeroes weights, so that masks describe it completely. With
             weight scaling it changes the other weights too.
         survey: Survey that counts outliers before pruning if sparsity is allocated by OWL.
+        aggregation: Value of the option `aggregation` that selects the decision.
+        keeps_apart: Whether the decision and its survey need each update, not only their sums.
     """
 
     name: str
@@ -68,6 +74,8 @@ class Decision:
     group: Callable[[PruneConfig], GroupName]
     only_zeroes: bool = False
     survey: Survey = _COUNTS
+    aggregation: str = "sum"
+    keeps_apart: bool = False
 
 
 def _local(config: PruneConfig) -> GroupName:
@@ -84,7 +92,18 @@ def _layer(config: PruneConfig) -> GroupName:  # noqa: ARG001  one signature for
 
 DECISIONS: dict[str, tuple[Decision, ...]] = {
     "mask": (Decision("vote", by_votes, _server, only_zeroes=True),),
-    "statistics": (Decision("score", by_pooled_score, _local, only_zeroes=True, survey=_SUMS),),
+    "statistics": (
+        Decision("score", by_pooled_score, _local, only_zeroes=True, survey=_SUMS),
+        Decision(
+            "trimmed score",
+            by_trimmed_score,
+            _local,
+            only_zeroes=True,
+            survey=_TRIMMED,
+            aggregation="trimmed",
+            keeps_apart=True,
+        ),
+    ),
     "gram": (
         # The first one is the default.
         Decision("sparsegpt", by_sparsegpt, _layer, survey=_SUMS),
@@ -95,4 +114,4 @@ DECISIONS: dict[str, tuple[Decision, ...]] = {
 
 def decision_of(config: PruneConfig) -> Decision:
     """The decision that a configuration selects."""
-    return DECISIONS[config.share][0]
+    return next(row for row in DECISIONS[config.share] if row.aggregation == config.aggregation)

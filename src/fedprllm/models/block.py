@@ -30,6 +30,7 @@ class Linear:
         source: Name of the first Linear of the block that reads the same input: the query projection for key
             and value, the Linear itself if no Linear before it reads its input.
         module: The module that holds the weight.
+        norm: The module whose output it reads, if that may be a normalization (`fedprllm.models.norms`).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Linear:
     dtype: torch.dtype
     source: str
     module: nn.Module = field(repr=False, compare=False)
+    norm: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def n_weights(self) -> int:

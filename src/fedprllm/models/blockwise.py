@@ -25,6 +25,7 @@ from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Hidden, Linear
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.find import find_blocks, find_linears
+from fedprllm.models.norms import InputNorm, input_norms, watching_norms
 from fedprllm.models.observe import inputs_shared
 from fedprllm.models.source import build_skeleton
 
@@ -71,38 +72,48 @@ class BlockwiseModel:
             find_linears(block, name) for name, block in zip(self.block_names, self._blocks, strict=True)
         ]
         dtypes = self.checkpoint.dtypes(name for of_block in found for name in of_block)
-        sources = self._shared_inputs(found)
+        sources, norms = self._trace_inputs(found)
         return [
             {
-                name: replace(linear, dtype=dtypes[name], source=sources[name])
+                name: replace(linear, dtype=dtypes[name], source=sources[name], norm=norms.get(name))
                 for name, linear in of_block.items()
             }
             for of_block in found
         ]
 
-    def _shared_inputs(self, found: list[dict[str, Linear]]) -> dict[str, str]:
-        """Map every Linear to the first Linear of its block that reads the same input.
+    def _trace_inputs(self, found: list[dict[str, Linear]]) -> tuple[dict[str, str], dict[str, nn.Module]]:
+        """Map every Linear to the first Linear of its block that reads the same input, and to its norm.
 
         One block of each distinct structure is run on two tokens with zeros for weights, because only the
         code of the block determines which Linears receive the same tensor. Nothing is read from the
         checkpoint.
         """
-        by_structure: dict[tuple[Any, ...], dict[str, str]] = {}
+        by_structure: dict[tuple[Any, ...], tuple[dict[str, str], dict[str, str]]] = {}
         sources: dict[str, str] = {}
+        norms: dict[str, nn.Module] = {}
         with self._hollow(self.skeleton.base_model, outside_only=True):
             hidden = self._embed_one(torch.zeros(2, dtype=torch.int64))
         for index, linears in enumerate(found):
             shapes = tuple((linear.path, linear.shape) for linear in linears.values())
             structure = (type(self._blocks[index]), shapes)
             if structure not in by_structure:
-                with self._hollow(self._blocks[index]):
-                    block = Block(index, linears, {}, self._call_block)
-                    by_structure[structure] = inputs_shared(block, hidden)
+                by_structure[structure] = self._trace_block(index, linears, hidden)
+            first, behind = by_structure[structure]
             names = {linear.path: name for name, linear in linears.items()}
-            first = by_structure[structure]
             sources |= {name: names[first[linear.path]] for name, linear in linears.items()}
+            norms |= {names[path]: self._blocks[index].get_submodule(norm) for path, norm in behind.items()}
         self._contexts.clear()
-        return sources
+        return sources, norms
+
+    def _trace_block(
+        self, index: int, linears: dict[str, Linear], hidden: Hidden
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Map the path of each Linear to that of the first with the same input, and to its norm's path."""
+        module = self._blocks[index]
+        with self._hollow(module), watching_norms(module, linears) as norms:
+            first = inputs_shared(Block(index, linears, {}, self._call_block), hidden)
+        paths = {id(part): path for path, part in module.named_modules()}
+        return first, {linears[name].path: paths[id(norm)] for name, norm in norms.items()}
 
     # --- Properties of the model ---
 
@@ -145,6 +156,22 @@ class BlockwiseModel:
         tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
         with self._materialized(tensors):
             yield Block(index, self.linears[index], tensors, self._call_block)
+
+    def input_norms(self, index: int) -> dict[str, InputNorm]:
+        """The normalizations of a block's inputs (see `fedprllm.models.norms.input_norms`).
+
+        Only their own weights are read from the checkpoint.
+        """
+        used = {id(linear.norm) for linear in self.linears[index].values()}
+        names = [
+            f"{self.block_names[index]}.{path}.{name}"
+            for path, module in self._blocks[index].named_modules()
+            if id(module) in used
+            for name in module.state_dict()
+        ]
+        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
+        with self._materialized(tensors):
+            return input_norms(self.linears[index])
 
     @contextmanager
     def _outside_blocks(self, part: nn.Module) -> Iterator[None]:

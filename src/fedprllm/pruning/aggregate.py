@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fedprllm.core.zeros import count_zeros
 from fedprllm.deciding import BlockDecision
+from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block, Linear
 from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.models.norms import input_norms
 from fedprllm.pruning.agreement import Agreement
 from fedprllm.pruning.clock import Clock
 from fedprllm.pruning.method import Method
@@ -24,6 +26,7 @@ from fedprllm.pruning.records import BlockRecord, LinearRecord
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.stored_votes import save_votes
 from fedprllm.sharing import Totals
+from fedprllm.sharing.interface import Tensors
 
 __all__ = ["Aggregate", "decide_and_write"]
 
@@ -43,7 +46,8 @@ class Aggregate(Generic[_Decided]):
 
     def __init__(self, block: Block, method: Method[_Decided]) -> None:
         self.block, self.method = block, method
-        self.totals: Totals = method.sharing.zeros(block.linears, block.device)
+        self.totals: Totals = method.empty(block)
+        self._figures: dict[str, Tensors] = {}
         self._agreement = Agreement(block, method.config.seed)
         self._n_tokens: dict[str, int] = {}
 
@@ -61,10 +65,28 @@ class Aggregate(Generic[_Decided]):
         self.totals.add(update, n_tokens, self.method.vote_weight(n_tokens))
         self._agreement.add(update)
         self._n_tokens[name] = n_tokens
+        if comparison := self.method.sharing.comparison:
+            self._figures[name] = comparison.figures(update, self.block.linears, n_tokens)
 
     def decide(self) -> _Decided:
-        """Decide from the current sums."""
+        """Decide from the current sums.
+
+        Raises:
+            UpdateError: A participant's update is out of proportion to the others' or to the model. A
+                coordinator refuses such updates before it adds anything up (`Ballots.outstanding`).
+        """
+        for name, reason in self._outstanding().items():
+            raise UpdateError(
+                f"participant '{name}', block {self.block.index}: {reason}. Its text may be far from all "
+                "other text, or too little: give it more text, leave it out, or share masks"
+            )
         return self.method.decide(self.totals, self.block, self.method.target)
+
+    def _outstanding(self) -> dict[str, str]:
+        comparison = self.method.sharing.comparison
+        if comparison is None:
+            return {}
+        return comparison.outstanding(self._figures, input_norms(self.block.linears))
 
     def agreement(self) -> dict[str, list[list[float]]]:
         """Pairwise agreement of the participants' masks (see `Agreement.summary`)."""

@@ -32,6 +32,7 @@ class Method(Generic[_Decided]):
         decide: Turns the sums over participants into a decision about the block or, in a survey, into the
             block's outliers.
         uses_inputs: Whether calibration text is needed at all.
+        keeps_apart: Whether the decision needs each update, not only their sums.
     """
 
     target: Target
@@ -39,6 +40,7 @@ class Method(Generic[_Decided]):
     sharing: Sharing
     decide: Callable[[Totals, Block, Target], _Decided]
     uses_inputs: bool
+    keeps_apart: bool = False
 
     @property
     def config(self) -> PruneConfig:
@@ -54,6 +56,11 @@ class Method(Generic[_Decided]):
         strategy = self.strategy
         return strategy.server_votes and not (self.sharing.shares_decision or strategy.follows_server)
 
+    def empty(self, block: Block) -> Totals:
+        """Empty sums for a block."""
+        totals = self.sharing.zeros(block.linears, block.device)
+        return replace(totals, apart=[]) if self.keeps_apart else totals
+
     def vote_weight(self, n_tokens: int) -> int:
         """Weight of the votes of a participant with ``n_tokens`` calibration tokens."""
         return n_tokens if self.config.weighting == "tokens" else 1
@@ -65,21 +72,29 @@ class Method(Generic[_Decided]):
 
 def pruning_method(config: PruneConfig) -> Method[BlockDecision]:
     """The method that a run prunes with."""
+    decision = decision_of(config)
     return Method(
         Target(config),
         STRATEGIES[config.strategy],
         SHARING[config.share],
-        decision_of(config).decide,
+        decision.decide,
         CRITERIA[config.criterion].uses_inputs,
+        decision.keeps_apart,
     )
 
 
 def survey_method(config: PruneConfig) -> Method[Outliers]:
     """The method that counts outliers before pruning: a walk over the unpruned model with Wanda's score."""
-    survey = decision_of(config).survey
+    decision = decision_of(config)
+    survey = decision.survey
     config = config.model_copy(update={"strategy": "one-shot", "criterion": "wanda"})
     return Method(
-        Target(config), STRATEGIES[config.strategy], SHARING[survey.kind], survey.decide, uses_inputs=True
+        Target(config),
+        STRATEGIES[config.strategy],
+        SHARING[survey.kind],
+        survey.decide,
+        uses_inputs=True,
+        keeps_apart=decision.keeps_apart,
     )
 
 

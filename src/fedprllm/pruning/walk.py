@@ -120,7 +120,7 @@ class Walker:
 
     def _decide_from(self, block: Block, update: Mapping[str, Tensor]) -> BlockDecision:
         """The decision that the server would make from this participant's update alone."""
-        totals: Totals = self.method.sharing.zeros(block.linears, block.device)
+        totals: Totals = self.method.empty(block)
         n_tokens = self.participant.n_tokens
         totals.add(update, n_tokens, self.method.vote_weight(n_tokens))
         decision = self.method.decide(totals, block, self.method.target)

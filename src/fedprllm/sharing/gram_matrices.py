@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -9,8 +10,20 @@ from torch import Tensor
 
 from fedprllm.core.sums import GramStatistics
 from fedprllm.errors import UpdateError
+from fedprllm.sharing.bounds import outstanding_sums
 from fedprllm.sharing.input_sums import distinct_inputs
-from fedprllm.sharing.interface import SUMS, Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
+from fedprllm.sharing.interface import (
+    SUMS,
+    Ballot,
+    Comparison,
+    Linears,
+    Seen,
+    Shapes,
+    Sharing,
+    Tensors,
+    Totals,
+    Wire,
+)
 from fedprllm.sharing.target import Target
 
 __all__ = ["GRAM"]
@@ -60,6 +73,13 @@ def _is_positive(gram: Tensor) -> bool:
     return not rounding or int(torch.linalg.cholesky_ex(shifted).info) == 0
 
 
+def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:
+    """The diagonals: with no negative eigenvalue, no other entry is larger than its two."""
+    return {
+        name: update[name].diagonal().cpu().to(torch.float64) / n_tokens for name in distinct_inputs(linears)
+    }
+
+
 def _zeros(linears: Linears, device: torch.device) -> Totals:
     return Totals(
         {
@@ -78,5 +98,6 @@ GRAM = Sharing(
     contribute=_contribute,
     check=_check,
     zeros=_zeros,
+    comparison=Comparison(_figures, outstanding_sums),
     observation=partial(GramStatistics.zeros, dtype=torch.float32),
 )

@@ -6,11 +6,25 @@ add up over participants. Query, key and value read the same input, as do gate a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from fedprllm.errors import UpdateError
-from fedprllm.sharing.interface import SUMS, Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
+from fedprllm.sharing.bounds import outstanding_sums
+from fedprllm.sharing.interface import (
+    SUMS,
+    Ballot,
+    Comparison,
+    Linears,
+    Seen,
+    Shapes,
+    Sharing,
+    Tensors,
+    Totals,
+    Wire,
+)
 from fedprllm.sharing.target import Target
 
 __all__ = ["STATISTICS", "distinct_inputs", "pooled_norms"]
@@ -41,6 +55,10 @@ def _check(ballot: Ballot, target: Target) -> None:  # noqa: ARG001
             )
 
 
+def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:
+    return {name: update[name].cpu().to(torch.float64) / n_tokens for name in distinct_inputs(linears)}
+
+
 def _zeros(linears: Linears, device: torch.device) -> Totals:
     return Totals(
         {
@@ -64,4 +82,5 @@ STATISTICS = Sharing(
     contribute=_contribute,
     check=_check,
     zeros=_zeros,
+    comparison=Comparison(_figures, outstanding_sums),
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedprllm.core.bitplanes import PackedVotes, pack
 from fedprllm.core.sums import InputStatistics
 from fedprllm.models.block import Block, Linear
+from fedprllm.models.norms import InputNorm
 from fedprllm.models.observe import BlockStatistics, Observation
 from fedprllm.sharing.target import Target
 
@@ -20,7 +21,9 @@ __all__ = [
     "BITS",
     "SUMS",
     "Ballot",
+    "Comparison",
     "Linears",
+    "Norms",
     "Seen",
     "Shapes",
     "Sharing",
@@ -33,6 +36,7 @@ __all__ = [
 Tensors = dict[str, Tensor]
 Linears = Mapping[str, Linear]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Norms = Mapping[str, InputNorm]
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Totals:
         n_participants: Number of updates added so far.
         n_tokens: Number of calibration tokens behind those updates.
         weight: Sum of the participants' voting weights.
+        apart: Each update with its number of tokens, for a decision that needs more than sums; None if sums
+            are enough.
     """
 
     sums: Tensors = field(default_factory=dict)
@@ -83,6 +89,7 @@ class Totals:
     n_participants: int = 0
     n_tokens: int = 0
     weight: int = 0
+    apart: list[tuple[Mapping[str, Tensor], int]] | None = None
 
     def add(self, update: Mapping[str, Tensor], n_tokens: int, weight: int = 1) -> None:
         """Add one participant's update.
@@ -96,6 +103,8 @@ class Totals:
             total += update[name].to(total.device)
         for name, votes in self.votes.items():
             votes.add(pack(update[name]), weight=weight)
+        if self.apart is not None:
+            self.apart.append((update, n_tokens))
         self.n_participants += 1
         self.n_tokens += n_tokens
         self.weight += weight
@@ -117,6 +126,19 @@ class Wire(NamedTuple):
     not_negative: str = ""
 
 
+class Comparison(NamedTuple):
+    """How the updates of a block are compared with each other before they are added up.
+
+    Attributes:
+        figures: Returns what is compared of an update, small and per token, given its number of tokens.
+        outstanding: Returns why an update is refused, by participant, given the figures of all participants
+            and the known normalizations of the block's inputs.
+    """
+
+    figures: Callable[[Mapping[str, Tensor], Linears, int], Tensors]
+    outstanding: Callable[[Mapping[str, Tensors], Norms], dict[str, str]]
+
+
 BITS = (torch.bool,)
 SUMS = (torch.float32, torch.float64)
 
@@ -136,6 +158,7 @@ class Sharing:
         contribute: Makes a participant's update from what it has seen.
         check: Refuses an update that has the right shapes but cannot come from an honest participant.
         zeros: Returns empty sums on a device.
+        comparison: How updates are compared with each other; None if `check` alone bounds what one can do.
         shares_decision: Whether an update follows from the participant's own prune masks.
         observation: Makes empty statistics of the inputs, which the participant then sums up.
     """
@@ -148,6 +171,7 @@ class Sharing:
     contribute: Callable[[Seen, Target], Tensors]
     check: Callable[[Ballot, Target], None]
     zeros: Callable[[Linears, torch.device], Totals]
+    comparison: Comparison | None = None
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros
 

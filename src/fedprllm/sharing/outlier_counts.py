@@ -12,12 +12,28 @@ from fedprllm.core.criteria import wanda
 from fedprllm.core.owl import Outliers, outliers
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block
-from fedprllm.sharing.interface import Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
+from fedprllm.sharing.bounds import FEWEST, others_median
+from fedprllm.sharing.interface import (
+    Ballot,
+    Comparison,
+    Linears,
+    Norms,
+    Seen,
+    Shapes,
+    Sharing,
+    Tensors,
+    Totals,
+    Wire,
+)
 from fedprllm.sharing.target import Target
 
 __all__ = ["OUTLIERS", "block_outliers", "n_weights", "outlier_total"]
 
 _COUNT = "outliers"
+# A participant's share of outlying scores is at most this multiple of the others' median, to which half a
+# percent of the scores is added, because small counts differ more (docs/decisions/bounds.md).
+_FACTOR = 4.0
+_FLOOR = 0.005
 
 
 def n_weights(linears: Linears) -> int:
@@ -55,6 +71,23 @@ def _check(ballot: Ballot, target: Target) -> None:
         )
 
 
+def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:  # noqa: ARG001
+    return {_COUNT: update[_COUNT].cpu() / n_weights(linears)}
+
+
+def _outstanding(figures: Mapping[str, Tensors], norms: Norms) -> dict[str, str]:  # noqa: ARG001
+    if len(figures) < FEWEST:
+        return {}
+    shares = torch.stack([figures[name][_COUNT] for name in figures])
+    limits = _FACTOR * (others_median(shares) + _FLOOR)
+    return {
+        name: f"{share:.3%} of the block's scores are outliers: expected at most {limit:.3%}, "
+        f"{_FACTOR:g} times the sum of {_FLOOR:.1%} and the other participants' median"
+        for name, share, limit in zip(figures, shares[:, 0].tolist(), limits[:, 0].tolist(), strict=True)
+        if share > limit
+    }
+
+
 def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001
     return Totals({_COUNT: torch.zeros(1, dtype=torch.float64)})
 
@@ -73,4 +106,5 @@ OUTLIERS = Sharing(
     contribute=_contribute,
     check=_check,
     zeros=_zeros,
+    comparison=Comparison(_figures, _outstanding),
 )

@@ -38,7 +38,15 @@ __all__ = ["KeptWalk", "KeptWalks", "is_served"]
 _SHARES = ("mask", "statistics")
 _STRATEGIES = ("one-shot", "local-only", "centralized")
 # Options that only the server uses, and options that the fingerprint of the windows covers.
-_SERVER = ("server_group", "strategy", "scale_weights", "server_ties", "weighting", "max_update_mb")
+_SERVER = (
+    "server_group",
+    "strategy",
+    "scale_weights",
+    "server_ties",
+    "weighting",
+    "aggregation",
+    "max_update_mb",
+)
 _TEXT = ("windows", "window_length", "bos", "seed")
 # Options of a participant's own decision, which do not affect shared sums.
 _DECIDING = ("sparsity", "pattern", "criterion", "local_group", "ties")

@@ -105,6 +105,25 @@ class Ballots(Generic[_Decided]):
                 f"windows of {length} tokens"
             )
 
+    def outstanding(self, block: int, names: Sequence[str]) -> dict[str, str]:
+        """Why updates of a block that have arrived are out of proportion, by participant.
+
+        One update is in memory at a time, because only figures of each are compared. Nothing is read if the
+        kind of update has none.
+
+        Args:
+            block: Block index.
+            names: Participants whose updates of the block are added up together.
+        """
+        comparison = self.method.sharing.comparison
+        if comparison is None:
+            return {}
+        figures = {}
+        for name in sorted(names):
+            update = self._read(block, name, self.path(block, name).read_bytes())
+            figures[name] = comparison.figures(update.tensors, self.model.linears[block], update.n_tokens)
+        return comparison.outstanding(figures, self.model.input_norms(block))
+
     def add_up(self, block: Block, names: Sequence[str]) -> tuple[Aggregate[_Decided], Received]:
         """Sum the updates of a block with one update in memory at a time.
 

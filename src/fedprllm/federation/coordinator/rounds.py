@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +56,7 @@ class _Standing:
         n_invalid: Number of consecutive updates that were invalid or did not arrive.
         lost_at: Time when it last failed to deliver an update.
         n_decisions: Number of blocks whose decision it has received.
+        outstanding: Blocks whose last update was refused because it is out of proportion to the others'.
     """
 
     n_ready: int = 0
@@ -64,6 +65,7 @@ class _Standing:
     n_invalid: int = 0
     lost_at: float = -1.0
     n_decisions: int = 0
+    outstanding: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,35 @@ class Coordinator:
         return answers
 
     def _collect(self, blocks: Sequence[int]) -> None:
+        """Collect the updates of the given blocks until all have arrived and none is out of proportion."""
+        self._collect_missing(blocks)
+        while self._refuse_outstanding(blocks):
+            self._collect_missing(blocks)
+
+    def _refuse_outstanding(self, blocks: Sequence[int]) -> bool:
+        """Compare the updates of each block with each other, and refuse those that are out of proportion.
+
+        Returns:
+            Whether updates of a block were refused; later blocks have then not been compared.
+        """
+        for block in blocks:
+            refused = self.ballots.outstanding(block, self._pruning(block))
+            for name in self._pruning(block):
+                self.participants[name].outstanding.discard(block)
+            for name, reason in refused.items():
+                self.ballots.path(block, name).unlink()
+                self.participants[name].outstanding.add(block)
+                self._refuse(name, block, UpdateError(reason))
+            if refused:
+                self._check_quorum()
+                return True
+        return False
+
+    def _pruning(self, block: int) -> list[str]:
+        """The remaining participants that prune a block."""
+        return [name for name in self.participants if block in self._samples[name]]
+
+    def _collect_missing(self, blocks: Sequence[int]) -> None:
         """Collect the updates of the given blocks from all remaining participants."""
         while missing := self._still_missing(blocks):
             self._listen({name: wanted[0] for name, wanted in missing.items()})
@@ -297,7 +328,7 @@ class Coordinator:
         self._dismiss_revoked()
         self._check_quorum()
         self._show(f"deciding block {block}")
-        names = [name for name in self.participants if block in self._samples[name]]
+        names = self._pruning(block)
         if not names:
             raise QuorumLost(
                 f"no participant is left to prune block {block}: {self._folder / 'events.jsonl'} says why; "
@@ -427,7 +458,8 @@ class Coordinator:
         except UpdateError as error:
             self._refuse(name, block, error)
             return
-        standing.n_invalid = 0
+        if not standing.outstanding:
+            standing.n_invalid = 0
         standing.deadline = max(standing.deadline, self._clock() + self.plan.deadline_s)
         write_bytes(self.ballots.path(block, name), payload)
 
