@@ -1,4 +1,4 @@
-"""What sums can do better than votes: perplexity of SmolLM2-135M pruned by each way of sharing and each solver.
+"""What sums can do better than votes: SmolLM2-135M pruned by each way of sharing and each solver.
 
 Every participant has one kind of text. The perplexity is the geometric mean over held-out text of all kinds.
 The damage is the perplexity minus that of the dense model, relative to the damage by votes. Votes are
