@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,31 @@ class Federation:
         self.plan = self.make_kits({name: self.settings(name) for name in names})
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def settings(self, name: str) -> SiteSettings:
+    def settings(self, name: str, **others: Any) -> SiteSettings:
+        """A participant's settings. It builds no model unless told to: that takes a process of its own."""
         return SiteSettings(
             data=[str(self.texts[name])],
             model=str(self.model),
             threads=1,
             allow=["mask", "statistics"],
             record=str(self.folder / "sent" / name),
-            **UNLIMITED,
+            **{"result": False, **UNLIMITED, **others},
         )
 
-    def write_settings(self, name: str) -> None:
-        """Restore a participant's initial settings."""
-        write_json(settings_path(self.kit(name)), self.settings(name).model_dump(mode="json"))
+    def write_settings(self, name: str, **others: Any) -> None:
+        """Restore a participant's initial settings, except for those given."""
+        write_json(settings_path(self.kit(name)), self.settings(name, **others).model_dump(mode="json"))
+
+    @contextlib.contextmanager
+    def building_models(self) -> Iterator[None]:
+        """Let every participant build the models of runs that end inside the ``with`` block."""
+        for name in self.names:
+            self.write_settings(name, result=True)
+        try:
+            yield
+        finally:
+            for name in self.names:
+                self.write_settings(name)
 
     def make_kits(self, participants: dict[str, SiteSettings]) -> Plan:
         return rehearsal_kits(self.kits, participants)
