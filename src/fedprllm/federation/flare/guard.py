@@ -112,7 +112,7 @@ class _Streams:
                 if other is not known and other.what == piece.what and root(sender) == root(origin)
             )
             if others + n_bytes > most:
-                raise Refusal(f"{others + n_bytes} bytes in flight at once exceeds configured limit {most}")
+                raise Refusal(f"{others + n_bytes} bytes in flight at once exceed configured limit {most}")
             known.declared = max(known.declared, piece.declared)
             known.received += piece.received
             self._open[origin, number] = known
