@@ -122,7 +122,7 @@ def test_the_command_of_the_readme_prunes_a_real_model(tmp_path):
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "kits").mkdir()
     (tmp_path / "kits" / "federation.json").touch()
-    with pytest.raises(ConfigError, match="not of a rehearsal"):
+    with pytest.raises(ConfigError, match="not created by a rehearsal"):
         empty_folder(tmp_path)
     assert (tmp_path / "kits" / "federation.json").exists()
     again = empty_folder(tmp_path / "new")
