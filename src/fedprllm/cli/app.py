@@ -258,6 +258,8 @@ def _print_result(result: Any) -> None:
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
     console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
+    for deviation in record.deviations():
+        console.print(f"[yellow]note[/]     {escape(deviation)}", soft_wrap=True)
     for name, folder in result.model_dirs.items():
         console.print(f"{name:<8} {folder}", soft_wrap=True)
     console.print(f"report   fedprllm report {result.out}", soft_wrap=True)
