@@ -235,7 +235,7 @@ class _Conducting:
 
     def _publish(self, run: Run, run_id: bytes, record: RunRecord, still_in: Iterable[str]) -> None:
         """Let participants fetch the result."""
-        checkpoint = Checkpoint(run.model_dir())
+        checkpoint = Checkpoint(run.model_dir(), self.model.skeleton)
         publication = Publication(run.folder)
         manifest = Manifest(
             run=run_id.hex(),
