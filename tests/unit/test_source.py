@@ -390,6 +390,7 @@ def test_a_killed_conversion_leaves_no_entry_and_is_cleared_away(tiny, tmp_path)
         import os, signal
         from pathlib import Path
         from fedprllm.models import source
+        from fedprllm.models.side_files import side_files
         from fedprllm.progress import silent
         def convert(source, folder):
             (folder / "model.safetensors").write_bytes(b"half")
@@ -420,11 +421,11 @@ def test_a_killed_conversion_leaves_no_entry_and_is_cleared_away(tiny, tmp_path)
 def test_an_interrupted_conversion_leaves_nothing(interruption, tiny, cache, tmp_path, monkeypatch) -> None:
     folder = _as_pickle(tiny("llama"), tmp_path / "old")
 
-    def interrupted(model, folder) -> None:
+    def interrupted(state, folder, second_names) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise interruption
 
-    monkeypatch.setattr(source, "_write", interrupted)
+    monkeypatch.setattr(source, "_save", interrupted)
     with pytest.raises(interruption):
         resolve_model(folder)
     assert [entry.name for entry in cache.iterdir()] == ["convert.lock"]

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import need_plots, noting
+from fedprllm.cli.console import need_plots, noting, print_sparsity
 from fedprllm.cli.coordinator import app as federation_app
 from fedprllm.cli.identity import app as identity_app
 from fedprllm.cli.participant import ledger, participate
@@ -256,7 +256,7 @@ def _print_result(result: Any) -> None:
     record = result.record
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
-    console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
+    print_sparsity(record)
     for name, folder in result.model_dirs.items():
         console.print(f"{name:<8} {folder}", soft_wrap=True)
     console.print(f"report   fedprllm report {result.out}", soft_wrap=True)

@@ -26,6 +26,7 @@ from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.find import find_blocks, find_linears
 from fedprllm.models.guards import (
     coverage,
+    coverage_notes,
     refuse_different_ties,
     refuse_further_blocks,
     refuse_low_coverage,
@@ -158,6 +159,12 @@ class BlockwiseModel:
         return sum(linear.n_weights for of_block in self.linears for linear in of_block.values())
 
     @property
+    def coverage(self) -> float:
+        """Share of the weight matrices inside the blocks that is prunable."""
+        prunable = [sum(linear.n_weights for linear in of_block.values()) for of_block in self.linears]
+        return self.n_prunable / sum(n / share for n, share in zip(prunable, self.coverages, strict=True))
+
+    @property
     def max_window_length(self) -> int | None:
         """Largest number of tokens in a forward pass; None if the configuration does not say."""
         text_config = self.config.get_text_config()
@@ -185,7 +192,9 @@ class BlockwiseModel:
         names = [f"{prefix}.{name}" for name in module.state_dict()]
         tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
         with self._materialized(tensors):
-            yield Block(index, self.linears[index], tensors, self._call_block)
+            share = self.coverages[index]
+            notes = coverage_notes(module, self.linears[index], share)
+            yield Block(index, self.linears[index], tensors, self._call_block, share, notes)
 
     def input_norms(self, index: int) -> dict[str, InputNorm]:
         """The normalizations of a block's inputs (see `fedprllm.models.norms.input_norms`).

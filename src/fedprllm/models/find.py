@@ -18,7 +18,6 @@ _N_EXPERTS = ("num_experts", "moe_num_experts", "n_experts", "num_local_experts"
 _ROUTER = re.compile(r"(^|[._])(router|gate|gating|wg)($|\.)")
 
 
-
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a Linear; GPT-2's Conv1D is one that stores its weight transposed."""
     return isinstance(module, (nn.Linear, Conv1D))
@@ -79,7 +78,8 @@ def _is_router(block: nn.Module, path: str) -> bool:
         parent = block.get_submodule(".".join(around[:depth]))
         experts = {name: child for name, child in parent.named_children() if _are_experts(name, child)}
         if experts:
-            inside = path.split(".")[depth] in experts
+            part = path.split(".")[depth]
+            inside = part in experts or ("expert" in part.lower() and not is_linear(getattr(parent, part)))
             counts = {1, *map(_n_experts, experts.values())}
             return not inside and (n_out in counts or _ROUTER.search(path.lower()) is not None)
     return False

@@ -15,7 +15,7 @@ from fedprllm.models.find import find_blocks, find_linears
 
 __all__ = [
     "coverage",
-    "coverage_note",
+    "coverage_notes",
     "refuse_different_ties",
     "refuse_further_blocks",
     "refuse_low_coverage",
@@ -96,10 +96,10 @@ def refuse_low_coverage(skeleton: nn.Module, name: str, share: float) -> None:
         )
 
 
-def coverage_note(block: nn.Module, linears: Mapping[str, Linear], share: float) -> str | None:
-    """A sentence for the record if part of a block stays dense; None if (nearly) all is pruned."""
+def coverage_notes(block: nn.Module, linears: Mapping[str, Linear], share: float) -> list[str]:
+    """A sentence for the record if a tenth of a block stays dense; otherwise nothing."""
     if share >= NOTED_COVERAGE:
-        return None
+        return []
     pruned = {linear.path for linear in linears.values()}
     left = [
         path
@@ -107,7 +107,7 @@ def coverage_note(block: nn.Module, linears: Mapping[str, Linear], share: float)
         if parameter.ndim >= 2 and path.rpartition(".")[0] not in pruned
     ]
     named = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-    return f"{share:.1%} of the block's weight matrices are prunable; these stay dense: {named}"
+    return [f"{share:.1%} of the block's weight matrices are prunable; these stay dense: {named}"]
 
 
 def refuse_missing(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> None:

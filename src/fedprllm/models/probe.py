@@ -163,9 +163,10 @@ def refuse_wrong_calls(skeleton: nn.Module, called: Sequence[int], n_blocks: int
         ModelError: It did not.
     """
     if list(called) != list(range(n_blocks)):
+        order = ", ".join(map(str, called)) or "none"
         raise ModelError(
-            f"the forward pass of {type(skeleton).__name__} made {len(called)} block calls: expected one call "
-            f"for each of its {n_blocks} blocks, in order. {_ADVICE}"
+            f"the forward pass of {type(skeleton).__name__} called the blocks {order}: expected one call for "
+            f"each, in order. {_ADVICE}"
         )
 
 
@@ -267,7 +268,9 @@ class _Run:
 
     def check(self, index: int, arguments: Any, hidden: Tensor, output: Tensor) -> None:
         """Check that nothing but its own input, weights and harmless arguments affects a block's output."""
-        if id(self._embedding) in _leaves(tensor for tensor in _flat(arguments) if isinstance(tensor, Tensor)):
+        if id(self._embedding) in _leaves(
+            tensor for tensor in _flat(arguments) if isinstance(tensor, Tensor)
+        ):
             raise text_dependent(self.skeleton, index)
         for leaf in _leaves([output]):
             if leaf in self._owners and self._owners[leaf] != index and leaf != id(hidden):
@@ -288,9 +291,11 @@ class _Pass:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            self.called.append(index)
+            refuse_wrong_calls(self._run.skeleton, self.called, len(self.called))
+            self._check_length(hidden)
             if self.returned is not None:
                 refuse_changed(self._run.skeleton, index, hidden, self.returned)
-            self.called.append(index)
             leaf = self._run._leaf(hidden, None)
             before = _snapshot((rest, kwargs))
             output = original(leaf.clone(), *rest, **kwargs)
@@ -303,6 +308,13 @@ class _Pass:
             return Returned.of(output).wrap(self.returned, others)
 
         return forward
+
+    def _check_length(self, hidden: Tensor) -> None:
+        if hidden.ndim != 3 or hidden.shape[:2] != (1, _N_TOKENS):
+            raise ModelError(
+                f"the blocks of {type(self._run.skeleton).__name__} receive hidden states of shape "
+                f"{tuple(hidden.shape)} for {_N_TOKENS} tokens: expected (1, {_N_TOKENS}, width). {_ADVICE}"
+            )
 
     def _check(self, index: int, leaf: Tensor, output: Any) -> None:
         result = Returned.hidden(output)

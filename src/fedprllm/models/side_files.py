@@ -84,7 +84,9 @@ def _files(folder: Path) -> list[Path]:
     """Files in the folder and in the subfolders that the patterns name."""
     subfolders = sorted({pattern.rpartition("/")[0] for pattern in PATTERNS})
     places = [folder / name for name in subfolders if (folder / name).is_dir()]
-    return [path.relative_to(folder) for place in places for path in sorted(place.iterdir()) if path.is_file()]
+    return [
+        path.relative_to(folder) for place in places for path in sorted(place.iterdir()) if path.is_file()
+    ]
 
 
 def _belongs(path: Path) -> bool:

@@ -116,8 +116,12 @@ def _download(model: str, progress: Progress) -> Path:
     def fetch(weights: str) -> Path:
         patterns = [*PATTERNS, *map(str.upper, TERMS), "*.py", weights, f"{weights}.index.json"]
         # A star also matches folders.
-        ignored = [f"*/{ending}" for ending in ("*.safetensors", "*.bin", "*.index.json", "*.py", "*.tiktoken")]
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored))
+        ignored = [
+            f"*/{ending}" for ending in ("*.safetensors", "*.bin", "*.index.json", "*.py", "*.tiktoken")
+        ]
+        return Path(
+            huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored)
+        )
 
     try:
         with progress(f"downloading {model}", 1) as advance:
@@ -225,11 +229,13 @@ def _fits(model: Any, weight_files: list[Path]) -> bool:
 
 
 def _contains_all(model: Any, shapes: Mapping[str, list[int]]) -> bool:
-    """Whether stored tensors, given by name and shape, are all that the model has."""
+    """Whether stored tensors, given by name and shape, are all that the model has; tied ones count once."""
     stored = stored_names(model, shapes)
-    return all(
-        list(tensor.shape) == shapes.get(stored.get(name, "")) for name, tensor in _own_tensors(model).items()
-    )
+    state = model.state_dict(keep_vars=True)
+    fitting = {
+        id(tensor) for name, tensor in state.items() if list(tensor.shape) == shapes.get(stored.get(name, ""))
+    }
+    return all(id(tensor) in fitting for tensor in state.values())
 
 
 def _own_tensors(model: Any) -> dict[str, Any]:
@@ -389,7 +395,9 @@ def _save(state: dict[str, Any], folder: Path, second_names: list[str]) -> None:
         save_torch_state_dict(state, folder, shared_tensors_to_discard=second_names)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    for file in _weight_files(folder, _SAFETENSORS):  # safetensors creates files that only their owner can read
+    for file in _weight_files(
+        folder, _SAFETENSORS
+    ):  # safetensors creates files that only their owner can read
         shutil.copymode(folder / "config.json", file)
 
 

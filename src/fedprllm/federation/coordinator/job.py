@@ -282,6 +282,7 @@ def _finish(
             "participants": participants,
             "models": {"model": str(run.model_dir().relative_to(run.folder))},
             "n_prunable": model.n_prunable,
+            "coverage": model.coverage,
             "n_participants": len(participants),
             "rounds": n_rounds + bool(surveyed),
             "update_bytes_per_block": [_longest(record) for record in records],
