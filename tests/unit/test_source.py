@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fedprllm.errors import ModelError, RunError
 from fedprllm.models import source
-from fedprllm.models.side_files import side_files
 from fedprllm.models.source import resolve_model
 from tests.models import ARCHITECTURES
 

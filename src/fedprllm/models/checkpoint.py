@@ -132,7 +132,7 @@ class Checkpoint:
         """Tensors of which only what is indexed is read."""
         found = []
         for file, wanted in self._by_file(names).items():
-            opened = self._open(file)
+            opened: Any = self._open(file)
             found += [opened.get_slice(stored) for _, stored in wanted]
         return found
 

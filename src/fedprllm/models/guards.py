@@ -147,8 +147,8 @@ def refuse_further_blocks(
     }
     if further:
         raise ModelError(
-            f"{checkpoint.folder} holds weights of {max(further) + 1} blocks ('{prefix}.{max(further)}'), and "
-            f"its config.json says {n_blocks}: correct config.json, or download the model again"
+            f"{checkpoint.folder} holds weights of {max(further) + 1} blocks ('{prefix}.{max(further)}'), "
+            f"and its config.json says {n_blocks}: correct config.json, or download the model again"
         )
 
 

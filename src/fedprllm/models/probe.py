@@ -191,6 +191,13 @@ def _reads_another_block(skeleton: nn.Module, index: int) -> ModelError:
     )
 
 
+def _leaves_something(skeleton: nn.Module, index: int) -> ModelError:
+    return ModelError(
+        f"block {index} of {type(skeleton).__name__} leaves something for other blocks in its arguments "
+        f"(such as shared keys and values): expected blocks that only pass on hidden states. {_ADVICE}"
+    )
+
+
 class _Run:
     """Forward passes of a model whose weights, Linears and hidden states are stand-ins."""
 
@@ -300,7 +307,7 @@ class _Pass:
             before = _snapshot((rest, kwargs))
             output = original(leaf.clone(), *rest, **kwargs)
             if _snapshot((rest, kwargs)) != before:
-                raise _reads_another_block(self._run.skeleton, index)
+                raise _leaves_something(self._run.skeleton, index)
             self.arguments.append((rest, kwargs))
             self._check(index, leaf, output)
             self.returned = self._run._leaf(hidden, -1)
