@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    LlavaConfig,
+    Qwen3_5Config,
+)
 
 from fedprllm import prune
 from fedprllm.errors import ModelError
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.side_files import left_out, side_files
+from fedprllm.models.source import resolve_model
 
 BELONGING = [
     "LICENSE",
@@ -194,3 +201,60 @@ def test_two_stored_tensors_for_one_of_the_model_are_refused(tiny, tmp_path) -> 
     folder = _changed(tiny("llama"), tmp_path / "model", change)
     with pytest.raises(ModelError, match=r"two tensors, 'model\.norm\.weight' and 'norm\.weight'"):
         BlockwiseModel(folder)
+
+
+# --- Multimodal models ---
+
+_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "head_dim": 8,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@pytest.mark.parametrize("n_vision", [1, 12])
+def test_the_text_decoder_is_pruned_and_the_vision_tower_kept(n_vision, windows, tmp_path) -> None:
+    config = Gemma3Config(
+        text_config=_TEXT, vision_config=_VISION | {"num_hidden_layers": n_vision}, mm_tokens_per_image=4
+    )
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    result = prune(tmp_path / "model", [windows(0)], out=tmp_path / "run")
+    source, pruned = _tensors(tmp_path / "model"), _tensors(result.model_dir)
+    assert pruned.keys() == source.keys()
+    changed = {name for name in source if not torch.equal(source[name], pruned[name])}
+    assert len(changed) == 7 * 2 == len(result.votes)
+    assert not any("vision" in name for name in changed)
+
+
+def test_parts_that_only_the_multimodal_model_has_are_kept(windows, tmp_path) -> None:
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4}
+    vision |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+    model = AutoModelForImageTextToText.from_config(
+        Qwen3_5Config(text_config=_TEXT | linear, vision_config=vision)
+    )
+    model.save_pretrained(tmp_path / "model")
+    result = prune(tmp_path / "model", [windows(0)], out=tmp_path / "run")
+    source, pruned = _tensors(tmp_path / "model"), _tensors(result.model_dir)
+    assert pruned.keys() == source.keys()
+    assert any("visual" in name for name in source)
+    assert all(torch.equal(source[name], pruned[name]) for name in source if "visual" in name)
+
+
+def test_other_multimodal_models_are_refused_as_such(tmp_path) -> None:
+    LlavaConfig(text_config=_TEXT | {"model_type": "llama"}).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(llava\) is a multimodal model"):
+        resolve_model(tmp_path)

@@ -33,6 +33,7 @@ from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.find import find_linears
 from fedprllm.models.guards import coverage, refuse_structure
 from fedprllm.models.probe import probe_blocks
+from fedprllm.models.source import resolve_model
 from tests.models import ARCHITECTURES, save_tiny
 
 _SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -290,6 +291,32 @@ def test_a_tied_weight_that_is_stored_twice_is_kept_twice(tiny, windows, tmp_pat
     folder = _store_head(tiny("llama-tied"), tmp_path / "model", 0.0)
     result = prune(folder, [windows(0)], out=tmp_path / "run")
     assert _tensors(result.model_dir).keys() == _tensors(folder).keys()
+
+
+# --- What is stored ---
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_without_a_configuration_are_refused(dtype, tiny, tmp_path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"'{name}' .* is stored as {dtype}: .*The model is quantized"):
+        BlockwiseModel(tmp_path / "model")
+
+
+def test_a_single_file_counts_more_than_an_index(tiny, tmp_path) -> None:
+    folder = tmp_path / "model"
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    model.save_pretrained(folder, max_shard_size="20KB")
+    tensors = load_file(tiny("llama") / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    read = BlockwiseModel(resolve_model(folder)).checkpoint.load(["model.norm.weight"])
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert torch.equal(read["model.norm.weight"], expected["model.norm.weight"])
 
 
 # --- Every architecture that worked still does ---

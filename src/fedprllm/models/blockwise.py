@@ -28,6 +28,7 @@ from fedprllm.models.guards import (
     coverage,
     coverage_notes,
     refuse_different_ties,
+    refuse_dtypes,
     refuse_further_blocks,
     refuse_low_coverage,
     refuse_missing,
@@ -103,6 +104,7 @@ class BlockwiseModel:
             for name, block in zip(self.block_names, self._blocks, strict=True)
         ]
         dtypes = self.checkpoint.dtypes(name for of_block in found for name in of_block)
+        refuse_dtypes(self.skeleton, self.folder, dtypes)
         sources, norms = self._trace_inputs(found)
         return [
             {

@@ -43,10 +43,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path, skeleton: Any) -> None:
         self.folder = folder
-        if (folder / _INDEX).exists():
-            files = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
-        elif (folder / _SINGLE).exists():
+        # Where there are both, transformers ignores the index.
+        if (folder / _SINGLE).exists():
             files = [_SINGLE]
+        elif (folder / _INDEX).exists():
+            files = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:

@@ -26,26 +26,36 @@ def is_linear(module: nn.Module) -> bool:
 def find_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     """Find the outermost module list with the most parameters in which every module contains Linears.
 
+    The text decoder of a multimodal model comes first, however large its vision tower is.
+
     Returns:
         The name of the list and its modules.
 
     Raises:
         ModelError: The model has no such list.
     """
-    best: tuple[int, str, list[nn.Module]] = (0, "", [])
-    for name, module in skeleton.named_modules():
-        if not isinstance(module, nn.ModuleList) or (best[1] and name.startswith(f"{best[1]}.")):
-            continue
-        if len(module) and all(any(map(is_linear, block.modules())) for block in module):
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if size > best[0]:
-                best = (size, name, list(module))
-    if not best[2]:
+    decoder = skeleton.get_decoder()
+    inside = set(map(id, decoder.modules())) if isinstance(decoder, nn.Module) else set()
+    lists = _lists_of_blocks(skeleton)
+    found = [one for one in lists if id(one[1]) in inside] or lists
+    if not found:
         raise ModelError(
             f"{type(skeleton).__name__} has no decoder blocks: expected a list of modules that contain "
             "Linear layers; use another model"
         )
-    return best[1], best[2]
+    name, blocks = max(found, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters()))
+    return name, list(blocks)
+
+
+def _lists_of_blocks(skeleton: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The module lists in which every module contains Linears, and that lie in no other such list."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in skeleton.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        if len(module) and all(any(map(is_linear, block.modules())) for block in module):
+            found.append((name, module))
+    return found
 
 
 def find_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,12 +19,14 @@ __all__ = [
     "coverage",
     "coverage_notes",
     "refuse_different_ties",
+    "refuse_dtypes",
     "refuse_further_blocks",
     "refuse_low_coverage",
     "refuse_missing",
     "refuse_structure",
 ]
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LEAST_COVERAGE = 0.5
 NOTED_COVERAGE = 0.9
 
@@ -150,6 +154,21 @@ def refuse_further_blocks(
             f"{checkpoint.folder} holds weights of {max(further) + 1} blocks ('{prefix}.{max(further)}'), "
             f"and its config.json says {n_blocks}: correct config.json, or download the model again"
         )
+
+
+def refuse_dtypes(skeleton: PreTrainedModel, folder: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuse quantized weights: their numbers are not the weights themselves.
+
+    Raises:
+        ModelError: A weight is stored in another precision than the usual floating-point ones.
+    """
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise ModelError(
+                f"'{name}' of {type(skeleton).__name__} in {folder} is stored as {dtype}: expected one of "
+                f"{', '.join(map(str, _DTYPES))}. The model is quantized; give the unquantized checkpoint, "
+                "or a GGUF file"
+            )
 
 
 def refuse_different_ties(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> None:

@@ -188,6 +188,12 @@ def build_skeleton(folder: Path, dtype: Any = None) -> Any:
         with init_empty_weights(include_buffers=False), LeaveEmpty():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
     except Exception as error:
+        if hasattr(config, "text_config"):
+            raise ModelError(
+                f"{folder} ({config.model_type}) is a multimodal model that this version of transformers "
+                "does not load as a language model: its text model cannot be pruned yet; use a text-only "
+                "checkpoint, or a model such as Gemma 3"
+            ) from error
         raise ModelError(
             f"{folder} ({config.model_type}) is not a decoder-only language model that this version of "
             f"transformers supports: {_reason(error)}. Use another model or update transformers"
@@ -198,9 +204,12 @@ def build_skeleton(folder: Path, dtype: Any = None) -> Any:
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The files that contain the weights, a single one or those of an index; empty if there are none."""
+    """The files that contain the weights, a single one or those of an index; empty if there are none.
+
+    Where there are both, transformers ignores the index.
+    """
     index = folder / f"{name}.index.json"
-    if not index.is_file():
+    if (folder / name).is_file() or not index.is_file():
         return [folder / name] if (folder / name).is_file() else []
     try:
         parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
