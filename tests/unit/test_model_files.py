@@ -254,6 +254,17 @@ def test_parts_that_only_the_multimodal_model_has_are_kept(windows, tmp_path) ->
     assert all(torch.equal(source[name], pruned[name]) for name in source if "visual" in name)
 
 
+def test_further_blocks_are_noticed_under_names_that_transformers_changes(tmp_path) -> None:
+    config = Gemma3Config(text_config=_TEXT, vision_config=_VISION | {"num_hidden_layers": 1})
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if "layers.1.mlp.up_proj" in name and "vision" not in name)
+    tensors[name.replace("layers.1.", "layers.2.")] = tensors[name].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"holds weights of 3 blocks .*its config\.json says 2"):
+        BlockwiseModel(tmp_path)
+
+
 def test_other_multimodal_models_are_refused_as_such(tmp_path) -> None:
     LlavaConfig(text_config=_TEXT | {"model_type": "llama"}).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"\(llava\) is a multimodal model"):

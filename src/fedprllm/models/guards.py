@@ -139,13 +139,13 @@ def refuse_further_blocks(
     Raises:
         ModelError: It has more, and transformers does not leave them out on purpose.
     """
-    prefix, n_blocks = block_names[0].rpartition(".")[0], len(block_names)
-    short = prefix.removeprefix(f"{skeleton.base_model_prefix}.")
+    n_blocks = len(block_names)
+    prefix = _stored_prefix(checkpoint, block_names[0])
     ignored = skeleton._keys_to_ignore_on_load_unexpected or ()
     further = {
         int(found[1])
         for name in checkpoint.unknown
-        if (found := re.match(rf"(?:{re.escape(prefix)}|{re.escape(short)})\.(\d+)\.", name))
+        if (found := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))
         and int(found[1]) >= n_blocks
         and not any(re.search(pattern, name) for pattern in ignored)
     }
@@ -154,6 +154,14 @@ def refuse_further_blocks(
             f"{checkpoint.folder} holds weights of {max(further) + 1} blocks ('{prefix}.{max(further)}'), "
             f"and its config.json says {n_blocks}: correct config.json, or download the model again"
         )
+
+
+def _stored_prefix(checkpoint: Checkpoint, first_block: str) -> str:
+    """What the names of all blocks' tensors begin with in the files."""
+    name = next(name for name in checkpoint.names if name.startswith(f"{first_block}."))
+    inside = name.removeprefix(first_block)
+    number = first_block.rpartition(".")[2]
+    return checkpoint.stored_name(name).removesuffix(inside).removesuffix(f".{number}")
 
 
 def refuse_dtypes(skeleton: PreTrainedModel, folder: Path, dtypes: Mapping[str, torch.dtype]) -> None:
