@@ -106,6 +106,7 @@ def test_the_pruned_model_gets_these_files_and_no_others(small_model, windows, t
     for path in side_files(folder):
         assert (result.model_dir / path).read_bytes() == (folder / path).read_bytes()
     assert (result.model_dir / "LICENSE").read_text() == "content of LICENSE"
+    assert "model/additional_chat_templates/tool_use.jinja" in result.record.files
     (note,) = result.record.notes
     assert note.startswith("not copied to the pruned model, because not part of it: ")
     assert "adapter_model.bin" in note
