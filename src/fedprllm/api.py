@@ -19,6 +19,7 @@ from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.fingerprints import model_digest
 from fedprllm.models.identity import model_identity
 from fedprllm.models.in_memory import model_folder, source_name
+from fedprllm.models.side_files import left_out
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
 from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["PooledData", "PruneResult", "prune"]
+
+_MOST_NAMED = 8  # files in a note
 
 
 @dataclass(frozen=True)
@@ -259,18 +262,29 @@ def _run(
             **identity,
             "models": folders,
             "n_prunable": model.n_prunable,
+            "coverage": model.coverage,
             "n_participants": len(walking),
             **_traffic(model, samples, config, identity["participants"]),
             "outlier_ratios": outlier_ratios(outliers),
             "evaluation": evaluation,
             "blocks": run.records(),
             "files": run.model_files(folders),
-            "notes": [note for member in members for note in member.notes] or None,
+            "notes": [*_files_left_out(model), *(note for member in members for note in member.notes)]
+            or None,
         }
     )
     for folder in models.values():
         write_model_card(folder, record)
     run.finish(record)
+
+
+def _files_left_out(model: BlockwiseModel) -> list[str]:
+    """A note about what lies beside the model and was not copied because it is not part of it."""
+    names = left_out(model.folder)
+    if not names:
+        return []
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return [f"not copied to the pruned model, because not part of it: {', '.join(names[:_MOST_NAMED])}{more}"]
 
 
 def _traffic(

@@ -6,6 +6,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fedprllm.errors import UpdateError
 from fedprllm.federation.coordinator.results import Publication, ResultServer, outcomes
@@ -83,6 +85,27 @@ def test_everything_that_came_in_is_in_the_ledger(tmp_path, complete):
     assert outcomes(run)["north"]["outcome"] == "received"
     assert outcomes(run)["south"] == {}
     assert not list(work_folder(tmp_path / "north").glob("results/*/*.decision")), "no longer needed"
+
+
+def test_a_participant_keeps_the_names_of_its_own_copy(tmp_path, complete, small_model):
+    run = complete()
+    copy = tmp_path / "copy"
+    shutil.copytree(small_model, copy)
+    (file,) = copy.glob("*.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+    assert renamed.keys() != load_file(file).keys()
+    renamed["unknown"] = torch.ones(3)
+    save_file(renamed, file, {"format": "pt"})
+    (copy / "LICENSE").write_text("terms")
+    (copy / ".env").write_text("secret")
+    change_settings(tmp_path, "north", model=str(copy))
+    collector(tmp_path, "north").collect()
+    assert outcomes(run)["north"]["outcome"] == "received"
+    built = tmp_path / "north" / "runs" / "run" / "model"
+    found = {name for shard in built.glob("*.safetensors") for name in load_file(shard)}
+    assert found == set(renamed)
+    assert (built / "LICENSE").read_text() == "terms"
+    assert not (built / ".env").exists()
 
 
 def test_masks_come_at_one_bit_a_weight(tmp_path, complete):

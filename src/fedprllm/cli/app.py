@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import need_plots, noting
+from fedprllm.cli.console import need_plots, noting, print_sparsity
 from fedprllm.cli.coordinator import app as federation_app
 from fedprllm.cli.identity import app as identity_app
 from fedprllm.cli.packing import pack_command, unpack_command
@@ -257,7 +257,7 @@ def _print_result(result: Any) -> None:
     record = result.record
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
-    console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
+    print_sparsity(record)
     for deviation in record.deviations():
         console.print(f"[yellow]note[/]     {escape(deviation)}", soft_wrap=True)
     for name, folder in result.model_dirs.items():

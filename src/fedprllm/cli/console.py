@@ -29,11 +29,19 @@ __all__ = [
     "need_keys",
     "need_plots",
     "noting",
+    "print_sparsity",
 ]
 
 console = Console()
 errors = Console(stderr=True)
 _asked_to_end = Event()
+
+
+def print_sparsity(record: Any) -> None:
+    """Print how much of the model is zero: of the prunable weights, and how much of the blocks these are."""
+    console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
+    if record.coverage is not None:
+        console.print(f"{record.coverage:.1%} of the blocks' weight matrices are prunable")
 
 
 def need_flare() -> None:

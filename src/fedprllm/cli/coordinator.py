@@ -29,6 +29,7 @@ from fedprllm.cli.console import (
     need_flare,
     need_keys,
     need_plots,
+    print_sparsity,
 )
 from fedprllm.cli.identity import compare, warn_of_expiry
 from fedprllm.errors import ConfigError, RunError, did_you_mean
@@ -472,6 +473,6 @@ def _print_run(folder: Path) -> None:
     console.print(table)
     _print_left_out(folder)
     _print_evaluation(record)
-    console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
+    print_sparsity(record)
     console.print(f"model    {folder / 'model'}", soft_wrap=True)
     console.print(f"report   fedprllm report {folder}", soft_wrap=True)

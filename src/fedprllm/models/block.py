@@ -65,12 +65,16 @@ class Block:
         linears: The prunable weights of the block, by name.
         tensors: All tensors of the block by name, in the precision and orientation of the checkpoint.
         call: Runs the forward pass: ``(index, hidden) -> hidden``.
+        coverage: Share of the block's weight matrices that is prunable.
+        notes: What about the block stays dense, in words.
     """
 
     index: int
     linears: dict[str, Linear]
     tensors: dict[str, Tensor]
     call: Callable[[int, Hidden], Hidden]
+    coverage: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,6 @@ one.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,8 +24,30 @@ from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Hidden, Linear
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.find import find_blocks, find_linears
+from fedprllm.models.guards import (
+    coverage,
+    coverage_notes,
+    refuse_different_ties,
+    refuse_dtypes,
+    refuse_further_blocks,
+    refuse_low_coverage,
+    refuse_missing,
+    refuse_structure,
+)
 from fedprllm.models.norms import InputNorm, input_norms, watching_norms
 from fedprllm.models.observe import inputs_shared
+from fedprllm.models.probe import (
+    Probe,
+    Returned,
+    equal,
+    failed,
+    probe_blocks,
+    refuse_changed,
+    refuse_other_values,
+    refuse_wrong_calls,
+    replaced_forwards,
+    text_dependent,
+)
 from fedprllm.models.source import build_skeleton
 
 __all__ = ["DTYPES", "BlockwiseModel"]
@@ -43,8 +64,11 @@ class BlockwiseModel:
         device: Device of the forward passes.
 
     Raises:
-        ModelError: The model has no decoder blocks with Linears, has fused experts, is quantized, or lacks
-            tensors in its checkpoint; or the device does not exist.
+        ModelError: The model has no decoder blocks with Linears, or blocks that cannot be run one by one, has
+            fused experts, is quantized, or lacks tensors in its checkpoint; or the device does not exist.
+
+    Attributes:
+        coverages: Share of each block's weight matrices that is prunable.
     """
 
     def __init__(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> None:
@@ -56,22 +80,31 @@ class BlockwiseModel:
         prefix, blocks = find_blocks(self.skeleton)
         self._blocks = blocks
         self.block_names = [f"{prefix}.{index}" for index in range(len(blocks))]
-        self.checkpoint = Checkpoint(folder, self.skeleton.base_model_prefix)
-        self._refuse_what_cannot_be_pruned()
+        refuse_structure(self.skeleton)
         self._contexts: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._returns_tuple = False
         for module in self.skeleton.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
-        self.linears = self._find_linears()
+        probe = probe_blocks(self.skeleton, blocks)
+        self._returned = probe.returned
+        self.checkpoint = Checkpoint(folder, self.skeleton)
+        refuse_missing(self.skeleton, self.checkpoint)
+        refuse_further_blocks(self.skeleton, self.checkpoint, self.block_names)
+        refuse_different_ties(self.skeleton, self.checkpoint)
+        self.linears = self._find_linears(probe)
+        self.coverages = [coverage(*each) for each in zip(blocks, self.linears, strict=True)]
+        for name, share in zip(self.block_names, self.coverages, strict=True):
+            refuse_low_coverage(self.skeleton, name, share)
 
-    def _find_linears(self) -> list[dict[str, Linear]]:
+    def _find_linears(self, probe: Probe) -> list[dict[str, Linear]]:
         """The prunable weights of every block, with their stored precision and shared inputs."""
         found = [
-            find_linears(block, name) for name, block in zip(self.block_names, self._blocks, strict=True)
+            probe.taking_part(block, find_linears(block, name))
+            for name, block in zip(self.block_names, self._blocks, strict=True)
         ]
         dtypes = self.checkpoint.dtypes(name for of_block in found for name in of_block)
+        refuse_dtypes(self.skeleton, self.folder, dtypes)
         sources, norms = self._trace_inputs(found)
         return [
             {
@@ -128,6 +161,12 @@ class BlockwiseModel:
         return sum(linear.n_weights for of_block in self.linears for linear in of_block.values())
 
     @property
+    def coverage(self) -> float:
+        """Share of the weight matrices inside the blocks that is prunable."""
+        prunable = [sum(linear.n_weights for linear in of_block.values()) for of_block in self.linears]
+        return self.n_prunable / sum(n / share for n, share in zip(prunable, self.coverages, strict=True))
+
+    @property
     def max_window_length(self) -> int | None:
         """Largest number of tokens in a forward pass; None if the configuration does not say."""
         text_config = self.config.get_text_config()
@@ -155,7 +194,9 @@ class BlockwiseModel:
         names = [f"{prefix}.{name}" for name in module.state_dict()]
         tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
         with self._materialized(tensors):
-            yield Block(index, self.linears[index], tensors, self._call_block)
+            share = self.coverages[index]
+            notes = coverage_notes(module, self.linears[index], share)
+            yield Block(index, self.linears[index], tensors, self._call_block, share, notes)
 
     def input_norms(self, index: int) -> dict[str, InputNorm]:
         """The normalizations of a block's inputs (see `fedprllm.models.norms.input_norms`).
@@ -231,41 +272,37 @@ class BlockwiseModel:
     def _embed_one(self, window: Int[Tensor, " tokens"]) -> Hidden:
         base = self.skeleton.base_model
         n_tokens = window.shape[0]
+        called: list[int] = []
         seen: list[tuple[tuple[Any, ...], dict[str, Any], Hidden]] = []
 
         def record(index: int, hidden: Hidden, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hidden:
-            if index == 1 and hidden.shape != seen[0][2].shape:
-                self._returns_tuple = True
+            if seen:
+                refuse_changed(self.skeleton, index, hidden, seen[0][2])
+            refuse_other_values(self.skeleton, index, (args, kwargs))
+            called.append(index)
             seen.append((args, kwargs, hidden))
             return seen[0][2]
 
-        returned_tuple = self._returns_tuple
         with self._stand_ins(record):
-            base(input_ids=window[None].to(self.device), use_cache=False)
-        if self._returns_tuple != returned_tuple:
-            return self._embed_one(window)
-        if len(seen) != self.n_blocks:
-            raise ModelError(
-                f"the forward pass of {type(self.skeleton).__name__} made {len(seen)} block calls: expected "
-                f"one call for each of its {self.n_blocks} blocks. This architecture cannot be pruned block "
-                "by block yet; use another model"
-            )
+            try:
+                base(input_ids=window[None].to(self.device), use_cache=False)
+            except ModelError:
+                raise
+            except Exception as error:  # from the model's own code
+                raise failed(self.skeleton, error) from error
+        refuse_wrong_calls(self.skeleton, called, self.n_blocks)
         contexts = [(args, kwargs) for args, kwargs, _ in seen]
         known = self._contexts.setdefault(n_tokens, contexts)
-        if known is not contexts and not _equal(known, contexts):
-            raise ModelError(
-                f"the blocks of {type(self.skeleton).__name__} take arguments that depend on the text: "
-                "expected arguments that depend only on its length. This architecture cannot be pruned block "
-                "by block yet; use another model"
-            )
+        for index, pair in enumerate(zip(known, contexts, strict=True)):
+            if known is not contexts and not equal(*pair):
+                raise text_dependent(self.skeleton, index)
         return seen[0][2]
 
     @torch.no_grad()
     def _call_block(self, index: int, hidden: Hidden) -> Hidden:
         args, kwargs = self._contexts[hidden.shape[1]][index]
         output = self._blocks[index](hidden, *args, **kwargs)
-        self._returns_tuple = isinstance(output, tuple)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result: Tensor = Returned.hidden(output)
         return result
 
     @torch.no_grad()
@@ -306,66 +343,17 @@ class BlockwiseModel:
     def _stand_ins(
         self, function: Callable[[int, Hidden, tuple[Any, ...], dict[str, Any]], Hidden]
     ) -> Iterator[None]:
-        """Replace the ``forward`` of every block with ``function(index, hidden, args, kwargs)``.
-
-        Only ``forward`` is replaced, because some architectures read attributes of the block itself.
-        """
+        """Replace the ``forward`` of every block with ``function(index, hidden, args, kwargs)``."""
 
         def stand_in(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-                output = function(index, hidden, rest, kwargs)
-                return (output,) if self._returns_tuple else output
+                return self._returned[index].wrap(function(index, hidden, rest, kwargs))
 
             return forward
 
-        with ExitStack() as stack:
-            for index, block in enumerate(self._blocks):
-                block.forward = stand_in(index)
-                stack.callback(delattr, block, "forward")
+        with replaced_forwards({block: stand_in(index) for index, block in enumerate(self._blocks)}):
             yield
-
-    # --- Refusals ---
-
-    def _refuse_what_cannot_be_pruned(self) -> None:
-        architecture = type(self.skeleton).__name__
-        for block, prefix in zip(self._blocks, self.block_names, strict=True):
-            for name, parameter in block.named_parameters():
-                if parameter.ndim >= 3 and not isinstance(
-                    block.get_submodule(name.rpartition(".")[0]), nn.Conv1d
-                ):
-                    raise ModelError(
-                        f"'{prefix}.{name}' of {architecture} has shape {tuple(parameter.shape)}: fused "
-                        "mixture-of-experts weights cannot be pruned yet; use a dense model"
-                    )
-        state = self.skeleton.state_dict(keep_vars=True)
-        # A tied weight is stored under just one of its names.
-        stored = {id(tensor) for name, tensor in state.items() if name in self.checkpoint}
-        missing = [name for name, tensor in state.items() if id(tensor) not in stored]
-        if missing:
-            raise ModelError(
-                f"{self.folder} lacks {len(missing)} tensors of {architecture}, the first is '{missing[0]}': "
-                "download the model again"
-            )
-        self._refuse_further_blocks()
-
-    def _refuse_further_blocks(self) -> None:
-        """Refuse a checkpoint with more blocks than the configuration says: they would be lost silently."""
-        prefix = self.block_names[0].rpartition(".")[0]
-        short = prefix.removeprefix(f"{self.skeleton.base_model_prefix}.")
-        ignored = self.skeleton._keys_to_ignore_on_load_unexpected or ()
-        further = {
-            int(found[1])
-            for name in self.checkpoint.names
-            if (found := re.match(rf"(?:{re.escape(prefix)}|{re.escape(short)})\.(\d+)\.", name))
-            and int(found[1]) >= self.n_blocks
-            and not any(re.search(pattern, name) for pattern in ignored)
-        }
-        if further:
-            raise ModelError(
-                f"{self.folder} holds weights of {max(further) + 1} blocks ('{prefix}.{max(further)}'), and "
-                f"its config.json says {self.n_blocks}: correct config.json, or download the model again"
-            )
 
 
 def _device(name: str) -> torch.device:
@@ -378,14 +366,3 @@ def _device(name: str) -> torch.device:
             f"cannot compute on device '{name}': {reason}. Choose another device; 'cpu' always works"
         ) from None
     return device
-
-
-def _equal(left: Any, right: Any) -> bool:
-    """Whether two nested collections hold equal tensors and values."""
-    if isinstance(left, Tensor):
-        return isinstance(right, Tensor) and torch.equal(left, right)
-    if isinstance(left, Mapping):
-        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
-    if isinstance(left, (tuple, list)):
-        return len(left) == len(right) and all(map(_equal, left, right))
-    return left is right or left == right

@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +19,14 @@ from torch import Tensor
 from fedprllm.core.threads import in_threads
 from fedprllm.errors import ModelError
 from fedprllm.files import flush_file, read_json, save_tensors, write_json
+from fedprllm.models.names import stored_names
+from fedprllm.models.side_files import side_files
 
 __all__ = ["Checkpoint", "CheckpointWriter", "tensor_fingerprint"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
+_ROWS = 4096  # of a matrix, read at a time
 
 
 class Checkpoint:
@@ -31,19 +34,20 @@ class Checkpoint:
 
     Args:
         folder: Hugging Face folder with one or more safetensors files.
-        prefix: Base-model prefix that names in the files may omit (as in the hub's GPT-2).
+        skeleton: The transformers model, with or without weights.
 
     Raises:
-        ModelError: The folder has no safetensors files, or a file in its index is missing or corrupted.
+        ModelError: The folder has no safetensors files, or a file in its index is missing or corrupted, or
+            two tensors belong to the same tensor of the model.
     """
 
-    def __init__(self, folder: Path, prefix: str = "") -> None:
+    def __init__(self, folder: Path, skeleton: Any) -> None:
         self.folder = folder
-        self._prefix = f"{prefix}." if prefix else ""
-        if (folder / _INDEX).exists():
-            files = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
-        elif (folder / _SINGLE).exists():
+        # Where there are both, transformers ignores the index.
+        if (folder / _SINGLE).exists():
             files = [_SINGLE]
+        elif (folder / _INDEX).exists():
+            files = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
@@ -55,6 +59,7 @@ class Checkpoint:
         for file in files:
             with self._open(file) as opened:
                 self._file_of |= dict.fromkeys(opened.keys(), file)
+        self._stored = stored_names(skeleton, self._file_of)
 
     def _open(self, file: str) -> safe_open:
         try:
@@ -65,23 +70,28 @@ class Checkpoint:
                 "again"
             ) from None
 
-    def _stored_name(self, name: str) -> str | None:
-        short = name.removeprefix(self._prefix)
-        return name if name in self._file_of else short if short in self._file_of else None
+    def stored_name(self, name: str) -> str:
+        """The name that a tensor of the model has in the files."""
+        return self._stored[name]
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, as the files have them."""
-        return sorted(self._file_of)
+        """Names of the model's tensors that the files contain."""
+        return sorted(self._stored)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names, as the files have them, of tensors that the transformers model does not have."""
+        return sorted(self._file_of.keys() - set(self._stored.values()))
 
     def __contains__(self, name: str) -> bool:
-        return self._stored_name(name) is not None
+        return name in self._stored
 
     def _by_file(self, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
         """Group tensors by file, as pairs of a tensor's name and its name in the file."""
         by_file: dict[str, list[tuple[str, str]]] = {}
         for name in names:
-            stored = self._stored_name(name)
+            stored = self._stored.get(name)
             if stored is None:
                 raise ModelError(f"{self.folder} has no tensor '{name}': download the model again")
             by_file.setdefault(self._file_of[stored], []).append((name, stored))
@@ -101,6 +111,31 @@ class Checkpoint:
                 mapped = [opened.get_tensor(stored) for _, stored in wanted]
                 tensors |= zip((name for name, _ in wanted), in_threads(Tensor.clone, mapped), strict=True)
         return tensors
+
+    def load_unknown(self) -> dict[str, Tensor]:
+        """Load the tensors that the transformers model does not have, by their names in the files."""
+        tensors: dict[str, Tensor] = {}
+        for name in self.unknown:
+            with self._open(self._file_of[name]) as opened:
+                tensors[name] = opened.get_tensor(name).clone()
+        return tensors
+
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same type, shape and bits; a few rows are in memory at a time."""
+        (one,), (two,) = (self._slices([each]) for each in (name, other))
+        if (one.get_shape(), one.get_dtype()) != (two.get_shape(), two.get_dtype()):
+            return False
+        n_rows = (one.get_shape() or [1])[0]
+        steps = range(0, n_rows, _ROWS)
+        return all(_same_bits(one[at : at + _ROWS], two[at : at + _ROWS]) for at in steps)
+
+    def _slices(self, names: Iterable[str]) -> list[Any]:
+        """Tensors of which only what is indexed is read."""
+        found = []
+        for file, wanted in self._by_file(names).items():
+            opened: Any = self._open(file)
+            found += [opened.get_slice(stored) for _, stored in wanted]
+        return found
 
     def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
         """SHA-256 of the type, shape and bytes of each tensor; only a few tensors are in memory at a time.
@@ -150,19 +185,26 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
 class CheckpointWriter:
     """Writes a Hugging Face folder with one shard per block, after a first shard with everything else.
 
     Shards are written atomically, and the index, without which transformers does not load them, comes last.
     Writing a shard again is harmless.
 
+    Tensors get the names that they have in the source, and whatever else the source contains is kept.
+
     Args:
         folder: Folder to write to.
+        source: The checkpoint that is pruned.
         n_blocks: Number of blocks in the model.
     """
 
-    def __init__(self, folder: Path, n_blocks: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, source: Checkpoint, n_blocks: int) -> None:
+        self.folder, self.source = folder, source
         self.n_shards = n_blocks + 1
 
     def shard_path(self, block: int | None) -> Path:
@@ -170,18 +212,26 @@ class CheckpointWriter:
         number = 1 if block is None else block + 2
         return self.folder / f"model-{number:05d}-of-{self.n_shards:05d}.safetensors"
 
-    def write(self, block: int | None, tensors: Mapping[str, Tensor]) -> None:
-        """Write one shard."""
+    def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a block's shard, given its tensors by their names in the transformers model."""
+        self._save(block, {self.source.stored_name(name): tensor for name, tensor in tensors.items()})
+
+    def _save(self, block: int | None, tensors: Mapping[str, Tensor]) -> None:
         on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
         save_tensors(self.shard_path(block), on_cpu, {"format": "pt"})
 
-    def finish(self, source: Path) -> None:
-        """Copy the configuration and tokenizer from the source folder, and write the index."""
-        for path in sorted(source.iterdir()):
-            is_weight = path.name.endswith(_WEIGHTS)
-            if path.is_file() and not is_weight and path.suffix != ".py" and path.name != "README.md":
-                shutil.copyfile(path, self.folder / path.name)
-                flush_file(self.folder / path.name)
+    def finish(self, outside: Iterable[str]) -> None:
+        """Write everything outside the blocks, copy the files that belong to the model, write the index.
+
+        Args:
+            outside: Names of the model's tensors outside all blocks.
+        """
+        tensors = {self.source.stored_name(name): t for name, t in self.source.load(outside).items()}
+        self._save(None, tensors | self.source.load_unknown())
+        for path in side_files(self.source.folder):
+            (self.folder / path.parent).mkdir(exist_ok=True)
+            shutil.copyfile(self.source.folder / path, self.folder / path)
+            flush_file(self.folder / path)
         weight_map: dict[str, str] = {}
         total = 0
         for block in (None, *range(self.n_shards - 1)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -9,15 +12,21 @@ from transformers.pytorch_utils import Conv1D
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Linear
 
-__all__ = ["find_blocks", "find_linears"]
+__all__ = ["find_blocks", "find_linears", "is_linear"]
+
+_N_EXPERTS = ("num_experts", "moe_num_experts", "n_experts", "num_local_experts")
+_ROUTER = re.compile(r"(^|[._])(router|gate|gating|wg)($|\.)")
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a Linear; GPT-2's Conv1D is one that stores its weight transposed."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def find_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     """Find the outermost module list with the most parameters in which every module contains Linears.
+
+    The text decoder of a multimodal model comes first, however large its vision tower is.
 
     Returns:
         The name of the list and its modules.
@@ -25,27 +34,39 @@ def find_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     Raises:
         ModelError: The model has no such list.
     """
-    best: tuple[int, str, list[nn.Module]] = (0, "", [])
-    for name, module in skeleton.named_modules():
-        if not isinstance(module, nn.ModuleList) or (best[1] and name.startswith(f"{best[1]}.")):
-            continue
-        if len(module) and all(any(map(_is_linear, block.modules())) for block in module):
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if size > best[0]:
-                best = (size, name, list(module))
-    if not best[2]:
+    decoder = skeleton.get_decoder()
+    inside = set(map(id, decoder.modules())) if isinstance(decoder, nn.Module) else set()
+    lists = _lists_of_blocks(skeleton)
+    found = [one for one in lists if id(one[1]) in inside] or lists
+    if not found:
         raise ModelError(
             f"{type(skeleton).__name__} has no decoder blocks: expected a list of modules that contain "
             "Linear layers; use another model"
         )
-    return best[1], best[2]
+    name, blocks = max(found, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters()))
+    return name, list(blocks)
+
+
+def _lists_of_blocks(skeleton: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The module lists in which every module contains Linears, and that lie in no other such list."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in skeleton.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        if len(module) and all(any(map(is_linear, block.modules())) for block in module):
+            found.append((name, module))
+    return found
 
 
 def find_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
-    """Every Linear of a block by the name of its weight; ``source`` is still each Linear's own name."""
+    """Every Linear of a block by the name of its weight; ``source`` is still each Linear's own name.
+
+    Routers, which choose the experts for each token, are left out: they are small, and a pruned one sends
+    tokens to other experts.
+    """
     linears = {}
     for path, module in block.named_modules():
-        if _is_linear(module):
+        if is_linear(module) and not _is_router(block, path):
             transposed = isinstance(module, Conv1D)
             shape = tuple(module.weight.T.shape if transposed else module.weight.shape)
             name = f"{prefix}.{path}.weight"
@@ -53,3 +74,47 @@ def find_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
                 name, path, (shape[0], shape[1]), transposed, module.weight.dtype, name, module
             )
     return linears
+
+
+def _is_router(block: nn.Module, path: str) -> bool:
+    """Whether a Linear lies beside experts and chooses among them.
+
+    Beside means in the same module or, if the router is a module of its own, in the module around that.
+    Routers have one output per expert, or one for a shared expert, or are called so.
+    """
+    n_out = _n_outputs(block.get_submodule(path))
+    around = path.split(".")[:-1]
+    for depth in range(len(around), max(len(around) - 2, -1), -1):
+        parent = block.get_submodule(".".join(around[:depth]))
+        experts = {name: child for name, child in parent.named_children() if _are_experts(name, child)}
+        if experts:
+            part = path.split(".")[depth]
+            inside = part in experts or ("expert" in part.lower() and not is_linear(getattr(parent, part)))
+            counts = {1, *map(_n_experts, experts.values())}
+            return not inside and (n_out in counts or _ROUTER.search(path.lower()) is not None)
+    return False
+
+
+def _n_outputs(module: nn.Module) -> int:
+    weight: Any = module.weight
+    return int(weight.shape[1 if isinstance(module, Conv1D) else 0])
+
+
+def _are_experts(name: str, module: nn.Module) -> bool:
+    """Whether a module is called so, or is a list of modules of one kind that contain Linears."""
+    if "expert" in name.lower() and "shared" not in name.lower():
+        return True
+    if not isinstance(module, nn.ModuleList) or len(module) < 2 or len(set(map(type, module))) > 1:
+        return False
+    return not is_linear(module[0]) and any(map(is_linear, module[0].modules()))
+
+
+def _n_experts(experts: nn.Module) -> int:
+    """Number of experts: entries of a list, an attribute, or matrices of a fused tensor; 0 if unknown."""
+    for module in (experts, *experts.children()):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            return len(module)
+        for name in _N_EXPERTS:
+            if isinstance(getattr(module, name, None), int):
+                return int(getattr(module, name))
+    return next((p.shape[0] for p in experts.parameters() if p.ndim == 3), 0)

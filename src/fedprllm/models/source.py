@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
 import hashlib
 import io
 import json
@@ -20,27 +19,32 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fedprllm.errors import ModelError, RunError, did_you_mean
+from fedprllm.models.find import find_blocks
+from fedprllm.models.guards import refuse_structure
+from fedprllm.models.names import stored_names
+from fedprllm.models.probe import probe_blocks
+from fedprllm.models.side_files import PATTERNS, TERMS, side_files
 from fedprllm.progress import Progress, silent
 
 __all__ = ["build_skeleton", "is_hub_id", "resolve_model"]
 
-_CONVERTER_VERSION = 1  # increment when conversions change their output
+_CONVERTER_VERSION = 2  # increment when conversions change their output
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress: Progress = silent) -> Path:
-    """Return a local folder with ``config.json`` and safetensors named as in the transformers model.
+    """Return a local folder with ``config.json`` and safetensors with all tensors of the transformers model.
 
-    Tensors that are tied to others may be absent, and names may lack the prefix of the base model
-    (``h.0.ln_1.weight`` for ``transformer.h.0.ln_1.weight``). A conversion holds the whole model in memory.
+    Tensors that are tied to others may be absent, and names may be others than the model's
+    (`fedprllm.models.names`). Models that cannot be pruned are refused before a conversion, which holds the
+    whole model in memory.
 
     Args:
         model: Id on the Hugging Face hub, local folder, or GGUF file.
@@ -62,6 +66,7 @@ def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress:
         return _converted(path, [path], _convert_gguf, cache_dir, progress)
     with _quiet():
         skeleton = build_skeleton(path)
+    refuse_structure(skeleton)
     weight_files = _weight_files(path, _SAFETENSORS)
     if weight_files and _fits(skeleton, weight_files):
         return path
@@ -72,7 +77,10 @@ def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress:
             f"parts), found {_names(sorted(other.name for other in path.iterdir()))}. "
             "Download the model again"
         )
-    return _converted(path, [*weight_files, *_side_files(path)], _convert_folder, cache_dir, progress)
+    with _quiet():
+        probe_blocks(skeleton, find_blocks(skeleton)[1])
+    beside = [path / name for name in side_files(path)]
+    return _converted(path, [*weight_files, *beside], _convert_folder, cache_dir, progress)
 
 
 def is_hub_id(name: str) -> bool:
@@ -108,8 +116,14 @@ def _download(model: str, progress: Progress) -> Path:
     from huggingface_hub import errors
 
     def fetch(weights: str) -> Path:
-        patterns = [*_SIDE_FILES, weights]
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*"))
+        patterns = [*PATTERNS, *map(str.upper, TERMS), "*.py", weights, f"{weights}.index.json"]
+        # A star also matches folders.
+        ignored = [
+            f"*/{ending}" for ending in ("*.safetensors", "*.bin", "*.index.json", "*.py", "*.tiktoken")
+        ]
+        return Path(
+            huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored)
+        )
 
     try:
         with progress(f"downloading {model}", 1) as advance:
@@ -183,6 +197,12 @@ def _pristine_skeleton(folder: Path, config_json: bytes, dtype: Any) -> Any:  # 
         with init_empty_weights(include_buffers=False), LeaveEmpty():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
     except Exception as error:
+        if hasattr(config, "text_config"):
+            raise ModelError(
+                f"{folder} ({config.model_type}) is a multimodal model that this version of transformers "
+                "does not load as a language model: its text model cannot be pruned yet; use a text-only "
+                "checkpoint, or a model such as Gemma 3"
+            ) from error
         raise ModelError(
             f"{folder} ({config.model_type}) is not a decoder-only language model that this version of "
             f"transformers supports: {_reason(error)}. Use another model or update transformers"
@@ -193,9 +213,12 @@ def _pristine_skeleton(folder: Path, config_json: bytes, dtype: Any) -> Any:  # 
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The files that contain the weights, a single one or those of an index; empty if there are none."""
+    """The files that contain the weights, a single one or those of an index; empty if there are none.
+
+    Where there are both, transformers ignores the index.
+    """
     index = folder / f"{name}.index.json"
-    if not index.is_file():
+    if (folder / name).is_file() or not index.is_file():
         return [folder / name] if (folder / name).is_file() else []
     try:
         parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -220,11 +243,17 @@ def _fits(model: Any, weight_files: list[Path]) -> bool:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is corrupted: {_reason(error)}. Download it again") from error
-    prefix = f"{model.base_model_prefix}."
-    return all(
-        list(tensor.shape) == shapes.get(name, shapes.get(name.removeprefix(prefix)))
-        for name, tensor in _own_tensors(model).items()
-    )
+    return _contains_all(model, shapes)
+
+
+def _contains_all(model: Any, shapes: Mapping[str, list[int]]) -> bool:
+    """Whether stored tensors, given by name and shape, are all that the model has; tied ones count once."""
+    stored = stored_names(model, shapes)
+    state = model.state_dict(keep_vars=True)
+    fitting = {
+        id(tensor) for name, tensor in state.items() if list(tensor.shape) == shapes.get(stored.get(name, ""))
+    }
+    return all(id(tensor) in fitting for tensor in state.values())
 
 
 def _own_tensors(model: Any) -> dict[str, Any]:
@@ -291,16 +320,40 @@ def _digest(files: Iterable[Path]) -> str:
     return whole.hexdigest()[:20]
 
 
-def _side_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in _SIDE_FILES)]
-
-
 def _convert_folder(source: Path, folder: Path) -> None:
-    for file in _side_files(source):
-        if not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
-    _write(_loaded(source, source, dtype="auto"), folder)
+    for file in side_files(source):
+        (folder / file.parent).mkdir(exist_ok=True)
+        shutil.copyfile(source / file, folder / file)
+    if not _keep_names(source, folder):
+        _write(_loaded(source, source, dtype="auto"), folder)
+
+
+def _keep_names(source: Path, folder: Path) -> bool:
+    """Write pickled weights as they are to safetensors; False if there are none or they do not fit.
+
+    Names and precisions stay as they are, so that every version of transformers that loads the source loads
+    the result.
+    """
+    import torch
+
+    if _weight_files(source, _SAFETENSORS):
+        return False
+    state: dict[str, Any] = {}
+    try:
+        for file in _weight_files(source, _PICKLED):
+            state |= torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # from unpickling, which may do anything
+        raise ModelError(
+            f"{source} cannot be read: {_reason(error)}. It is corrupted; download it again"
+        ) from error
+    if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        return False
+    skeleton = build_skeleton(source)
+    if not _contains_all(skeleton, {name: list(tensor.shape) for name, tensor in state.items()}):
+        return False
+    stored = stored_names(skeleton, state)
+    _save(state, folder, [stored[name] for name in stored if name not in _own_tensors(skeleton)])
+    return True
 
 
 def _convert_gguf(source: Path, folder: Path) -> None:
@@ -343,22 +396,27 @@ def _loaded(source: Path, folder: Path, **how: Any) -> Any:
 
 
 def _write(model: Any, folder: Path) -> None:
-    from huggingface_hub import save_torch_state_dict
-    from safetensors import SafetensorError
-
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     skeleton = build_skeleton(folder)
     state = model.state_dict()
-    second_names = sorted(state.keys() - _own_tensors(skeleton).keys())
+    _save(state, folder, sorted(state.keys() - _own_tensors(skeleton).keys()))
+    assert _fits(skeleton, _weight_files(folder, _SAFETENSORS))
+
+
+def _save(state: dict[str, Any], folder: Path, second_names: list[str]) -> None:
+    """Save tensors; of those that share memory, second names are left out."""
+    from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
+
     try:
         save_torch_state_dict(state, folder, shared_tensors_to_discard=second_names)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    weight_files = _weight_files(folder, _SAFETENSORS)
-    for file in weight_files:  # safetensors creates files that only their owner can read
+    for file in _weight_files(
+        folder, _SAFETENSORS
+    ):  # safetensors creates files that only their owner can read
         shutil.copymode(folder / "config.json", file)
-    assert _fits(skeleton, weight_files)
 
 
 @contextlib.contextmanager

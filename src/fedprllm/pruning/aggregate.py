@@ -106,7 +106,8 @@ class Aggregate(Generic[_Decided]):
             linears=linears,
             sparsity=n_pruned / sum(linear.n_weights for linear in linears.values()),
             agreement=self.agreement(),
-            notes=decision.notes,
+            notes=[*self.block.notes, *decision.notes],
+            coverage=self.block.coverage,
             participants=list(self._n_tokens),
             **about,
         )

@@ -59,17 +59,18 @@ def prune_in_process(
     for name in names:
         run.reopen_model(name)
     run.forget_damaged(restarts=methods[None].uses_inputs)
-    writers = {name: CheckpointWriter(run.unfinished_model_dir(name), model.n_blocks) for name in names}
+    writers = {
+        name: CheckpointWriter(run.unfinished_model_dir(name), model.checkpoint, model.n_blocks)
+        for name in names
+    }
     walk = _SharedWalk(model, participants, methods, run, writers, samples)
     with progress("pruning", model.n_blocks * len(participants)) as advance:
         advance(run.n_finished * len(participants))
         walk.resume(run.n_finished)
         for index in range(run.n_finished, model.n_blocks):
             walk.step(index, advance)
-    outside = model.names_outside_blocks()
     for name, writer in writers.items():
-        writer.write(None, model.checkpoint.load(outside))
-        writer.finish(model.folder)
+        writer.finish(model.names_outside_blocks())
         run.publish_model(name)
 
 

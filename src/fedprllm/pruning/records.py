@@ -124,6 +124,7 @@ class BlockRecord(_Received):
     Attributes:
         linears: Its Linears by weight name.
         sparsity: Fraction of its prunable weights that the masks prune.
+        coverage: Share of the block's weight matrices that is prunable; None in records of earlier versions.
         participant_ties: Number of prunes decided by the tie rule in each participant's own masks.
         agreement: Share of equal mask entries, [participant, participant], by path of the Linear.
         notes: Descriptions of deviations from the requested settings.
@@ -132,6 +133,7 @@ class BlockRecord(_Received):
 
     linears: dict[str, LinearRecord]
     sparsity: float
+    coverage: float | None = None
     participant_ties: dict[str, int] = {}
     agreement: dict[str, list[list[float]]] = {}
     notes: list[str] = []
@@ -212,6 +214,8 @@ class RunRecord(Record):
         run_id: Identifier of a federated run in hex digits; None in one process.
         models: Folders of the pruned models by name, relative to the run's folder.
         n_prunable: Number of prunable weights.
+        coverage: Share of the weight matrices inside the blocks that is prunable; None in records of earlier
+            versions.
         n_participants: Number of participants that walked through the model.
         rounds: Number of communication rounds.
         update_bytes_per_block: Payload of one participant's update for each block, in bytes.
@@ -232,6 +236,7 @@ class RunRecord(Record):
     run_id: str | None = None
     models: dict[str, str]
     n_prunable: int
+    coverage: float | None = None
     n_participants: int
     rounds: int
     update_bytes_per_block: list[int]

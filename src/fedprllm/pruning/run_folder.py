@@ -296,7 +296,7 @@ class Run:
         The model cards are left out, since their readers may complete them.
         """
         known = {path for record in self.records() for path in record.files or {}}
-        paths = [path for folder in models.values() for path in sorted((self.folder / folder).iterdir())]
+        paths = [path for folder in models.values() for path in sorted((self.folder / folder).rglob("*"))]
         found = [path for path in paths if path.is_file() and path.name != "README.md"]
         return self._digests(
             [path for path in found if path.relative_to(self.folder).as_posix() not in known]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedprllm.config import PruneConfig
-from fedprllm.report.facts import Cell, Facts, Plot, Section, Table, count, numbered
+from fedprllm.report.facts import Cell, Facts, Plot, Section, Table, count, numbered, percent
 
 __all__ = ["setting"]
 
@@ -27,10 +27,21 @@ def setting(facts: Facts) -> Section:
         ["model", record.model.source],
         ["fingerprint", f"{record.model.fingerprint[:12]}… (SHA-256 of its weights, shortened)"],
         ["prunable weights", f"{record.n_prunable:,} in {count(len(facts.blocks), 'block')}"],
+        *_coverage(facts),
         *[list[str | Cell]([name, number]) for name, number in record.versions.items()],
     ]
     section.parts.append(Table("Model and versions", ("", ""), "lp", software))
     return section
+
+
+def _coverage(facts: Facts) -> list[list[str | Cell]]:
+    """How much of the blocks can be pruned; nothing in records of earlier versions."""
+    share = facts.record.coverage
+    if share is None:
+        return []
+    lowest = min((record.coverage for record in facts.blocks if record.coverage is not None), default=share)
+    each = "" if lowest == share else f", at least {percent(lowest)} of every block"
+    return [["coverage", f"{percent(share)} of the blocks' weight matrices are prunable{each}"]]
 
 
 def _participants(facts: Facts) -> list[str | Table | Plot]:

@@ -81,7 +81,9 @@ class Pruning:
         self._ballots, self._run = ballots, run
         self._run_id, self._digest = run_id, digest
         self._publication = Publication(run.folder)
-        self._writer = CheckpointWriter(run.unfinished_model_dir(), ballots.model.n_blocks)
+        self._writer = CheckpointWriter(
+            run.unfinished_model_dir(), ballots.model.checkpoint, ballots.model.n_blocks
+        )
         method = ballots.method
         self._is_followed = method.strategy.follows_server and method.uses_inputs
 
@@ -111,7 +113,5 @@ class Pruning:
 
     def finish(self) -> None:
         """Write the tensors outside the blocks and move the complete model into place."""
-        model = self._ballots.model
-        self._writer.write(None, model.checkpoint.load(model.names_outside_blocks()))
-        self._writer.finish(model.folder)
+        self._writer.finish(self._ballots.model.names_outside_blocks())
         self._run.publish_model()

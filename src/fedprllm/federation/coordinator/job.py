@@ -235,7 +235,7 @@ class _Conducting:
 
     def _publish(self, run: Run, run_id: bytes, record: RunRecord, still_in: Iterable[str]) -> None:
         """Let participants fetch the result."""
-        checkpoint = Checkpoint(run.model_dir())
+        checkpoint = Checkpoint(run.model_dir(), self.model.skeleton)
         publication = Publication(run.folder)
         manifest = Manifest(
             run=run_id.hex(),
@@ -282,6 +282,7 @@ def _finish(
             "participants": participants,
             "models": {"model": str(run.model_dir().relative_to(run.folder))},
             "n_prunable": model.n_prunable,
+            "coverage": model.coverage,
             "n_participants": len(participants),
             "rounds": n_rounds + bool(surveyed),
             "update_bytes_per_block": [_longest(record) for record in records],

@@ -76,7 +76,7 @@ def _build(result: Path, settings: SiteSettings, out: Path) -> dict[str, Any]:
         unfinished = out / "model.unfinished"
         _check_space(out, model.checkpoint.n_bytes)
         _write(model, manifest, result, unfinished)
-        _compare(manifest, unfinished)
+        _compare(manifest, model, unfinished)
         rename(unfinished, finished)
     found = {"outcome": "received", "message": "", "digest": manifest.digest}
     return found | _measured(settings, model.folder, finished)
@@ -98,9 +98,9 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
     from fedprllm.models.fingerprints import model_digest
 
     digest, run = model_digest(manifest.fingerprints), bytes.fromhex(manifest.run)
-    writer = CheckpointWriter(unfinished, model.n_blocks)
+    writer = CheckpointWriter(unfinished, model.checkpoint, model.n_blocks)
     for index in range(model.n_blocks):
-        if _is_right(writer.shard_path(index), manifest.tensors):
+        if _is_right(writer.shard_path(index), _under_stored_names(manifest, model)):
             continue
         message = (result / f"block-{index:04d}.decision").read_bytes()
         with model.block(index) as block:
@@ -108,9 +108,17 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
             for name in weights:
                 weights.write(name, block.tensors[name])
             writer.write(index, block.tensors)
-    writer.write(None, model.checkpoint.load(model.names_outside_blocks()))
-    writer.finish(model.folder)
+    writer.finish(model.names_outside_blocks())
     write_text(unfinished / "README.md", manifest.card)
+
+
+def _under_stored_names(manifest: Manifest, model: Any) -> dict[str, str]:
+    """The digests of the result's tensors, by the names in this participant's own files."""
+    return {
+        model.checkpoint.stored_name(name): digest
+        for name, digest in manifest.tensors.items()
+        if name in model.checkpoint
+    }
 
 
 def _is_right(shard: Path, expected: Mapping[str, str]) -> bool:
@@ -129,15 +137,15 @@ def _is_right(shard: Path, expected: Mapping[str, str]) -> bool:
         return False
 
 
-def _compare(manifest: Manifest, unfinished: Path) -> None:
-    """Check that every tensor is the coordinator's.
+def _compare(manifest: Manifest, model: Any, unfinished: Path) -> None:
+    """Check that every tensor of the model is the coordinator's, whatever its name in the files.
 
     Raises:
         Failed: One differs. What was built is deleted.
     """
     from fedprllm.models.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint(unfinished)
+    checkpoint = Checkpoint(unfinished, model.skeleton)
     found = checkpoint.fingerprints(checkpoint.names)
     different = sorted(
         name for name in {*found, *manifest.tensors} if found.get(name) != manifest.tensors.get(name)
