@@ -365,7 +365,7 @@ def _demo(
     for column in table.columns[1:]:
         column.justify = "right"
     for name, values in demo_summary(comparison).items():
-        style = "bold" if name == "federated" else ""
+        style = "bold" if name.endswith("together") else ""
         table.add_row(name, *(f"{value:.2f}" for value in values), style=style)
     console.print(table)
     console.print(f"model    {result.model_dir}", soft_wrap=True)

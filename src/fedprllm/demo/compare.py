@@ -34,10 +34,11 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WINDOW_LENGTH = 512
 _WINDOWS = 4
 _HELD_OUT_TOKENS = 2048
-# What the federated run is compared with. A model per participant comes from local-only alone.
+# What the federated run is compared with. Only local-only makes a model for each participant.
 _WAYS: dict[str, dict[str, Any]] = {
     "local-only": {"strategy": "local-only"},
     "centralized": {"strategy": "centralized"},
+    "local-only, gram": {"strategy": "local-only", "share": "gram"},
     "federated, gram": {"strategy": "iterative", "share": "gram"},
 }
 
@@ -133,23 +134,31 @@ def _known(file: Path) -> dict[str, Any] | None:
 def demo_summary(comparison: Mapping[str, Sequence[Perplexity]]) -> dict[str, list[float]]:
     """Summarize the comparison: perplexity on each held-out text and their mean, by way of pruning.
 
-    For each text, one row gives the local-only model of the participant that owns the text, another the mean
-    over the local-only models of the other participants.
+    Of the models that participants make alone, one row shows each on its owner's text, and another the mean
+    over the models of the other participants.
     """
     texts = [row.text for row in comparison["dense"]]
     table = {name: [row.perplexity for row in rows] for name, rows in comparison.items()}
-    local = {name.removeprefix("local-only: "): table.pop(name) for name in list(table) if ":" in name}
-    own = [local[text][column] for column, text in enumerate(texts)]
-    others = [
-        sum(local[name][column] for name in texts if name != text) / (len(texts) - 1)
-        for column, text in enumerate(texts)
-    ]
     rows = {
         "dense": table["dense"],
-        "local-only, own text": own,
-        "local-only, another's text": others,
-        "federated": table["federated"],
-        "centralized": table["centralized"],
-        "federated, gram": table["federated, gram"],
+        **_alone(table, texts, "local-only", "masks"),
+        "masks: together": table["federated"],
+        "masks: all text in one place": table["centralized"],
+        **_alone(table, texts, "local-only, gram", "Gram"),
+        "Gram: together": table["federated, gram"],
     }
     return {name: [*values, sum(values) / len(values)] for name, values in rows.items()}
+
+
+def _alone(
+    table: Mapping[str, list[float]], texts: Sequence[str], way: str, shared: str
+) -> dict[str, list[float]]:
+    """Models that participants make alone, on their own text and on the others' text."""
+    local = {text: table[f"{way}: {text}"] for text in texts}
+    return {
+        f"{shared}: alone, own text": [local[text][column] for column, text in enumerate(texts)],
+        f"{shared}: alone, others' text": [
+            sum(local[name][column] for name in texts if name != text) / (len(texts) - 1)
+            for column, text in enumerate(texts)
+        ],
+    }
