@@ -87,7 +87,9 @@ def heed() -> None:
 
 
 @contextlib.contextmanager
-def ending(if_interrupted: str = "the same command continues") -> Iterator[None]:
+def ending(
+    if_interrupted: str | Callable[[], str] = "the same command continues",
+) -> Iterator[None]:
     """Run a command, print a user's mistake, and end the process regardless of the engine's threads.
 
     SIGTERM and a closed terminal are handled like Ctrl-C: processes that were started are ended first.
@@ -108,7 +110,8 @@ def ending(if_interrupted: str = "the same command continues") -> Iterator[None]
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         _leave(2)
     except KeyboardInterrupt:
-        errors.print(f"[yellow]interrupted[/]: {escape(if_interrupted)}", soft_wrap=True)
+        words = if_interrupted if isinstance(if_interrupted, str) else if_interrupted()
+        errors.print(f"[yellow]interrupted[/]: {escape(words)}", soft_wrap=True)
         _leave(130)
     _leave(0)
 

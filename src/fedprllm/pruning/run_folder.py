@@ -117,7 +117,9 @@ class Run:
         self._lock.release()
 
     def _foreign_files(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        """What no run writes before ``run.json``; a job of a federation notes first what it was asked."""
+        names = (path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        return sorted(name for name in names if name != "federation")
 
     def _check_space(self) -> None:
         free = free_bytes(self.folder)

@@ -91,6 +91,8 @@ def conduct_run(
     """
     folder = runs / plan.name
     try:
+        about = {"job": job, "plan": plan.model_dump(mode="json")}
+        write_json(folder / "federation" / "plan.json", about)
         _conduct(plan, names, folder, channel, stopped, max_message_mb, revoked)
         outcome, reason = "complete", ""
     except Interrupted as interruption:
