@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import hostile, leakage, llm_compressor, selection, sweeps, text, votes
+from benchmarks import hostile, leakage, llm_compressor, selection, solvers, sweeps, text, votes
 from benchmarks._harness import shown
 from benchmarks._plots import plots
 from fedprllm.files import read_json, write_text
@@ -271,14 +271,27 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("benchmarks.leakage",),
         leakage.tables,
     ),
+    "solvers": Benchmark(
+        "What sums can do better than votes: SmolLM2-135M at 50 %, 16 windows of 512 tokens per participant",
+        ("benchmarks.solvers",),
+        solvers.tables,
+        (
+            Goal("damage with admm / damage by votes", lambda r: solvers.damage(r, "gram, admm"), 0.5),
+            Goal("damage with alps / damage by votes", lambda r: solvers.damage(r, "gram, alps"), 0.5),
+            Goal(
+                "admm's time in the server / SparseGPT's", lambda r: solvers.server_time(r, "gram, admm"), 4
+            ),
+        ),
+    ),
     "text": Benchmark(
-        "Reading text: 2 calibration windows of 64 tokens, or 256 tokens to evaluate on, from files of 5 to "
-        "500 MB",
+        "Reading text: 2 calibration windows of 64 tokens, or 256 tokens to evaluate on, from files of 5 MB "
+        "to 1 GB",
         ("benchmarks.text",),
         text.tables,
         (
             Goal("seconds for a text of 51 MB, slowest format", lambda r: text.worst(r, "seconds"), 5.0),
             Goal("peak memory of the process, MB, largest format", lambda r: text.worst(r, "peak_mb"), 1000),
+            Goal("the same for a text of 1 GB", lambda r: text.worst(r, "peak_mb", 1000), 1000),
         ),
     ),
 }

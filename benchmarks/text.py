@@ -1,4 +1,4 @@
-"""Time and peak memory of reading text: 2 calibration windows of 64 tokens from files of 5 to 500 MB.
+"""Time and peak memory of reading text: 2 calibration windows of 64 tokens from files of 5 MB to 1 GB.
 
 The files are made on the fly from Python's own documentation, and read in processes of their own with the
 tokenizer of the small model of the tests; evaluation reads 256 tokens. Goals: a text of 51 MB takes less than
@@ -28,7 +28,7 @@ from fedprllm.evaluation.perplexity import load_tokenizer
 from fedprllm.text.windows import evaluation_windows, token_windows
 
 _TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "small-model"
-_SIZES_MB = (5, 51, 500)
+_SIZES_MB = (5, 51, 1000)
 _QUICK_MB = (5,)
 _N_WINDOWS, _WINDOW_LENGTH, _EVAL_TOKENS = 2, 64, 256
 
@@ -123,6 +123,13 @@ def _write_json_lines(path: Path, megabytes: int) -> None:
         file.writelines(json.dumps({"text": document}) + "\n" for document in _documents(megabytes))
 
 
+def _write_json(path: Path, megabytes: int) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for number, document in enumerate(_documents(megabytes)):
+            file.write(("[" if number == 0 else ",\n") + json.dumps(document))
+        file.write("]")
+
+
 def _write_csv(path: Path, megabytes: int) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -131,12 +138,17 @@ def _write_csv(path: Path, megabytes: int) -> None:
 
 
 def _write_parquet(path: Path, megabytes: int) -> None:
-    parquet.write_table(pa.table({"text": list(_documents(megabytes))}), path)
+    # One row group, as large as they come: what is in memory must not grow with it.
+    schema = pa.schema({"text": pa.string()})
+    with parquet.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        rows = pa.RecordBatch.from_pydict({"text": list(_documents(megabytes))}, schema)
+        writer.write_table(pa.Table.from_batches([rows]), row_group_size=2**30)
 
 
 _WRITERS: dict[str, Callable[[Path, int], None]] = {
     "txt": _write_text,
     "jsonl": _write_json_lines,
+    "json": _write_json,
     "csv": _write_csv,
     "parquet": _write_parquet,
 }

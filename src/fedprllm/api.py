@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,12 @@ from fedprllm.pruning.inputs import (
     ParticipantInputs,
     PooledData,
     Source,
+    check_outside,
     evaluation_texts,
     make_participants,
     name_participants,
     pool,
+    say_notes,
 )
 from fedprllm.pruning.method import pruning_method
 from fedprllm.pruning.model_card import write_model_card
@@ -42,6 +44,7 @@ from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled, survey_in_process
 from fedprllm.sharing import SHARING, update_bytes
+from fedprllm.text.sources import as_sources, named_sources
 from fedprllm.text.windows import fingerprint
 
 if TYPE_CHECKING:
@@ -97,10 +100,15 @@ class PruneResult:
             for of_block in record.blocks
             for name in of_block.linears
         }
+        digests = {
+            out / name: digest
+            for of_block in record.blocks
+            for name, digest in (of_block.files or {}).items()
+        }
         return cls(
             out=out,
             model_dirs={name: out / folder for name, folder in record.models.items()},
-            votes=StoredVotes(votes),
+            votes=StoredVotes(votes, digests),
             sparsity={
                 name: linear.sparsity
                 for of_block in record.blocks
@@ -145,7 +153,12 @@ def prune(
 
     Raises:
         ConfigError, DataError, ModelError: Bad input, found before the long computation.
-        RunError: The folder belongs to another run or is in use, or the disk is full.
+        RunError: The folder belongs to another run or is in use, the disk is full, or a file of a complete
+            run is missing or damaged.
+
+    Warns:
+        FedprllmWarning: A participant has too little text, files of its folder were left out, or a file of an
+            unfinished run was damaged and is computed again.
     """
     config = config or PruneConfig()
     if not isinstance(config, PruneConfig):
@@ -166,11 +179,13 @@ def _prune(
     progress: Progress,
 ) -> PruneResult:
     named = name_participants(participants)
+    check_outside(out, _sources(named, eval_texts))
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, config.dtype, config.device)
     check_pattern_divides(walked, config)
     check_update_size(walked, config)
     members, config = make_participants(walked, named, config)
+    say_notes(members)
     samples = sampled(config, [member.name for member in members], walked.n_blocks)
     tests = evaluation_texts(walked, eval_texts, config)
     identity = {
@@ -184,9 +199,25 @@ def _prune(
         "versions": versions(),
     }
     with Run(out, identity, needed_bytes(walked, members, config)) as run:
-        if not run.is_complete:
+        if run.is_complete:
+            run.check_result()
+        else:
             _run(walked, members, samples, config, run, tests, identity, progress)
     return PruneResult.load(out)
+
+
+def _sources(
+    named: Mapping[str, Tensor | list[Source]] | PooledData,
+    eval_texts: Source | Sequence[Source] | Mapping[str, Source],
+) -> Iterator[Source]:
+    """Everything that is read as text."""
+    if isinstance(named, PooledData):
+        yield from as_sources(named.paths)
+    else:
+        for item in named.values():
+            yield from () if isinstance(item, Tensor) else item
+    for sources in named_sources(eval_texts).values():
+        yield from sources
 
 
 def _run(
@@ -222,16 +253,19 @@ def _run(
         for name, folder in models.items():
             pruned = BlockwiseModel(folder, config.dtype, config.device)
             evaluation[name] = perplexities(pruned, tests, progress)
+    folders = {name: str(folder.relative_to(run.folder)) for name, folder in models.items()}
     record = RunRecord.model_validate(
         {
             **identity,
-            "models": {name: str(folder.relative_to(run.folder)) for name, folder in models.items()},
+            "models": folders,
             "n_prunable": model.n_prunable,
             "n_participants": len(walking),
             **_traffic(model, samples, config, identity["participants"]),
             "outlier_ratios": outlier_ratios(outliers),
             "evaluation": evaluation,
             "blocks": run.records(),
+            "files": run.model_files(folders),
+            "notes": [note for member in members for note in member.notes] or None,
         }
     )
     for folder in models.values():

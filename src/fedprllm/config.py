@@ -32,6 +32,12 @@ ShareName = Literal[
     "gram",
     "weights",
 ]
+# With share gram, names of rows of `fedprllm.deciding.DECISIONS`.
+SolverName = Literal[
+    "admm",
+    "sparsegpt",
+    "alps",
+]
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -79,8 +85,15 @@ class PruneConfig(Settings):
     ] = "one-shot"
     share: Annotated[
         ShareName,
-        Field(description="what a participant shares (gram prunes with SparseGPT, weights with FedSpaLLM)"),
+        Field(description="what a participant shares (gram prunes with a solver, weights with FedSpaLLM)"),
     ] = "mask"
+    solver: Annotated[
+        SolverName | None,
+        Field(
+            description="with share gram: how the remaining weights are corrected [default: admm] (alps is "
+            "slower and a little better)"
+        ),
+    ] = None
     max_update_mb: Annotated[
         float | None, Field(gt=0, description="refuse the run if a participant would share more MB per block")
     ] = None
@@ -241,6 +254,11 @@ class PruneConfig(Settings):
                         f"{option} applies to votes, which need share mask, found share {self.share}: "
                         "leave it out"
                     )
+        if self.solver is not None and self.share != "gram":
+            raise ConfigError(
+                f"solver applies to Gram matrices, which need share gram, found share {self.share}: leave "
+                "it out"
+            )
         if self.aggregation != "sum" and self.share != "statistics":
             raise ConfigError(
                 f"aggregation {self.aggregation} applies to sums of squares, which need share statistics, "

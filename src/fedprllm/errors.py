@@ -10,6 +10,9 @@ FedprllmError
 
 Each message says what is wrong, what was expected, what was found and what to do. The command line prints
 the message and exits with status 2. Any exception outside this tree is a bug and keeps its traceback.
+
+What a user should know although the work goes on is a `FedprllmWarning`, which the command line prints as a
+note.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FedprllmError",
+    "FedprllmWarning",
     "ModelError",
     "RunBusy",
     "RunError",
@@ -31,6 +35,10 @@ __all__ = [
 
 class FedprllmError(Exception):
     """Base class of all errors that a user can cause and fix."""
+
+
+class FedprllmWarning(UserWarning):
+    """Something that a user should know although the work goes on."""
 
 
 class ConfigError(FedprllmError, ValueError):

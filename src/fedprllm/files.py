@@ -1,4 +1,8 @@
-"""Files that are whole or absent: written under a temporary name, then renamed."""
+"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed.
+
+A file that something else relies on carries a digest: JSON in a key of its own (`write_sealed`), other files
+in the record that names them (`file_digest`). Damage of a disk is therefore noticed before it is used.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from fedprllm.errors import RunError
+from fedprllm.errors import DataError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,30 +29,50 @@ if TYPE_CHECKING:
 __all__ = [
     "atomic_path",
     "distinct_names",
+    "file_digest",
+    "flush_file",
     "free_bytes",
     "names_of",
     "read_json",
+    "read_sealed",
+    "remove_temporary",
+    "rename",
     "save_tensors",
+    "sealed",
+    "unsealed",
+    "write_bytes",
     "write_json",
     "write_private",
+    "write_sealed",
     "write_text",
 ]
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SEAL = "sha256"
+_DAMAGED = "is damaged: its content does not match its digest"
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside ``path`` that becomes ``path`` when the block ends well.
+
+    Args:
+        path: The file to write.
+        durable: Flush the file and its folder to the disk, so that it survives a power failure. Leave this
+            out only for what nobody needs afterwards.
 
     Raises:
         RunError: the disk is full (what was written is removed; the run can go on later).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent, durable=durable)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if durable:
+            flush_file(temporary)
         temporary.replace(path)
+        if durable:
+            _flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
         if not _is_full(error):
             raise
@@ -60,6 +84,47 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _make_folder(folder: Path, *, durable: bool) -> None:
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing if durable else ():
+        _flush_folder(made.parent)
+
+
+def flush_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if os.name == "nt":  # Windows cannot open folders, and does not need to
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Rename a file or folder, and flush the folders of both names to the disk."""
+    path.replace(target)
+    for folder in {path.parent, target.parent}:
+        _flush_folder(folder)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what killed processes left below a folder under temporary names."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _NO_SPACE
@@ -67,12 +132,18 @@ def _is_full(error: Exception) -> bool:
     return any(f"(os error {code})" in str(error) for code in _NO_SPACE)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    *,
+    durable: bool = True,
+) -> None:
     """Write a safetensors file, whole or not at all."""
     # The processes of a site that only carry bytes write files too, and have no use for torch.
     from safetensors.torch import save_file
 
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=durable) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -80,15 +151,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         temporary.chmod(mode)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file, whole or not at all."""
     with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_path(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", durable=durable)
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -98,13 +175,68 @@ def write_private(path: Path, content: bytes) -> None:
         number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(number, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+# Digests ---------------------------------------------------------------------------------------------------
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a digest of its other keys under the key ``sha256``."""
+    values = {name: value for name, value in values.items() if name != _SEAL}
+    text = json.dumps(values, sort_keys=True, ensure_ascii=True)
+    return {**values, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def unsealed(value: Any, path: Path, *, required: bool = True) -> dict[str, Any]:
+    """The values of a sealed JSON object without the digest.
+
+    Args:
+        value: The object.
+        path: Where it was read, for messages.
+        required: Refuse an object without a digest.
+
+    Raises:
+        RunError: The digest differs from the content, or is missing.
+    """
+    if not isinstance(value, dict) or (required and _SEAL not in value):
+        raise RunError(f"{path} has no digest: it is damaged or was written by another version of fedprllm")
+    # What was read must be compared as it stands: JSON has several ways to write one number.
+    if _SEAL in value and sealed(value)[_SEAL] != value[_SEAL]:
+        raise RunError(f"{path} {_DAMAGED}")
+    return {name: one for name, one in value.items() if name != _SEAL}
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object with its digest, whole or not at all."""
+    write_json(path, sealed(json.loads(json.dumps(values))))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    Raises:
+        RunError: The file is damaged.
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        value = read_json(path)
+    except (ValueError, RecursionError):
+        raise RunError(f"{path} {_DAMAGED}") from None
+    return unsealed(value, path)
+
+
+# Space and names -------------------------------------------------------------------------------------------
 
 
 def free_bytes(path: Path) -> int:
@@ -115,7 +247,9 @@ def free_bytes(path: Path) -> int:
 
 
 # Suffixes that tell how a text is stored; what follows any other dot belongs to the name.
-_SUFFIXES = re.compile(r"(\.(txt|text|md|jsonl?|ndjson|csv|tsv|parquet))?(\.(gz|bz2|xz))?$", re.IGNORECASE)
+_SUFFIXES = re.compile(
+    r"(\.(txt|text|md|jsonl?|jsonlines|ndjson|csv|tsv|tab|parquet))?(\.(gz|bz2|xz|lzma))?$", re.IGNORECASE
+)
 _LONGEST_NAME = 80  # bytes: leaves room for what the names of files add to it
 # Files cannot have these names on Windows, whatever the suffix.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -141,6 +275,9 @@ def distinct_names(wanted: Sequence[str], reserved: Collection[str] = ()) -> lis
     Args:
         wanted: The names, in order.
         reserved: Names to give to none of them.
+
+    Raises:
+        DataError: A name has no letter, digit or underscore that a file could be named by.
     """
     safe = [_safe(name) for name in wanted]
     forbidden = {_key(name) for name in reserved} | _DEVICES
@@ -179,7 +316,12 @@ def _stem(source: str | Path) -> str:
 
 
 def _safe(name: str) -> str:
-    safe = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", name)).strip(".") or "text"
+    safe = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", name)).strip(".").lstrip("-.")
+    if not re.search(r"\w", safe):
+        raise DataError(
+            f"'{name}' cannot name a participant or a text: expected at least one letter or digit, found "
+            "none. Rename the file, or give a name of your own"
+        )
     if len(safe.encode()) <= _LONGEST_NAME:
         return safe
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]

@@ -9,7 +9,7 @@ import pytest
 from fedprllm.config import CriterionName, PruneConfig, ShareName
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.ties import TIES
-from fedprllm.deciding import DECISIONS
+from fedprllm.deciding import DECISIONS, decision_of
 from fedprllm.federation.plan import KINDS
 from fedprllm.pruning.method import pruning_method, survey_method
 from fedprllm.pruning.strategies import STRATEGIES
@@ -25,6 +25,14 @@ def test_every_option_value_has_a_row_and_every_row_an_option_value():
     assert set(choices_of(PruneConfig.model_fields["aggregation"].annotation)) == aggregations
     assert set(choices_of(PruneConfig.model_fields["strategy"].annotation)) == set(STRATEGIES)
     assert set(choices_of(PruneConfig.model_fields["ties"].annotation)) == set(TIES)
+
+
+def test_solvers_are_what_decides_about_gram_matrices():
+    names = choices_of(PruneConfig.model_fields["solver"].annotation)
+    assert set(names) - {None} == {decision.name for decision in DECISIONS["gram"]}
+    for decision in DECISIONS["gram"]:
+        assert decision_of(PruneConfig(share="gram", solver=decision.name)) is decision
+    assert decision_of(PruneConfig(share="gram")) is DECISIONS["gram"][0]
 
 
 def test_rows_go_by_their_own_names():

@@ -20,7 +20,7 @@ from fedprllm.federation.flare.processes import end
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.messages import read_reply
 from fedprllm.federation.protocol.results import read_result_request
-from fedprllm.federation.site.spool import read_ledger
+from fedprllm.federation.site.spool import Spool, read_ledger
 from fedprllm.files import read_json
 from tests.federation_helpers import same_model
 from tests.federation_processes import Federation, finish, kill, wait_until
@@ -206,8 +206,8 @@ def test_a_participant_sends_garbage_and_may_correct_it(federation, expected):
     (run / ".run-id").write_text("ab" * 16)
     updates = federation.spool("south", "garbage") / "updates"
     updates.mkdir(parents=True)
-    (updates / "block-0000.update").write_bytes(b"FEDPRLLM" + bytes(3000))
-    (updates / "block-0000.json").write_text('{"kind": "mask", "n_tokens": 64, "shapes": {}}')
+    summary = {"kind": "mask", "n_tokens": 64, "shapes": {}}
+    Spool(updates.parent).keep_update(0, b"FEDPRLLM" + bytes(3000), summary)
     finish(federation.begin("garbage", QUICK, quorum=3))
     (event,) = federation.events("garbage")
     assert event["participant"] == "south"

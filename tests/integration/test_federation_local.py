@@ -91,6 +91,8 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
         {"share": "statistics"},
         {"share": "statistics", "aggregation": "trimmed", "allocation": "owl"},
         {"share": "gram"},
+        {"share": "gram", "solver": "sparsegpt"},
+        {"share": "gram", "solver": "alps"},
         {"share": "weights"},
         {"criterion": "magnitude"},
         {"allocation": "owl"},

@@ -17,10 +17,13 @@ from fedprllm.cli.app import app
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.pruning.participant import Participant
 from fedprllm.study import runner
+from fedprllm.study.data import StudyData, _split
 from fedprllm.study.kept_updates import KeptWalks, is_served
 from fedprllm.study.measure import Lab, passes
 from fedprllm.study.questions import Cell, StudyConfig, cells_of
 from fedprllm.study.runner import study
+from fedprllm.text.documents import read_documents
+from tests.integration.test_damage import DAMAGES
 
 WORDS = [f"w{number}" for number in range(120)]
 
@@ -35,7 +38,8 @@ def worded(tiny, tmp_path_factory) -> Path:
     words = {"<unk>": 0, **{word: number for number, word in enumerate(WORDS, start=1)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    special = {"unk_token": "<unk>", "bos_token": "w0"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return folder
 
 
@@ -189,11 +193,86 @@ def test_a_study_that_cannot_be_is_refused(options, pattern, worded, texts):
         ({"sparsity": [1.5]}, "grid 1: sparsity must lie in"),
         ({"share": ["statistics"], "scale_weights": [True]}, "grid 1: scale_weights applies to votes"),
         ({"partition": ["dirichlet"]}, "grid 1: partition dirichlet needs domains"),
+        ({"seed": [1]}, "grid 1: seed cannot be an axis: .*seeds"),
+        ({"dtype": ["bfloat16"]}, "grid 1: dtype cannot be an axis: .*whole study"),
+        ({"device": ["cuda"]}, "grid 1: device cannot be an axis"),
+        ({"memory_limit": [1, None]}, "grid 1: memory_limit cannot be an axis: it does not affect"),
+        ({"max_update_mb": [1.0]}, "grid 1: max_update_mb cannot be an axis"),
+        ({"participants": [0]}, "grid 1: participants must be whole numbers from 1 on, found 0"),
+        ({"participants": ["2"]}, "grid 1: participants must be .*found '2'"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(grid, pattern, worded, texts):
     with pytest.raises(ConfigError, match=pattern):
         cells_of(small(worded, texts, questions=("methods",), grid=(grid,)))
+
+
+def test_participants_are_no_axis_where_each_domain_is_one(worded, texts):
+    domains = (texts["north"], texts["south"])
+    grid = {"partition": ["domain"], "participants": [2, 3]}
+    with pytest.raises(ConfigError, match="participants cannot be an axis with partition domain"):
+        cells_of(small(worded, texts, domains=domains, grid=(grid,)))
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("participants", [2, 5]),
+        ("window_length", [8, 16]),
+        ("bos", ["never", "every"]),
+        ("sparsity", [0.5, 0.501]),
+    ],
+)
+def test_every_axis_of_a_grid_reaches_what_is_computed(worded, texts, tmp_path, axis, values):
+    """Each cell is an ordinary run over as many participants, windows and tokens as its label says."""
+    grid = {axis: values, "participants": [2]} | ({axis: values} if axis == "participants" else {})
+    config = small(worded, texts, questions=(), grid=(grid,), seeds=(0,))
+    data = StudyData(BlockwiseModel(worded), config, tmp_path / "texts")
+    cells = cells_of(config)
+    assert len({cell.key for cell in cells}) == len(values)
+    model = BlockwiseModel(worded)
+    lab = Lab(model, KeptWalks(model, "digest", tmp_path / "walks"), tmp_path / "runs")
+    for cell in cells:
+        people = data.participants(cell)
+        wanted = {"participants": cell.participants, **cell.setting}
+        assert len(people) == cell.participants
+        assert all(one.windows.shape == (wanted["windows"], wanted["window_length"]) for one in people)
+        with_bos = [bool((one.windows[:, 0] == 1).all()) for one in people]
+        assert with_bos == [wanted["bos"] == "every"] * len(people)
+        kept = lab._from_walks(cell, people, data.texts(cell), 1, lambda _: None)
+        run = lab._from_run(cell, people, data.texts(cell), 1, lambda _: None)
+        assert kept.models["model"] == run.models["model"]
+        assert (kept.made, run.made) == ("derived", "run")
+        assert kept.participants == [one.name for one in people]
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["documents", "paragraphs"])
+def test_a_domain_is_split_without_loss(tmp_path, long):
+    path = tmp_path / ("a.txt" if long else "a.jsonl")
+    documents = [f'number {number} \u00e9 "quoted" \\ ' + "word " * (number % 7) for number in range(300)]
+    lines = [json.dumps({"text": document}) for document in documents]
+    path.write_text("\n\n".join(documents) if long else "\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedprllm.text.decoding._BLOCK", 37)
+        calibration, held_out = _split(str(path), "a", tmp_path / "parts", 10_000)
+    parts = read_documents(calibration), read_documents(held_out)
+    assert sorted([*parts[0], *parts[1]]) == sorted(documents)
+    assert len(parts[1]) == 60
+
+
+def test_a_domain_is_split_in_pieces(tmp_path):
+    import tracemalloc
+
+    path = tmp_path / "a.jsonl"
+    with path.open("w") as file:
+        file.writelines(json.dumps({"text": f"{n} " + "word " * 500}) + "\n" for n in range(4000))
+    tracemalloc.start()
+    try:
+        _split(str(path), "a", tmp_path / "parts", 1000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 5 * peak
 
 
 def test_too_little_text_is_refused_before_anything_is_computed(worded, texts, tmp_path):
@@ -223,6 +302,10 @@ def test_a_study_writes_tables_a_page_and_plots(done):
     page = (out / "report.html").read_text()
     for question in config.asked:
         assert f'id="{question}"' in page
+    made = {cell["made"] for cell in found["cells"]}
+    assert made == {"run", "derived"} == {row["made"] for row in rows if row["model"] != "dense"}
+    assert "made by" in page
+    assert "| made by |" in (out / "results.md").read_text()
     assert {"groups.svg", "participants.svg"} <= {path.name for path in (out / "plots").iterdir()}
     assert "Finding 2" in (out / "results.md").read_text()
     assert not (out / "unfinished").exists()
@@ -235,6 +318,45 @@ def test_what_was_measured_is_not_measured_again(done, monkeypatch):
     monkeypatch.setattr(runner.Lab, "dense", lambda *_: pytest.fail("measured again"))
     study(config, out)
     assert (out / "results.json").read_text() == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_of_a_study_are_measured_again(worded, texts, tmp_path, damage):
+    config = small(worded, texts, questions=("scaling",), seeds=(0,), participants=(2,))
+    out = tmp_path / "out"
+
+    def numbers() -> dict:
+        found = json.loads((out / "results.json").read_text())
+        for cell in found["cells"]:
+            cell.pop("seconds")
+        return found
+
+    study(config, out)
+    expected, page = numbers(), (out / "report.html").read_bytes()
+    files = [*out.glob("cells/*.json"), *out.glob("walks/*/*"), *out.glob("texts/*"), *out.glob("results.*")]
+    assert len(files) > 10
+    for path in files:
+        DAMAGES[damage](path)
+    (out / "report.html").unlink()
+    study(config, out)
+    assert numbers() == expected
+    assert len((out / "report.html").read_bytes()) == pytest.approx(len(page), abs=200)  # seconds differ
+
+
+def test_one_damaged_update_makes_one_walk_again(tiny, windows, tmp_path, monkeypatch):
+    model = BlockwiseModel(tiny("llama"))
+    people = [Participant(f"p{number}", windows(number)) for number in range(2)]
+    config = PruneConfig(window_length=16)
+    walks = KeptWalks(model, "digest", tmp_path)
+    for one in people:
+        walks.of(one, config, lambda _: None)
+    DAMAGES["bit"](tmp_path / walks.key(people[0], config) / "block-0001.safetensors")
+    again = KeptWalks(model, "digest", tmp_path)
+    assert [again.has(one, config) for one in people] == [False, True]
+    steps: list[int] = []
+    again.of(people[0], config, steps.append)
+    assert sum(steps) == 2 * 2 * model.n_blocks
+    assert again.has(people[0], config)
 
 
 def test_progress_comes_out_even(worded, texts, tmp_path):
@@ -298,8 +420,6 @@ def test_the_command(worded, texts, tmp_path, capsys):
 
 
 def test_fewer_participants_are_the_first_of_more(worded, texts, tmp_path):
-    from fedprllm.study.data import StudyData
-
     data = StudyData(BlockwiseModel(worded), small(worded, texts), tmp_path)
     config = PruneConfig(windows=2, window_length=16)
     three, two = (data.participants(Cell(config, n, "iid")) for n in (3, 2))

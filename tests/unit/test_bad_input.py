@@ -177,6 +177,37 @@ def test_activations_that_are_not_finite(tiny, windows, tmp_path):
     )
 
 
+def test_more_blocks_than_the_configuration_says(tiny, windows, tmp_path):
+    shutil.copytree(tiny("llama"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    pattern = r"holds weights of 3 blocks \('model\.layers\.2'\), and its config\.json says 2"
+    refused(ModelError, pattern, tmp_path, tmp_path / "model", [windows(0)])
+
+
+def test_output_among_the_text(small_model, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("Once upon a time. " * 50)
+    for texts in ([tmp_path / "texts"], [str(tmp_path / "texts" / ".." / "texts")]):
+        with pytest.raises(ConfigError, match=r"lies in .*texts, which is read as text.*--out"):
+            prune(small_model, texts, out=tmp_path / "texts" / "run")
+    with pytest.raises(ConfigError, match="lies in"):
+        prune(small_model, PooledData(tmp_path / "texts", 2), out=tmp_path / "texts")
+    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["a.txt"]
+
+
+@pytest.mark.computes
+def test_a_loss_beyond_the_range_of_float16(small_model, tmp_path):
+    shutil.copytree(small_model, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"] *= 1e4
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "a.txt").write_text("Once upon a time. " * 50)
+    assert evaluate(tmp_path / "model", tmp_path / "a.txt", window_length=16)[0].nll > 0
+    with pytest.raises(ModelError, match=r"loss on 'a' is (inf|nan).*range of float16.*bfloat16 or float32"):
+        evaluate(tmp_path / "model", tmp_path / "a.txt", window_length=16, dtype="float16")
+
+
 def test_model_without_decoder_blocks(tmp_path, windows):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(

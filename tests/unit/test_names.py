@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedprllm.errors import DataError
 from fedprllm.files import distinct_names, names_of
+from fedprllm.pruning.inputs import name_participants
 
 
 @pytest.mark.parametrize(
@@ -28,8 +30,7 @@ from fedprllm.files import distinct_names, names_of
         (["con.txt", "aux.b.txt"], ["con-2", "aux-2.b"]),
         (["con.txt", "CON.txt", "con-2"], ["con-3", "CON-4", "con-2"]),
         ([Path("d") / "x.json"], ["x"]),
-        (["???"], ["-"]),
-        (["..."], ["text"]),
+        (["-rf.txt", "-_"], ["rf", "_"]),
     ],
 )
 def test_names(sources, expected) -> None:
@@ -72,11 +73,20 @@ def test_long_names_are_cut_and_stay_apart() -> None:
     assert names_of([f"{'x' * 250}b.txt"]) == names[1:2]
 
 
+@pytest.mark.parametrize("source", ["\U0001f3e5.txt", "???", "...", "\u0301.jsonl", "-.csv", "\u200b"])
+def test_what_cannot_name_a_file_is_refused(source) -> None:
+    with pytest.raises(DataError, match="expected at least one letter or digit"):
+        names_of([source])
+    with pytest.raises(DataError, match="cannot name a participant"):
+        name_participants({source.partition(".")[0]: ["a.txt"]})
+
+
 TRICKY = st.text(alphabet="aA.-2 /\u00e9\u0301:\\", min_size=0, max_size=6)
 
 
-@given(wanted=st.lists(TRICKY | st.sampled_from(["con", "dense", "..", ""]), max_size=12))
+@given(wanted=st.lists(TRICKY | st.sampled_from(["con", "dense", "..a", "-a"]), max_size=12))
 def test_names_are_distinct_and_safe(wanted: list[str]) -> None:
+    wanted = [name for name in wanted if any(letter.isalnum() for letter in name)]
     names = distinct_names(wanted, ["dense"])
     assert len(names) == len(wanted)
     assert len({name.casefold() for name in names}) == len(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from typer.testing import CliRunner
 
 from fedprllm import DataError, Documents, ModelError, PruneConfig, evaluate, prune
 from fedprllm.cli.app import app
+from fedprllm.errors import FedprllmWarning
 from fedprllm.evaluation.perplexity import load_tokenizer
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.pruning.inputs import (
     PooledData,
     evaluation_texts,
-    fewer_windows,
     make_participants,
     name_participants,
 )
@@ -266,7 +267,22 @@ def test_text_for_fewer_windows_is_said(small_model, tmp_path: Path) -> None:
 
 def test_token_windows_are_never_too_few(tiny, windows, tmp_path: Path) -> None:
     result = prune(tiny("llama"), [windows(0)], out=tmp_path / "run")
-    assert fewer_windows(result.record) == []
+    assert result.record.notes is None
+
+
+def test_python_is_told_too_and_the_record_keeps_it(small_model, tmp_path: Path) -> None:
+    folder = tmp_path / "north"
+    folder.mkdir()
+    (folder / "a.txt").write_text(STORY * 4)
+    (folder / "LICENSE-MIT").write_text("all rights " * 50)
+    (folder / "README_de.md").write_text("Lies mich. " * 50)
+    config = PruneConfig(windows=12, window_length=16)
+    with pytest.warns(FedprllmWarning) as said:
+        result = prune(small_model, [folder], config, out=tmp_path / "run")
+    notes = [str(warning.message) for warning in said]
+    assert notes == result.record.notes
+    assert re.fullmatch(r"north is calibrated on \d+ windows of 16 tokens; 12 were asked for", notes[0])
+    assert notes[1] == f"{folder}: LICENSE-MIT, README_de.md left out: not texts but files about them"
 
 
 def test_a_tokenizer_of_another_model(tiny, small_model, text: Path, tmp_path: Path) -> None:

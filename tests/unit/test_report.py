@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fedprllm import PruneConfig, RunError, prune
+from fedprllm.files import write_sealed
 from fedprllm.pruning import agreement
 from fedprllm.report import pruning
 from fedprllm.report.page import write_report
@@ -117,7 +118,7 @@ def edited(tmp_path):
         shutil.copyfile(run / "run.json", out / "run.json")
         result = json.loads((run / "result.json").read_text())
         change(result)
-        (out / "result.json").write_text(json.dumps(result))
+        write_sealed(out / "result.json", result)
         return out
 
     return get

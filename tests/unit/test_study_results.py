@@ -12,7 +12,15 @@ from fedprllm.evaluation.results import Perplexity
 from fedprllm.study.domains import own_and_others
 from fedprllm.study.questions import Cell
 from fedprllm.study.records import CellRecord
-from fedprllm.study.results import Spread, closed_gap, name_of, paired, spread_by_text
+from fedprllm.study.results import (
+    Spread,
+    closed_gap,
+    how_made,
+    name_of,
+    names_of_settings,
+    paired,
+    spread_by_text,
+)
 
 
 def row(text: str, perplexity: float) -> Perplexity:
@@ -26,7 +34,9 @@ def measured(
     record = CellRecord(
         setting=cell.setting,
         seed=cell.config.seed,
+        made="derived",
         n_participants=2,
+        participants=["a", "b"],
         n_tokens=64,
         update_bytes=2,
         update_bytes_per_block=1,
@@ -119,6 +129,33 @@ def test_settings_are_named_by_what_varies():
     assert name_of(cells[0], cells) == "30%, server row"
     assert name_of(cells[0], cells[:2]) == "server row"
     assert name_of(cells[0], cells[:1]) == "one-shot"
+
+
+def test_settings_that_differ_little_are_not_averaged():
+    cells = [measured({"model": {"t": 10.0 + n}}, sparsity=s) for n, s in enumerate((0.5, 0.501, 0.5000001))]
+    found = spread_by_text(cells)
+    assert {name: row["t"].values for name, row in found.items()} == {
+        "50%": (10.0,),
+        "50.1%": (11.0,),
+        "50.00001%": (12.0,),
+    }
+    assert set(how_made(cells).values()) == {"derived"}
+
+
+def test_the_rule_for_equal_votes_is_that_of_the_participants_unless_named():
+    options = [{"ties": "random"}, {"ties": "random", "server_ties": "index"}, {}]
+    cells = [Cell(PruneConfig(**one), 2, "iid") for one in options]
+    assert list(names_of_settings(cells).values()) == [
+        "local ties random, ties random",
+        "local ties random, ties index",
+        "local ties index, ties index",
+    ]
+
+
+def test_a_model_named_like_a_text_is_not_its_owner():
+    cells = [measured({"x": {"x": 10.0}, "y": {"x": 30.0}}, "dirichlet", strategy="local-only")]
+    (own, _) = own_and_others(cells)["local-only"]
+    assert own.mean == 20.0
 
 
 def test_a_collapse_is_infinite_and_has_no_spread():

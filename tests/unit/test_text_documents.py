@@ -152,8 +152,8 @@ def test_folder_without_text_or_with_a_binary_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no text"):
         read_documents(tmp_path)
     (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.dat").write_bytes(b"\0")
-    with pytest.raises(DataError, match=r"b\.dat is not text"):
+    (tmp_path / "b.txt").write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"b\.txt is not text"):
         read_documents(tmp_path)
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
+import tarfile
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fedprllm.errors import DataError
-from fedprllm.text.documents import parts_of, read_documents
+from fedprllm.text import decoding, json_values
+from fedprllm.text.documents import left_out, parts_of, read_documents
 from fedprllm.text.sources import Documents
 from tests.datasets_like import Rows
 
@@ -95,10 +102,10 @@ def test_suffixes_refused_by_name(tmp_path: Path, suffix: str) -> None:
     [
         ("a.txt", f'{{"text": "{SECRET}"}}\n', "found JSON: name it .jsonl"),
         ("a", f'[\n  {{\n "body": "{SECRET}"', "found JSON"),
-        ("a.log", f"<!DOCTYPE html><p>{SECRET}", "found a marked-up document"),
+        ("a.md", f"<!DOCTYPE html><p>{SECRET}", "found a marked-up document"),
         ("a.txt", f"{{\\rtf1 {SECRET}", "found a marked-up document"),
         ("a.txt", f"id,text\n1,{SECRET}\n", "found a table: name it .csv"),
-        ("a.dat", f"id\ttext\n1\t{SECRET}\n", "found a table: name it .tsv"),
+        ("a", f"id\ttext\n1\t{SECRET}\n", "found a table: name it .tsv"),
         ("README.md", CARD, "found the card of a data set"),
         ("a.txt", POINTER, "is a Git LFS pointer: .* git lfs pull"),
         ("a.parquet", POINTER, "is a Git LFS pointer"),
@@ -239,17 +246,40 @@ def test_what_describes_a_data_set_is_left_out_of_its_folder(tmp_path: Path) -> 
     assert read_documents(tmp_path) == ["a", "b"]
 
 
-def test_a_card_makes_a_folder_of_prose_a_data_set(tmp_path: Path) -> None:
-    put(tmp_path, "a.txt", "a")
-    put(tmp_path, "LICENSE", "all rights")
-    assert read_documents(tmp_path) == ["all rights", "a"]
-    put(tmp_path, "README.md", CARD.replace("\n", "\r\n"))
+@pytest.mark.parametrize("data", ["a.txt", "a.jsonl", "sub/a.md"])
+def test_what_describes_a_folder_is_left_out_and_named(tmp_path: Path, data: str) -> None:
+    put(tmp_path, data, '"a"\n' if data.endswith("jsonl") else "a")
+    described = (
+        "LICENSE LICENSE-MIT LICENSE.txt Licence.md README README_de.md readme.txt README.zh-CN.md COPYING "
+    )
+    described += (
+        "NOTICE NOTICE.txt CHANGELOG.md AUTHORS HISTORY.rst CITATION.cff CITATION.bib dataset_infos.json "
+    )
+    described += "dataset_info.json dataset_card.md metadata.json SHA256SUMS checksums.txt requirements.txt"
+    for name in described.split():
+        put(tmp_path, name, f"{SECRET} of its kind\n")
+    put(tmp_path, ".gitattributes", "*.jsonl filter=lfs\n")
     assert read_documents(tmp_path) == ["a"]
+    (sentence,) = left_out([tmp_path])
+    assert sentence.startswith(f"{tmp_path}: ")
+    assert "3 more left out" in sentence
+    for name in described.split()[-3:]:
+        (tmp_path / name).unlink()
+    (sentence,) = left_out([str(tmp_path)])
+    assert all(f"{name}" in sentence for name in described.split()[:-3])
+    assert left_out([tmp_path / data, Documents(["a"])]) == []
+
+
+@pytest.mark.parametrize("name", ["history.txt", "notice of leave.txt", "security.md", "license-letters.csv"])
+def test_a_text_that_may_be_meant_is_read(tmp_path: Path, name: str) -> None:
+    put(tmp_path, name, "text\na\n")
+    assert read_documents(tmp_path)
+    assert left_out([tmp_path]) == []
 
 
 def test_a_folder_with_nothing_but_a_card(tmp_path: Path) -> None:
     put(tmp_path, "README.md", CARD)
-    assert "holds no text" in refusal(tmp_path)
+    assert "holds no text but only files that describe some: README.md" in refusal(tmp_path)
 
 
 def test_a_file_of_another_kind_in_a_folder_is_named(tmp_path: Path) -> None:
@@ -317,3 +347,276 @@ def test_documents_of_something_else(texts, message: str) -> None:
 def test_several_sources_are_read_one_after_the_other(tmp_path: Path) -> None:
     sources = [put(tmp_path, "a.txt", "a"), Documents(["b", "c"]), put(tmp_path, "d.jsonl", json.dumps("d"))]
     assert [part.text for part in parts_of(sources)] == ["a", "b", "c", "d"]
+
+
+# --- what is no text at all
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.yaml",
+        "a.yml",
+        "a.toml",
+        "a.ini",
+        "a.cfg",
+        "a.conf",
+        "a.env",
+        "a.log",
+        "a.bib",
+        "a.warc",
+        "a.psv",
+        "a.srt",
+        "a.vtt",
+        "a.dat",
+        "a.data",
+        "a.out",
+        "a.lock",
+        "a.css",
+        "a.YAML",
+        "a.Srt",
+        "a.log.1",
+        "a.toml.gz",
+        "a.xyz",
+        "a.properties",
+        "a.po",
+        "a.ics",
+        "a.vcf",
+        "a.diff",
+        "a.jsonc",
+        "a.csv.bak",
+    ],
+)
+def test_only_known_suffixes_are_prose(tmp_path: Path, name: str) -> None:
+    content = f"{SECRET}: in plain letters\n".encode()
+    message = refusal(put(tmp_path, name, gzip.compress(content) if name.endswith("gz") else content))
+    assert "a text format that is read: convert it to plain text (.txt)" in message or (
+        "files are not read as text: " in message
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonlines", "a.JSONLINES", "a.jsonl.lzma"])
+def test_other_names_of_json_lines(tmp_path: Path, name: str) -> None:
+    content = b'{"text": "a"}\n"b"\n'
+    if name.endswith("lzma"):
+        content = lzma.compress(content, format=lzma.FORMAT_ALONE)
+    assert read_documents(put(tmp_path, name, content)) == ["a", "b"]
+
+
+def test_tab_is_tsv(tmp_path: Path) -> None:
+    assert read_documents(put(tmp_path, "a.TAB", "id\ttext\n1\ta\n")) == ["a"]
+
+
+def packed(kind: str) -> bytes:
+    file = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a.txt", SECRET)
+    elif kind == "tar":
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo("a.txt"))
+    elif kind == "parquet":
+        parquet.write_table(pa.table({"text": [SECRET]}), file)
+    elif kind == "gzip":
+        file.write(gzip.compress(SECRET.encode()))
+    elif kind == "bz2":
+        file.write(bz2.compress(SECRET.encode()))
+    elif kind == "xz":
+        file.write(lzma.compress(SECRET.encode()))
+    elif kind == "lzma":
+        file.write(lzma.compress(SECRET.encode(), format=lzma.FORMAT_ALONE))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.jsonl", "a.csv", "a.py"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("zip", "is a ZIP archive"),
+        ("tar", "is a tar archive"),
+        ("parquet", "is a Parquet file"),
+        ("gzip", "is compressed with gzip"),
+        ("bz2", "is compressed with bzip2"),
+        ("xz", "is compressed with xz"),
+        ("lzma", "is compressed with lzma"),
+    ],
+)
+def test_content_tells_what_a_name_does_not(tmp_path: Path, name: str, kind: str, words: str) -> None:
+    assert words in refusal(put(tmp_path, name, packed(kind)))
+
+
+def test_a_compressed_archive_is_an_archive(tmp_path: Path) -> None:
+    assert "is a tar archive" in refusal(put(tmp_path, "a.txt.gz", gzip.compress(packed("tar"))))
+
+
+LONG_LIST = json.dumps([f"{SECRET} number {number}" for number in range(20_000)])
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (f'["{SECRET}", "b"]', "JSON"),
+        (f'[\n  "{SECRET}"\n]\n', "JSON"),
+        ("[1, 2, 3]", "JSON"),
+        ("[[1, 2], [3]]", "JSON"),
+        ("[]", "JSON"),
+        (LONG_LIST, "JSON"),
+        (f"id\tbody\n1\t{SECRET}\n2\tb\n", "a table: name it .tsv"),
+        (f"{SECRET} one\ttwo words\nand more\tof it\n", "a table: name it .tsv"),
+        (f"id,body\n1,{SECRET}\n2,b\n", "a table: name it .csv"),
+        (f"id;body\n1;{SECRET}\n", "a table: save it as CSV"),
+        (f"WEBVTT\n\n00:01.000 --> 00:02.000\n{SECRET}", "subtitles"),
+        (f"1\n00:00:01,000 --> 00:00:02,000\n{SECRET}\n", "subtitles"),
+        (f"@article{{{SECRET}2020,\n  title = {{}}\n}}\n", "a bibliography"),
+    ],
+)
+def test_structure_named_txt_is_refused(tmp_path: Path, content: str, found: str) -> None:
+    assert f"expected plain text, found {found}" in refusal(put(tmp_path, "a.txt", content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '["Help!", she cried] and ran.',
+        "[1] Smith, A. A paper.\n[2] Jones, B. Another.\n",
+        "[Verse 1]\nla la\n",
+        "{curly} words\n",
+        "{}\n",
+        "\tAn indented line.\n\tAnother one.\n",
+        "One\ttab in a line.\nNone in the next.\n",
+        "red,green\nwere the colors, and blue\n",
+        "GGUF files hold models.\n",
+        "PAR1 is what Parquet begins with.\n",
+        "BZhang wrote this.\n",
+        "PK is a set of initials.\n",
+        '"Hello," she said.\n"Good day."\n',
+        "@everyone please read\n",
+        "2020-01-01\nA diary.\n",
+        "# Title | subtitle\n\n| a | b |\n|---|---|\n| 1 | 2 |\n",
+    ],
+)
+def test_honest_prose_is_read(tmp_path: Path, content: str) -> None:
+    if content == "{}\n":
+        content = "{} is an empty set.\n"
+    assert read_documents(put(tmp_path, "a.txt", content)) == [content]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}\n', '["a", "b"]\n', "id,body\n1,2\n", "<?xml?>\n<?php ?>\n"])
+def test_a_program_may_begin_with_anything(tmp_path: Path, content: str) -> None:
+    assert read_documents(put(tmp_path, "a.py", content)) == [content]
+
+
+# --- columns of something else than text
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("id", ["a first sentence of several words", "b"], "named like one of ids"),
+        ("doc_id", ["x", "y"], "named like"),
+        ("imageUrl", ["x", "y"], "named like"),
+        ("Label", ["good", "bad"], "named like"),
+        ("__index_level_0__", ["x", "y"], "named like"),
+        ("title", ["The cat sat on the mat", "A dog"], "named like"),
+        ("col", ["0123456789abcdef0123", "fedcba98765432100123"], "hashes or ids"),
+        ("col", ["123e4567-e89b-12d3-a456-426614174000"] * 3, "hashes or ids"),
+        ("content", ["https://example.org/a", "http://example.org/b?c=d"], "URLs"),
+        ("col", ["data/a.txt", "data/b c.txt", "/x/y"], "paths"),
+        ("content", ["a.txt", "b.txt"], "paths"),
+        ("col", ["2020-01-01", "2021-05-05T10:00:00Z"], "numbers or dates"),
+        ("col", ["positive", "negative"] * 20, "labels"),
+        ("col", ["very good film to see"] * 30 + ["a rather bad film to see"] * 30, "labels"),
+        ("col", ["N1", "N2", "N3"], "labels or short strings"),
+    ],
+)
+def test_a_column_of_something_else_is_refused(tmp_path: Path, name: str, values: list, words: str) -> None:
+    path = write_parquet(
+        tmp_path, (name, pa.array([None, *values])), ("n", pa.array([0, *range(len(values))]))
+    )
+    message = refusal(path)
+    assert words in message
+    assert f"found {name}, n. Rename the column that holds the text to 'text'" in message
+    assert words in refusal(Rows(**{name: values}, n=[0] * len(values)))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("body", ["a", "b"]),
+        ("page_content", ["Short.", "One."]),
+        ("col", ["A sentence of a few words.", "Another one that is as long."]),
+        ("col", ["\u8fd9\u662f\u4e00\u4e2a\u5f88\u957f\u7684\u53e5\u5b50\u3002\u518d\u89c1"]),
+        ("text", ["https://example.org/a", "0123456789abcdef0123"]),
+    ],
+)
+def test_a_column_of_text_is_read(tmp_path: Path, name: str, values: list) -> None:
+    assert read_documents(write_parquet(tmp_path, (name, pa.array(values)))) == values
+
+
+@pytest.mark.parametrize(
+    "values", [["https://example.org/a"], ["a/b.txt", "c/d.txt"], ["0123456789abcdef" * 4] * 3, ["1", "2"]]
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_lists_of_something_else_are_refused(tmp_path: Path, values: list, suffix: str) -> None:
+    def content(rows: list) -> str:
+        return json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows))
+
+    assert "found strings that seem to be" in refusal(put(tmp_path, f"a.{suffix}", content(values)))
+    named = [{"text": value} for value in values]
+    assert read_documents(put(tmp_path, f"a.{suffix}", content(named))) == values
+
+
+# --- JSON in pieces
+
+
+@given(
+    values=st.lists(
+        st.text(max_size=40)
+        | st.recursive(st.integers() | st.floats(allow_nan=False) | st.none(), st.lists, max_leaves=5)
+        | st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3),
+        max_size=8,
+    ),
+    indent=st.sampled_from([None, 0, 3]),
+    size=st.integers(1, 40),
+    ascii_only=st.booleans(),
+)
+def test_a_list_in_pieces_is_the_list(values: list, indent, size: int, ascii_only: bool) -> None:
+    text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_values, "_AT_ONCE", size)
+        reader = json_values._Reader([text[n : n + size] for n in range(0, len(text), size)], "a")
+        assert reader.peek() == "["
+        assert list(reader.items()) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["a"', "Expecting ',' or ']' at character 4"),
+        ('["a",]', "Expecting value at character 5"),
+        ('["a"] "b"', "Extra data at character 6"),
+        ('["a" "b"]', "Expecting ',' or ']' at character 5"),
+        ('["a", b]', "Expecting value at character 6"),
+        ('["a", "b]', "Unterminated string starting at at character 6"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_damaged_list_is_named_by_place(
+    tmp_path: Path, text: str, message: str, size: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(json_values, "_AT_ONCE", size)
+    monkeypatch.setattr(decoding, "_BLOCK", size)
+    assert f"not JSON: {message}" in refusal(put(tmp_path, "a.json", text))
+
+
+def test_a_long_list_is_not_held_in_memory(tmp_path: Path) -> None:
+    document = "The cat sat on the mat and looked at the hill. " * 20
+    path = put(tmp_path, "a.json", json.dumps([f"{number} {document}" for number in range(8000)]))
+    tracemalloc.start()
+    try:
+        n_documents = sum(part.starts for part in parts_of([path]))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert n_documents == 8000
+    assert path.stat().st_size > 7_500_000 > 2.5 * peak

@@ -110,7 +110,7 @@ def test_a_choice_of_one_long_document_is_seeded_and_in_order(tokenizer, tmp_pat
 @pytest.mark.parametrize("word", ["the cat sat on the mat ", "é", "0"], ids=["long", "short", "digits"])
 def test_not_much_more_text_is_tokenized_than_needed(tokenizer, tmp_path: Path, word: str) -> None:
     documents = [word * 5 + str(number) for number in range(2000)]
-    (tmp_path / "a.json").write_text(json.dumps(documents))
+    (tmp_path / "a.json").write_text(json.dumps([{"text": document} for document in documents]))
     recorder = Recorder(tokenizer)
     windows = token_windows(
         [tmp_path / "a.json"], recorder, n_windows=4, window_length=32, seed=0, bos="never"

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import need_plots
+from fedprllm.cli.console import need_plots, noting
 from fedprllm.cli.coordinator import app as federation_app
 from fedprllm.cli.identity import app as identity_app
 from fedprllm.cli.participant import ledger, participate
@@ -190,14 +190,15 @@ def _prune(**given: Any) -> None:
 
     from fedprllm.api import prune
 
-    result = prune(
-        options["model"],
-        participants,
-        config,
-        out=options["out"],
-        eval_texts=options.get("eval", ()),
-        progress=bars,
-    )
+    with noting():
+        result = prune(
+            options["model"],
+            participants,
+            config,
+            out=options["out"],
+            eval_texts=options.get("eval", ()),
+            progress=bars,
+        )
     _print_result(result)
 
 
@@ -252,11 +253,7 @@ _register_prune()
 
 
 def _print_result(result: Any) -> None:
-    from fedprllm.pruning.inputs import fewer_windows
-
     record = result.record
-    for sentence in fewer_windows(record):
-        console.print(f"note     {escape(sentence)}", soft_wrap=True)
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
     console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
@@ -305,16 +302,17 @@ def _evaluate(
     if text:
         from fedprllm.evaluation.perplexity import evaluate
 
-        rows = evaluate(
-            model,
-            text,
-            window_length=window_length,
-            max_tokens=max_tokens,
-            bos=bos,  # type: ignore[arg-type]
-            dtype=dtype,
-            device=device,
-            progress=bars,
-        )
+        with noting():
+            rows = evaluate(
+                model,
+                text,
+                window_length=window_length,
+                max_tokens=max_tokens,
+                bos=bos,  # type: ignore[arg-type]
+                dtype=dtype,
+                device=device,
+                progress=bars,
+            )
         measured["perplexity"] = [row.as_json() for row in rows]
     if tasks:
         from fedprllm.evaluation.zero_shot import zero_shot

@@ -7,15 +7,16 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 
-from fedprllm.errors import ConfigError, FedprllmError, RunError
+from fedprllm.errors import ConfigError, FedprllmError, FedprllmWarning, RunError
 
 __all__ = [
     "absolute",
@@ -27,6 +28,7 @@ __all__ = [
     "need_flare",
     "need_keys",
     "need_plots",
+    "noting",
 ]
 
 console = Console()
@@ -59,6 +61,30 @@ def need_plots() -> None:
         ConfigError: It is missing. The message says how to install it.
     """
     _need("report", "reports and studies need matplotlib and Jinja2", "matplotlib", "jinja2")
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[None]:
+    """Print what a user should know as notes; other warnings as usual."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FedprllmWarning)
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, FedprllmWarning):
+                errors.print(f"note     {escape(str(message))}", soft_wrap=True)
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def _need(extra: str, sentence: str, *modules: str) -> None:

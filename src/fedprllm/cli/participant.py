@@ -18,7 +18,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import absolute, attend, console, ending, errors, need_flare
+from fedprllm.cli.console import absolute, attend, console, ending, errors, need_flare, noting
 from fedprllm.cli.identity import warn_of_expiry
 from fedprllm.errors import ConfigError, RunError
 from fedprllm.federation.plan import (
@@ -240,7 +240,9 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
         raise ConfigError("no model: name the run's TOML file with --config, or a model with --model")
     plan = read_run_plan(config) if config else RunPlan(name="dry-run", model=settings.model or "")
     total = n_blocks = 0
-    for preview in dry_run(settings, plan, kit.name or "participant", blocks):
+    with noting():
+        previews = list(dry_run(settings, plan, kit.name or "participant", blocks))
+    for preview in previews:
         total, n_blocks = total + preview.message_bytes, preview.n_blocks
         table = Table(
             "tensor",
@@ -429,6 +431,7 @@ class _Watch:
 
     def __call__(self) -> None:
         self._ask()
+        self._notes()
         for path in self._runs.glob("*/status.json"):
             with contextlib.suppress(FileNotFoundError):
                 key = (path.parent.name, path.stat().st_mtime)
@@ -436,6 +439,17 @@ class _Watch:
                 if status.get("message") and key not in self._shown:
                     self._shown.add(key)
                     errors.print(f"[red]{status['code']}[/]: {escape(status['message'])}", soft_wrap=True)
+
+    def _notes(self) -> None:
+        from fedprllm.files import read_sealed
+
+        for path in self._runs.glob("*/notes.json"):
+            with contextlib.suppress(FileNotFoundError, RunError):
+                key = (path.parent.name, path.stat().st_mtime)
+                if key not in self._shown:
+                    self._shown.add(key)
+                    for note in read_sealed(path)["notes"]:
+                        errors.print(f"note     {escape(note)}", soft_wrap=True)
 
     def _ask(self) -> None:
         from fedprllm.federation.site.consent import answer, open_questions

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import need_plots
+from fedprllm.cli.console import need_plots, noting
 from fedprllm.settings import read_toml
 from fedprllm.study.questions import QUESTIONS, StudyConfig
 
@@ -35,7 +35,8 @@ def study_command(bars: Any, console: Console) -> Any:
         need_plots()
         from fedprllm.study.runner import study as run
 
-        results = run(config, given["out"], bars)
+        with noting():
+            results = run(config, given["out"], bars)
         _print(results, console)
         console.print(f"page     {given['out'] / 'report.html'}", soft_wrap=True)
         console.print(f"tables   {given['out'] / 'results.csv'}, results.json, results.md", soft_wrap=True)

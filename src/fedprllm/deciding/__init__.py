@@ -9,7 +9,9 @@ another.
 | mask | vote | prune the most-voted weights (FedPrLLM) |
 | statistics | score | score as if all text were in one place |
 | statistics | trimmed score | the same, from means that leave out the extremes of each channel |
-| gram | sparsegpt | prune, and correct the remaining weights |
+| gram | admm | prune gradually, and refit the remaining weights |
+| gram | sparsegpt | prune column by column, and correct the remaining weights |
+| gram | alps | as admm, until the mask stands still: slower, a little better |
 | weights | average | average the retained weights (FedSpaLLM) |
 
 A survey runs before pruning and determines how much to prune from each block; a decision names its survey.
@@ -27,7 +29,7 @@ from fedprllm.deciding.average import by_average
 from fedprllm.deciding.count import count_pooled, count_shared
 from fedprllm.deciding.decision import BlockDecision
 from fedprllm.deciding.score import by_pooled_score, own_decision
-from fedprllm.deciding.solve import by_sparsegpt
+from fedprllm.deciding.solve import by_admm, by_alps, by_sparsegpt
 from fedprllm.deciding.trim import by_trimmed_score, count_trimmed
 from fedprllm.deciding.vote import by_votes
 from fedprllm.models.block import Block
@@ -106,7 +108,9 @@ DECISIONS: dict[str, tuple[Decision, ...]] = {
     ),
     "gram": (
         # The first one is the default.
+        Decision("admm", by_admm, _layer, survey=_SUMS),
         Decision("sparsegpt", by_sparsegpt, _layer, survey=_SUMS),
+        Decision("alps", by_alps, _layer, survey=_SUMS),
     ),
     "weights": (Decision("average", by_average, _server),),
 }
@@ -114,4 +118,5 @@ DECISIONS: dict[str, tuple[Decision, ...]] = {
 
 def decision_of(config: PruneConfig) -> Decision:
     """The decision that a configuration selects."""
-    return next(row for row in DECISIONS[config.share] if row.aggregation == config.aggregation)
+    rows = [row for row in DECISIONS[config.share] if row.aggregation == config.aggregation]
+    return next((row for row in rows if row.name == config.solver), rows[0])

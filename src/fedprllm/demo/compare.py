@@ -11,6 +11,7 @@ import importlib.util
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,11 +19,11 @@ from fedprllm.api import PruneResult, prune
 from fedprllm.text.windows import evaluation_windows
 from fedprllm.config import PruneConfig
 from fedprllm.demo.texts import demo_texts
-from fedprllm.errors import ModelError
+from fedprllm.errors import ModelError, RunError
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.evaluation.results import Perplexity
-from fedprllm.files import read_json, write_json
+from fedprllm.files import read_sealed, write_sealed
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
@@ -65,10 +66,15 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
     source = demo_model()
     model = resolve_model(source, progress=progress)
     calibration = {name: files[0] for name, files in texts.items()}
-    tokenizer = load_tokenizer(model)
+    tokenizer, vocabulary_size = load_tokenizer(model), BlockwiseModel(model).vocabulary_size
     held_out = {
         name: evaluation_windows(
-            [files[1]], tokenizer, window_length=_WINDOW_LENGTH, bos="auto", max_tokens=_HELD_OUT_TOKENS
+            [files[1]],
+            tokenizer,
+            window_length=_WINDOW_LENGTH,
+            bos="auto",
+            max_tokens=_HELD_OUT_TOKENS,
+            vocabulary_size=vocabulary_size,
         )
         for name, files in texts.items()
     }
@@ -76,7 +82,7 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
     comparison = _measured(out / "dense.json", {"dense": model}, held_out, progress)
     for strategy in ("local-only", "centralized"):
         measurements = out / f"{strategy}.json"
-        if not measurements.exists():
+        if _known(measurements) is None:
             run = out / strategy
             config = PruneConfig(strategy=strategy, **options)
             result = prune(source, calibration, config, out=run, progress=progress)
@@ -89,7 +95,7 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
     result = prune(source, calibration, config, out=out / "federated", progress=progress)
     comparison |= _measured(out / "federated.json", {"federated": result.model_dir}, held_out, progress)
     record = result.record.model_copy(update={"comparison": comparison})
-    write_json(result.out / "result.json", record.as_json())
+    write_sealed(result.out / "result.json", record.as_json())
     return PruneResult.load(result.out)
 
 
@@ -100,13 +106,22 @@ def _measured(
     progress: Progress,
 ) -> dict[str, list[Perplexity]]:
     """Perplexities of some models on all held-out texts, cached in ``file``."""
-    if not file.exists():
+    measured = _known(file)
+    if measured is None:
         measured = {
             name: [row.as_json() for row in perplexities(BlockwiseModel(folder), held_out, progress)]
             for name, folder in models.items()
         }
-        write_json(file, measured)
-    return {name: [Perplexity(**row) for row in rows] for name, rows in read_json(file).items()}
+        write_sealed(file, measured)
+    return {name: [Perplexity(**row) for row in rows] for name, rows in measured.items()}
+
+
+def _known(file: Path) -> dict[str, Any] | None:
+    """What an earlier process measured; None if it did not, or if the file is damaged."""
+    try:
+        return read_sealed(file)
+    except (FileNotFoundError, RunError):
+        return None
 
 
 def demo_summary(comparison: Mapping[str, Sequence[Perplexity]]) -> dict[str, list[float]]:

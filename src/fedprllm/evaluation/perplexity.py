@@ -15,13 +15,14 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
-from fedprllm.errors import DataError
+from fedprllm.errors import DataError, ModelError
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
 from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.progress import Progress, silent
+from fedprllm.text.documents import say_left_out
 from fedprllm.text.sources import Source, named_sources
 from fedprllm.text.windows import Bos, evaluation_windows
 
@@ -64,6 +65,9 @@ def perplexities(
         progress: Notified of every window and block.
         weights_of: Returns the weights that replace a block's own, by name, so that a pruned model can be
             measured without being written.
+
+    Raises:
+        ModelError: A loss is not finite.
     """
     windows = [window for text in texts.values() for window in text]
     with progress("evaluating", model.n_blocks * len(windows) + len(windows)) as advance:
@@ -83,6 +87,12 @@ def perplexities(
         n_tokens = sum(len(window) - 1 for window in text)
         nll = math.fsum(losses[first : first + len(text)]) / n_tokens
         first += len(text)
+        if not math.isfinite(nll):
+            raise ModelError(
+                f"the loss on '{name}' is {nll}: numbers beyond the range of {str(model.dtype)[6:]} arose on "
+                "the way. Compute in bfloat16 or float32 (--dtype); if it is the same there, the weights are "
+                "damaged"
+            )
         # exp overflows a float above 709.78.
         perplexity = math.exp(nll) if nll < 709 else math.inf
         results.append(
@@ -125,6 +135,7 @@ def evaluate(
     walked = BlockwiseModel(folder, dtype, device)
     tokenizer = load_tokenizer(folder)
     length = window_length_for(walked, window_length)
+    say_left_out([source for sources in named.values() for source in sources])
     windows = {
         name: evaluation_windows(
             sources,

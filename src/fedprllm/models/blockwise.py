@@ -9,6 +9,7 @@ one.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -345,6 +346,25 @@ class BlockwiseModel:
             raise ModelError(
                 f"{self.folder} lacks {len(missing)} tensors of {architecture}, the first is '{missing[0]}': "
                 "download the model again"
+            )
+        self._refuse_further_blocks()
+
+    def _refuse_further_blocks(self) -> None:
+        """Refuse a checkpoint with more blocks than the configuration says: they would be lost silently."""
+        prefix = self.block_names[0].rpartition(".")[0]
+        short = prefix.removeprefix(f"{self.skeleton.base_model_prefix}.")
+        ignored = self.skeleton._keys_to_ignore_on_load_unexpected or ()
+        further = {
+            int(found[1])
+            for name in self.checkpoint.names
+            if (found := re.match(rf"(?:{re.escape(prefix)}|{re.escape(short)})\.(\d+)\.", name))
+            and int(found[1]) >= self.n_blocks
+            and not any(re.search(pattern, name) for pattern in ignored)
+        }
+        if further:
+            raise ModelError(
+                f"{self.folder} holds weights of {max(further) + 1} blocks ('{prefix}.{max(further)}'), and "
+                f"its config.json says {self.n_blocks}: correct config.json, or download the model again"
             )
 
 

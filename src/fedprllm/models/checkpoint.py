@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedprllm.core.threads import in_threads
 from fedprllm.errors import ModelError
-from fedprllm.files import read_json, save_tensors, write_json
+from fedprllm.files import flush_file, read_json, save_tensors, write_json
 
 __all__ = ["Checkpoint", "CheckpointWriter", "tensor_fingerprint"]
 
@@ -181,6 +181,7 @@ class CheckpointWriter:
             is_weight = path.name.endswith(_WEIGHTS)
             if path.is_file() and not is_weight and path.suffix != ".py" and path.name != "README.md":
                 shutil.copyfile(path, self.folder / path.name)
+                flush_file(self.folder / path.name)
         weight_map: dict[str, str] = {}
         total = 0
         for block in (None, *range(self.n_shards - 1)):

@@ -6,8 +6,9 @@ coordinator of a federation, in a survey or in a study.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -124,10 +125,23 @@ class Aggregate(Generic[_Decided]):
             vote_histogram=votes.histogram().tolist() if counted and votes is not None else None,
         )
 
-    def keep(self, run: Run, record: BlockRecord, hidden: Mapping[str, Tensor] | None = None) -> None:
-        """Write the votes, the hidden states and finally the record, which marks the block as finished."""
+    def keep(
+        self,
+        run: Run,
+        record: BlockRecord,
+        hidden: Mapping[str, Tensor] | None = None,
+        files: Sequence[Path] = (),
+    ) -> None:
+        """Write the votes, the hidden states and finally the record, which marks the block as finished.
+
+        Args:
+            run: The run, open.
+            record: The block's record.
+            hidden: Hidden states after the block.
+            files: Further files that belong to the block.
+        """
         save_votes(run.votes_path(self.block.index), self.totals.votes, self.block.linears)
-        run.finish_block(self.block.index, record, hidden)
+        run.finish_block(self.block.index, record, hidden, files)
 
 
 def decide_and_write(

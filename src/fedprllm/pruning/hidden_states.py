@@ -101,7 +101,8 @@ class HiddenStates:
         place = self._states[number]
         if isinstance(place, Path):
             self._device = state.device
-            save_tensors(place, {_NAME: state.cpu()})
+            # Lost with the process anyway.
+            save_tensors(place, {_NAME: state.cpu()}, durable=False)
         else:
             self._states[number] = state
 

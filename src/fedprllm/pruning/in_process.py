@@ -55,11 +55,11 @@ def prune_in_process(
     """
     strategy = methods[None].strategy
     together = strategy.server_votes or strategy.pools_text
-    writers = {
-        name: CheckpointWriter(run.unfinished_model_dir(name), model.n_blocks)
-        for name in ([None] if together else [participant.name for participant in participants])
-        if not run.model_dir(name).exists()
-    }
+    names = [None] if together else [participant.name for participant in participants]
+    for name in names:
+        run.reopen_model(name)
+    run.forget_damaged(restarts=methods[None].uses_inputs)
+    writers = {name: CheckpointWriter(run.unfinished_model_dir(name), model.n_blocks) for name in names}
     walk = _SharedWalk(model, participants, methods, run, writers, samples)
     with progress("pruning", model.n_blocks * len(participants)) as advance:
         advance(run.n_finished * len(participants))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,13 +15,13 @@ from torch import Tensor
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.ties import generator
-from fedprllm.errors import ConfigError, DataError, did_you_mean
+from fedprllm.errors import ConfigError, DataError, FedprllmWarning, did_you_mean
 from fedprllm.evaluation.perplexity import window_length_for
 from fedprllm.files import distinct_names, names_of
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.pruning.participant import Participant
-from fedprllm.pruning.records import RunRecord
+from fedprllm.text.documents import left_out, say_left_out
 from fedprllm.text.partition import partition
 from fedprllm.text.sources import (
     Documents,
@@ -40,11 +42,12 @@ __all__ = [
     "ParticipantInputs",
     "PooledData",
     "Source",
+    "check_outside",
     "evaluation_texts",
-    "fewer_windows",
     "make_participants",
     "name_participants",
     "pool",
+    "say_notes",
 ]
 
 ParticipantInput = Source | Sequence[Source] | Tensor
@@ -220,7 +223,9 @@ def make_participants(
         else:
             sources = as_sources(item, f"participant '{name}'")
             windows = _windows(model, sources, tokenizer, config, config.windows)
-            members.append(Participant(name, windows, [describe(source) for source in sources]))
+            member = Participant(name, windows, [describe(source) for source in sources])
+            member.notes = [*_fewer_windows(member, config.windows), *left_out(sources)]
+            members.append(member)
     # In the order of names, as in a federation over the network: sums of floats depend on it.
     return sorted(members, key=lambda member: member.name), config
 
@@ -264,7 +269,13 @@ def _deal_out(model: BlockwiseModel, data: PooledData, config: PruneConfig) -> l
     if n_wanted and data.partition != "file":
         by_file = _sample(by_file, n_wanted, config.seed)
     parts = partition(by_file, data.n_participants, method=data.partition, alpha=data.alpha, seed=config.seed)
-    return [Participant(f"participant-{number}", part, used) for number, part in enumerate(parts)]
+    members = [Participant(f"participant-{number}", part, used) for number, part in enumerate(parts)]
+    notes = left_out(sources)
+    for member in members:
+        # Dirichlet gives unequal shares on purpose.
+        fewer = [] if data.partition == "dirichlet" else _fewer_windows(member, config.windows)
+        member.notes, notes = [*fewer, *notes], []
+    return members
 
 
 def _sample(by_file: list[Tensor], n_windows: int, seed: int) -> list[Tensor]:
@@ -323,6 +334,7 @@ def evaluation_texts(
         return {}
     tokenizer = load_tokenizer(model.folder)
     assert config.window_length is not None
+    say_left_out([source for sources in named.values() for source in sources])
     return {
         name: evaluation_windows(
             sources,
@@ -335,12 +347,43 @@ def evaluation_texts(
     }
 
 
-def fewer_windows(record: RunRecord) -> list[str]:
-    """One sentence for each participant with text for fewer windows than the configuration asks for."""
-    asked = record.config.windows
+def check_outside(out: Path, sources: Iterable[Source]) -> None:
+    """Refuse a folder for output inside a folder of text: its files would be read as text.
+
+    Raises:
+        ConfigError: It is.
+    """
+    where = out.expanduser().resolve()
+    for source in sources:
+        if isinstance(source, (str, Path)) and (folder := Path(source).expanduser()).is_dir():
+            # Hidden folders are not read.
+            inside = where.is_relative_to(folder.resolve()) and not any(
+                part.startswith(".") for part in where.relative_to(folder.resolve()).parts
+            )
+            if inside:
+                raise ConfigError(
+                    f"{out} lies in {folder}, which is read as text: what a run writes there would be taken "
+                    "for text. Choose a folder elsewhere with --out"
+                )
+
+
+def _fewer_windows(participant: Participant, asked: int) -> list[str]:
+    """One sentence if a participant has text for fewer windows than were asked for."""
+    n_windows, length = participant.windows.shape
+    if n_windows >= asked:
+        return []
     return [
-        f"{name} is calibrated on {one.n_windows} windows of {one.window_length} tokens; "
-        f"{asked} were asked for"
-        for name, one in record.participants.items()
-        if one.n_windows < asked and one.sources != _TOKEN_WINDOWS
+        f"{participant.name} is calibrated on {n_windows} windows of {length} tokens; {asked} were asked for"
     ]
+
+
+def say_notes(participants: Sequence[Participant]) -> list[str]:
+    """Warn of everything that the owners of the texts should know, and return the sentences.
+
+    Warns:
+        FedprllmWarning: A participant has too little text, or files of its folder were left out.
+    """
+    notes = [note for participant in participants for note in participant.notes]
+    for note in notes:
+        warnings.warn(FedprllmWarning(note), stacklevel=3)
+    return notes

@@ -32,6 +32,7 @@ class Participant:
         windows: Token ids, int64 [n_windows, window_length].
         fingerprint: SHA-256 of the windows.
         sources: Where the text came from, for the record.
+        notes: Sentences about its text that its owner should read.
         hidden: The next block's input, one tensor [1, window_length, hidden_size] per window. All of them are
             in memory unless replaced by `HiddenStates` with a memory limit.
     """
@@ -46,6 +47,7 @@ class Participant:
         self.windows = windows
         self.fingerprint = fingerprint(windows)
         self.sources = list(sources)
+        self.notes: list[str] = []
         self.hidden = HiddenStates()
 
     @property

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedprllm.config import PruneConfig
 from fedprllm.errors import RunError
 from fedprllm.evaluation.results import Perplexity
+from fedprllm.files import unsealed
 
 __all__ = [
     "BlockRecord",
@@ -42,10 +43,15 @@ class Record(BaseModel):
         """Read a record from a JSON file.
 
         Raises:
-            RunError: The file is damaged or was written by another version of fedprllm.
+            RunError: The file is missing, damaged or was written by another version of fedprllm.
         """
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            value = json.loads(path.read_text(encoding="utf-8"))
+            return cls.model_validate(unsealed(value, path, required=False))
+        except RunError as error:
+            raise RunError(f"{error}; restore it, or choose another folder with --out") from None
+        except FileNotFoundError:
+            raise RunError(f"{path} is missing: restore it, or choose another folder with --out") from None
         except (ValueError, ValidationError) as error:
             reason = error.errors()[0] if isinstance(error, ValidationError) else None
             where = ".".join(map(str, reason["loc"])) + ": " + reason["msg"] if reason else str(error)
@@ -89,10 +95,13 @@ class LinearRecord(Record):
 
 
 class _Received(Record):
-    """Fields that the coordinator of a federation adds to a record; None in one process.
+    """Fields of every block's record. What only the coordinator of a federation knows is None in one process.
 
     Attributes:
         block: Block index.
+        files: SHA-256 of the files that belong to the block, by path relative to the run's folder once the
+            run is complete.
+        newest: SHA-256 of the files that are needed only until the next block is finished, by relative path.
         participants: Participants whose updates were added up, in the order of their names.
         still_in: Participants that take part in the following blocks.
         update_bytes: Size of each participant's update in bytes.
@@ -100,6 +109,8 @@ class _Received(Record):
     """
 
     block: int
+    files: dict[str, str] | None = None
+    newest: dict[str, str] | None = None
     participants: list[str] | None = None
     still_in: list[str] | None = None
     update_bytes: dict[str, int] | None = None
@@ -207,6 +218,8 @@ class RunRecord(Record):
         outlier_ratios: Fraction of outliers in each block, under the key ``model`` or, with ``local-only``,
             under each participant's name.
         blocks: Records of all blocks.
+        files: SHA-256 of the models' files that belong to no block, by path relative to the run's folder.
+        notes: Sentences about text: fewer windows than asked for, files of a folder that were left out.
         comparison: Perplexities of models that the run is compared with.
     """
 
@@ -224,6 +237,8 @@ class RunRecord(Record):
     survey_bytes_per_block: list[int]
     outlier_ratios: dict[str, list[float]] = {}
     blocks: list[BlockRecord]
+    files: dict[str, str] | None = None
+    notes: list[str] | None = None
     comparison: dict[str, list[Perplexity]] | None = None
 
     def linears(self) -> Iterator[tuple[int, LinearRecord]]:

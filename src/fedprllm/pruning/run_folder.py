@@ -9,6 +9,9 @@ RUN/
   model/                    the pruned model, moved here as a whole once it is complete
   participants/NAME/model/  the same for each participant, under local-only
   result.json               the result (written last: its existence marks the run as complete)
+
+Every file is on the disk before a record names it, and the records hold the digests of the files and of
+themselves. A run that continues checks them, and computes again what is damaged.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +28,23 @@ from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import ConfigDict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedprllm.errors import RunBusy, RunError
-from fedprllm.files import free_bytes, read_json, save_tensors, write_json
+from fedprllm.errors import FedprllmWarning, RunBusy, RunError
+from fedprllm.files import (
+    file_digest,
+    free_bytes,
+    read_sealed,
+    remove_temporary,
+    rename,
+    save_tensors,
+    write_sealed,
+)
 from fedprllm.pruning.records import BlockRecord, Record, RunRecord, SurveyRecord, SurveyRun
 
-__all__ = ["Run", "versions"]
+__all__ = ["Run", "check_files", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -103,9 +116,10 @@ class Run:
             ) from None
         try:
             if manifest.exists():
-                self._check_identity(read_json(manifest))
+                self._check_identity(_identity_in(manifest))
             else:
-                write_json(manifest, self._identity)
+                write_sealed(manifest, self._identity)
+            remove_temporary(self.folder)
         except BaseException:
             self._lock.release()
             raise
@@ -164,14 +178,29 @@ class Run:
             block += 1
         return block
 
-    def finish_block(self, block: int, record: Record, hidden: Mapping[str, Tensor] | None = None) -> None:
+    def finish_block(
+        self,
+        block: int,
+        record: BlockRecord | SurveyRecord,
+        hidden: Mapping[str, Tensor] | None = None,
+        files: Sequence[Path] = (),
+    ) -> None:
         """Save the hidden states and the record, which is written last and marks the block as finished.
 
-        The block's shard and votes must have been written before.
+        Args:
+            block: Block index, whose shard and votes must have been written before.
+            record: Its record, to which the digests of its files are added.
+            hidden: Hidden states after the block.
+            files: Further files that belong to the block.
         """
         if hidden:
             save_tensors(self._hidden_path(block), {name: state.cpu() for name, state in hidden.items()})
-        write_json(self._record_path(block), record.as_json())
+        digests = {
+            "files": self._digests([*(path for path in self._files_of(block) if path.exists()), *files]),
+            "newest": self._digests([self._hidden_path(block)] if hidden else []),
+        }
+        record = record.model_copy(update={name: found or None for name, found in digests.items()})
+        write_sealed(self._record_path(block), record.as_json())
         if block:
             self._hidden_path(block - 1).unlink(missing_ok=True)
 
@@ -186,6 +215,59 @@ class Run:
     def survey_records(self) -> list[SurveyRecord]:
         """The records of the finished blocks of a survey."""
         return [SurveyRecord.read(self._record_path(block)) for block in range(self.n_finished)]
+
+    # Damage ------------------------------------------------------------------------------------
+
+    def _files_of(self, block: int) -> list[Path]:
+        """The files of a block that belong to the result: its votes and its shard in every model."""
+        shards = self.folder.glob(f"**/model.unfinished/model-{block + 2:05d}-of-*.safetensors")
+        return [self.votes_path(block), *sorted(shards)]
+
+    def _digests(self, paths: Sequence[Path]) -> dict[str, str]:
+        """Digests by the path that each file has in the complete run."""
+        return {
+            path.relative_to(self.folder).as_posix().replace("model.unfinished/", "model/"): file_digest(path)
+            for path in paths
+        }
+
+    def damage(self) -> tuple[int, str] | None:
+        """The first finished block with a missing or damaged file, and the file in words."""
+        numbers = sorted(int(path.stem[-4:]) for path in self.folder.glob("blocks/block-????.json"))
+        for block in range(self.n_finished):
+            try:
+                record = _Vouching.model_validate(read_sealed(self._record_path(block)))
+                is_newest = block == self.n_finished - 1
+                check_files(self.folder, {**(record.files or {}), **((is_newest and record.newest) or {})})
+            except RunError as error:
+                return block, str(error)
+        if numbers and numbers[-1] >= self.n_finished:
+            return self.n_finished, f"{self._record_path(self.n_finished)} is missing"
+        return None
+
+    def forget_damaged(self, restarts: bool = True) -> None:
+        """Forget finished blocks of an incomplete run that cannot be relied on, and say so.
+
+        Args:
+            restarts: Begin again at the first block, because the input of a later one is not kept.
+
+        Warns:
+            FedprllmWarning: Something is damaged. The warning names it and what is computed again.
+        """
+        if (found := self.damage()) is None:
+            return
+        block, what = found
+        first = 0 if restarts else block
+        warnings.warn(
+            FedprllmWarning(f"{what}; the run continues and computes everything from block {first} on again"),
+            stacklevel=2,
+        )
+        (self.folder / "result.json").unlink(missing_ok=True)
+        # Backwards: what a kill leaves must be without gaps.
+        for path in sorted(self.folder.glob("blocks/block-????.json"), reverse=True):
+            if int(path.stem[-4:]) >= first:
+                path.unlink()
+        for path in self.folder.glob("state/hidden-*.safetensors"):
+            path.unlink()
 
     # Models and result -------------------------------------------------------------------------
 
@@ -202,21 +284,99 @@ class Run:
         """Move a complete model to its final folder; does nothing if it is already there."""
         unfinished = self.unfinished_model_dir(participant)
         if unfinished.exists():
-            unfinished.replace(self.model_dir(participant))
+            rename(unfinished, self.model_dir(participant))
+
+    def reopen_model(self, participant: str | None = None) -> None:
+        """Move a model back whose run was killed before its result: its last files are written again."""
+        final, unfinished = self.model_dir(participant), self.unfinished_model_dir(participant)
+        if final.exists() and not unfinished.exists():
+            rename(final, unfinished)
+
+    def model_files(self, models: Mapping[str, str]) -> dict[str, str]:
+        """Digests of the files of complete models that belong to no block, by relative path.
+
+        The model cards are left out, since their readers may complete them.
+        """
+        known = {path for record in self.records() for path in record.files or {}}
+        paths = [path for folder in models.values() for path in sorted((self.folder / folder).iterdir())]
+        found = [path for path in paths if path.is_file() and path.name != "README.md"]
+        return self._digests(
+            [path for path in found if path.relative_to(self.folder).as_posix() not in known]
+        )
 
     @property
     def is_complete(self) -> bool:
         """Whether the run is complete, that is, its result exists."""
         return (self.folder / "result.json").exists()
 
+    def check_result(self) -> None:
+        """Check every file that the result of a complete run names.
+
+        Raises:
+            RunError: One is missing or damaged; the message names it and what to do.
+        """
+        path = self.folder / "result.json"
+        try:
+            record = RunRecord.read(path)
+            for files in (record.files, *(block.files for block in record.blocks)):
+                check_files(self.folder, files or {})
+        except RunError as error:
+            raise RunError(
+                f"{error}. The run was complete: restore the file, or delete {path} and repeat the command "
+                "to have the missing part computed again"
+            ) from None
+
     def finish(self, record: RunRecord | SurveyRun) -> None:
         """Write the result and delete what only an unfinished run needs."""
-        write_json(self.folder / "result.json", record.as_json())
+        write_sealed(self.folder / "result.json", record.as_json())
         shutil.rmtree(self.folder / "state", ignore_errors=True)
+
+
+class _Vouching(Record):
+    """The part of a block's record that vouches for files."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    files: dict[str, str] | None = None
+    newest: dict[str, str] | None = None
+
+
+def _identity_in(manifest: Path) -> dict[str, Any]:
+    try:
+        return read_sealed(manifest)
+    except RunError as error:
+        raise RunError(
+            f"{error}. It tells which run the folder belongs to: restore it, or delete the folder "
+            f"{manifest.parent} and run again"
+        ) from None
+
+
+def check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Check files of a run against their digests.
+
+    Args:
+        folder: The run's folder.
+        digests: SHA-256 by path relative to the folder. A model's folder may still have its unfinished name.
+
+    Raises:
+        RunError: A file is missing or differs; the message names it.
+    """
+    for name, expected in digests.items():
+        path = folder / name
+        if not path.exists():
+            parent = path.parent.with_name("model.unfinished") if path.parent.name == "model" else path.parent
+            path = parent / path.name
+        if not path.exists():
+            raise RunError(f"{folder / name} is missing")
+        if file_digest(path) != expected:
+            raise RunError(f"{path} is damaged: it is not as the run wrote it")
 
 
 def _differences(found: Any, expected: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """Paths at which two JSON values differ, each with both values."""
+    if name.rpartition(".")[2] in ("source", "sources"):
+        # Where a model or a text lies; what it holds is compared by its fingerprint.
+        return []
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         keys = [*expected, *(key for key in found if key not in expected)]
         return [

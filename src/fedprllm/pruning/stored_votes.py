@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedprllm.core.bitplanes import PackedVotes
-from fedprllm.files import save_tensors
+from fedprllm.errors import RunError
+from fedprllm.files import file_digest, save_tensors
 from fedprllm.models.block import Linear
 
 __all__ = ["StoredVotes", "save_votes"]
@@ -40,18 +41,32 @@ class StoredVotes(Mapping[str, Tensor]):
 
     Args:
         files: The file with the votes on each weight, by weight name.
+        digests: SHA-256 of these files, where it is known.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(self, files: Mapping[str, Path], digests: Mapping[Path, str] | None = None) -> None:
         self._files = files
+        self._unchecked = dict(digests or {})
 
     def __getitem__(self, name: str) -> Integer[Tensor, "n m"]:
-        """Votes in the checkpoint's orientation, in the smallest integer type that holds them."""
+        """Votes in the checkpoint's orientation, in the smallest integer type that holds them.
+
+        Raises:
+            RunError: The file with the votes is missing or damaged.
+        """
+        self._check(self._files[name])
         with safe_open(self._files[name], framework="pt") as opened:
             about = json.loads(opened.metadata()[name])
             planes = opened.get_tensor(name).clone()
         counts = PackedVotes.of_planes(planes, prod(about["shape"])).counts().reshape(about["shape"])
         return counts.T.contiguous() if about["transposed"] else counts
+
+    def _check(self, path: Path) -> None:
+        if not path.exists():
+            raise RunError(f"{path} is missing: restore it, or run again in another folder")
+        if path in self._unchecked and file_digest(path) != self._unchecked[path]:
+            raise RunError(f"{path} is damaged: restore it, or run again in another folder")
+        self._unchecked.pop(path, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,19 +13,36 @@ from torch import Tensor
 from fedprllm.config import PruneConfig
 from fedprllm.core.ties import generator
 from fedprllm.errors import DataError
-from fedprllm.files import names_of, write_text
+from fedprllm.files import atomic_path, names_of
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.pruning.inputs import RESERVED_NAMES, PooledData, make_participants
 from fedprllm.pruning.participant import Participant
-from fedprllm.study.questions import Cell, StudyConfig
-from fedprllm.text.documents import read_documents
+from fedprllm.study.questions import Cell, StudyConfig, cells_of
+from fedprllm.text.documents import Part, parts_of, say_left_out
 from fedprllm.text.windows import evaluation_windows
 
 __all__ = ["StudyData"]
 
 _CHARACTERS_PER_TOKEN = 8  # more than in any real text, so the held-out part has enough tokens
 _HELD_OUT_SHARE = 0.2  # maximum share of a domain's documents
+_FEW = 10  # documents; a few long ones, such as a book, are split into their paragraphs
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    """Everything that the windows of a cell's participants depend on besides their number."""
+
+    partition: str
+    seed: int
+    windows: int
+    window_length: int | None
+    bos: str
+
+    @classmethod
+    def of(cls, cell: Cell) -> _Dealt:
+        config = cell.config
+        return cls(cell.partition, config.seed, config.windows, config.window_length, config.bos)
 
 
 class StudyData:
@@ -42,7 +60,12 @@ class StudyData:
     def __init__(self, model: BlockwiseModel, study: StudyConfig, folder: Path) -> None:
         self._model, self._study = model, study
         self._tokenizer = load_tokenizer(model.folder)
-        self._made: dict[tuple[str, int, int], list[Participant]] = {}
+        say_left_out([*study.data, *study.domains, *study.eval])
+        self._made: dict[_Dealt, list[Participant]] = {}
+        self._largest: dict[_Dealt, int] = {}
+        for cell in cells_of(study):
+            dealt = _Dealt.of(cell)
+            self._largest[dealt] = max(self._largest.get(dealt, 0), cell.participants)
         self._domains = {
             name: _split(source, name, folder, study.eval_tokens)
             for name, source in zip(names_of(study.domains, RESERVED_NAMES), study.domains, strict=True)
@@ -79,52 +102,122 @@ class StudyData:
         Raises:
             DataError: There is too little text for the requested number of windows per participant.
         """
-        key = (cell.partition, cell.config.seed, cell.config.windows)
-        if key not in self._made:
-            self._made[key] = self._make(cell.partition, cell.config)
-        participants = self._made[key][: cell.participants]
+        dealt = _Dealt.of(cell)
+        if dealt not in self._made:
+            largest = max(self._largest.get(dealt, 0), cell.participants)
+            self._made[dealt] = self._make(cell.partition, cell.config, largest)
+        participants = self._made[dealt][: cell.participants]
+        assert len(participants) == cell.participants, "a cell has as many participants as its label says"
         for participant in participants:
             # A dirichlet partition is meant to give unequal shares.
             if len(participant.windows) < cell.config.windows and cell.partition != "dirichlet":
                 raise DataError(
                     f"participant '{participant.name}' ({cell.partition}) has text for "
-                    f"{len(participant.windows)} windows of {self._study.window_length} tokens, expected "
+                    f"{len(participant.windows)} windows of {cell.config.window_length} tokens, expected "
                     f"{cell.config.windows}: provide more text, or choose fewer windows, shorter windows or "
                     "fewer participants"
                 )
         return participants
 
-    def _make(self, partition: str, config: PruneConfig) -> list[Participant]:
+    def _make(self, partition: str, config: PruneConfig, n: int) -> list[Participant]:
         calibration = {name: parts[0] for name, parts in self._domains.items()}
         if partition == "domain":
             return make_participants(self._model, calibration, config)[0]
         sources: Sequence[str | Path] = self._study.data if partition == "iid" else list(calibration.values())
-        n = max(self._study.participants)
         data = PooledData(sources, n, "iid" if partition == "iid" else "dirichlet", self._study.alpha)
         return make_participants(self._model, data, config)[0]
 
 
 def _split(source: str, name: str, folder: Path, eval_tokens: int) -> tuple[Path, Path]:
-    """Split the documents of a domain into two files: one for calibration, one held out."""
-    documents = read_documents(source)
-    if len(documents) < 10:
-        # A few long documents, such as a book: paragraphs are the smallest parts that make sense alone.
-        documents = [part for document in documents for part in document.split("\n\n") if part.strip()]
-    order = torch.randperm(len(documents), generator=generator("held out", name)).tolist()
-    shuffled = [documents[place] for place in order]
+    """Split the documents of a domain into two files: one for calibration, one held out.
+
+    The text is read in pieces: only the lengths of the documents and what is held out are in memory.
+    """
+    lengths = _lengths(_documents(source, paragraphs=False))
+    paragraphs = len(lengths) < _FEW
+    if paragraphs:
+        lengths = _lengths(_documents(source, paragraphs=True))
+    order = torch.randperm(len(lengths), generator=generator("held out", name)).tolist()
     n_held_out, n_characters = 0, 0
-    while n_held_out < _HELD_OUT_SHARE * len(shuffled) and n_characters < _CHARACTERS_PER_TOKEN * eval_tokens:
-        n_characters += len(shuffled[n_held_out])
+    while n_held_out < _HELD_OUT_SHARE * len(order) and n_characters < _CHARACTERS_PER_TOKEN * eval_tokens:
+        n_characters += lengths[order[n_held_out]]
         n_held_out += 1
-    if len(shuffled) - n_held_out < 1:
+    if len(order) - n_held_out < 1:
         raise DataError(
             f"{source} has too little text to hold out a part of it: expected at least two documents or "
             "paragraphs; provide more text"
         )
-    parts = {"held-out": shuffled[:n_held_out], "calibration": shuffled[n_held_out:]}
-    paths = {}
-    for part, texts in parts.items():
-        paths[part] = folder / f"{name}-{part}.jsonl"
-        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-        write_text(paths[part], "".join(lines))
-    return paths["calibration"], paths["held-out"]
+    places = {place: rank for rank, place in enumerate(order[:n_held_out])}
+    calibration, held_out = folder / f"{name}-calibration.jsonl", folder / f"{name}-held-out.jsonl"
+    kept: dict[int, list[str]] = {}
+    with atomic_path(calibration) as path, _Lines(path) as lines:
+        number = -1
+        for part in _documents(source, paragraphs=paragraphs):
+            number += part.starts
+            if number in places:
+                kept.setdefault(places[number], []).append(part.text)
+            else:
+                lines.add(part)
+    with atomic_path(held_out) as path, _Lines(path) as lines:
+        for rank in sorted(kept):
+            lines.add(Part("".join(kept[rank]), starts=True))
+    return calibration, held_out
+
+
+def _documents(source: str, *, paragraphs: bool) -> Iterator[Part]:
+    parts = parts_of([source])
+    return _paragraphs(parts) if paragraphs else parts
+
+
+def _paragraphs(parts: Iterable[Part]) -> Iterator[Part]:
+    """The paragraphs of documents, without blank ones."""
+    pending = ""
+    for part in parts:
+        if part.starts:
+            yield from _whole(pending)
+            pending = ""
+        *complete, pending = (pending + part.text).split("\n\n")
+        for paragraph in complete:
+            yield from _whole(paragraph)
+    yield from _whole(pending)
+
+
+def _whole(paragraph: str) -> Iterator[Part]:
+    if paragraph.strip():
+        yield Part(paragraph, starts=True)
+
+
+def _lengths(parts: Iterable[Part]) -> list[int]:
+    """Number of characters of each document."""
+    lengths: list[int] = []
+    for part in parts:
+        if part.starts:
+            lengths.append(0)
+        lengths[-1] += len(part.text)
+    return lengths
+
+
+class _Lines:
+    """Writes documents as JSON Lines, part by part."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._is_open = False
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def add(self, part: Part) -> None:
+        if part.starts:
+            self._end()
+            self._file.write('{"text": "')
+            self._is_open = True
+        self._file.write(json.dumps(part.text, ensure_ascii=False)[1:-1])
+
+    def _end(self) -> None:
+        if self._is_open:
+            self._file.write('"}\n')
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self._file.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from fedprllm.study.results import Measured, Spread, models_on, name_of, texts_of
+from fedprllm.study.results import Measured, Spread, models_on, names_of_settings, texts_of
 
 __all__ = ["own_and_others"]
 
@@ -15,18 +15,18 @@ def own_and_others(cells: Sequence[Measured]) -> dict[str, tuple[Spread, Spread]
 
     A model pruned together serves all participants, so both values are its mean over all texts.
     """
-    all_cells = [cell for cell, _ in cells]
+    names = names_of_settings([cell for cell, _ in cells])
     found: dict[str, tuple[list[float], list[float]]] = {}
     for cell, record in cells:
         texts = texts_of([(cell, record)])
         own, others = [], []
         for text in texts:
             by_model = models_on(record, text)
-            alone = text in by_model
+            alone = cell.partition == "domain" and text in by_model
             own.append(by_model[text] if alone else mean(by_model.values()))
             rest = [value for name, value in by_model.items() if name != text]
             others.append(mean(rest) if alone and rest else own[-1])
-        row = found.setdefault(name_of(cell, all_cells), ([], []))
+        row = found.setdefault(names[cell.setting_key], ([], []))
         row[0].append(mean(own))
         row[1].append(mean(others))
     return {name: (Spread(tuple(own)), Spread(tuple(others))) for name, (own, others) in found.items()}

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.bitplanes import pack
-from fedprllm.files import save_tensors, write_json
+from fedprllm.errors import RunError
+from fedprllm.files import file_digest, read_sealed, save_tensors, write_sealed
 from fedprllm.models.block import Block
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.pruning.method import pruning_method
@@ -96,6 +97,7 @@ class KeptWalks:
 
     def __init__(self, model: BlockwiseModel, digest: str, folder: Path) -> None:
         self._model, self._digest, self._folder = model, digest, folder
+        self._checked: dict[Path, KeptWalk] = {}
 
     def key(self, participant: Participant, config: PruneConfig) -> str:
         """Folder name of a walk: a hash of everything that the walk depends on."""
@@ -109,7 +111,20 @@ class KeptWalks:
 
     def has(self, participant: Participant, config: PruneConfig) -> bool:
         """Whether the walk is stored."""
-        return (self._folder / self.key(participant, config) / "walk.json").exists()
+        return self._stored(self._folder / self.key(participant, config)) is not None
+
+    def _stored(self, folder: Path) -> KeptWalk | None:
+        """A stored walk, with its files checked once; None if it is missing, incomplete or damaged."""
+        if folder not in self._checked:
+            try:
+                record = WalkRecord.model_validate(read_sealed(folder / "walk.json"))
+                whole = all(file_digest(folder / name) == digest for name, digest in record.files.items())
+            except (FileNotFoundError, RunError, ValueError):
+                return None
+            if not whole:
+                return None
+            self._checked[folder] = KeptWalk(folder, record)
+        return self._checked[folder]
 
     def bytes_of(self, config: PruneConfig) -> int:
         """Disk space of one walk in bytes."""
@@ -124,12 +139,15 @@ class KeptWalks:
             advance: Called with the number of windows that went through a block.
         """
         folder = self._folder / self.key(participant, config)
-        file = folder / "walk.json"
-        if not file.exists():
+        kept = self._stored(folder)
+        if kept is None:
             folder.mkdir(parents=True, exist_ok=True)
             n_ties = self._take(participant, config, folder, advance)
-            write_json(file, WalkRecord(participant=participant.describe(), n_ties=n_ties).as_json())
-        return KeptWalk(folder, WalkRecord.read(file))
+            files = {path.name: file_digest(path) for path in sorted(folder.glob("block-*.safetensors"))}
+            record = WalkRecord(participant=participant.describe(), n_ties=n_ties, files=files)
+            write_sealed(folder / "walk.json", record.as_json())
+            kept = self._checked[folder] = KeptWalk(folder, record)
+        return kept
 
     def _take(
         self, participant: Participant, config: PruneConfig, folder: Path, advance: Callable[[int], None]

@@ -77,6 +77,7 @@ class Lab:
             setting=cell.setting,
             seed=cell.config.seed,
             n_participants=len(participants),
+            participants=[participant.name for participant in participants],
             n_tokens=sum(participant.n_tokens for participant in participants),
             update_bytes=sum(sent),
             update_bytes_per_block=max(sent),
@@ -112,6 +113,7 @@ class Lab:
             participants,
             # The bytes actually sent: a participant may not prune every block.
             run.update_bytes_per_block,
+            made="run",
             models=models,
             n_zeros=run.n_zeros,
             n_pruned=sum(linear.n_pruned for linear in linears),
@@ -150,7 +152,7 @@ class Lab:
                 models[name] = perplexities(self._model, texts, _forwarded(advance), decide)
             counts = Counter({key: value // len(walks) for key, value in counts.items()})
             counts["n_ties"] = sum(walk.record.n_ties for walk in walks.values()) // len(walks)
-        return self._record(cell, participants, sent, models=models, **counts, **extra)
+        return self._record(cell, participants, sent, made="derived", models=models, **counts, **extra)
 
     def _server(
         self,

@@ -26,6 +26,14 @@ PARTITIONS = ("iid", "domain", "dirichlet")
 _Values = dict[str, Sequence[Any]]
 # Axes of a grid besides the fields of `PruneConfig`.
 _OWN_AXES = ("participants", "partition")
+# Options that a grid cannot vary, and why.
+_FIXED = {
+    "seed": "name the seeds with the study's own list, seeds",
+    "dtype": "it is the same for a whole study: set it outside the grid, and make one study for each",
+    "device": "it is the same for a whole study: set it outside the grid",
+    "memory_limit": "it does not affect a result",
+    "max_update_mb": "it does not affect a result",
+}
 _TIES = ("index", "random", "magnitude")
 
 
@@ -251,6 +259,11 @@ class Cell:
         return {**values, "participants": self.participants, "partition": self.partition}
 
     @property
+    def setting_key(self) -> str:
+        """The setting as one string that is equal only for equal settings."""
+        return json.dumps(self.setting, sort_keys=True)
+
+    @property
     def key(self) -> str:
         """A name for files: a hash of the setting and the seed."""
         text = json.dumps([self.setting, self.config.seed], sort_keys=True)
@@ -291,6 +304,8 @@ def _grids(study: StudyConfig) -> Iterator[tuple[str, _Values]]:
         for axis in grid:
             if axis not in known:
                 raise ConfigError(f"grid {number}: unknown option {did_you_mean(axis, known)}")
+            if axis in _FIXED:
+                raise ConfigError(f"grid {number}: {axis} cannot be an axis: {_FIXED[axis]}")
         yield f"grid {number}", {k: v if isinstance(v, list) else [v] for k, v in grid.items()}
 
 
@@ -308,7 +323,14 @@ def _cell(study: StudyConfig, values: Mapping[str, Any], seed: int, question: st
         raise ConfigError(f"{question}: partition {partition} needs domains, found none: name their texts")
     if partition == "iid" and not study.data:
         raise ConfigError(f"{question}: partition iid needs data, found none: name texts to distribute")
+    if partition == "domain" and "participants" in values:
+        raise ConfigError(
+            f"{question}: participants cannot be an axis with partition domain, where each of the "
+            f"{len(study.domains)} domains is one participant: leave it out, or use partition dirichlet"
+        )
     n = values.pop("participants", study.participants[0])
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ConfigError(f"{question}: participants must be whole numbers from 1 on, found {n!r}")
     base = {
         "sparsity": study.sparsity[0],
         "windows": study.windows[0],
@@ -331,4 +353,4 @@ def _cell(study: StudyConfig, values: Mapping[str, Any], seed: int, question: st
 
 
 def _needs_domains(grids: Sequence[_Values]) -> bool:
-    return any(grid.get("partition", ["iid"])[0] != "iid" for grid in grids)
+    return any(partition != "iid" for grid in grids for partition in grid.get("partition", ()))

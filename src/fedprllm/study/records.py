@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.pruning.records import ModelRecord, ParticipantRecord, Record
@@ -16,7 +16,11 @@ class CellRecord(Record):
     Attributes:
         setting: Everything but the seed (see `Cell.setting`).
         seed: The seed.
+        made: How the pruned weights came about: ``run`` if a run of its own computed them, ``derived`` if
+            they were decided from participants' stored updates, which other cells use too. Perplexities are
+            measured by forward passes in either case.
         n_participants: Number of participants.
+        participants: Their names, in the order of ``agreement``.
         n_tokens: Number of calibration tokens of all participants together.
         update_bytes: Payload that one participant shares during the run, in bytes.
         update_bytes_per_block: Payload of its largest update of a block, in bytes.
@@ -32,7 +36,9 @@ class CellRecord(Record):
 
     setting: dict[str, Any]
     seed: int
+    made: Literal["run", "derived"]
     n_participants: int
+    participants: list[str]
     n_tokens: int
     update_bytes: int
     update_bytes_per_block: int
@@ -61,10 +67,12 @@ class WalkRecord(Record):
     Attributes:
         participant: The participant that walked.
         n_ties: Number of prunes decided by the tie rule.
+        files: SHA-256 of the files of updates by name.
     """
 
     participant: ParticipantRecord
     n_ties: int
+    files: dict[str, str]
 
 
 class StudiedModel(ModelRecord):

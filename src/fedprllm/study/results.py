@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,7 +14,16 @@ from fedprllm.evaluation.results import Perplexity
 from fedprllm.study.questions import QUESTIONS, Cell, StudyConfig
 from fedprllm.study.records import CellRecord, StudiedModel
 
-__all__ = ["Difference", "Results", "Spread", "name_of", "paired", "spread_by_text"]
+__all__ = [
+    "Difference",
+    "Results",
+    "Spread",
+    "how_made",
+    "name_of",
+    "names_of_settings",
+    "paired",
+    "spread_by_text",
+]
 
 Measured = tuple[Cell, CellRecord]
 
@@ -94,14 +104,30 @@ def texts_of(cells: Sequence[Measured]) -> list[str]:
 def name_of(cell: Cell, among: Sequence[Cell]) -> str:
     """Name a setting by what distinguishes it from others: ``one-shot`` or ``local row, server column``."""
     varying = [axis for axis in cell.setting if len({json.dumps(other.setting[axis]) for other in among}) > 1]
-    words = [_word(axis, cell.setting[axis]) for axis in varying]
+    words = [_word(axis, _meant(cell, axis)) for axis in varying]
     return ", ".join(words) or cell.config.strategy
 
 
+def names_of_settings(cells: Sequence[Cell]) -> dict[str, str]:
+    """The name of every setting among cells by the setting's key; no two settings have one name."""
+    names = {cell.setting_key: name_of(cell, cells) for cell in cells}
+    assert len(set(names.values())) == len(names), "two settings would be averaged as if they were seeds"
+    return names
+
+
+def _meant(cell: Cell, axis: str) -> Any:
+    """The value of an axis; a server that names no rule for equal votes has the participants'."""
+    value = cell.setting[axis]
+    return cell.config.ties if axis == "server_ties" and value is None else value
+
+
 def _word(axis: str, value: Any) -> str:
+    """A value of an axis in words, different for different values."""
+    if axis == "sparsity":
+        return f"{(100 * Decimal(repr(value))).normalize():f}%"
     short = {
         "strategy": "{}",
-        "sparsity": "{:.0%}",
+        "ties": "local ties {}",
         "local_group": "local {}",
         "server_group": "server {}",
         "server_ties": "ties {}",
@@ -115,8 +141,6 @@ def _word(axis: str, value: Any) -> str:
     }
     if axis == "scale_weights":
         return "scaled" if value else "not scaled"
-    if axis == "server_ties" and value is None:
-        return "ties index"
     return short.get(axis, axis.replace("_", " ") + " {}").format(value)
 
 
@@ -133,9 +157,10 @@ def _order(cells: Sequence[Cell]) -> Callable[[Measured], list[int]]:
 def spread_by_text(cells: Sequence[Measured]) -> dict[str, dict[str, Spread]]:
     """Mean and spread over seeds by setting and text; similar settings are adjacent."""
     all_cells = [cell for cell, _ in cells]
+    names = names_of_settings(all_cells)
     values: dict[str, dict[str, list[float]]] = {}
     for cell, record in sorted(cells, key=_order(all_cells)):
-        row = values.setdefault(name_of(cell, all_cells), {})
+        row = values.setdefault(names[cell.setting_key], {})
         for text in texts_of([(cell, record)]):
             row.setdefault(text, []).append(mean(models_on(record, text).values()))
     return {name: {text: Spread(tuple(some)) for text, some in row.items()} for name, row in values.items()}
@@ -177,9 +202,7 @@ def paired(cells: Sequence[Measured], axis: str, base: Any, other: Any) -> Diffe
     found: dict[str, dict[Any, dict[str, float]]] = {}
     for cell, record in cells:
         rest = {name: value for name, value in cell.setting.items() if name != axis}
-        value = cell.setting[axis]
-        if axis == "server_ties" and value is None:
-            value = cell.config.ties
+        value = _meant(cell, axis)
         losses = {
             text: mean(row.nll for rows in record.models.values() for row in rows if row.text == text)
             for text in texts_of([(cell, record)])
@@ -210,10 +233,20 @@ def closed_gap(cells: Sequence[Measured]) -> float | None:
 def tie_shares(cells: Sequence[Measured]) -> dict[str, float]:
     """Fraction of the prunes that a tie rule decided by setting, averaged over seeds."""
     all_cells = [cell for cell, _ in cells]
+    names = names_of_settings(all_cells)
     values: dict[str, list[float]] = {}
     for cell, record in cells:
-        values.setdefault(name_of(cell, all_cells), []).append(record.tie_share)
+        values.setdefault(names[cell.setting_key], []).append(record.tie_share)
     return {name: mean(shares) for name, shares in values.items()}
+
+
+def how_made(cells: Sequence[Measured]) -> dict[str, str]:
+    """How the pruned weights of each setting came about: by a run of its own, or derived."""
+    names = names_of_settings([cell for cell, _ in cells])
+    made: dict[str, set[str]] = {}
+    for cell, record in cells:
+        made.setdefault(names[cell.setting_key], set()).add(record.made)
+    return {name: " and ".join(sorted(ways)) for name, ways in made.items()}
 
 
 def answers(results: Results, question: str) -> list[str]:
@@ -223,9 +256,8 @@ def answers(results: Results, question: str) -> list[str]:
         return []
     parts: dict[str, list[Measured]] = {}
     for cell, record in cells:
-        parts.setdefault(_word(known.by, cell.setting[known.by]) if known.by else "", []).append(
-            (cell, record)
-        )
+        where = _word(known.by, _meant(cell, known.by)) if known.by else ""
+        parts.setdefault(where, []).append((cell, record))
     sentences = []
     for name, part in parts.items():
         differences = [paired(part, *pair) for pair in known.pairs]

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from fedprllm.errors import RunError
 from fedprllm.evaluation.results import Perplexity
-from fedprllm.files import free_bytes, read_json, write_json
+from fedprllm.files import free_bytes, read_sealed, remove_temporary, write_sealed
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.fingerprints import model_digest
 from fedprllm.models.identity import model_identity
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
+from fedprllm.pruning.inputs import check_outside
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.preflight import check_pattern_divides, check_update_size
 from fedprllm.pruning.run_folder import versions
@@ -42,6 +43,8 @@ from fedprllm.study.written import write_results
 from fedprllm.text.windows import fingerprint
 
 __all__ = ["study"]
+
+_Known = TypeVar("_Known")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> 
         RunError: Another process is working on the folder, or the disk has too little free space.
     """
     out = Path(out)
+    check_outside(out, [*config.data, *config.domains, *config.eval])
     cells = cells_of(config)
     model = BlockwiseModel(resolve_model(config.model, progress=progress), config.dtype, config.device)
     for cell in cells:
@@ -90,6 +94,7 @@ def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> 
 def _study(
     config: StudyConfig, cells: list[Cell], model: BlockwiseModel, out: Path, progress: Progress
 ) -> Results:
+    remove_temporary(out)
     data = StudyData(model, config, out / "texts")
     digest = model_digest(model_identity(model, progress)).hex()
     walks = KeptWalks(model, digest, out / "walks")
@@ -99,27 +104,49 @@ def _study(
         is_iid: out / "cells" / f"dense-{_hash([digest, _fingerprints(texts)])}.json"
         for is_iid, texts in dense_texts.items()
     }
-    left = [job for job in jobs if not job.file.exists()]
-    dense_left = [is_iid for is_iid, file in dense.items() if not file.exists()]
+    # What a disk has damaged is measured again, like what is missing.
+    known = {job.file: _known(job.file, CellRecord.model_validate) for job in jobs}
+    known_dense = {is_iid: _known(file, _rows) for is_iid, file in dense.items()}
+    left = [job for job in jobs if known[job.file] is None]
+    dense_left = [is_iid for is_iid, rows in known_dense.items() if rows is None]
     _check_space(left, model, walks, out)
     total = sum(_n_steps(dense_texts[is_iid], 1, model.n_blocks) for is_iid in dense_left)
     lab = Lab(model, walks, out / "unfinished")
     with progress(f"studying {len(left)} cells", total + _planned(left, config, model, walks)) as advance:
         for is_iid in dense_left:
-            write_json(dense[is_iid], [row.as_json() for row in lab.dense(dense_texts[is_iid], advance)])
+            known_dense[is_iid] = rows = lab.dense(dense_texts[is_iid], advance)
+            write_sealed(dense[is_iid], {"rows": [row.as_json() for row in rows]})
         for job in left:
             record = lab.measure(job.cell, job.participants, job.texts, _n_models(job, config), advance)
-            write_json(job.file, record.as_json())
+            write_sealed(job.file, record.as_json())
+            known[job.file] = CellRecord.model_validate(read_sealed(job.file))
     shutil.rmtree(out / "unfinished", ignore_errors=True)
     results = Results(
         config=config,
-        cells=[(job.cell, CellRecord.read(job.file)) for job in jobs],
-        dense=[Perplexity(**row) for file in dense.values() for row in read_json(file)],
+        cells=[(job.cell, _there(known[job.file])) for job in jobs],
+        dense=[row for rows in known_dense.values() for row in _there(rows)],
         model=StudiedModel(source=config.model, fingerprint=digest, n_prunable=model.n_prunable),
         versions=versions(),
     )
     write_results(results, out)
     return results
+
+
+def _known(file: Path, read: Callable[[dict[str, Any]], _Known]) -> _Known | None:
+    """What an earlier process measured; None if it did not, or if the file is damaged."""
+    try:
+        return read(read_sealed(file))
+    except (FileNotFoundError, RunError, ValueError):
+        return None
+
+
+def _there(value: _Known | None) -> _Known:
+    assert value is not None, "everything that was left has been measured"
+    return value
+
+
+def _rows(value: dict[str, Any]) -> list[Perplexity]:
+    return [Perplexity(**row) for row in value["rows"]]
 
 
 def _job(cell: Cell, data: StudyData, digest: str, out: Path) -> _Job:

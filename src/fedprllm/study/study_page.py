@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from fedprllm.study.results import (
     Results,
     Spread,
     answers,
+    how_made,
     name_of,
+    names_of_settings,
     spread_by_text,
     texts_of,
     tie_shares,
@@ -73,8 +76,9 @@ def _summary(results: Results, model: str) -> str:
 def _tiles(results: Results) -> list[tuple[str, str, str]]:
     spent = sum(record.seconds for _, record in results.cells)
     tokens = sum(row.n_tokens for row in results.dense)
+    derived = sum(record.made == "derived" for _, record in results.cells)
     return [
-        ("cells", f"{len(results.cells)}", "settings times seeds"),
+        ("cells", f"{len(results.cells)}", f"settings times seeds; {derived} derived from stored updates"),
         ("seeds", f"{len(results.config.seeds)}", ", ".join(map(str, results.config.seeds))),
         ("measured on", f"{tokens:,}", "predicted tokens"),
         ("time", seconds(spent), "pruning and measuring"),
@@ -108,9 +112,9 @@ def _own_table(cells: Sequence[Measured]) -> Table:
 
 
 def _table(cells: Sequence[Measured], spreads: Mapping[str, Mapping[str, Spread]]) -> Table:
-    texts, shares = texts_of(cells), tie_shares(cells)
-    all_cells = [cell for cell, _ in cells]
-    records = {name_of(cell, all_cells): record for cell, record in cells}
+    texts, shares, made = texts_of(cells), tie_shares(cells), how_made(cells)
+    names = names_of_settings([cell for cell, _ in cells])
+    records = {names[cell.setting_key]: record for cell, record in cells}
     rows: list[list[str | TableCell]] = [
         [
             name,
@@ -118,12 +122,16 @@ def _table(cells: Sequence[Measured], spreads: Mapping[str, Mapping[str, Spread]
             percent(shares[name]),
             _unwanted(records[name].pruned_by_votes),
             size(records[name].update_bytes) if records[name].update_bytes else "",
+            made[name],
         ]
         for name, row in spreads.items()
     ]
-    columns = ("", *texts, "by a tie", "against the majority", "each sends")
+    columns = ("", *texts, "by a tie", "against the majority", "each sends", "made by")
     return Table(
-        "Perplexity, mean ± standard deviation over seeds", columns, "l" + "r" * (len(columns) - 1), rows
+        "Perplexity, mean ± standard deviation over seeds",
+        columns,
+        "l" + "r" * (len(columns) - 2) + "l",
+        rows,
     )
 
 
@@ -166,9 +174,9 @@ def _figures(
 def _without(cell: Cell, axis: str) -> Cell:
     """The cell with an axis reset to a constant."""
     if axis == "participants":
-        return Cell(cell.config, 0, cell.partition, cell.questions)
+        return replace(cell, participants=0)
     plain = type(cell.config).model_fields[axis].default
-    return Cell(cell.config.model_copy(update={axis: plain}), cell.participants, cell.partition)
+    return replace(cell, config=cell.config.model_copy(update={axis: plain}))
 
 
 def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
@@ -180,8 +188,7 @@ def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
     matrix = record.agreement
     if matrix is None or len(matrix) < 2:
         return []
-    names = texts_of([(cell, record)]) if cell.partition == "domain" else None
-    names = sorted(names) if names and len(names) == len(matrix) else [str(n + 1) for n in range(len(matrix))]
+    names = record.participants
     values = np.array(matrix)
     np.fill_diagonal(values, np.nan)
     label = (
@@ -201,6 +208,11 @@ def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
 
 def _setting(results: Results) -> Section:
     section = Section("setting", "Settings")
+    section.parts.append(
+        "Cells made by a run were pruned from the start; derived cells were decided from the participants' "
+        "stored updates, which gives the same weights. Every perplexity was measured by forward passes "
+        "through the pruned model."
+    )
     fields = type(results.config).model_fields
     rows: list[list[str | TableCell]] = [
         [name.replace("_", "-"), _plain(value), fields[name].description or ""]

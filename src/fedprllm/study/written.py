@@ -12,7 +12,7 @@ from fedprllm.config import PruneConfig
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import write_json, write_text
 from fedprllm.study.questions import QUESTIONS
-from fedprllm.study.results import Results, answers, spread_by_text, texts_of, tie_shares
+from fedprllm.study.results import Results, answers, how_made, spread_by_text, texts_of, tie_shares
 from fedprllm.study.study_page import write_page
 
 __all__ = ["write_results"]
@@ -53,6 +53,7 @@ def _rows(results: Results) -> Iterator[dict[str, Any]]:
                     **_losses(row),
                     "seed": cell.config.seed,
                     **{name: record.setting[name] for name in changing if name in record.setting},
+                    "made": record.made,
                     "zeros": record.n_zeros / record.n_prunable,
                     "ties": record.tie_share,
                     "update_bytes": record.update_bytes,
@@ -69,7 +70,9 @@ def _markdown(results: Results) -> str:
     lines = [
         "# Study",
         "",
-        f"Perplexity, mean ± standard deviation over seeds {list(results.config.seeds)}.",
+        f"Perplexity, mean ± standard deviation over seeds {list(results.config.seeds)}. Settings made by a "
+        "run were pruned from the start; derived ones were decided from stored updates, which gives the same "
+        "weights.",
         "",
     ]
     dense = ", ".join(f"{row.text} {row.perplexity:.2f}" for row in results.dense)
@@ -81,11 +84,11 @@ def _markdown(results: Results) -> str:
         if known:
             lines += [f"{known.paper}", ""]
         texts = texts_of(cells)
-        lines += ["| | " + " | ".join(texts) + " | prunes decided by a tie |"]
-        lines += ["|---|" + "---:|" * (len(texts) + 1)]
-        shares = tie_shares(cells)
+        lines += ["| | " + " | ".join(texts) + " | prunes decided by a tie | made by |"]
+        lines += ["|---|" + "---:|" * (len(texts) + 1) + "---|"]
+        shares, made = tie_shares(cells), how_made(cells)
         for name, row in spread_by_text(cells).items():
             values = " | ".join(str(row[text]) if text in row else "" for text in texts)
-            lines.append(f"| {name} | {values} | {shares[name]:.1%} |")
+            lines.append(f"| {name} | {values} | {shares[name]:.1%} | {made[name]} |")
         lines += [""] + [f"* {sentence}" for sentence in answers(results, question)] + [""]
     return "\n".join(lines)

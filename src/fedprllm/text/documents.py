@@ -8,16 +8,18 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedprllm.errors import DataError, did_you_mean
-from fedprllm.text.formats import is_card, is_data_file, is_housekeeping, read_documents_of, read_prose
+from fedprllm.errors import DataError, FedprllmWarning, did_you_mean
+from fedprllm.text.columns import names_shown
+from fedprllm.text.formats import is_data_file, is_housekeeping, read_documents_of, read_prose
 from fedprllm.text.sources import Documents, Source, describe, is_dataset, refuse_text
-from fedprllm.text.tables import names_shown, optional, read_dataset
+from fedprllm.text.tables import optional, read_dataset
 
-__all__ = ["Part", "joined", "parts_of", "read_documents"]
+__all__ = ["Part", "joined", "left_out", "parts_of", "read_documents", "say_left_out"]
 
 _HUB = re.compile(r"hf:(?P<name>[^:\[\]]+)(?::(?P<config>[^:\[\]]+))?:(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?)")
 _NAMES_SHOWN = 20
@@ -167,15 +169,45 @@ def _read_folder(folder: Path) -> Iterator[Part]:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         datasets = optional("datasets", folder)
         return _whole(read_dataset(_load(folder, datasets.load_from_disk, str(folder)), folder))
-    return (part for path in _files(folder) for part in _read_file(path))
+    files = _files(folder)
+    texts = [path for path in files if not is_housekeeping(path)]
+    if files and not texts:
+        raise DataError(
+            f"{folder} holds no text but only files that describe some: {_listed(folder, files)}. Name the "
+            "files of text; one of these, named by itself, is read"
+        )
+    return (part for path in texts for part in _read_file(path))
+
+
+def left_out(sources: Sequence[Source]) -> list[str]:
+    """One sentence for each folder of which files are left out, because they describe its texts."""
+    found = []
+    for source in sources:
+        if isinstance(source, (str, Path)) and Path(source).expanduser().is_dir():
+            folder = Path(source).expanduser()
+            if names := [path for path in _files(folder) if is_housekeeping(path)]:
+                found.append(f"{folder}: {_listed(folder, names)} left out: not texts but files about them")
+    return found
+
+
+def say_left_out(sources: Sequence[Source]) -> None:
+    """Warn of files that `left_out` names.
+
+    Warns:
+        FedprllmWarning: There are some.
+    """
+    for note in left_out(sources):
+        warnings.warn(FedprllmWarning(note), stacklevel=3)
+
+
+def _listed(folder: Path, files: Sequence[Path]) -> str:
+    shown = [path.relative_to(folder).as_posix() for path in files[:_NAMES_SHOWN]]
+    return ", ".join([*shown, f"{len(files) - len(shown)} more"] if len(files) > len(shown) else shown)
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files below a folder by name; in a data set, what only describes it is left out."""
-    found = sorted(_walk(folder), key=Path.as_posix)
-    if any((is_data_file(path) and not is_housekeeping(path)) or is_card(path) for path in found):
-        return [path for path in found if not is_housekeeping(path)]
-    return found
+    """The files below a folder, by name."""
+    return sorted(_walk(folder), key=Path.as_posix)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -2,42 +2,149 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from fedprllm.errors import DataError
-from fedprllm.text.decoding import COMPRESSED, lines_of, read_blocks
-from fedprllm.text.tables import names_shown, read_csv, read_parquet, read_tsv
+from fedprllm.text.decoding import COMPRESSED, read_blocks
+from fedprllm.text.json_values import is_json, read_json_lines, read_json_list
+from fedprllm.text.tables import read_csv, read_parquet, read_tsv
 
-__all__ = ["format_of", "is_card", "is_data_file", "is_housekeeping", "read_documents_of", "read_prose"]
+__all__ = ["format_of", "is_data_file", "is_housekeeping", "read_documents_of", "read_prose"]
 
-_JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+_PROSE = {"", ".txt", ".text", ".md", ".markdown", ".mdown", ".rst", ".adoc", ".asciidoc", ".org", ".tex"}
+_CODE = {
+    f".{suffix}"
+    for suffix in [
+        "py",
+        "pyi",
+        "pyx",
+        "js",
+        "mjs",
+        "cjs",
+        "jsx",
+        "ts",
+        "tsx",
+        "java",
+        "kt",
+        "kts",
+        "scala",
+        "groovy",
+        "c",
+        "h",
+        "cc",
+        "cpp",
+        "cxx",
+        "hh",
+        "hpp",
+        "hxx",
+        "cu",
+        "cuh",
+        "m",
+        "mm",
+        "cs",
+        "fs",
+        "go",
+        "rs",
+        "swift",
+        "rb",
+        "php",
+        "pl",
+        "pm",
+        "lua",
+        "r",
+        "jl",
+        "dart",
+        "ex",
+        "exs",
+        "erl",
+        "hrl",
+        "hs",
+        "lhs",
+        "ml",
+        "mli",
+        "clj",
+        "cljs",
+        "lisp",
+        "el",
+        "scm",
+        "f",
+        "f90",
+        "f95",
+        "f03",
+        "for",
+        "pas",
+        "asm",
+        "s",
+        "v",
+        "sv",
+        "vhd",
+        "vhdl",
+        "sql",
+        "sh",
+        "bash",
+        "zsh",
+        "fish",
+        "ps1",
+        "bat",
+        "cmd",
+        "awk",
+        "sol",
+        "zig",
+        "nim",
+        "cr",
+        "vb",
+        "proto",
+        "cmake",
+    ]
+}
+# Numbers of versions, years and parts are no suffix: notes.2024, notes.v2.
+_NUMBER = re.compile(r"\.v?\d+", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.\w{1,12}")
+
+# What a dataset's or a repository's folder holds besides its text. Words that may well be the name of a text
+# count only as such files are usually written: in capitals, or without a suffix.
 _HOUSEKEEPING = re.compile(
-    r"(readme|license|licence|copying|notice|citation|authors|changelog|contributing)(\.(md|txt|rst|cff))?"
-    r"|dataset_infos?\.json|state\.json|croissant\.json|metadata\.json",
-    re.IGNORECASE,
+    r"(?i:(read[-_ ]?me|un)?licen[cs]es?|read[-_ ]?me|copying|copyright|citation|changelog|contributing|"
+    r"code[-_]of[-_]conduct|attributions?|disclaimer|terms[-_]of[-_]use|eula|data[-_]?statement|data[-_]?card|dataset[-_]?card|model[-_]?card|data[-_]?sheet)"
+    r"([-_. ][\w.+-]{1,24})?"
+    r"|(NOTICES?|AUTHORS|CONTRIBUTORS|CHANGES|HISTORY|SECURITY|CREDITS|INSTALL|TODO|MAINTAINERS|PATENTS|"
+    r"THIRD[-_]PARTY.*|ACKNOWLEDGE?MENTS|MANIFEST|VERSION|CODEOWNERS|NEWS)([-_.]\w{1,12})?(\.(md|txt|rst|in))?"
+    r"|(?i:notices?|authors|contributors|manifest|checksums?|makefile|dockerfile)"
+    r"|(?i:(sha\d+|md5)(sums?)?|checksums?|requirements|robots|cmakelists)(\.txt)?"
+    r"|(?i:dataset_infos?|dataset_dict|state|croissant|metadata|stats|dataset-metadata|datapackage|manifest|"
+    r"package|index|config)\.(json|ya?ml|jsonld)|(?i:citation\.(cff|bib))|[\w.-]*\.(?i:md5|sha1|sha256|sha512|cff)"
 )
+_DATA_SUFFIXES = {".csv", ".jsonl", ".jsonlines", ".ndjson", ".parquet", ".tab", ".tsv"}
 _CARD_KEYS = re.compile(
     r"^(dataset_info|configs|license|task_categories|annotations_creators|size_categories|pretty_name)\s*:",
     re.MULTILINE,
 )
 
-# A key right after the first brace; no prose and hardly a program begins like this.
+# A key right after the first brace; no prose begins like this.
 _JSON_START = re.compile(r'\s*\[?\s*\{\s*"[^"\n]{0,100}"\s*:')
+_MARKED_UP = ("<!doctype html", "<html", "<?xml", "{\\rtf", "%pdf-")
+_STARTS = {
+    re.compile(r"WEBVTT\b|\d+\s*\n\d\d:\d\d:\d\d[,.]\d+ -->"): "subtitles: save what is said as plain text",
+    re.compile(r"@\w+\s*\{[^\s{},]+,\s*\n"): "a bibliography: save its texts as plain text",
+    re.compile(r"BEGIN:V(CALENDAR|CARD)\b"): "a calendar or contacts: save the text as plain text",
+}
+_TABLE_LINES = 50
 
 
 def _refusals() -> dict[str, str]:
     """What to do with files by suffix whose content is neither prose nor a table that is read here."""
     by_advice = {
-        "unpack it and name the files inside": "zip zst tar tgz tbz2 txz 7z rar lz4 br z",
+        "unpack it and name the files inside": "zip zst tar tgz tbz tbz2 txz 7z rar lz lz4 br z",
         "save it as plain text (.txt)": "doc docx odt pdf rtf epub html htm xhtml xml pptx ppt odp mobi",
-        "save it as CSV with a column 'text'": "xls xlsx ods sqlite sqlite3 db sav dta rdata",
+        "save it as CSV with a column 'text'": "xls xlsx ods sqlite sqlite3 db sav dta rdata psv",
         "save it as Parquet or JSON Lines with a column 'text'": "arrow feather orc avro h5 hdf5 pkl pickle "
         "npy npz msgpack",
-        'save its text as JSON Lines: {"text": ...} on every line': "ipynb jsonld geojson json5 mbox eml",
+        'save its text as JSON Lines: {"text": ...} on every line': "ipynb jsonld geojson json5 mbox eml "
+        "warc",
+        "save what is said as plain text (.txt)": "srt vtt ass sub sbv lrc",
         "name files of text": "safetensors gguf pt pth bin onnx exe dll so dylib png jpg jpeg gif webp bmp "
         "tif tiff svg ico mp3 wav flac ogg mp4 avi mkv mov webm ttf woff woff2 class jar pyc o a",
     }
@@ -45,14 +152,20 @@ def _refusals() -> dict[str, str]:
 
 
 _REFUSED = _refusals()
+_CONVERT = (
+    "convert it to plain text (.txt), or to JSON Lines or CSV with a column 'text'; if it is plain text "
+    "already, rename it to .txt"
+)
 
 
 def format_of(path: Path) -> str:
     """The suffix that tells how a file is read: that before a compression, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
-        return suffixes[-2] if len(suffixes) > 1 else ""
-    return suffixes[-1] if suffixes else ""
+        suffixes.pop()
+    while suffixes and _NUMBER.fullmatch(suffixes[-1]):
+        suffixes.pop()
+    return suffixes[-1] if suffixes and _SUFFIX.fullmatch(suffixes[-1]) else ""
 
 
 def is_data_file(path: Path) -> bool:
@@ -61,8 +174,8 @@ def is_data_file(path: Path) -> bool:
 
 
 def is_housekeeping(path: Path) -> bool:
-    """Whether a file beside data says something about the data: a data set's card, its license."""
-    return _HOUSEKEEPING.fullmatch(path.name) is not None
+    """Whether a file of a folder says something about the others: a README, a license, a dataset's card."""
+    return format_of(path) not in _DATA_SUFFIXES and _HOUSEKEEPING.fullmatch(path.name) is not None
 
 
 def read_documents_of(path: Path) -> Iterator[str]:
@@ -83,36 +196,67 @@ def read_prose(path: Path) -> Iterator[str]:
     suffix = format_of(path)
     if (advice := _REFUSED.get(suffix)) is not None:
         raise DataError(f"{path}: {suffix} files are not read as text: {advice}")
+    if suffix not in _PROSE | _CODE:
+        raise DataError(f"{path}: {suffix} is not a text format that is read: {_CONVERT}")
     blocks = read_blocks(path)
-    for number, block in enumerate(blocks):
-        if number == 0 and (found := _structure(path, block)):
-            raise DataError(f"{path}: expected plain text, found {found}")
-        yield block
+    first = next(blocks, "")
+    second = next(blocks, None)
+    # A program may begin with anything.
+    if suffix not in _CODE and (found := _structure(path, first, whole=second is None)):
+        raise DataError(f"{path}: expected plain text, found {found}")
+    yield first
+    if second is not None:
+        yield second
+        yield from blocks
 
 
-def _structure(path: Path, head: str) -> str | None:
-    """What a file that is named like prose seems to be instead, and what to do."""
-    start = head.lstrip()[:20].lower()
-    if _JSON_START.match(head):
+def _structure(path: Path, head: str, *, whole: bool) -> str | None:
+    """What a file that is named like prose seems to be instead, and what to do.
+
+    Args:
+        path: The file.
+        head: The beginning of its text.
+        whole: Whether this is all of it.
+    """
+    text = head.lstrip("\ufeff \t\r\n")
+    if _JSON_START.match(head) or is_json(head, whole=whole):
         return "JSON: name it .jsonl if it has one value on every line, otherwise .json"
-    if start.startswith(("<!doctype html", "<html", "<?xml", "{\\rtf", "%pdf-")):
+    if text[:20].lower().startswith(_MARKED_UP):
         return "a marked-up document: save it as plain text"
-    first = head.lstrip().partition("\n")[0][:1000]
-    for separator, name in {"\t": ".tsv", ",": ".csv"}.items():
-        cells = first.split(separator)
-        if len(cells) > 1 and "text" in cells and all(re.fullmatch(r"\w{1,40}", cell) for cell in cells):
-            return f"a table: name it {name}"
+    if kind := next((kind for start, kind in _STARTS.items() if start.match(text)), None):
+        return kind
+    if table := _table(head):
+        return table
     if path.name.lower() == "readme.md" and _is_card(head):
         return "the card of a data set: name the files of its data"
     return None
 
 
-def is_card(path: Path) -> bool:
-    """Whether a file is the card of a data set of the hub: a README that begins with its properties."""
-    if path.name.lower() != "readme.md":
+def _table(head: str) -> str | None:
+    lines = [line for line in head.split("\n")[:-1][:_TABLE_LINES] or [head] if line.strip()]
+    first = lines[0][:1000] if lines else ""
+    names = {"\t": "name it .tsv", ",": "name it .csv", ";": "save it as CSV", "|": "save it as CSV"}
+    for separator, advice in names.items():
+        cells = first.split(separator)
+        names_columns = len(cells) > 1 and all(re.fullmatch(r"\w{1,40}", cell) for cell in cells)
+        if names_columns and ("text" in cells or _is_even(lines, separator)):
+            return f"a table: {advice}, with a column 'text'"
+    # Text indented by tabs is no table.
+    inside = {line.strip("\t").count("\t") for line in lines}
+    if len(lines) > 1 and len(inside) == 1 and inside.pop() > 0:
+        return "a table: name it .tsv, with a column 'text' in its first line"
+    return None
+
+
+def _is_even(lines: list[str], separator: str) -> bool:
+    """Whether all of several lines have the same number of cells."""
+    try:
+        rows = list(csv.reader(lines, delimiter=separator))
+    except csv.Error:
         return False
-    with path.open("rb") as file:
-        return _is_card(file.read(2**16).decode("utf-8", "replace").replace("\r\n", "\n"))
+    # Prose has a space after its commas.
+    spaced = any(cell.startswith(" ") for row in rows for cell in row)
+    return len(rows) > 1 and len({len(row) for row in rows}) == 1 and not spaced
 
 
 def _is_card(head: str) -> bool:
@@ -120,64 +264,13 @@ def _is_card(head: str) -> bool:
     return front is not None and _CARD_KEYS.search(front[1]) is not None
 
 
-# --- JSON -------------------------------------------------------------------------------------------------
-
-
-def _read_json_lines(path: Path) -> Iterator[str]:
-    for number, line in enumerate(lines_of(read_blocks(path)), start=1):
-        # A byte-order mark stands in the middle where files were put one after the other.
-        if line := line.removeprefix("\ufeff").strip():
-            where = f"{path}, line {number}"
-            yield _json_text(_parse_json(line, where), where)
-
-
-def _read_json(path: Path) -> Iterator[str]:
-    text = "".join(read_blocks(path))
-    rows = _parse_json(text, f"{path} (if it holds one value per line, name it .jsonl)")
-    if not isinstance(rows, list):
-        raise DataError(
-            f'{path}: expected a list of strings or of {{"text": ...}}, found {_json_type(rows)}. If it '
-            "holds one object per line, name it .jsonl"
-        )
-    for number, row in enumerate(rows, start=1):
-        yield _json_text(row, f"{path}, item {number}")
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        at = f": {error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{where}: not JSON{at or ': nested too deeply or a number too long'}") from None
-
-
-def _json_type(value: object) -> str:
-    if isinstance(value, dict):
-        return f"an object with {names_shown(value)}" if value else "an empty object"
-    return _JSON_TYPES.get(type(value), "a string")
-
-
-def _json_text(row: object, where: str) -> str:
-    if isinstance(row, dict) and "text" in row:
-        text, expected = row["text"], 'a string as "text"'
-    else:
-        text, expected = row, 'a string or {"text": a string}'
-    if not isinstance(text, str):
-        raise DataError(f"{where}: expected {expected}, found {_json_type(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: expected text, found half a surrogate pair at character {error.start}. Remove it"
-        ) from None
-    return text
-
-
 _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     ".csv": read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
+    ".json": read_json_list,
+    ".jsonl": read_json_lines,
+    ".jsonlines": read_json_lines,
+    ".ndjson": read_json_lines,
     ".parquet": read_parquet,
+    ".tab": read_tsv,
     ".tsv": read_tsv,
 }

@@ -6,18 +6,19 @@ import csv
 import importlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fedprllm.errors import DataError
+from fedprllm.text.columns import choose_column
 from fedprllm.text.decoding import lines_of, open_bytes, read_blocks
 
-__all__ = ["names_shown", "optional", "read_csv", "read_dataset", "read_parquet", "read_tsv"]
+__all__ = ["optional", "read_csv", "read_dataset", "read_parquet", "read_tsv"]
 
-_STRING_TYPE = re.compile(r"(large_)?string(_view)?|dictionary<values=(large_)?string(_view)?,.*>")
 _ROWS = 1000
-_NAMES_SHOWN = 20
+# Of Parquet: without a buffer, the column of a whole row group is in memory, and a file may have only one.
+_BUFFER_BYTES, _BATCH_ROWS = 2**20, 64
 _FIELD_LIMIT = min(sys.maxsize, 2**31 - 1)  # what a C long holds on every system
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
 # A CSV file without header has text where names are expected: only these are ever shown.
@@ -95,11 +96,11 @@ def read_parquet(path: Path) -> Iterator[str]:
     pyarrow, parquet = optional("pyarrow", path), optional("pyarrow.parquet", path)
     with open_bytes(path) as opened:
         try:
-            with parquet.ParquetFile(opened) as file:
+            with parquet.ParquetFile(opened, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
                 kinds = [(field.name, str(field.type)) for field in file.schema_arrow]
-                column = _text_column(kinds, path)
-                for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
-                    yield from (text or "" for text in batch.column(0).to_pylist())
+                column, checked = choose_column(kinds, path)
+                batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=[column], use_threads=False)
+                yield from checked(text or "" for batch in batches for text in batch.column(0).to_pylist())
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -116,39 +117,11 @@ def read_dataset(dataset: Any, source: object) -> Iterator[str]:
     kinds = [
         (name, str(getattr(kind, "dtype", type(kind).__name__))) for name, kind in dataset.features.items()
     ]
-    column = _text_column(kinds, source)
+    column, checked = choose_column(kinds, source)
     if hasattr(dataset, "select_columns"):
         dataset = dataset.select_columns([column])
-    for start in range(0, len(dataset), _ROWS):
-        yield from (text or "" for text in dataset[start : start + _ROWS][column])
-
-
-def _text_column(kinds: Sequence[tuple[str, str]], source: object) -> str:
-    """The column ``text``, or the only one of strings.
-
-    Raises:
-        DataError: ``text`` has another type, stands there twice, or there is no single column of strings.
-    """
-    named = [kind for name, kind in kinds if name == "text"]
-    if len(named) > 1:
-        raise DataError(f"{source}: expected one column 'text', found {len(named)}. Rename the others")
-    if named and not _STRING_TYPE.fullmatch(named[0]):
-        raise DataError(f"{source}: expected strings in the column 'text', found {named[0][:60]}")
-    strings = ["text"] if named else [name for name, kind in kinds if _STRING_TYPE.fullmatch(kind)]
-    if len(strings) != 1:
-        raise DataError(
-            f"{source}: expected a column 'text' or a single column of strings, found "
-            f"{names_shown([name for name, _ in kinds])}. Rename the one that holds the text"
-        )
-    return strings[0]
-
-
-def names_shown(names: Iterable[object]) -> str:
-    """Names of columns or keys for a message; what does not look like a name is only counted."""
-    given = [str(name) for name in names]
-    shown = [name for name in given if re.fullmatch(r"[\w.-]{1,30}", name)][:_NAMES_SHOWN]
-    others = len(given) - len(shown)
-    return ", ".join([*shown, f"{others} others"] if others and shown else shown) or f"{others} others"
+    starts = range(0, len(dataset), _ROWS)
+    yield from checked(text or "" for start in starts for text in dataset[start : start + _ROWS][column])
 
 
 def optional(module: str, source: object) -> Any:

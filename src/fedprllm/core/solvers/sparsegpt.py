@@ -36,12 +36,14 @@ class Reconstruction:
         damping: Damping that the factorization needed, as a fraction of the mean diagonal; more than
             requested if the Gram matrix was too close to singular.
         n_dead: Number of input channels that were zero on every token.
+        damping_raised: Whether the damping had to be raised.
     """
 
     weight: Float[Tensor, "out in"]
     pruned: PruneMask
     damping: float
     n_dead: int
+    damping_raised: bool = False
 
 
 def sparsegpt(
@@ -90,6 +92,7 @@ def sparsegpt(
     block_size, width = _widths(block_size, n_m)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     dead = (gram.diagonal() == 0).to(weight.device)
+    asked = damping
     factor, damping = _inverse_factor(gram, damping)
     factor = factor.to(device=weight.device, dtype=dtype)
     selection = _Selection(
@@ -113,7 +116,8 @@ def sparsegpt(
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     # Filled, not multiplied: a pruned negative weight must become +0.0.
     new_weight = columns.masked_fill_(mask, 0.0).T.contiguous()
-    return Reconstruction(new_weight, PruneMask(mask.T.contiguous(), n_ties), damping, int(dead.sum()))
+    pruned = PruneMask(mask.T.contiguous(), n_ties)
+    return Reconstruction(new_weight, pruned, damping, int(dead.sum()), damping > asked)
 
 
 def _widths(block_size: int, n_m: tuple[int, int] | None) -> tuple[int, int]:

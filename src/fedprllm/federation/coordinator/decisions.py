@@ -11,7 +11,7 @@ from fedprllm.deciding import BlockDecision
 from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.protocol.decision import encode_decision
-from fedprllm.federation.site.spool import write_bytes
+from fedprllm.files import write_bytes
 from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.pruning.aggregate import decide_and_write
 from fedprllm.pruning.records import SurveyRecord
@@ -103,7 +103,7 @@ class Pruning:
                 n_tokens=received["n_tokens"],
                 seconds={"aggregate": time.perf_counter() - begin},
             )
-            aggregate.keep(self._run, record)
+            aggregate.keep(self._run, record, files=[self._publication.decision_path(index)])
 
     def decision(self, index: int) -> bytes | None:
         """See `BlockDecider`."""
@@ -112,7 +112,6 @@ class Pruning:
     def finish(self) -> None:
         """Write the tensors outside the blocks and move the complete model into place."""
         model = self._ballots.model
-        if not self._run.model_dir().exists():
-            self._writer.write(None, model.checkpoint.load(model.names_outside_blocks()))
-            self._writer.finish(model.folder)
-            self._run.publish_model()
+        self._writer.write(None, model.checkpoint.load(model.names_outside_blocks()))
+        self._writer.finish(model.folder)
+        self._run.publish_model()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.owl import Outliers
-from fedprllm.errors import ConfigError, FedprllmError
+from fedprllm.errors import ConfigError, FedprllmError, RunError
 from fedprllm.evaluation.perplexity import window_length_for
 from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.coordinator.decisions import BlockDecider, Pruning, Surveying
@@ -23,7 +23,7 @@ from fedprllm.federation.coordinator.rounds import Ask, Coordinator
 from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
 from fedprllm.federation.protocol.results import Manifest
-from fedprllm.files import write_json, write_text
+from fedprllm.files import read_sealed, write_json, write_text
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.fingerprints import model_digest
@@ -51,6 +51,7 @@ from fedprllm.pruning.survey import allocated, outlier_ratios, sampled
 
 __all__ = ["conduct_run", "run_id_of"]
 
+_ID_BYTES = 16
 _LOCK_WAIT_S = 30.0  # a job that was just killed may still hold the lock
 _Decided = TypeVar("_Decided")
 
@@ -58,10 +59,20 @@ _Decided = TypeVar("_Decided")
 def run_id_of(folder: Path) -> bytes:
     """Id of a run, 16 bytes, drawn when its folder is first used."""
     path = folder / ".run-id"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, uuid.uuid4().hex)
-    return bytes.fromhex(path.read_text(encoding="utf-8").strip())
+    try:
+        # Once the run has begun, its identity says so as well, with a digest.
+        return bytes.fromhex(read_sealed(folder / "run.json")["run_id"])
+    except (FileNotFoundError, RunError, KeyError):
+        pass
+    try:
+        found = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except (FileNotFoundError, ValueError):
+        found = b""
+    if len(found) == _ID_BYTES:
+        return found
+    drawn = uuid.uuid4()
+    write_text(path, drawn.hex)
+    return drawn.bytes
 
 
 def conduct_run(
@@ -135,7 +146,9 @@ def _conduct(
     }
     run = Run(folder, identity, needed_bytes(model, [], config) + decision_bytes(model, config))
     with run.when_free(_LOCK_WAIT_S):
-        if not run.is_complete:
+        if run.is_complete:
+            run.check_result()
+        else:
             conducting = _Conducting(
                 model, config, fingerprints, plan, taking_part, channel, stopped, revoked
             )
@@ -189,6 +202,7 @@ class _Conducting:
         run_id = run_id_of(run.folder / "survey")
         method = survey_method(self.config)
         with Run(run.folder / "survey", {**identity, "run_id": run_id.hex()}) as counting:
+            counting.forget_damaged(restarts=False)
             if not counting.is_complete:
                 folder = run.folder / "federation"
                 ask = Ask(run_id, method.config, self.fingerprints, survey=True)
@@ -204,6 +218,8 @@ class _Conducting:
         self, run: Run, run_id: bytes, identity: Mapping[str, Any], outliers: Sequence[Outliers]
     ) -> None:
         """Prune every block, publish the model, and write the result."""
+        run.reopen_model()
+        run.forget_damaged(restarts=False)
         method = pruning_method(self.config)
         if outliers:
             method = method.with_sparsities(allocated(self.model, outliers, self.config))
@@ -275,6 +291,7 @@ def _finish(
             "outlier_ratios": outlier_ratios({None: outliers} if outliers else {}),
             "evaluation": {},
             "blocks": records,
+            "files": run.model_files({"model": run.model_dir().name}),
         }
     )
     write_model_card(run.model_dir(), record)

@@ -30,7 +30,7 @@ from fedprllm.federation.protocol.results import (
     read_manifest,
     read_result_request,
 )
-from fedprllm.files import read_json, write_json
+from fedprllm.files import read_json, write_json, write_sealed
 from fedprllm.pruning.model_card import write_model_card
 from fedprllm.pruning.records import RunRecord
 
@@ -182,5 +182,5 @@ def _record_evaluation(run: Path) -> None:
     }
     path = run / "result.json"
     record = RunRecord.read(path).model_copy(update={"evaluation": evaluation})
-    write_json(path, record.as_json())
+    write_sealed(path, record.as_json())
     write_model_card(run / "model", record)

@@ -29,8 +29,7 @@ from fedprllm.federation.coordinator.decisions import BlockDecider
 from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
 from fedprllm.federation.protocol.messages import Reply, Request, pack, read_reply
-from fedprllm.federation.site.spool import write_bytes
-from fedprllm.files import write_json
+from fedprllm.files import write_bytes, write_json
 from fedprllm.models.identity import entry_name
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.survey import sampled
@@ -162,7 +161,7 @@ class Coordinator:
             "participants": participants,
             "time": time.time(),
         }
-        write_json(self._folder / "status.json", status)
+        write_json(self._folder / "status.json", status, durable=False)
 
     def _n_missing(self, name: str) -> int:
         return sum(
@@ -180,6 +179,7 @@ class Coordinator:
             Interrupted: A participant has disappeared and may come back, or the job was stopped.
         """
         blocks = range(self.run.n_finished, self._n_blocks)
+        self._drop_damaged(blocks)
         if self._missing(blocks):
             self._start(blocks)
         if self._follows_server:
@@ -198,6 +198,24 @@ class Coordinator:
         """Tell all participants that the run is complete. One that misses this keeps its spool longer."""
         self._ask(list(self.participants), Request(op="finish", run=self._run_id))
         shutil.rmtree(self._folder / "updates", ignore_errors=True)
+
+    def _drop_damaged(self, blocks: Sequence[int]) -> None:
+        """Delete updates that an earlier job received and that the disk has damaged: they are sent again."""
+        for name in self.participants:
+            for block in blocks:
+                path = self.ballots.path(block, name)
+                if path.exists() and not self._is_whole(name, block, path.read_bytes()):
+                    self._note(name, f"update of block {block} lost", f"{path} is damaged; it is sent again")
+                    path.unlink()
+
+    def _is_whole(self, name: str, block: int, message: bytes) -> bool:
+        if block not in self._samples[name]:
+            return message == b""
+        try:
+            self.ballots.check(block, name, message)
+        except UpdateError:
+            return False
+        return True
 
     def _start(self, blocks: Sequence[int]) -> None:
         """Send all participants the request, and leave out those that do not answer in time."""

@@ -19,7 +19,7 @@ from fedprllm.errors import FedprllmError, RunError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.results import Manifest, Measured, read_manifest
 from fedprllm.federation.site.process import Failed, end_with_parent, limit_resources
-from fedprllm.files import free_bytes, read_json, write_json, write_text
+from fedprllm.files import free_bytes, read_json, rename, write_json, write_text
 from fedprllm.process import use_large_pages
 
 __all__ = ["MANIFEST", "OUTCOME", "main"]
@@ -77,7 +77,7 @@ def _build(result: Path, settings: SiteSettings, out: Path) -> dict[str, Any]:
         _check_space(out, model.checkpoint.n_bytes)
         _write(model, manifest, result, unfinished)
         _compare(manifest, unfinished)
-        unfinished.replace(finished)
+        rename(unfinished, finished)
     found = {"outcome": "received", "message": "", "digest": manifest.digest}
     return found | _measured(settings, model.folder, finished)
 

@@ -11,7 +11,6 @@ RUN/answer.json     the participant's answer
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from filelock import FileLock
 from fedprllm.errors import RunError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.messages import Code
-from fedprllm.files import read_json, write_json, write_text
+from fedprllm.files import read_sealed, write_sealed
 
 __all__ = [
     "Refused",
@@ -138,13 +137,22 @@ def own_seed(folder: Path) -> int:
 
     Args:
         folder: The participant's folder with its ledger and runs.
+
+    Raises:
+        RunError: The seed is damaged.
     """
     path = folder / "windows-seed"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, f"{secrets.randbits(62)}\n")
+        write_sealed(path, {"seed": secrets.randbits(62)})
         path.chmod(0o600)
-    return int(path.read_text(encoding="utf-8"))
+    try:
+        return int(read_sealed(path)["seed"])
+    except RunError as error:
+        raise RunError(
+            f"{error}. This participant chooses its windows by it: restore it, since a run that has begun "
+            "cannot go on without it; when no run is going on, delete it, and another is drawn"
+        ) from None
 
 
 def text_identity(sources: Sequence[str]) -> str:
@@ -185,8 +193,19 @@ class TextBudget:
 
     def runs_of(self, text: str) -> list[str]:
         """Ids of the runs that have used a text, from `text_identity`."""
-        runs: list[str] = (read_json(self._path) if self._path.exists() else {}).get(text, [])
+        runs: list[str] = self._known().get(text, [])
         return runs
+
+    def _known(self) -> dict[str, Any]:
+        try:
+            return read_sealed(self._path)
+        except FileNotFoundError:
+            return {}
+        except RunError as error:
+            raise RunError(
+                f"{error}. It counts the runs that used each text: restore it; if you accept that the count "
+                "starts again, delete it"
+            ) from None
 
     def spend(self, text: str, run: str, most: int) -> int:
         """Count a run against its text. A run counts once, however often it is continued.
@@ -203,7 +222,7 @@ class TextBudget:
             Refused: The text has already been used in as many runs as the participant grants.
         """
         with self._lock:
-            known = read_json(self._path) if self._path.exists() else {}
+            known = self._known()
             runs = known.setdefault(text, [])
             if run not in runs:
                 if len(runs) >= most:
@@ -213,7 +232,7 @@ class TextBudget:
                         "what runs reveal about a text adds up; grant more runs, or use another text",
                     )
                 runs.append(run)
-                write_json(self._path, known)
+                write_sealed(self._path, known)
             return len(runs)
 
 
@@ -232,28 +251,35 @@ def ask(folder: Path, question: Mapping[str, Any], is_wanted: Callable[[], bool]
         Refused: The participant declined.
         RunError: The answer is no longer needed.
     """
-    if (folder / _ANSWER).exists() and read_json(folder / _QUESTION) != question:
-        # The existing answer is to a different question.
-        (folder / _ANSWER).unlink()
-    write_json(folder / _QUESTION, question)
+    if _read(folder / _QUESTION) != question or _read(folder / _ANSWER) is None:
+        # The existing answer is damaged, or to a different question.
+        (folder / _ANSWER).unlink(missing_ok=True)
+    write_sealed(folder / _QUESTION, question)
     while not (folder / _ANSWER).exists():
         if not is_wanted():
             raise RunError("the question was not answered in time: another process has taken over this run")
         time.sleep(_POLL_S)
-    if not read_json(folder / _ANSWER)["yes"]:
+    if not read_sealed(folder / _ANSWER)["yes"]:
         raise Refused("not confirmed", "the participant declined this run")
 
 
 def answer(folder: Path, yes: bool) -> None:
     """Record the participant's answer to a run's question."""
-    write_json(folder / _ANSWER, {"yes": yes})
+    write_sealed(folder / _ANSWER, {"yes": yes})
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A sealed file; None if it is missing or damaged."""
+    try:
+        return read_sealed(path)
+    except (FileNotFoundError, RunError):
+        return None
 
 
 def open_questions(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield each run folder with an unanswered question, and the question."""
     for path in sorted(runs.glob(f"*/{_QUESTION}")):
         if not (path.parent / _ANSWER).exists():
-            try:
-                yield path.parent, read_json(path)
-            except (OSError, json.JSONDecodeError):  # it was removed in the meantime
-                continue
+            question = _read(path)
+            if question is not None:  # it may have been removed in the meantime
+                yield path.parent, question

@@ -78,7 +78,7 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
     from fedprllm.federation.protocol.names import to_wire
     from fedprllm.models.blockwise import BlockwiseModel
     from fedprllm.models.source import resolve_model
-    from fedprllm.pruning.inputs import make_participants
+    from fedprllm.pruning.inputs import make_participants, say_notes
     from fedprllm.pruning.method import pruning_method
     from fedprllm.pruning.walk import Walker
 
@@ -86,6 +86,7 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
     config = plan.config.model_copy(update=alone)
     model = BlockwiseModel(resolve_model(settings.model or plan.model), config.dtype, config.device)
     (participant,), config = make_participants(model, {name: list(settings.data)}, config)
+    say_notes([participant])
     walker = Walker(participant, pruning_method(config), model.n_blocks)
     walker.enter(model)
     for index in range(min(n_blocks, model.n_blocks)):

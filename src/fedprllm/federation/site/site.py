@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from fedprllm.federation.protocol.messages import (
 )
 from fedprllm.federation.site.results import wake_path
 from fedprllm.federation.site.spool import Spool, append_ledger, write_bytes
-from fedprllm.files import read_json, write_json, write_text
+from fedprllm.files import read_json, write_json, write_sealed, write_text
 
 __all__ = ["LEDGER", "SETTINGS", "Site", "settings_path", "work_folder"]
 
@@ -129,16 +129,22 @@ class Site:
         if self._run and self._run != request.run:
             self._stop_worker()
         self._run = request.run
-        known = self.spool.path("job.json")
-        if known.exists() and read_json(known) != job:
+        known = self.spool.known("job.json")
+        if known is not None and known != job:
             return Reply(state="failed", code="other run")
         write_json(self.spool.path("fingerprints.json"), fingerprints)
-        write_json(known, job)
+        write_sealed(self.spool.path("job.json"), job)
+        if self._worker is None:
+            self._report_damage(self.spool.drop_damaged())
         if self._worker is None and self.spool.status["state"] != "done":
             # The participant may have fixed whatever failed before.
             self.spool.set_status("idle")
             self._crashes, self._ready_at_crash = 0, -1
         return self._state()
+
+    def _report_damage(self, names: Sequence[str]) -> None:
+        if names:
+            print(f"{self.spool.folder}: damaged and computed again: {', '.join(names)}", file=sys.stderr)
 
     def _state(self) -> Reply:
         """Report the state of the computation, and start it if it is neither running nor complete."""
@@ -210,14 +216,17 @@ class Site:
     # Sending -----------------------------------------------------------------------------------
 
     def _fetch(self, block: int) -> bytes:
-        path = self.spool.update_path(block)
-        if not path.exists():
+        if self.spool.update_path(block).exists() and self.spool.update(block) is None:
+            # Damaged since the job began: the computation makes it again.
+            self._stop_worker()
+            self._report_damage(self.spool.drop_damaged())
+        found = self.spool.update(block)
+        if found is None:
             code: Code = "not ready"
             return pack(Reply(state="working", code=code))
-        data = path.read_bytes()
+        summary, data = found
         if not data:  # the participant only walks through this block and shares nothing of it
             return pack(Reply(state="failed", code="bad request"))
-        summary = read_json(self.spool.summary_path(block))
         append_ledger(self.folder / LEDGER, self._run, block, summary, data)
         self._sent(f"{summary['kind']} of block {block}, run {self._run}, {len(data)} bytes")
         return pack(Reply(state="working", n_ready=self.spool.n_ready), data)

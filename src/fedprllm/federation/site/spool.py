@@ -4,17 +4,19 @@ RUN/
   job.json                        the coordinator's request
   fingerprints.json               identity of the coordinator's model
   text.json                       fingerprint of the windows that the run began with
+  notes.json                      what the participant should know about its text, such as too little of it
   question.json, answer.json      what the participant was asked, and its answer
   status.json                     state of the computation
   owner                           token of the process that may compute here
   updates/block-0007.update       the update, as `fedprllm.federation.protocol.update` writes it
-  updates/block-0007.json         summary of the update, for the ledger
-  decisions/block-0007.decision   the coordinator's decision (iterative)
+  updates/block-0007.json         summary of the update, for the ledger, with the update's digest
+  decisions/block-0007.decision   the coordinator's decision (iterative), which holds its own digest
   state/hidden-0007.safetensors   hidden states after that block; only the newest file is kept
+  state/hidden-0007.json          the digest of the hidden states
   worker.log                      log of the computation; never sent
 
-Files are either complete or absent. A killed computation can therefore continue, and resent updates have the
-same bytes.
+Files are either complete or absent, and a file that a disk has damaged is noticed and made again. A killed
+computation can therefore continue, and resent updates have the same bytes.
 """
 
 from __future__ import annotations
@@ -23,21 +25,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedprllm.errors import RunError
-from fedprllm.files import atomic_path, read_json, write_json
+from fedprllm.files import file_digest, read_sealed, write_bytes, write_sealed
 
 __all__ = ["Spool", "append_ledger", "read_ledger", "write_bytes"]
-
-
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
 
 
 class Spool:
@@ -95,13 +91,20 @@ class Spool:
     def owner(self) -> str:
         """Token of the process that may compute here."""
         path = self.path("owner")
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     @property
     def status(self) -> dict[str, Any]:
         """The last status that the computation reported."""
-        path = self.path("status.json")
-        return read_json(path) if path.exists() else {"state": "idle"}
+        status = self.known("status.json")
+        return {"state": "idle"} if status is None else status
+
+    def known(self, name: str) -> dict[str, Any] | None:
+        """A sealed file directly in the folder; None if there is none or it is damaged."""
+        try:
+            return read_sealed(self.path(name))
+        except (FileNotFoundError, RunError):
+            return None
 
     def set_status(
         self, state: str, code: str = "", tensor: str = "", message: str = "", value: float | None = None
@@ -116,7 +119,47 @@ class Spool:
             value: The participant's value of that setting, if it is a number.
         """
         status = {"state": state, "code": code, "tensor": tensor, "message": message, "value": value}
-        write_json(self.path("status.json"), status)
+        write_sealed(self.path("status.json"), status)
+
+    def keep_update(self, block: int, message: bytes, summary: Mapping[str, Any]) -> None:
+        """Write a block's update after its summary for the ledger."""
+        digest = hashlib.sha256(message).hexdigest()
+        write_sealed(self.summary_path(block), {**summary, "digest": digest})
+        write_bytes(self.update_path(block), message)
+
+    def update(self, block: int) -> tuple[dict[str, Any], bytes] | None:
+        """A block's summary and update; None if it is not ready, or damaged."""
+        try:
+            summary, message = read_sealed(self.summary_path(block)), self.update_path(block).read_bytes()
+        except (FileNotFoundError, RunError):
+            return None
+        return (summary, message) if hashlib.sha256(message).hexdigest() == summary["digest"] else None
+
+    def keep_hidden(self, block: int, save: Callable[[Path], None]) -> None:
+        """Write the hidden states after a block, and delete those before it."""
+        path = self.hidden_path(block)
+        save(path)
+        write_sealed(path.with_suffix(".json"), {"digest": file_digest(path)})
+        for old in (self.hidden_path(block - 1), self.hidden_path(block - 1).with_suffix(".json")):
+            old.unlink(missing_ok=True)
+
+    def drop_damaged(self) -> list[str]:
+        """Delete damaged updates and hidden states, so that they are computed again; returns their names."""
+        dropped = []
+        for path in sorted(self.folder.glob("updates/block-*")):
+            block = int(path.stem[-4:])
+            if path.suffix in (".update", ".json") and self.update(block) is None:
+                dropped.append(path.name)
+                path.unlink()
+        for path in sorted(self.folder.glob("state/hidden-*.safetensors")):
+            try:
+                whole = read_sealed(path.with_suffix(".json"))["digest"] == file_digest(path)
+            except (FileNotFoundError, RunError):
+                whole = False
+            if not whole:
+                dropped.append(path.name)
+                path.unlink()
+        return dropped
 
     def forget(self, block: int) -> None:
         """Delete a block's update and all hidden states, so that both are computed again."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from fedprllm.errors import DataError, FedprllmError
+from fedprllm.errors import DataError, FedprllmError, UpdateError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.site.consent import (
     Refused,
@@ -32,8 +32,8 @@ from fedprllm.federation.site.consent import (
     text_identity,
 )
 from fedprllm.federation.site.process import Failed, end_with_parent, limit_resources
-from fedprllm.federation.site.spool import Spool, write_bytes
-from fedprllm.files import read_json, save_tensors, write_json
+from fedprllm.federation.site.spool import Spool
+from fedprllm.files import read_json, read_sealed, save_tensors, write_sealed
 from fedprllm.process import use_large_pages
 
 __all__ = ["main"]
@@ -100,7 +100,7 @@ class _Walk:
         from fedprllm.config import PruneConfig
 
         self.spool, self.settings, self.name, self.owner = spool, settings, name, owner
-        self.job: dict[str, Any] = read_json(spool.path("job.json"))
+        self.job: dict[str, Any] = read_sealed(spool.path("job.json"))
         config = PruneConfig(**self.job["config"])
         self.config = config.model_copy(update={"device": settings.device or "cpu"})
 
@@ -129,14 +129,14 @@ class _Walk:
 
     def _check_same_text(self) -> None:
         """Refuse to continue a run with windows other than those it began with."""
-        path, found = self.spool.path("text.json"), {"fingerprint": self.participant.fingerprint}
-        if path.exists() and read_json(path) != found:
+        found = {"fingerprint": self.participant.fingerprint}
+        if self.spool.known("text.json") not in (None, found):
             raise Failed(
                 "data",
-                message="the text has changed since this run began: restore it, or let the run continue "
-                "without this participant",
+                message="the text, or the seed in windows-seed by which its windows are chosen, has changed "
+                "since this run began: restore it, or let the run continue without this participant",
             )
-        write_json(path, found)
+        write_sealed(self.spool.path("text.json"), found)
 
     @property
     def _home(self) -> Path:
@@ -186,6 +186,9 @@ class _Walk:
         )
         self.config = self.config.model_copy(update={"window_length": config.window_length})
         self._check_same_text()
+        if self.participant.notes:
+            print("\n".join(self.participant.notes), file=sys.stderr)
+            write_sealed(self.spool.path("notes.json"), {"notes": self.participant.notes})
         check_text(self.settings, len(self.participant.windows), self.participant.n_tokens)
         self._memory = HiddenMemory(self.spool.spilled_folder, self.settings.memory_limit)
         self.participant.hidden = HiddenStates(self._memory, self.name)
@@ -207,6 +210,8 @@ class _Walk:
         from safetensors.torch import load_file
 
         self.walker.enter(self.model)
+        if dropped := self.spool.drop_damaged():
+            print(f"damaged and computed again: {', '.join(dropped)}", file=sys.stderr)
         n_walked = self.spool.n_walked
         if self.spool.n_ready < n_walked:
             # An update behind the walk is gone: only a walk from the beginning makes it again.
@@ -229,9 +234,7 @@ class _Walk:
             weights = self._decision(block) if self.walker.follows_server else contribution.weights
             self.walker.advance(block, weights)
         hidden = {str(number): state.cpu() for number, state in enumerate(self.participant.hidden.kept())}
-        save_tensors(self.spool.hidden_path(index), hidden)
-        if index:
-            self.spool.hidden_path(index - 1).unlink(missing_ok=True)
+        self.spool.keep_hidden(index, lambda path: save_tensors(path, hidden))
 
     def _keep_update(self, block: Any, update: Any) -> None:
         """Write a block's update, unless it exists: an existing update may already have been sent.
@@ -242,12 +245,10 @@ class _Walk:
         from fedprllm.federation.protocol.names import to_wire
 
         index, kind = block.index, self.walker.method.sharing.kind
-        path = self.spool.update_path(index)
         if update is None:
-            write_json(self.spool.summary_path(index), {"kind": "none"})
-            write_bytes(path, b"")
+            self.spool.keep_update(index, b"", {"kind": "none"})
             return
-        if path.exists():
+        if self.spool.update(index) is not None:
             return
         tensors, n_tokens = to_wire(update, block.linears), self.participant.n_tokens
         message = wire.Update(
@@ -261,18 +262,33 @@ class _Walk:
         )
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
         summary = {"kind": kind, "n_tokens": n_tokens, "shapes": shapes}
-        write_json(self.spool.summary_path(index), summary)
-        write_bytes(path, wire.encode(message))
+        self.spool.keep_update(index, wire.encode(message), summary)
 
     def _decision(self, block: Any) -> Any:
         """Wait for the coordinator's decision about a block."""
         from fedprllm.federation.protocol.decision import decided_weights
 
         path = self.spool.decision_path(block.index)
-        while not path.exists():
-            self._check_owner()
-            time.sleep(_DECISION_POLL_S)
-        return decided_weights(path.read_bytes(), block, bytes.fromhex(self.job["run"]), self.digest)
+        while True:
+            while not path.exists():
+                self._check_decision_may_come(block.index)
+                self._check_owner()
+                time.sleep(_DECISION_POLL_S)
+            try:
+                return decided_weights(path.read_bytes(), block, bytes.fromhex(self.job["run"]), self.digest)
+            except UpdateError as error:
+                print(f"{path} is damaged, waiting for it again: {error}", file=sys.stderr)
+                path.unlink(missing_ok=True)
+
+    def _check_decision_may_come(self, index: int) -> None:
+        """The coordinator sends its newest decision only: one that is lost behind it never comes again."""
+        if self.spool.decision_path(index + 1).exists():
+            raise Failed(
+                "internal",
+                message=f"the decision about block {index} is missing or damaged, and the walk must begin "
+                f"again because of other damage in {self.spool.folder}: check the disk; the run can continue "
+                "without this participant",
+            )
 
 
 if __name__ == "__main__":
