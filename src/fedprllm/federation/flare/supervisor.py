@@ -148,7 +148,7 @@ class _Supervisor:
         n_fruitless, before = 0, self._achieved()
         while not (self.folder / "result.json").exists():
             outcome, reason = self._one_job()
-            if outcome in ("quorum lost", "stopped"):
+            if outcome in ("quorum lost", "stopped", "disk full"):
                 raise RunError(reason)
             if outcome == "error":
                 raise RunError(f"the server refused the run: {reason}")
