@@ -25,6 +25,7 @@ __all__ = [
     "ending",
     "errors",
     "heed",
+    "holding",
     "need_flare",
     "need_keys",
     "need_plots",
@@ -142,6 +143,30 @@ def ending(
     _leave(0)
 
 
+@contextlib.contextmanager
+def holding(kit: Path, in_use: str) -> Iterator[None]:
+    """Hold a kit: two processes with one certificate would take each other's place.
+
+    Args:
+        kit: The kit.
+        in_use: What to tell the user if another process holds it, with ``{kit}``.
+
+    Raises:
+        RunError: Another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(kit / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(in_use.format(kit=kit)) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def attend(
     start: Callable[[], Any], what: str, kit: Path, look: Callable[[], object] = lambda: False
 ) -> None:
@@ -159,7 +184,8 @@ def attend(
     from fedprllm.federation.flare.processes import running
 
     with running(start) as process:
-        errors.print(f"{what} is running; its log is {kit / 'log.txt'}; press Ctrl-C to stop", soft_wrap=True)
+        log = escape(str(kit / "log.txt"))
+        errors.print(f"{what} has started; its log is {log}; press Ctrl-C to stop", soft_wrap=True)
         while (status := process.poll()) is None:
             if look() is True:
                 return

@@ -24,11 +24,14 @@ from fedprllm.cli.console import (
     ending,
     errors,
     heed,
+    holding,
     need_flare,
     need_keys,
     need_plots,
 )
 from fedprllm.cli.identity import compare, warn_of_expiry
+from fedprllm.cli.line import StatusLine
+from fedprllm.cli.serving import ServerNews
 from fedprllm.errors import ConfigError, RunError, did_you_mean
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings, read_plan, read_run_plan
 
@@ -161,11 +164,13 @@ def renew(kits: Kits = _KITS) -> None:
 def serve(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
     """Run the server until you interrupt it."""
     need_flare()
-    from fedprllm.federation.flare.processes import RENEW_OWN, check_server, start_server
+    from fedprllm.federation.flare.processes import RENEW_OWN, check_port, check_server, start_server
 
     warn_of_expiry("the server's certificate", check_server(kit), RENEW_OWN)
-    with ending():
-        attend(lambda: start_server(kit), f"server of {kit}", kit)
+    with holding(kit, "another 'fedprllm federation serve' is running with {kit}: stop it first"):
+        check_port(kit)
+        with ending(), StatusLine() as line:
+            attend(lambda: start_server(kit), f"server of {kit}", kit, ServerNews(kit, line))
 
 
 @app.command("run")

@@ -26,7 +26,7 @@ from typing import Any
 from fedprllm.errors import ModelError, RunError, did_you_mean
 from fedprllm.progress import Progress, silent
 
-__all__ = ["build_skeleton", "is_hub_id", "resolve_model"]
+__all__ = ["build_skeleton", "is_cached", "is_hub_id", "is_offline", "resolve_model"]
 
 _CONVERTER_VERSION = 1  # increment when conversions change their output
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -76,6 +76,20 @@ def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress:
 def is_hub_id(name: str) -> bool:
     """Whether a name can be a hub id, which means the same model everywhere, unlike a path."""
     return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith(".gguf")
+
+
+def is_cached(name: str) -> bool:
+    """Whether a model of the hub has been fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def is_offline() -> bool:
+    """Whether the hub may not be asked (``HF_HUB_OFFLINE``)."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return bool(HF_HUB_OFFLINE)
 
 
 def _local_path(model: str | Path) -> Path | None:

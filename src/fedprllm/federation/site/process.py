@@ -7,7 +7,7 @@ import threading
 
 from fedprllm.federation.plan import SiteSettings
 
-__all__ = ["Failed", "end_with_parent", "limit_resources"]
+__all__ = ["Failed", "end_with_parent", "is_out_of_memory", "limit_resources"]
 
 
 class Failed(Exception):  # noqa: N818  it carries a status and is not a defect
@@ -47,3 +47,8 @@ def limit_resources(settings: SiteSettings) -> None:
         # This limit covers data and private mappings: all tensors, but not the mapped checkpoint.
         limit = int(settings.memory_gb * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether a computation failed for lack of memory: on the CPU, only torch's words show it."""
+    return isinstance(error, MemoryError) or "alloc" in str(error) or "out of memory" in str(error)

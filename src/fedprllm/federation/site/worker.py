@@ -32,7 +32,7 @@ from fedprllm.federation.site.consent import (
     own_seed,
     text_identity,
 )
-from fedprllm.federation.site.process import Failed, end_with_parent, limit_resources
+from fedprllm.federation.site.process import Failed, end_with_parent, is_out_of_memory, limit_resources
 from fedprllm.federation.site.spool import Spool
 from fedprllm.files import free_bytes, is_full, read_json, read_sealed, save_tensors, write_sealed
 from fedprllm.process import use_large_pages
@@ -108,9 +108,7 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
     except MemoryError as error:
         return _fail(spool, "memory", error)
     except RuntimeError as error:
-        # On the CPU, only the text of the error shows that an allocation failed.
-        out_of_memory = "alloc" in str(error) or "out of memory" in str(error)
-        return _fail(spool, "memory" if out_of_memory else "internal", error)
+        return _fail(spool, "memory" if is_out_of_memory(error) else "internal", error)
     except Exception as error:  # noqa: BLE001  the coordinator gets the code, the log the traceback
         return _fail(spool, "internal", error)
     else:
