@@ -101,11 +101,16 @@ class Connection:
         n_seconds = time.time() - since
         if n_seconds < _QUIET_S:
             return "connecting", ""
+        self._look_now_and_then()
+        if not self._why:
+            return "connecting", f" (for {n_seconds:.0f} s)"
+        return f"not connected: {self._why}", f" (for {n_seconds:.0f} s)"
+
+    def _look_now_and_then(self) -> None:
         if time.time() - self._looked > _OBSTACLE_S:
             self._looked = time.time()
             # A step may take seconds, during which Ctrl-C and questions must be heard.
             threading.Thread(target=self._look, daemon=True).start()
-        return f"not connected: {self._why or 'looking for the reason'}", f" (for {n_seconds:.0f} s)"
 
     def _look(self) -> None:
         from fedprllm.federation.keys.reach import obstacle

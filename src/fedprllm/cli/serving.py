@@ -31,7 +31,7 @@ class ServerNews:
         from fedprllm.federation.flare.contact import read_contact
 
         names = sorted(name for name, since in read_contact(self._kit).items() if since > self._begin)
-        words = f"{len(names)} participants connected"
+        words = f"{len(names)} participant{'s' * (len(names) != 1)} connected"
         words += f": {', '.join(names)}" if names else ""
         run, progress = self._run()
         self._line.show(f"{words}; run {run}" if run else words, progress or "; no run is going on")

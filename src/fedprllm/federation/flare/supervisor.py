@@ -320,27 +320,32 @@ class _Supervisor:
 
         Participants that are not connected fetch it later. The wait ends ``deadline_s`` after the last news.
         """
-        before, end = outcomes(self.folder), time.monotonic() + self.plan.deadline_s
-        if all(before.values()):
-            return
-        session = self._session()
-        try:
-            while time.monotonic() < end:
-                found = outcomes(self.folder)
-                end = time.monotonic() + self.plan.deadline_s if found != before else end
-                before = found
-                unheard = {name for name, outcome in found.items() if not outcome} - self._revoked.names()
-                waiting = unheard & set(session.connected())
-                if not waiting:
-                    return
-                self._tell("results", {"outcomes": found, "waiting": sorted(waiting)})
+        while not all(outcomes(self.folder).values()):
+            try:
+                session = self._session()
+            except RunError:
+                return  # the run is complete, and the result is fetched when the server is back
+            try:
+                self._watch_outcomes(session)
+                return
+            except Exception:  # noqa: BLE001  of FLARE's session, whose errors have no common base
+                self._tell("waiting", {"for": ["the server"]})
                 time.sleep(_WATCH_S)
-        except RunError:
-            raise
-        except Exception as error:  # noqa: BLE001  of FLARE's session, whose errors have no common base
-            self._tell("again", {"reason": f"the server does not answer: {type(error).__name__}"})
-        finally:
-            session.close()
+            finally:
+                session.close()
+
+    def _watch_outcomes(self, session: Session) -> None:
+        before, end = outcomes(self.folder), time.monotonic() + self.plan.deadline_s
+        while time.monotonic() < end:
+            found = outcomes(self.folder)
+            end = time.monotonic() + self.plan.deadline_s if found != before else end
+            before = found
+            unheard = {name for name, outcome in found.items() if not outcome} - self._revoked.names()
+            waiting = unheard & set(session.connected())
+            if not waiting:
+                return
+            self._tell("results", {"outcomes": found, "waiting": sorted(waiting)})
+            time.sleep(_WATCH_S)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         """A JSON file that another process replaces at any moment; None if it is not there."""
