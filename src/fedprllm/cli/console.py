@@ -17,19 +17,24 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedprllm.errors import ConfigError, FedprllmError, FedprllmWarning, RunError
+from fedprllm.files import is_full
 
 __all__ = [
+    "Interruption",
     "absolute",
     "attend",
     "console",
     "ending",
     "errors",
+    "explain",
     "heed",
     "holding",
+    "interruptible",
     "need_flare",
     "need_keys",
     "need_plots",
     "noting",
+    "say_interrupted",
 ]
 
 console = Console()
@@ -100,6 +105,61 @@ def absolute(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 
+# Failures in words ------------------------------------------------------------------------------
+
+
+class Interruption(BaseException):
+    """Ctrl-C. It is no KeyboardInterrupt, which the parser of the command line ends with its own words."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn Ctrl-C into an `Interruption`. Commands of a federation have their own way (`ending`)."""
+
+    def stop(*_: object) -> None:
+        raise Interruption
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interruption from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def say_interrupted(words: str) -> int:
+    """Print that a command was interrupted; returns the exit status."""
+    errors.print(f"[yellow]interrupted[/]{': ' if words else ''}{escape(words)}", soft_wrap=True)
+    return 130
+
+
+def explain(error: FedprllmError | OSError) -> int:
+    """Print a user's mistake, or what the system refused, in one line; returns the exit status.
+
+    Raises:
+        OSError: It is neither about a file nor about space, and therefore a bug.
+    """
+    if isinstance(error, OSError):
+        if error.filename is None and not is_full(error):
+            raise error
+        named = f"{error.filename}: " if error.filename is not None else ""
+        advice = _ADVICE.get(type(error), "")
+        words = f"{named}{error.strerror or error}{advice}"
+    else:
+        words = str(error)
+    errors.print(f"[bold red]error:[/] {escape(words)}", soft_wrap=True)
+    return 2
+
+
+_ADVICE: dict[type, str] = {
+    PermissionError: "; check its permissions, or name another file or folder",
+    NotADirectoryError: "; name a folder",
+    IsADirectoryError: "; name a file",
+    FileNotFoundError: "; check its name",
+}
+
+
 def _leave(status: int) -> None:
     """End this process at once. FLARE's session threads would keep it alive."""
     sys.stdout.flush()
@@ -133,13 +193,10 @@ def ending(
         signal.signal(number, stop)
     try:
         yield
-    except FedprllmError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        _leave(2)
-    except KeyboardInterrupt:
-        words = if_interrupted if isinstance(if_interrupted, str) else if_interrupted()
-        errors.print(f"[yellow]interrupted[/]: {escape(words)}", soft_wrap=True)
-        _leave(130)
+    except (FedprllmError, OSError) as error:
+        _leave(explain(error))
+    except (KeyboardInterrupt, Interruption):
+        _leave(say_interrupted(if_interrupted if isinstance(if_interrupted, str) else if_interrupted()))
     _leave(0)
 
 
@@ -185,7 +242,7 @@ def attend(
 
     with running(start) as process:
         log = escape(str(kit / "log.txt"))
-        errors.print(f"{what} has started; its log is {log}; press Ctrl-C to stop", soft_wrap=True)
+        errors.print(f"{escape(what)} has started; its log is {log}; press Ctrl-C to stop", soft_wrap=True)
         while (status := process.poll()) is None:
             if look() is True:
                 return

@@ -282,7 +282,7 @@ def report(
     need_plots()
     from fedprllm.report.page import write_report
 
-    console.print(f"report   {write_report(folder, out)}", soft_wrap=True)
+    console.print(f"report   {escape(str(write_report(folder, out)))}", soft_wrap=True)
 
 
 @app.command("revoke")
@@ -367,7 +367,8 @@ def rehearse(
         with _Display(plan.name) as display:
             run_folder = rehearse_all(folder, settings, plan, display.tell, keep_kits=keep_kits)
         _print_run(out / run_folder.name)
-        console.print(f"ledger   fedprllm ledger {out / 'ledgers' / min(settings)}.jsonl", soft_wrap=True)
+        ledger = escape(str(out / "ledgers" / f"{min(settings)}.jsonl"))
+        console.print(f"ledger   fedprllm ledger {ledger}", soft_wrap=True)
         console.print(f"every process has ended, after {time.monotonic() - begin:.0f} s")
 
 
@@ -535,5 +536,5 @@ def _print_run(folder: Path) -> None:
     _print_left_out(folder)
     _print_evaluation(record)
     console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
-    console.print(f"model    {folder / 'model'}", soft_wrap=True)
-    console.print(f"report   fedprllm report {folder}", soft_wrap=True)
+    console.print(f"model    {escape(str(folder / 'model'))}", soft_wrap=True)
+    console.print(f"report   fedprllm report {escape(str(folder))}", soft_wrap=True)

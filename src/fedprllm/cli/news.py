@@ -194,7 +194,7 @@ class Results:
             errors.print(f"run {name} is complete: {state} the model", soft_wrap=True)
         elif state != "declined":
             message = escape(status["message"])
-            errors.print(f"[red]run {name}[/]: no model ({state}): {message}", soft_wrap=True)
+            errors.print(f"[red]run {name}[/]: no model ({escape(state)}): {message}", soft_wrap=True)
 
     def conclude(self) -> None:
         """Check that the awaited result is there.

@@ -76,7 +76,7 @@ def _handshake(kit: Path, host: str, connection: socket.socket) -> str:
         with context.wrap_socket(connection, server_hostname=host) as secured:
             secured.settimeout(_LISTEN_S)
             try:
-                return "" if secured.recv(1) else "the server closed the connection at once"
+                return "" if secured.recv(1) else _refused(host, "it closed the connection at once")
             except TimeoutError:
                 return ""
     except ssl.SSLCertVerificationError as error:
@@ -86,7 +86,11 @@ def _handshake(kit: Path, host: str, connection: socket.socket) -> str:
         )
     except ssl.SSLError as error:
         reason = (error.reason or "no reason").lower().replace("_", " ")
-        return (
-            f"the server at {host} does not accept this participant's certificate, or does not speak TLS "
-            f"({reason}): ask the coordinator whether it is revoked or of another federation"
-        )
+        return _refused(host, reason)
+
+
+def _refused(host: str, reason: str) -> str:
+    return (
+        f"the server at {host} does not accept this participant's certificate, or does not speak TLS "
+        f"({reason}): ask the coordinator whether it is revoked or of another federation"
+    )

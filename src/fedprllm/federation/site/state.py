@@ -78,7 +78,8 @@ def remove_leftovers(home: Path) -> None:
     Args:
         home: The participant's folder with its ledger and runs. No process may be using it.
     """
-    (home / CURRENT).unlink(missing_ok=True)
+    for name in (CURRENT, "contact.json"):  # of an earlier process
+        (home / name).unlink(missing_ok=True)
     for folder in (home / "runs").glob("*/"):
         spool = Spool(folder)
         if spool.status["state"] == "failed" or spool.known("left-out.json") is not None:
