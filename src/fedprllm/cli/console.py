@@ -155,6 +155,7 @@ def explain(error: FedprllmError | OSError) -> int:
 _ADVICE: dict[type, str] = {
     PermissionError: "; check its permissions, or name another file or folder",
     NotADirectoryError: "; name a folder",
+    FileExistsError: "; a file of this name is in the way of a folder: choose another",
     IsADirectoryError: "; name a file",
     FileNotFoundError: "; check its name",
 }

@@ -130,7 +130,9 @@ def evaluate(
         DataError: A text cannot be used, or none is given.
         ModelError: The model cannot be used.
     """
-    PruneConfig(dtype=dtype, device=device, bos=bos, window_length=window_length)
+    window_length = PruneConfig(
+        dtype=dtype, device=device, bos=bos, window_length=window_length
+    ).window_length
     if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 2):
         raise ConfigError(f"max_tokens must be an integer of at least 2, found {max_tokens!r}")
     named = named_sources(texts)
