@@ -222,3 +222,15 @@ def test_a_full_disk_is_said_before_a_job_is_submitted(held, monkeypatch):
     assert isinstance(error, RunError)
     assert "the server's disk is full" in str(error)
     assert not server.jobs
+
+
+def test_the_result_of_other_options_is_not_taken_for_ours(held, small_model):
+    server, plan, go_on = held
+    go_on.set()
+    assert Watching(server, plan).ends() is None
+    kept = {name: getattr(plan, name) for name in ("max_ballots", "silence_s", "deadline_s")}
+    error = Watching(server, make_plan(small_model, **kept, prune={"sparsity": 0.6})).ends()
+    assert isinstance(error, ConfigError)
+    assert "is complete, with sparsity 0.5, and this file has 0.6" in str(error)
+    assert Watching(server, make_plan(small_model, **kept, join_s=7)).ends() is None
+    assert len(server.jobs) == 1

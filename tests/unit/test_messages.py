@@ -125,7 +125,7 @@ def test_square_brackets_in_paths_are_printed_as_they_are(small_model, texts, sa
     "server", ["https://host:8002", "host:8002", "host/x", "ho st", "", "::1", "a_b", "-x", "hä", "h" * 254]
 )
 def test_what_is_no_host_name(server):
-    with pytest.raises(ConfigError, match="is no host name: .*without https://, port or path"):
+    with pytest.raises(ConfigError, match=r"is no host name: .*without https://, port or path"):
         Plan(server=server, participants=["a"])
 
 

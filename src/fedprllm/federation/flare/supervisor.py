@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
+from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, RunError
 from fedprllm.federation.coordinator.results import outcomes
 from fedprllm.federation.flare.session import AdminSession
@@ -87,7 +88,7 @@ def supervise(
         connect: Logs in to the server with a kit.
 
     Raises:
-        ConfigError: A job of this run is going on with another plan.
+        ConfigError: A job of this run is going on with other options, or the run is complete with others.
         RunError: Too few participants are left, several jobs in a row got nowhere, the run was stopped, or
             the server's disk is full.
     """
@@ -164,6 +165,7 @@ class _Supervisor:
                 )
             if outcome != "complete":
                 self._tell("again", {"reason": reason})
+        self._check_complete()
 
     def _achieved(self) -> int:
         """Grows with every block decided and every update received."""
@@ -222,7 +224,7 @@ class _Supervisor:
     def _watch(self, session: Session, job: str) -> tuple[str, str]:
         asked = time.monotonic()
         while True:
-            self._check_same_plan(job)
+            self._check_going(job)
             outcome = self._read("outcome.json")
             if outcome is not None and outcome.get("job") == job:
                 _wait_for_end(session, job)
@@ -248,7 +250,7 @@ class _Supervisor:
             self._check_disk()
         return outcome, reason
 
-    def _check_same_plan(self, job: str) -> None:
+    def _check_going(self, job: str) -> None:
         """Refuse to watch a job with other options as if it were ours.
 
         Raises:
@@ -257,19 +259,36 @@ class _Supervisor:
         written = self._read("plan.json")
         if written is None or written.get("job") != job:
             return
-        ours, theirs = self.plan.model_dump(mode="json"), written["plan"]
-        different = next((name for name in ours if ours[name] != theirs.get(name)), None)
-        if different == "prune":
-            mine, other = self.plan.config.model_dump(mode="json"), RunPlan(**theirs).config
-            pairs = other.model_dump(mode="json")
-            different = next((name for name in mine if mine[name] != pairs.get(name)), None)
-            ours, theirs = mine, pairs
-        if different is not None:
+        for name, (theirs, ours) in self._differences(written["plan"]).items():
             raise ConfigError(
-                f"run {self.plan.name} is going on with {different} {theirs.get(different)!r}, and this file "
-                f"has {ours[different]!r}: use the same options to watch it, give this run another name, or "
-                f"stop the other one with 'fedprllm federation stop {self.plan.name}'"
+                f"run {self.plan.name} is going on with {name} {theirs!r}, and this file has {ours!r}: use "
+                "the same options to watch it, give this run another name, or stop the other one with "
+                f"'fedprllm federation stop {self.plan.name}'"
             )
+
+    def _check_complete(self) -> None:
+        """Refuse to take the result of a run with other options for ours; its deadlines may differ.
+
+        Raises:
+            ConfigError: Names the first option that differs.
+        """
+        written = self._read("plan.json")
+        differences = {} if written is None else self._differences(written["plan"])
+        result = {"model", "participants", *PruneConfig.model_fields}
+        for name, (theirs, ours) in differences.items():
+            if name in result:
+                raise ConfigError(
+                    f"run {self.plan.name} is complete, with {name} {theirs!r}, and this file has {ours!r}: "
+                    "give this run another name"
+                )
+
+    def _differences(self, found: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Options that differ between a plan that was written down and ours: theirs and ours by name."""
+        theirs, ours = (
+            {**plan.model_dump(mode="json", exclude={"prune"}), **plan.config.model_dump(mode="json")}
+            for plan in (RunPlan(**found), self.plan)
+        )
+        return {name: (theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]}
 
     def _check_disk(self) -> None:
         """Check that the server's disk has room for a job, where failures have only vague words.
