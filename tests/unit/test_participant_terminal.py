@@ -232,7 +232,7 @@ def test_a_dry_run_keeps_to_the_limits_of_a_run(small_model, tmp_path):
     words = ["north", "--data", tmp_path / "a.txt", "--dry-run", "--config", tmp_path / "run.toml"]
     status, said = participate(*words)
     assert (status, "the run asks for gram, and mask may be sent (--allow)" in said) == (2, True)
-    status, said = participate(*words, "--allow", "gram", "--memory-gb", "0.05")
+    status, said = participate(*words, "--allow", "gram", "--memory-gb", "0.3")
     assert status == 2
     assert "not enough memory" in said
     assert "raise --memory-gb" in said

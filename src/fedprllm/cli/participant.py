@@ -249,7 +249,7 @@ def _check_name(model: str) -> None:
 
 def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int) -> None:
     from fedprllm.federation.site.dry_run import dry_run
-    from fedprllm.federation.site.process import is_out_of_memory, limit_resources
+    from fedprllm.federation.site.process import is_out_of_memory, lift_memory_limit, limit_resources
 
     if config is None and settings.model is None:
         raise ConfigError("no model: name the run's TOML file with --config, or a model with --model")
@@ -260,6 +260,7 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
         with noting():
             previews = list(dry_run(settings, plan, kit.name or "participant", blocks))
     except (MemoryError, RuntimeError) as error:
+        lift_memory_limit()
         if not is_out_of_memory(error):
             raise
         raise RunError(
