@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks._harness import machine
 from fedprllm import PruneConfig, evaluate, prune
 from fedprllm.demo.compare import demo_model
@@ -85,10 +87,15 @@ def main() -> None:
                 "pattern": options.pattern,
                 "device": options.device,
                 "rows": rows,
-                "machine": machine(),
+                "machine": machine() | _gpu(options.device),
             }
         )
     )
+
+
+def _gpu(device: str) -> dict[str, str]:
+    """Name of the GPU, if there is one at work."""
+    return {"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
 
 
 def _texts(folder: Path | None, temporary: Path) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -111,7 +118,7 @@ def _measured(model: Path, held_out: Mapping[str, Path], length: int, device: st
 def _row(
     way: str, found: float, dense: float, votes: float, took: float | None = None, server: float | None = None
 ) -> dict[str, Any]:
-    damage = None if votes == dense else round((found - dense) / (votes - dense), 3)
+    damage = None if found == dense else round((found - dense) / (votes - dense), 3)
     return {
         "way": way,
         "perplexity": round(found, 2),
@@ -123,7 +130,10 @@ def _row(
 
 def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The section's table."""
-    return {"": result["rows"]}
+    rows = [{name: "" if value is None else value for name, value in row.items()} for row in result["rows"]]
+    device = result["machine"].get("gpu", result["device"])
+    title = f"{len(result['participants'])} kinds of text ({', '.join(result['participants'])}), on {device}"
+    return {title: rows}
 
 
 def damage(result: dict[str, Any], way: str) -> float:

@@ -1,4 +1,4 @@
-"""A federation without processes and network: the real `Site`, its computation in a thread."""
+"""A federation without processes or a network: the real `Site` computes in a thread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedprllm.files import write_json
 from fedprllm.models import blockwise, source
 
 NAMES = ["north", "south", "west"]
-# Settings that let a test share what little text it has, with the windows that a run in one process chooses.
+# Settings that let a test share very little text, with the same windows as a run in one process.
 UNLIMITED: dict[str, Any] = {
     "min_windows": 1,
     "min_tokens": 2,
@@ -33,7 +33,7 @@ STORY = "Once upon a time there was a little {who} who saw {n} birds and gave th
 
 
 class _Thread:
-    """Stands for a participant's computing process: ``poll`` and ``kill`` are all that is asked of it."""
+    """Replaces a participant's computing process; provides the part of `Popen` that a site uses."""
 
     def __init__(self, module: str, arguments: Sequence[str]) -> None:
         self.returncode: int | None = None
@@ -53,7 +53,7 @@ class _Thread:
         return self.returncode
 
     def kill(self) -> None:
-        # A thread cannot be killed; it ends at the next block because another one owns the spool.
+        # A thread cannot be killed, but it ends at the next block because the spool has another owner.
         (Path(self._arguments[0]) / "owner").write_text("nobody")
 
     def wait(self) -> None:
@@ -65,12 +65,12 @@ class _Thread:
 
 @pytest.fixture
 def threads(monkeypatch) -> None:
-    """Compute in threads."""
+    """Make sites compute in threads."""
 
     def ended(code: int) -> None:
         raise SystemExit(code)
 
-    # Making a model without weights patches torch for the whole process.
+    # Creating a model without weights patches torch for the whole process.
     lock = threading.RLock()
 
     def alone(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ def threads(monkeypatch) -> None:
 
 
 class Local:
-    """A channel to sites in this process; ``meddle`` may change or drop an answer."""
+    """A channel to sites in this process; ``meddle`` may change or drop a reply."""
 
     def __init__(self, sites: dict[str, Any]) -> None:
         self.sites = sites
@@ -137,7 +137,7 @@ def make_plan(model: Path, **options: Any) -> RunPlan:
 
 
 def collector(folder: Path, name: str, server: ResultServer | None = None) -> Collector:
-    """What fetches the results of a participant, from the runs below ``folder``."""
+    """A collector that fetches a participant's results from the runs in ``folder``."""
     server = server or ResultServer(folder / "runs")
     kit = folder / name
     return Collector(
@@ -150,7 +150,7 @@ def conduct(folder: Path, plan: RunPlan, channel: Any, names: Sequence[str] = NA
 
 
 def same_model(one: Path, other: Path) -> None:
-    """Two model folders hold the same files with the same bytes; the cards may differ."""
+    """Assert that two model folders have equal files, except for the model cards."""
     files = sorted(path.name for path in one.iterdir() if path.name != "README.md")
     assert files == sorted(path.name for path in other.iterdir() if path.name != "README.md")
     for name in files:

@@ -1,4 +1,4 @@
-"""A federation of real processes for tests: everything it started has ended when it is closed."""
+"""A federation of real processes for tests; closing it ends every process it started."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,23 @@ from fedprllm.files import write_json
 from tests.federation_helpers import UNLIMITED
 
 STORY = "Once upon a time there was a little {who} who saw {n} birds and gave them bread. "
-PATIENCE_S = 240  # CI may be slow; everything is polled, so a fast machine waits no longer than it must
+PATIENCE_S = 240  # CI may be slow; everything is polled, so fast machines do not wait longer than necessary
 _CLI = "from fedprllm.cli.coordinator import app; app()"
 
 
 def wait_until(what: Callable[[], Any], why: str, seconds: float = PATIENCE_S) -> Any:
-    """The first truthy value of ``what``."""
+    """Poll ``what`` until it returns a truthy value, and return that value."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = what()
         if value:
             return value
         time.sleep(0.05)
-    raise AssertionError(f"waited {seconds:.0f} s in vain for {why}")
+    raise AssertionError(f"waited {seconds:.0f} s for {why}, but it did not happen")
 
 
 def kill(processes: list[psutil.Process]) -> None:
-    """SIGKILL, no goodbye."""
+    """Kill processes with SIGKILL."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -45,7 +45,7 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 class Federation:
-    """Server and sites on the loopback, and the runs they make."""
+    """A server and sites on the loopback, and their runs."""
 
     def __init__(self, folder: Path, model: Path, names: list[str], n_sentences: int) -> None:
         self.folder, self.model, self.names = folder, model, names
@@ -56,25 +56,37 @@ class Federation:
         self.plan = self.make_kits({name: self.settings(name) for name in names})
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def settings(self, name: str) -> SiteSettings:
+    def settings(self, name: str, **others: Any) -> SiteSettings:
+        """A participant's settings. It builds no model unless told to: that takes a process of its own."""
         return SiteSettings(
             data=[str(self.texts[name])],
             model=str(self.model),
             threads=1,
             allow=["mask", "statistics"],
             record=str(self.folder / "sent" / name),
-            **UNLIMITED,
+            **{"result": False, **UNLIMITED, **others},
         )
 
-    def write_settings(self, name: str) -> None:
-        """Give a participant the settings that it began with."""
-        write_json(settings_path(self.kit(name)), self.settings(name).model_dump(mode="json"))
+    def write_settings(self, name: str, **others: Any) -> None:
+        """Restore a participant's initial settings, except for those given."""
+        write_json(settings_path(self.kit(name)), self.settings(name, **others).model_dump(mode="json"))
 
-    def make_kits(self, people: dict[str, SiteSettings]) -> Plan:
-        return rehearsal_kits(self.kits, people)
+    @contextlib.contextmanager
+    def building_models(self) -> Iterator[None]:
+        """Let every participant build the models of runs that end inside the ``with`` block."""
+        for name in self.names:
+            self.write_settings(name, result=True)
+        try:
+            yield
+        finally:
+            for name in self.names:
+                self.write_settings(name)
+
+    def make_kits(self, participants: dict[str, SiteSettings]) -> Plan:
+        return rehearsal_kits(self.kits, participants)
 
     def kit(self, name: str) -> Path:
-        """The kit of the server or of a participant, on its machine."""
+        """The kit of the server or a participant, on its own machine."""
         return self.kits / name
 
     def start(self, name: str) -> None:
@@ -97,7 +109,7 @@ class Federation:
         return [parent, *parent.children(recursive=True)]
 
     def part(self, name: str, word: str) -> psutil.Process | None:
-        """The process below a site or the server whose command line holds ``word``."""
+        """The child process of a site or the server whose command line contains ``word``."""
         for process in self.family(name)[1:]:
             with contextlib.suppress(psutil.Error):
                 if any(word in argument for argument in process.cmdline()):
@@ -117,7 +129,7 @@ class Federation:
         return self.kit(name) / "fedprllm" / "runs" / run_id
 
     def n_computed(self, name: str, run: str) -> int:
-        """Updates of one participant that are ready, wherever they are by now."""
+        """Number of updates that a participant has computed."""
         if not (self.run_folder(run) / ".run-id").exists():
             return 0
         return len(list((self.spool(name, run) / "updates").glob("*.update")))
@@ -147,7 +159,7 @@ class Federation:
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """A Python process of its own session; all that it prints comes through its standard output."""
+    """Start a Python process in its own session, with all output on its standard output."""
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code, *arguments],
         stdout=subprocess.PIPE,

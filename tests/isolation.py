@@ -1,4 +1,4 @@
-"""Tests leave the process as they found it: what they set is set back, and what they forget fails them."""
+"""Keep tests from changing the process state: helpers restore it, and a leftover change fails the test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def torch_threads(n_threads: int) -> Iterator[None]:
-    """Let torch compute with another number of threads for a while."""
+    """Set torch's number of threads inside the ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
@@ -21,11 +21,11 @@ def torch_threads(n_threads: int) -> Iterator[None]:
 
 
 def process_state() -> dict[str, object]:
-    """What belongs to the whole process and would change the tests that run later."""
+    """Process-wide state that would affect later tests."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     return {
         "environment": environment,
-        "working directory": os.getcwd(),  # noqa: PTH109  as a string, which is what compares
+        "working directory": os.getcwd(),  # noqa: PTH109  a string, to compare
         "threads of torch": torch.get_num_threads(),
         "default dtype": torch.get_default_dtype(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),

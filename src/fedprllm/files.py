@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed.
+"""Files that are complete or absent: written under a temporary name, flushed to disk, then renamed.
 
-A file that something else relies on carries a digest: JSON in a key of its own (`write_sealed`), other files
-in the record that names them (`file_digest`). Damage of a disk is therefore noticed before it is used.
+Files that a run relies on have a digest, so that damage is noticed before they are used: JSON files contain
+it (`write_sealed`), and for other files it is kept in the record that names them (`file_digest`).
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ _DAMAGED = "is damaged: its content does not match its digest"
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` that becomes ``path`` when the block ends well.
+    """Yield a temporary path beside ``path``, which is renamed to ``path`` if the block succeeds.
 
     Args:
         path: The file to write.
-        durable: Flush the file and its folder to the disk, so that it survives a power failure. Leave this
-            out only for what nobody needs afterwards.
+        durable: Flush the file and its folder to disk, so that the file survives a power failure. Turn it off
+            only for files that can be lost.
 
     Raises:
-        DiskFull: The disk is full (what was written is removed; the run can go on later).
+        DiskFull: The disk is full. The temporary file is removed, and the run can continue later.
     """
     _make_folder(path.parent, durable=durable)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,7 +80,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
             raise
         raise DiskFull(
             f"no space left while writing {path}: {free_bytes(path.parent) / 1e6:.0f} MB are free. "
-            "Finished blocks are kept: free some space and run the same command again"
+            "Finished blocks are kept: free some space, then run the same command again"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -94,14 +94,14 @@ def _make_folder(folder: Path, *, durable: bool) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Wait until the content of a file is on the disk."""
+    """Flush the content of a file to disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    if os.name == "nt":  # Windows cannot open folders, and does not need to
+    """Flush the names in a folder to disk."""
+    if os.name == "nt":  # Windows cannot open folders and does not need this
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -115,14 +115,14 @@ def _flush_folder(folder: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file or folder, and flush the folders of both names to the disk."""
+    """Rename a file or folder, and flush the parent folders of both names to disk."""
     path.replace(target)
     for folder in {path.parent, target.parent}:
         _flush_folder(folder)
 
 
 def remove_temporary(folder: Path) -> None:
-    """Delete what killed processes left below a folder under temporary names."""
+    """Delete the temporary files that killed processes left below a folder."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -153,7 +153,7 @@ def is_full(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno in _NO_SPACE
-    # safetensors reports the operating system's error in its text only.
+    # safetensors gives the operating system's error only as text.
     return any(f"(os error {code})" in str(error) for code in _NO_SPACE)
 
 
@@ -164,37 +164,37 @@ def save_tensors(
     *,
     durable: bool = True,
 ) -> None:
-    """Write a safetensors file, whole or not at all."""
-    # The processes of a site that only carry bytes write files too, and have no use for torch.
+    """Write a safetensors file atomically."""
+    # Imported here because processes that only transport messages also write files, without needing torch.
     from safetensors.torch import save_file
 
     with atomic_path(path, durable=durable) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        # safetensors makes files that only their owner can read, whatever the umask says.
+        # safetensors creates files that only their owner can read, regardless of the umask.
         temporary.chmod(mode)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically, as UTF-8."""
     with atomic_path(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", durable=durable)
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, at no moment anybody else; whole or not at all."""
+    """Write a file atomically that at no time anyone but its owner can read."""
     with atomic_path(path) as temporary:
         temporary.unlink(missing_ok=True)
         number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -211,48 +211,48 @@ def read_json(path: Path) -> Any:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content in hex digits."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a digest of its other keys under the key ``sha256``."""
+    """A JSON object with a digest of its other keys added as ``sha256``."""
     values = {name: value for name, value in values.items() if name != _SEAL}
     text = json.dumps(values, sort_keys=True, ensure_ascii=True)
     return {**values, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def unsealed(value: Any, path: Path, *, required: bool = True) -> dict[str, Any]:
-    """The values of a sealed JSON object without the digest.
+    """Check a sealed JSON object and return it without the digest.
 
     Args:
         value: The object.
-        path: Where it was read, for messages.
-        required: Refuse an object without a digest.
+        path: File it was read from, for errors.
+        required: Whether to refuse an object without a digest.
 
     Raises:
-        RunError: The digest differs from the content, or is missing.
+        RunError: The digest does not match the content, or is required and missing.
     """
     if not isinstance(value, dict) or (required and _SEAL not in value):
         raise RunError(f"{path} has no digest: it is damaged or was written by another version of fedprllm")
-    # What was read must be compared as it stands: JSON has several ways to write one number.
+    # Compare the values exactly as read: JSON has several ways to write the same number.
     if _SEAL in value and sealed(value)[_SEAL] != value[_SEAL]:
         raise RunError(f"{path} {_DAMAGED}")
     return {name: one for name, one in value.items() if name != _SEAL}
 
 
 def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object with its digest, whole or not at all."""
+    """Write a JSON object with its digest atomically."""
     write_json(path, sealed(json.loads(json.dumps(values))))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what `write_sealed` wrote.
+    """Read a file written by `write_sealed`, without the digest.
 
     Raises:
         RunError: The file is damaged.
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     try:
         value = read_json(path)
@@ -265,44 +265,47 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes free on the disk that holds ``path`` (which need not exist yet)."""
+    """Free bytes on the disk of ``path``, which need not exist yet."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
-# Suffixes that tell how a text is stored; what follows any other dot belongs to the name.
+# Suffixes that give the format of a text; anything after another dot belongs to the name.
 _SUFFIXES = re.compile(
     r"(\.(txt|text|md|jsonl?|jsonlines|ndjson|csv|tsv|tab|parquet))?(\.(gz|bz2|xz|lzma))?$", re.IGNORECASE
 )
-_LONGEST_NAME = 80  # bytes: leaves room for what the names of files add to it
-# Files cannot have these names on Windows, whatever the suffix.
+_LONGEST_NAME = 80  # bytes; leaves room for prefixes and suffixes of file names
+# Windows does not allow files with these names, whatever their suffix.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
 
 def names_of(sources: Sequence[str | Path], reserved: Collection[str] = ()) -> list[str]:
-    """A distinct name for each source: that of the file without the suffix, numbered where taken.
+    """A distinct name for each source: its file name without the suffix, numbered if it is taken.
 
     Args:
-        sources: Paths, and texts of the hub (``hf:...``).
-        reserved: Names to give to none of them.
+        sources: Paths and Hugging Face data sets (``hf:...``).
+        reserved: Names that must not be used.
+
+    Raises:
+        DataError: A name has no letter, digit or underscore.
     """
     return distinct_names([_stem(source) for source in sources], reserved)
 
 
 def distinct_names(wanted: Sequence[str], reserved: Collection[str] = ()) -> list[str]:
-    """Names of files for each of the wanted names, distinct on every file system.
+    """Turn names into file names that are distinct on every file system.
 
-    Anything but letters, digits, dot, dash and underscore becomes a dash; dots at either end are dropped;
-    long names are cut and end with a digest of the whole. Names that differ only in case are not distinct:
-    the first keeps the name, the others get the lowest free number from 2 on.
+    Characters other than letters, digits, dots, dashes and underscores become dashes, and dots at either end
+    are dropped. Long names are cut and end with a digest of the full name. Names that differ only in case
+    count as equal: the first keeps its name, and the others get the lowest free number, starting at 2.
 
     Args:
         wanted: The names, in order.
-        reserved: Names to give to none of them.
+        reserved: Names that must not be used.
 
     Raises:
-        DataError: A name has no letter, digit or underscore that a file could be named by.
+        DataError: A name has no letter, digit or underscore.
     """
     safe = [_safe(name) for name in wanted]
     forbidden = {_key(name) for name in reserved} | _DEVICES
@@ -321,21 +324,21 @@ def distinct_names(wanted: Sequence[str], reserved: Collection[str] = ()) -> lis
 
 
 def _numbered(name: str, number: int) -> str:
-    # Windows looks at what stands before the first dot.
+    # Windows compares only the part before the first dot.
     device, dot, rest = name.partition(".")
     return f"{device}-{number}{dot}{rest}" if _key(device) in _DEVICES else f"{name}-{number}"
 
 
 def _key(name: str) -> str:
-    """What file systems compare: some ignore case, or how an accent is written."""
+    """A key that is equal for names that some file system treats as the same (case, Unicode form)."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _stem(source: str | Path) -> str:
     if str(source).startswith("hf:"):
         return str(source)
-    path = Path(os.path.expanduser(source))  # noqa: PTH111  a home that does not exist is no error here
-    # "." and ".." are folders with a name.
+    path = Path(os.path.expanduser(source))  # noqa: PTH111  an unknown home folder is no error here
+    # "." and ".." stand for folders that have a name.
     name = path.name if path.name not in ("", "..") else path.resolve().name
     return _SUFFIXES.sub("", name, count=1) or name
 
@@ -345,7 +348,7 @@ def _safe(name: str) -> str:
     if not re.search(r"\w", safe):
         raise DataError(
             f"'{name}' cannot name a participant or a text: expected at least one letter or digit, found "
-            "none. Rename the file, or give a name of your own"
+            "none. Rename the file, or choose a name yourself"
         )
     if len(safe.encode()) <= _LONGEST_NAME:
         return safe

@@ -1,4 +1,4 @@
-"""A federation in which some take part with software of their own: `tests/attacks/hostile.py`."""
+"""A federation in which some processes run hostile software: `tests/attacks/hostile.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERVER, CLIENT = "nvflare.private.fed.app.server.server_train", "nvflare.private
 
 
 class Attacker:
-    """A process without the guard, which does what it is told."""
+    """A process without the guard that carries out the test's orders."""
 
     def __init__(self, kit: Path) -> None:
         self.kit = kit
@@ -57,7 +57,7 @@ class Attacker:
                 self._answers.put(json.loads(line.removeprefix("ANSWER")))
 
     def __call__(self, do: str, *arguments: str, **options: Any) -> Any:
-        """Tell it what to do, and return what it says."""
+        """Send an order to the process and return its answer."""
         assert self.process.stdin is not None
         names = ("channel", "topic", "target") if do in ("request", "stream") else ("headers",)
         order = {"do": do, **dict(zip(names, arguments, strict=False)), **options}
@@ -69,7 +69,7 @@ class Attacker:
             raise AssertionError(f"no answer to {order}: {(self.kit / 'console.txt')}") from None
 
     def raw(self, origin: str, destination: str, channel: str, topic: str, **more: Any) -> Any:
-        """Send frames whose headers say what we like."""
+        """Send frames with arbitrary headers."""
         headers = {
             "cn__msg_type": "req",
             "cn__origin": origin,
@@ -94,11 +94,11 @@ class Attacker:
 
 
 class AttackedFederation(Federation):
-    """Server and sites, of which some are attackers.
+    """A server and sites, some of which are attackers.
 
     Args:
-        hostile: Names of those; ``server`` may be one.
-        options: As of `Federation`.
+        *arguments: As for `Federation`.
+        hostile: Names of the attackers, which may include ``server``.
     """
 
     def __init__(self, *arguments: Any, hostile: list[str]) -> None:
@@ -119,7 +119,7 @@ class AttackedFederation(Federation):
         super().__exit__(*error)
 
     def refusals(self, name: str) -> list[dict[str, Any]]:
-        """What a site or the server wrote down as refused."""
+        """The refusals recorded by a site or the server."""
         kit = self.kits / name
         path = kit / "refused.jsonl" if name == "server" else kit / "fedprllm" / "requests.jsonl"
         return [line for line in read_requests(path) if "refused" in line]
@@ -133,5 +133,5 @@ class AttackedFederation(Federation):
 
 
 def rss(process: Any) -> int:
-    """Bytes of memory of a process."""
+    """Resident memory of a process, in bytes."""
     return int(psutil.Process(process.pid).memory_info().rss)

@@ -1,7 +1,7 @@
-"""A process of FLARE without the guard, which sends what it is told to: ``hostile.py MODULE ARGUMENTS``.
+"""``hostile.py MODULE ARGUMENTS``: a FLARE process without the guard that sends whatever it is ordered to.
 
-It reads one order per line from its standard input, JSON, and answers with one line each, after ``ANSWER``.
-It stands for a participant or a server that runs whatever software it likes, with its own valid kit.
+It reads orders from standard input, one JSON object per line, and answers each with a line that starts with
+``ANSWER``. It represents a participant or a server that runs arbitrary software with its own valid kit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Cell.__init__ = _remember
 
 
 def _payload(what):
-    """What is sent: an order of an administrator, a request of a job, or so many bytes."""
+    """The payload to send: an administrator's order, a job's request, or a number of zero bytes."""
     if "order" in what:
         order = Order(
             topic=what["order"], body=bytes.fromhex(what["zip"]) if "zip" in what else what.get("body", "")
@@ -47,7 +47,7 @@ def _payload(what):
 
 
 def request(channel, topic, target, timeout=4.0, **what):
-    """Send a request, as FLARE would, and say what came back."""
+    """Send a request as FLARE would, and return the reply."""
     reply = _cells[0].core_cell.send_request(channel, topic, target, Message(payload=_payload(what)), timeout)
     body = getattr(reply.payload, "body", reply.payload)
     return {
@@ -61,7 +61,7 @@ def request(channel, topic, target, timeout=4.0, **what):
 
 
 def stream(channel, topic, target, timeout=4.0, **what):
-    """The same as a stream in pieces."""
+    """Send a request as a stream of chunks, and return the reply."""
     reply = _cells[0]._send_request(channel, target, topic, Message(payload=_payload(what)), timeout)
     return {
         "rc": reply.get_header("cn__return_code"),
@@ -71,11 +71,11 @@ def stream(channel, topic, target, timeout=4.0, **what):
 
 
 def raw(headers, size=0, times=1):
-    """Put frames on the connection to the server, with whatever headers."""
+    """Send frames with arbitrary headers over the connection to the server."""
     core: CoreCell = _cells[0].core_cell
     n_sent = 0
     for _ in range(times):
-        for _ in range(100):  # a connection that was dropped comes back
+        for _ in range(100):  # a dropped connection is restored
             names = [name for name in core.agents if name in ("server", headers["cn__destination"])]
             if names:
                 break
@@ -86,12 +86,12 @@ def raw(headers, size=0, times=1):
 
 
 def handlers():
-    """Every channel and topic that FLARE itself opens in such a process."""
+    """Every channel and topic that FLARE registers in this process."""
     return sorted(_cells[0].core_cell.req_reg.reg)
 
 
 def peers():
-    """Who is connected."""
+    """Addresses of the connected processes."""
     return sorted(_cells[0].core_cell.agents) if _cells else []
 
 
@@ -100,7 +100,7 @@ def _obey():
         order = json.loads(line)
         try:
             answer = globals()[order.pop("do")](**order)
-        except Exception as error:  # noqa: BLE001  whatever it is, the test is told
+        except Exception as error:  # noqa: BLE001  every error is reported to the test
             answer = {"rc": "", "error": repr(error), "body": ""}
         print("ANSWER" + json.dumps(answer), flush=True)
 

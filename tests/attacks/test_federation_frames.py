@@ -1,4 +1,4 @@
-"""Every driver by which a federation can connect refuses a long frame before it makes room for it."""
+"""Every driver that a federation can use refuses a long frame before allocating memory for it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ os._exit(0)
 
 
 def highest_mb(scheme, how, n_frames):
-    """MB that a listener took more, at most, in 4 seconds in which frames of 200 MB were sent to it."""
+    """Peak growth of a listener's memory, in MB, during 4 seconds in which it is sent frames of 200 MB."""
     url = f"{scheme}://localhost:{free_port()}"
     listener = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", LISTENER, url, how],
@@ -81,6 +81,6 @@ def test_a_frame_of_200_mb_takes_no_memory(scheme):
     assert highest_mb(scheme, "guarded", 4) < 40
 
 
-def test_it_does_without_the_guard():
-    """What the test above measures is the guard's doing."""
+def test_a_frame_of_200_mb_takes_memory_without_the_guard():
+    """Confirms that the test above measures the effect of the guard."""
     assert highest_mb("tcp", "plain", 1) > 150

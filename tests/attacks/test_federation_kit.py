@@ -1,4 +1,4 @@
-"""An altered kit does nothing at a participant, and a version of FLARE that nobody tested is not started."""
+"""An altered kit has no effect at a participant, and an untested version of FLARE is not started."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def kit(made, tmp_path):
 
 
 def participate(kit, **environment):
-    """The participant's own command, with all it prints in one file."""
+    """Start the participant's own command, with all output in one file."""
     output, text = kit.parent / "output.txt", kit.parent / "text.txt"
     with output.open("wb") as file:
         process = subprocess.Popen(
@@ -75,7 +75,7 @@ def test_a_participants_kit_holds_an_address_and_certificates_only(made):
 
 
 def doctored(kit, marker):
-    """Every way that FLARE has to run code or open doors by its configuration."""
+    """Add every FLARE configuration that can run code or grant access."""
     code = f"open({str(marker)!r}, 'w').close()\n"
     local, startup = kit / "local", kit / "startup"
     (local / "custom").mkdir(parents=True)
@@ -102,7 +102,7 @@ def doctored(kit, marker):
 
 
 @pytest.mark.federation
-def test_an_altered_kit_runs_nothing_and_is_said_to_be_altered(kit, tmp_path):
+def test_an_altered_kit_runs_no_code_and_is_reported(kit, tmp_path):
     marker = tmp_path / "was-here"
     doctored(kit, marker)
     process, output = participate(kit)
@@ -129,7 +129,7 @@ def test_an_altered_kit_runs_nothing_and_is_said_to_be_altered(kit, tmp_path):
         end(process)
 
 
-def test_a_kit_that_lets_in_every_class_is_refused(kit):
+def test_a_kit_that_allows_every_class_is_refused(kit):
     resources = site_configuration(1024)["resources.json"]
     write_json(kit / "local" / "resources.json", resources | {"class_allow_list": ["*"]})
     process, output = participate(kit)
@@ -151,7 +151,7 @@ def test_a_kit_that_lets_in_every_class_is_refused(kit):
         ("name", "a b"),
     ],
 )
-def test_an_address_is_an_address(kit, where, value):
+def test_an_invalid_address_is_refused(kit, where, value):
     path = kit / "startup" / "fed_client.json"
     content = read_json(path)
     part = content["servers"][0] if where in ("identity", "name") else content["servers"][0]["service"]
@@ -163,7 +163,7 @@ def test_an_address_is_an_address(kit, where, value):
 
 
 @pytest.mark.parametrize("place", ["engine", "fedprllm", "engine/log.txt", "local/fedprllm.json"])
-def test_nothing_is_written_where_a_link_of_a_kit_leads(kit, tmp_path, place):
+def test_links_in_a_kit_are_not_followed(kit, tmp_path, place):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "mine.json").write_text("precious")
@@ -174,7 +174,7 @@ def test_nothing_is_written_where_a_link_of_a_kit_leads(kit, tmp_path, place):
     assert (elsewhere / "mine.json").read_text() == "precious"
 
 
-def test_logs_outlive_a_start_and_nothing_else_does(kit):
+def test_only_logs_survive_a_restart(kit):
     engine = prepare_engine(kit, 1024)
     logs, others = {"log.txt", "log.txt.1", "audit.log", "x/audit.log"}, {"x/app/config/comm.json", "evil.py"}
     for name in logs | others:
@@ -187,7 +187,7 @@ def test_logs_outlive_a_start_and_nothing_else_does(kit):
     assert read_json(engine / "local" / "comm_config.json")["streaming_max_blob_size"] == 7_000_000
 
 
-def test_a_flare_that_was_not_tested_is_refused_before_anything_starts(kit, tmp_path):
+def test_an_untested_version_of_flare_is_refused_before_anything_starts(kit, tmp_path):
     other = tmp_path / "site" / "nvflare-2.9.7.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: nvflare\nVersion: 2.9.7\n")
@@ -200,7 +200,7 @@ def test_a_flare_that_was_not_tested_is_refused_before_anything_starts(kit, tmp_
     assert not (kit / "engine").exists()
 
 
-def test_the_tested_versions_are_named_one_by_one():
+def test_only_tested_versions_of_flare_are_accepted():
     for version in TESTED_VERSIONS:
         check_version(version)
     for version in ("2.8.9", "2.9.0.dev1", "2.9.1", "2.10.0"):

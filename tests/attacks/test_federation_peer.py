@@ -1,4 +1,4 @@
-"""What a participant with software of its own tries on the other participants and on an honest server."""
+"""Attacks by a hostile participant on other participants and on an honest server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.federation_processes import wait_until
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
 
 MB = 1024 * 1024
-ROOM = 64 * MB  # that a process may take while it refuses 1 GB
+ROOM = 64 * MB  # memory that a process may take while it refuses 1 GB
 SECRETS = ("PRIVATE KEY", "Once upon a time", "north.txt")
 
 
@@ -30,7 +30,7 @@ LISTING = Path(__file__).with_name("listing")
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory, small_model):
-    """An honest server with an honest participant in a run, and a hostile one that holds the run up."""
+    """An honest server and an honest participant in a run that a hostile participant stalls."""
     folder = tmp_path_factory.mktemp("peer")
     model = small_model
     patch = pytest.MonkeyPatch()
@@ -71,10 +71,10 @@ ORDERS = [
 
 
 @pytest.mark.parametrize(("order", "more"), ORDERS)
-def test_a_peer_orders_nothing_at_another_site(federation, south, order, more):
+def test_a_peer_cannot_give_orders_to_another_site(federation, south, order, more):
     answer = south("request", "admin", order, "north", order=order, **more)
     assert answer["rc"] == "invalid_request"
-    assert "refused: south has nothing to say to north" in answer["error"]
+    assert "refused: south may not send messages to north" in answer["error"]
     assert not any(secret in str(answer) for secret in SECRETS)
     assert federation.processes["north"].poll() is None
     assert not [line for line in federation.requests("north") if line["what"] == order]
@@ -90,7 +90,7 @@ def test_a_peer_cannot_send_as_the_server(federation, south):
 
 
 @pytest.mark.parametrize("origin", ["south", "server"])
-def test_a_peer_fetches_nothing_of_a_running_job(federation, south, job, origin):
+def test_a_peer_cannot_fetch_updates_of_a_running_job(federation, south, job, origin):
     ledger = federation.kits / "north" / "fedprllm" / "ledger.jsonl"
     before = ledger.read_text()
     run = (federation.run_folder("held") / ".run-id").read_text()
@@ -112,11 +112,11 @@ def test_a_peer_fetches_nothing_of_a_running_job(federation, south, job, origin)
     assert [line for line in federation.requests("north") if line["what"] == "fetch"] == fetched
 
 
-def test_a_peer_reports_nothing_and_fetches_nothing_for_another(federation, south):
+def test_a_peer_cannot_report_or_fetch_for_another(federation, south):
     south.raw("north", "server", "fedprllm", "result", size=100)
     wait_until(lambda: "south cannot speak for north" in federation.log("server"), "refusal", 20)
     answer = south("request", "fedprllm", "result", "north", size=10)
-    assert "south has nothing to say to north" in answer["error"]
+    assert "south may not send messages to north" in answer["error"]
 
 
 @pytest.mark.parametrize("channel", ["_net_manager", "cellnet.channel", "hci_channel", "server_command"])
@@ -125,7 +125,7 @@ def test_a_peer_reaches_no_other_channel_of_the_server(south, channel):
         channel, "abort"
     )
     answer = south("request", channel, topic, "server", size=10)
-    assert "not on the list of what a run needs" in answer["error"]
+    assert "not on the list of messages that a run needs" in answer["error"]
 
 
 CELL = """
@@ -144,8 +144,8 @@ os._exit(0)
 """
 
 
-def test_a_participant_is_no_coordinator(federation, south):
-    """FLARE checks no name of a certificate at an address of a coordinator's."""
+def test_a_participant_cannot_act_as_the_coordinator(federation, south):
+    """FLARE alone does not check the name in the certificate for a coordinator's address."""
     address = "_admin_00000000-0000-4000-8000-000000000001"
     port = str(federation.plan.port)
     command = [sys.executable, "-W", "ignore", "-c", CELL, port, address, "cellnet.channel", "bye"]
@@ -156,12 +156,12 @@ def test_a_participant_is_no_coordinator(federation, south):
         for name in ("admin", "south")
     }
     assert "ANSWER ok" in answers["admin"]
-    assert "ANSWER timeout" in answers["south"]  # it may be somebody else's address, so nobody is told
+    assert "ANSWER timeout" in answers["south"]  # another process may own the address
     wait_until(lambda: f"cannot speak for {address}" in federation.log("server"), "refusal", 20)
 
 
 def grown(process, attack):
-    """How much memory a process took, at most, while it was attacked and a moment later."""
+    """Peak growth of a process's memory, in bytes, during an attack and shortly after."""
     before = highest = rss(process)
     attack()
     end = time.monotonic() + 2
@@ -184,8 +184,8 @@ def stream_headers(channel, topic, number, sequence=0, size=200 * MB):
     }
 
 
-def test_unasked_frames_of_200_mb_take_no_memory_of_the_server(federation, south):
-    """The driver drops the connection at the length that a frame announces."""
+def test_unsolicited_frames_of_200_mb_take_no_memory_of_the_server(federation, south):
+    """The driver drops the connection because of the announced length of the frame."""
     server = federation.processes["server"]
 
     def attack():
@@ -203,7 +203,7 @@ def test_unasked_frames_of_200_mb_take_no_memory_of_the_server(federation, south
         ("hci_channel", "command"),
     ],
 )
-def test_unasked_streams_of_200_mb_take_no_memory_of_the_server(federation, south, job, channel, topic):
+def test_unsolicited_streams_of_200_mb_take_no_memory_of_the_server(federation, south, job, channel, topic):
     pid = federation.part("server", f"{job}").pid if channel == "return_only" else None
     process = federation.processes["server"] if pid is None else federation.part("server", job)
     target = "server" if pid is None else f"server.{job}"
@@ -219,7 +219,7 @@ def test_unasked_streams_of_200_mb_take_no_memory_of_the_server(federation, sout
 
 
 ALWAYS = ["cellnet.channel:bye", "sm__STREAM:sm__ACK", "sm__STREAM:sm__DATA", "sm__STREAM:sm__ERROR"]
-# What is open in each process, as channel:topic. A line more is a way in: see docs/decisions/flare-guard.md.
+# Handlers of each process, as channel:topic. Any further one is a way in: see docs/decisions/flare-guard.md.
 OPEN = {
     "server": [
         "aux_communication:*",
@@ -261,8 +261,8 @@ def test_nothing_else_is_open_in_any_process(federation, job):
         assert found["orders"] == (ORDERS_OF_A_SITE if address == "north" else []), address
 
 
-def test_every_handler_of_flare_that_a_peer_may_not_use_is_refused(federation, south):
-    """FLARE opens these at a site that runs without the guard."""
+def test_every_flare_handler_that_a_peer_may_not_use_is_refused(federation, south):
+    """Tries all handlers that FLARE registers at a site without the guard."""
     opened = south("handlers")
     assert "_net_manager:stop" in opened
     assert len(opened) > 25
@@ -270,12 +270,12 @@ def test_every_handler_of_flare_that_a_peer_may_not_use_is_refused(federation, s
         channel, topic = handler.split(":", 1)
         if handler in ALWAYS:
             continue
-        for target, reason in (("server", "not on the list"), ("north", "nothing to say to")):
+        for target, reason in (("server", "not on the list"), ("north", "may not send messages to")):
             answer = south("request", channel, topic, target, size=1)
             assert reason in answer["error"], (handler, target, answer)
 
 
-def test_the_server_counts_what_it_refused_without_being_flooded(federation, south):
+def test_refusals_cannot_flood_the_servers_log(federation, south):
     path = federation.kits / "server" / "refused.jsonl"
     size = path.stat().st_size if path.exists() else 0
     for number in range(300):

@@ -1,4 +1,4 @@
-"""Over every driver, a server knows the certificate of a connection and turns away one that was replaced."""
+"""Over every driver, a server reads the certificate of a connection and turns away a replaced one."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def site_says(url, kit):
 
 @contextlib.contextmanager
 def listening(url, kit, output):
-    """A guarded server; yields the lines that it has printed so far."""
+    """Run a guarded server; yields a function that returns the lines printed so far."""
     with output.open("wb") as file:
         server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", SERVER, url, str(kit)],

@@ -1,7 +1,6 @@
-"""What a hostile coordinator, server or stranger tries against real sites.
+"""Attacks by a hostile coordinator, server or stranger on real sites.
 
-The server of these tests is as hostile as it can be: it runs without the guard and allows everything, so
-whatever is refused, the site refuses.
+The server in these tests runs without the guard and allows everything, so every refusal comes from the site.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-# Answers a line of JSON, [what, argument], with one; starting it takes seconds, so it stays.
+# Answers each JSON line, [what, argument], with a JSON line. It keeps running because it starts slowly.
 _SESSION = """
 import json, os, sys, time
 from pathlib import Path
@@ -62,7 +61,7 @@ os._exit(0)
 
 @contextlib.contextmanager
 def coordinator(federation):
-    """``federation.coordinator`` is a process that speaks with the server as the coordinator."""
+    """Start ``federation.coordinator``, a process that talks to the server as the coordinator."""
     with (federation.folder / "coordinator.txt").open("w") as errors:
         federation.coordinator = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _SESSION, str(federation.kits / "admin")],
@@ -142,7 +141,7 @@ def test_a_job_that_names_another_class_is_refused_by_the_site(federation, tmp_p
     assert not (federation.kits / "north" / "fedprllm" / "ledger.jsonl").exists()
 
 
-def test_our_executor_takes_no_arguments(federation, tmp_path):
+def test_a_job_that_passes_arguments_to_our_executor_is_refused(federation, tmp_path):
     files = job_files(attack_plan(federation))
     client = files["app/config/config_fed_client.json"]
     client["executors"][0]["executor"]["args"] = {"data": "/etc/passwd"}
@@ -159,7 +158,7 @@ def test_the_coordinator_has_no_shell_on_a_site(federation, command):
 
 
 @pytest.mark.parametrize("command", ["report_env north", "sys_info client north", "restart client north"])
-def test_the_coordinator_cannot_look_around_or_restart_a_site(federation, command):
+def test_the_coordinator_cannot_inspect_or_restart_a_site(federation, command):
     answer = ask(federation, "command", command)
     assert "not authorized" in answer.lower()
     assert federation.processes["north"].poll() is None
@@ -179,7 +178,7 @@ def test_a_certificate_of_another_authority_is_refused(federation, tmp_path):
         end(stranger)
 
 
-def test_a_revoked_certificate_is_refused_until_it_is_let_in_again(federation):
+def test_a_revoked_certificate_is_refused_until_it_is_readmitted(federation):
     assert ask(federation, "disable", "north") == "done"
     end(federation.processes["north"])
     federation.start("north")
@@ -193,14 +192,14 @@ def test_a_revoked_certificate_is_refused_until_it_is_let_in_again(federation):
     assert ask(federation, "enable", "north") == "done"
     end(federation.processes["north"])
     federation.start("north")
-    wait_until(lambda: ask(federation, "connected", "") == ["north"], "the site to be let in again")
+    wait_until(lambda: ask(federation, "connected", "") == ["north"], "the site to be readmitted")
 
 
-def test_a_message_over_the_limit_is_refused_by_the_server_before_it_is_received(tmp_path, small_model):
-    """The update of a block has 5,963 bytes; everything else the site sends is far shorter."""
+def test_the_server_refuses_a_message_over_the_limit_before_receiving_it(tmp_path, small_model):
+    """A block's update takes 5,963 bytes; all other messages from the site are far shorter."""
     with Federation(tmp_path, small_model, ["north"], 50) as federation, coordinator(federation):
         wait_until(lambda: ask(federation, "connected", "") == ["north"], "the site")
-        # The server has read its limit by now; its process for the run, which starts below, has not.
+        # The server has read its limit by now, but the job process, which starts below, has not.
         limit = federation.kits / "server" / "local" / "comm_config.json"
         assert json.loads(limit.read_text())["streaming_max_blob_size"] == 1024 * 10**6
         write_json(limit, {"streaming_max_blob_size": 5000})
@@ -210,4 +209,4 @@ def test_a_message_over_the_limit_is_refused_by_the_server_before_it_is_received
         assert "the quorum is 1" in " ".join(output.split())
         (event,) = federation.events("long")
         assert event["reason"] == "deadline: the update of block 0 did not arrive"
-        assert "exceeds configured limit 5000" in logs(federation.kits / "north")  # it is told
+        assert "exceeds configured limit 5000" in logs(federation.kits / "north")  # the site gets the reason

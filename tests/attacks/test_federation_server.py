@@ -1,4 +1,4 @@
-"""What a hostile server, the holder of the authority and another user try on an honest participant."""
+"""Attacks on an honest participant by a hostile server, the authority's owner and another local user."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MAIN = "from fedprllm.cli import main; main()"
 
 
 class WatchedFederation(AttackedFederation):
-    """The participant is started by its own command, and what its terminal shows is kept."""
+    """Starts the participant with its own command and keeps its terminal output."""
 
     @property
     def terminal(self) -> str:
@@ -76,7 +76,7 @@ class WatchedFederation(AttackedFederation):
 
     @property
     def site(self) -> psutil.Process:
-        """The engine of the honest participant."""
+        """The FLARE process of the honest participant."""
         process = self.part("north", "client_train")
         assert process is not None
         return process
@@ -92,7 +92,7 @@ def federation(tmp_path_factory, small_model):
     with made:
         server = made.attackers["server"]
         wait_until(lambda: "north" in server("peers"), "the participant")
-        # Before it has a token, a server of FLARE's takes no answer of it.
+        # FLARE's server accepts no reply from a site before the site has a token.
         wait_until(lambda: "Successfully registered" in made.log("north"), "the participant's registration")
         (made.kits / "north" / "fedprllm").mkdir(exist_ok=True)
         (made.kits / "north" / "fedprllm" / "ledger.jsonl").write_text("{}\n")
@@ -126,7 +126,7 @@ LOOKING_AROUND = [
 
 
 @pytest.mark.parametrize(("topic", "more"), LOOKING_AROUND)
-def test_the_server_orders_nothing_but_a_run(federation, server, topic, more):
+def test_the_server_can_order_only_a_run(federation, server, topic, more):
     answer = order(server, topic, **more)
     assert (answer["code"], "not on the list" in answer["body"]) == ("_error", True), answer
     assert not any(secret in str(answer) for secret in SECRETS)
@@ -139,10 +139,10 @@ def test_the_server_orders_nothing_but_a_run(federation, server, topic, more):
 
 @pytest.mark.parametrize("job", ["fedprllm", "local", "..", f"{JOB} --set x=1", "", JOB.upper()])
 @pytest.mark.parametrize("topic", ["train.deploy", "train.start_job", "train.abort"])
-def test_the_id_of_a_job_names_no_folder_of_the_participant(federation, server, topic, job):
+def test_a_job_id_cannot_name_a_folder_of_the_participant(federation, server, topic, job):
     headers = {"job_id": job, "job_meta": {"job_id": job}, "app_name": "app"}
     answer = order(server, topic, headers=headers, zip=zipped(run_files()).hex())
-    assert (answer["code"], "the id of a job is a UUID" in answer["body"]) == ("_error", True), answer
+    assert (answer["code"], "expected a UUID as the job id" in answer["body"]) == ("_error", True), answer
     assert (federation.kits / "north" / "fedprllm" / "ledger.jsonl").exists()
 
 
@@ -166,7 +166,7 @@ def intruder(marker):
 
 
 def signed_by_super(federation, folder, files):
-    """An app with the signature of a certificate of role super, which the authority made."""
+    """Sign an app with a certificate of role super that the authority issued."""
     folder_of_keys = federation.kits / ".authority"
     authority = load_crt_bytes((folder_of_keys / "root.crt").read_bytes())
     key = load_private_key((folder_of_keys / "root.key").read_text())
@@ -184,7 +184,7 @@ def signed_by_super(federation, folder, files):
 
 
 def of_role(role):
-    """Headers of an order by which the server says that somebody of this role gave it."""
+    """Headers of an order that claims to come from a user with this role."""
     meta = {"job_id": JOB, "submitter_name": "x", "submitter_org": "fedprllm", "submitter_role": role}
     headers = {RequestHeader.JOB_ID: JOB, RequestHeader.APP_NAME: "app", RequestHeader.JOB_META: meta}
     headers |= {RequestHeader.ADMIN_COMMAND: "submit_job", RequestHeader.REQUIRE_AUTHZ: "true"}
@@ -195,7 +195,7 @@ def of_role(role):
 
 
 @pytest.mark.parametrize("role", ["super", "project_admin", "lead"])
-def test_code_of_a_job_is_refused_whoever_signed_it(federation, server, tmp_path, role):
+def test_a_job_with_code_is_refused_regardless_of_its_signature(federation, server, tmp_path, role):
     marker = tmp_path / "was-here"
     files = signed_by_super(federation, tmp_path, intruder(marker))
     assert ".__nvfl_sig.json" in files
@@ -209,7 +209,7 @@ def test_code_of_a_job_is_refused_whoever_signed_it(federation, server, tmp_path
 
 
 def test_role_super_may_not_even_submit_a_run(federation, server, tmp_path):
-    """FLARE's authorizer allows everything to this role; the files are those of an honest run."""
+    """FLARE's authorizer grants this role every right; the files are those of an honest run."""
     files = signed_by_super(federation, tmp_path, run_files())
     headers = of_role("super")
     answer = order(server, "train.deploy", headers=headers, zip=zipped(files).hex())
@@ -219,8 +219,8 @@ def test_role_super_may_not_even_submit_a_run(federation, server, tmp_path):
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, "once"),
-        ({CLIENT_FILE: "{}"}, "is not the one of a run"),
+        ({}, "exactly once"),
+        ({CLIENT_FILE: "{}"}, "differs from the one that every fedprllm run uses"),
         ({CLIENT_FILE: "[" * 100_000}, "cannot be read"),
         ({CLIENT_FILE: "{" + " " * 2_000_000 + "}"}, "at most"),
         ({**run_files(), "config/comm_config.json": "{}"}, "BYOC not permitted"),
@@ -228,7 +228,7 @@ def test_role_super_may_not_even_submit_a_run(federation, server, tmp_path):
         (None, "cannot be read"),
     ],
 )
-def test_an_app_is_exactly_a_run(server, files, reason):
+def test_an_app_that_is_not_a_run_is_refused(server, files, reason):
     headers = {"job_id": JOB, "app_name": "app", "job_meta": {"job_id": JOB}}
     content = b"no zip" if files is None else zipped(files)
     answer = order(server, "train.deploy", headers=headers, zip=content.hex())
@@ -253,14 +253,14 @@ HANDLERS = [
 @pytest.mark.parametrize(("channel", "topic"), HANDLERS)
 def test_the_server_reaches_no_other_handler_of_a_site(federation, server, channel, topic):
     answer = server("request", channel, topic, "north", size=10)
-    assert "not on the list of what a run needs" in answer["error"], answer
+    assert "not on the list of messages that a run needs" in answer["error"], answer
     assert f"{channel}/{topic}" in str(federation.refusals("north"))
 
 
 # Memory ----------------------------------------------------------------------------------------
 
 
-def test_unasked_frames_of_200_mb_take_no_memory_of_a_site(federation, server):
+def test_unsolicited_frames_of_200_mb_take_no_memory_of_a_site(federation, server):
     def attack():
         server.raw("server", "north", "admin", "admin", size=200 * MB, times=5)
 
@@ -269,7 +269,7 @@ def test_unasked_frames_of_200_mb_take_no_memory_of_a_site(federation, server):
 
 
 @pytest.mark.parametrize("channel", ["aux_communication", "return_only", "admin"])
-def test_unasked_streams_of_200_mb_take_no_memory_of_a_site(federation, server, channel):
+def test_unsolicited_streams_of_200_mb_take_no_memory_of_a_site(federation, server, channel):
     def attack():
         for number in range(5):
             for sequence in range(40):
@@ -314,7 +314,7 @@ def loopback_port(process):
     return ports[0]
 
 
-def test_a_site_listens_on_the_loopback_only(federation):
+def test_a_site_listens_only_on_the_loopback(federation):
     listening = [
         link.laddr.ip
         for link in federation.site.net_connections(kind="inet")
@@ -341,7 +341,7 @@ def test_another_user_without_a_certificate_gets_no_connection(federation, schem
 
 
 def first_byte(port):
-    """What a listener that asks for a certificate says to a connection without one: nothing."""
+    """Read a byte without presenting a certificate; a listener that requires one sends nothing."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with (
@@ -354,7 +354,7 @@ def first_byte(port):
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="becoming another user needs root")
-def test_another_user_reads_nothing_of_the_engine(federation):
+def test_another_user_cannot_read_the_engines_key(federation):
     program = f"import os, sys; os.setgid({NOBODY}); os.setuid({NOBODY}); open(sys.argv[1]).read()"
     key = federation.kits / "north" / "engine" / "startup" / "client.key"
     command = [sys.executable, "-c", program, str(key)]
@@ -362,8 +362,8 @@ def test_another_user_reads_nothing_of_the_engine(federation):
     assert "PermissionError" in done.stderr
 
 
-def test_the_certificate_of_another_participant_does_not_open_the_inside_of_a_site(federation, tmp_path):
-    """North's own authority signed it: it is the name that is refused."""
+def test_another_participants_certificate_gives_no_access_to_a_sites_port(federation, tmp_path):
+    """North's own authority signed the certificate, so it is refused because of its name."""
     from fedprllm.federation.flare.kits import write_ready_kits
     from fedprllm.federation.plan import Plan
 

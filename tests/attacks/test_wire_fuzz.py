@@ -1,7 +1,8 @@
-"""125,000 broken messages: the reader accepts exactly the valid ones, and fails in one way only.
+"""125,000 corrupted messages: the reader accepts exactly the valid ones and raises only `UpdateError`.
 
-What is valid is decided by a second reader in this file, written from docs/wire-format.md alone, slow
-and obvious. Most messages get a new checksum after they are broken, so that every check is reached.
+A second reader in this file decides which are valid. It is slow, simple and written only from
+docs/wire-format.md. Most messages get a new checksum after they are corrupted, so that every check is
+reached.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fedprllm.errors import UpdateError
 from fedprllm.federation.protocol.update import Expectation, Update, decode, encode, max_message_bytes
 
 N_PER_KIND = 25_000  # five kinds
-MAX_BYTES = 2**16  # of a message, and of the memory a refusal may take
+MAX_BYTES = 2**16  # limit for a message and for the memory that a refusal may take
 RUN_ID = bytes(range(16))
 FINGERPRINT = bytes(range(32))
 EXTREMES = [0, 1, 2, 3, 4, 5, 127, 128, 255, 4095, 4096, 4097, 2**15, 2**16 - 1]
@@ -60,7 +61,7 @@ Tensor = tuple[bytes, int, tuple[int, ...], bytes]  # name, encoding, shape, pay
 
 
 class Bad(Exception):
-    """The message breaks a rule."""
+    """The message violates a rule."""
 
 
 def _require(condition: bool) -> None:
@@ -91,7 +92,7 @@ def _codes_of(kind: int, name: bytes) -> set[int]:
 
 
 def is_valid(data: bytes, expect: Expectation | None) -> bool:
-    """Whether ``data`` follows every MUST of the specification, and is what was asked for."""
+    """Whether ``data`` follows every MUST of the specification and matches the request."""
     try:
         _read(data, expect)
     except Bad:
@@ -148,11 +149,11 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
     return tensors
 
 
-# ---- breaking messages -------------------------------------------------------------------------------
+# ---- corrupting messages -----------------------------------------------------------------------------
 
 
 def _sealed(message: bytes, rng: random.Random) -> bytes:
-    """Most of the time with the length and checksum that fit, sometimes with only one of them."""
+    """Usually correct the length and checksum, sometimes only the checksum or neither."""
     if len(message) < 52 or rng.random() < 0.1:
         return message
     body = bytearray(message[:-32])
@@ -185,7 +186,7 @@ def _slice(message: bytes, rng: random.Random) -> bytes:
 
 
 def _number(message: bytes, rng: random.Random) -> bytes:
-    """Write an extreme number anywhere: sizes, counts, lengths, versions."""
+    """Write an extreme number at a random place: sizes, counts, lengths, versions."""
     size = rng.choice([1, 1, 2, 4, 4, 8])
     offset = rng.randrange(len(message) - size)
     value = rng.choice(EXTREMES) % 2 ** (8 * size)
@@ -196,7 +197,7 @@ FIELDS = [(0, 8), (8, 2), (10, 2), (12, 8), (20, 16), (36, 32), (68, 4), (72, 8)
 
 
 def _field(message: bytes, rng: random.Random) -> bytes:
-    """Change one fixed field: wrong run, model, block, kind, counts."""
+    """Change one fixed field, such as the run, model, block, kind or a count."""
     offset, size = rng.choice(FIELDS)
     near = int.from_bytes(message[offset : offset + size], "little") + rng.choice([-1, 1])
     value = rng.choice([near, near, rng.choice(EXTREMES), rng.getrandbits(8 * size)]) % 2 ** (8 * size)
@@ -204,14 +205,14 @@ def _field(message: bytes, rng: random.Random) -> bytes:
 
 
 def _table(message: bytes, rng: random.Random) -> bytes:
-    """Change one byte of the table of tensors: names, encodings, shapes."""
+    """Change one byte of the tensor table: names, encodings, shapes."""
     offset = 84 + rng.randrange(min(len(message) - 84, 60))
     value = rng.choice([message[offset] ^ 1, rng.randrange(6), rng.randrange(256)])
     return message[:offset] + bytes([value]) + message[offset + 1 :]
 
 
 def _value(message: bytes, rng: random.Random) -> bytes:
-    """Write NaN, infinity, a negative number or ones near the end of the payload."""
+    """Write NaN, infinity, a negative number or one bits near the end of the payload."""
     pattern = rng.choice(
         ["0000c07f", "807f", "80ff", "007c", "000000000000f0ff", "0000803f", "bf", "80", "ff"]
     )
@@ -221,7 +222,7 @@ def _value(message: bytes, rng: random.Random) -> bytes:
 
 
 def _updated(message: bytes, rng: random.Random) -> bytes:
-    """A message that is right in itself, of somebody else or about something else."""
+    """A well-formed message with other tensors or from another participant."""
     update = decode(message, expect=None, max_bytes=MAX_BYTES)
     tensors = dict(update.tensors)
     name = rng.choice(list(tensors))
@@ -251,7 +252,7 @@ def _swapped(message: bytes, rng: random.Random) -> bytes:
 
 
 def _forged(message: bytes, rng: random.Random) -> bytes:
-    """Change the tensors by a rule's breadth and keep table, payload and counts consistent."""
+    """Change a tensor just enough to violate a rule, with consistent table, payload and counts."""
     tensors = _read(message, None)
     index = rng.randrange(len(tensors))
     name, code, shape, raw = tensors[index]
@@ -318,7 +319,7 @@ def test_exactly_the_valid_messages_are_accepted(kind: str) -> None:
         else:
             complaints.add(str(found).removeprefix("update, ").split(":")[0].split(" '")[0])
     specific = ["padding of"] if kind == "mask" else ["values of"]
-    assert not {*REACHED, *specific} - complaints  # the breaking is thorough enough to reach every check
+    assert not {*REACHED, *specific} - complaints  # the corruption reaches every check
     assert 100 < n_accepted < N_PER_KIND / 2
 
 

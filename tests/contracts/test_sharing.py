@@ -83,8 +83,9 @@ def test_every_solver_prunes_exactly_what_was_asked_for(tiny, windows, tmp_path,
     result = prune(tiny("gpt2"), participants(windows), config, out=tmp_path / "run")
     assert set(result.sparsity.values()) == {0.5}
     assert all(torch.isfinite(weight).all() for weight in weights_of(result.model_dir).values())
-    notes = [note for block in result.record.blocks for note in block.notes]
-    assert any("tokens are few for a solver" in note or "too few for a solver" in note for note in notes)
+    few = [note for note in result.record.deviations() if "few for a solver" in note]
+    assert len(few) == 2, "one sentence for each width"
+    assert all(note.endswith("times)") for note in few)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

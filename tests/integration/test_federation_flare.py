@@ -74,7 +74,8 @@ def expected(federation, tmp_path_factory):
 @pytest.fixture(scope="module")
 def complete(federation):
     """The name of an undisturbed run."""
-    finish(federation.begin("complete", QUICK, quorum=3))
+    with federation.building_models():
+        finish(federation.begin("complete", QUICK, quorum=3))
     return "complete"
 
 
@@ -122,22 +123,28 @@ def check(federation, expected, run, names, options):
     same_model(federation.run_folder(run) / "model", expected(names, options))
     result = read_json(federation.run_folder(run) / "result.json")
     assert sorted(result["participants"]) == sorted(names)
-    for name in NAMES:  # also those that were left out
+
+
+def check_models(federation, run):
+    """Whether every participant has the model, also those that were left out."""
+    for name in NAMES:
         built = federation.kits / name / "runs" / run / "model"
-        wait_until(built.exists, f"the model at {name}")
         same_model(built, federation.run_folder(run) / "model")
         assert (built / "README.md").exists()
 
 
 def test_a_federated_run_and_one_in_process_give_the_same_model(federation, expected, complete):
     check(federation, expected, complete, NAMES, QUICK)
+    check_models(federation, complete)
 
 
 def test_an_iterative_run_and_one_in_process_give_the_same_model(federation, expected):
     options = {**QUICK, "strategy": "iterative"}
-    output = finish(federation.begin("iterative", options, quorum=3))
+    with federation.building_models():
+        output = finish(federation.begin("iterative", options, quorum=3))
     assert "50.00%" in output
     check(federation, expected, "iterative", NAMES, options)
+    check_models(federation, "iterative")
 
 
 def test_a_computation_is_killed(federation, expected):
@@ -192,12 +199,14 @@ def test_a_participant_is_too_slow(federation, expected):
     stopped = wait_until(lambda: federation.worker("north"), "the computation of north")
     stopped.suspend()
     try:
-        finish(running)
+        with federation.building_models():
+            finish(running)
     finally:
         kill([stopped])
     (event,) = [event for event in federation.events("too-slow") if event["event"] == "left out"]
     assert (event["participant"], event["reason"].split(":")[0]) == ("north", "deadline")
     check(federation, expected, "too-slow", ["south", "west"], SLOW)
+    check_models(federation, "too-slow")
 
 
 def test_a_participant_sends_garbage_and_may_correct_it(federation, expected):

@@ -109,6 +109,7 @@ def test_the_command_of_the_readme_prunes_a_real_model(tmp_path):
     folder = tmp_path / "rehearsal"
     output = finish(rehearse(folder, "--participants", "4", "--windows", "1", "--window-length", "64"))
     assert "of 106,168,320 weights are zero" in output
+    assert output.count("the same model") == 4
     result = read_json(folder / "run" / "result.json")
     assert {name: participant["n_blocks"] for name, participant in result["participants"].items()} == {
         f"site-{number}": 30 for number in range(1, 5)
@@ -121,7 +122,7 @@ def test_the_command_of_the_readme_prunes_a_real_model(tmp_path):
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "kits").mkdir()
     (tmp_path / "kits" / "federation.json").touch()
-    with pytest.raises(ConfigError, match="not of a rehearsal"):
+    with pytest.raises(ConfigError, match="not created by a rehearsal"):
         empty_folder(tmp_path)
     assert (tmp_path / "kits" / "federation.json").exists()
     again = empty_folder(tmp_path / "new")

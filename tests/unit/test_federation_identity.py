@@ -195,13 +195,13 @@ BAD_REQUESTS = {
     "an elliptic curve": (lambda key: built(ec.generate_private_key(ec.SECP256R1())), "expected an RSA key"),
     "an Edwards curve": (lambda key: built(ed25519.Ed25519PrivateKey.generate()), "expected an RSA key"),
     "a small exponent": (lambda key: built(weak(3072, 3)), "exponent 3"),
-    "nothing": (lambda key: b"", "no certificate request"),
+    "nothing": (lambda key: b"", "is not a certificate request"),
     "garbage": (
         lambda key: b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n",
-        "can be read",
+        "is not a readable certificate request",
     ),
-    "two requests": (lambda key: built(key) * 2, "no certificate request"),
-    "binary": (lambda key: bytes(range(256)) * 8, "no certificate request"),
+    "two requests": (lambda key: built(key) * 2, "is not a certificate request"),
+    "binary": (lambda key: bytes(range(256)) * 8, "is not a certificate request"),
     "too long": (lambda key: built(key) + b"\n" * 100_000, "longer than"),
 }
 
@@ -234,7 +234,7 @@ def test_a_request_proves_that_its_sender_holds_the_key(keys, tmp_path):
 
 def test_a_private_key_that_was_sent_by_mistake_is_recognized(tmp_path, keys):
     certificates.write_key(tmp_path / "north.csr", keys[0])
-    with pytest.raises(ConfigError, match="holds a private key, which must not leave"):
+    with pytest.raises(ConfigError, match="holds a private key, which must never leave"):
         requests.read_request(tmp_path / "north.csr")
 
 
@@ -364,8 +364,8 @@ def altered(kits, **changes):
         ({"name": "south"}, "kit of 'south'"),
         ({"extra": 1}, "unknown option 'extra'"),
         ({"target": 5}, "target"),
-        ({"format": "fedprllm kit 2"}, "no participant's kit"),
-        ({"certificate": "no"}, "does not hold one certificate"),
+        ({"format": "fedprllm kit 2"}, "is not a participant's kit"),
+        ({"certificate": "no"}, "does not hold exactly one certificate"),
         ({"server": "-----BEGIN PRIVATE KEY-----"}, "contains a private key"),
     ],
 )
@@ -403,7 +403,7 @@ def test_another_authority_is_not_accepted_by_an_identity_that_has_one(kits, joi
     other = tmp_path / "other"
     write_kits(make_plan(), other)
     sign(other, renew(joined).path)
-    with pytest.raises(RunError, match="of another authority"):
+    with pytest.raises(RunError, match="comes from another authority"):
         examine(joined, other / "north.kit")
 
 
@@ -412,7 +412,7 @@ def test_another_authority_is_not_accepted_by_an_identity_that_has_one(kits, joi
 )
 def test_what_is_no_kit_is_refused(content, joined, tmp_path):
     (tmp_path / "x.kit").write_bytes(content)
-    with pytest.raises(ConfigError, match="no participant's kit"):
+    with pytest.raises(ConfigError, match="is not a participant's kit"):
         examine(joined, tmp_path / "x.kit")
 
 
@@ -455,13 +455,13 @@ def test_a_new_key_ends_the_old_certificate(kits, joined):
 def test_a_replaced_key_is_never_certified_again(kits, joined, tmp_path, keys):
     sign(kits, renew(joined, with_new_key=True).path)
     (tmp_path / "north.csr").write_bytes(requests.make_request(keys[0], "north"))
-    with pytest.raises(ConfigError, match="has a key that it replaced"):
+    with pytest.raises(ConfigError, match="has a key that was replaced earlier"):
         sign(kits, tmp_path / "north.csr")
 
 
 def test_a_key_and_a_certificate_that_do_not_fit_do_not_start(joined, keys):
     certificates.write_key(joined / "startup" / "client.key", keys[1])
-    with pytest.raises(RunError, match=r"is not the key of .*identity accept"):
+    with pytest.raises(RunError, match=r"does not match .*identity accept"):
         start_participant(joined)
 
 
@@ -601,9 +601,9 @@ def test_whoever_is_let_in_again_while_the_server_is_down_is_let_in_by_flare_too
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"names": [], "serials": []}', '{"names": {"a": "b"}}'])
 def test_a_damaged_list_refuses_everything_instead_of_nothing(content, tmp_path):
     (tmp_path / revoked.REVOKED).write_text(content)
-    with pytest.raises(RunError, match="not known whom to refuse"):
+    with pytest.raises(RunError, match="the revoked participants are unknown"):
         revoked.RevokedFile(tmp_path).read()
-    with pytest.raises(RunError, match="not known whom to refuse"):
+    with pytest.raises(RunError, match="the revoked participants are unknown"):
         revoked.revoke(tmp_path, "north")
 
 

@@ -20,7 +20,7 @@ FLOORS = [
     ["config"],
     ["core"],
     ["models", "text"],
-    ["sharing", "evaluation"],
+    ["sharing", "evaluation", "packing"],
     ["deciding"],
     ["pruning"],
     ["api", "federation"],

@@ -106,7 +106,7 @@ def test_suffixes_refused_by_name(tmp_path: Path, suffix: str) -> None:
         ("a.txt", f"{{\\rtf1 {SECRET}", "found a marked-up document"),
         ("a.txt", f"id,text\n1,{SECRET}\n", "found a table: name it .csv"),
         ("a", f"id\ttext\n1\t{SECRET}\n", "found a table: name it .tsv"),
-        ("README.md", CARD, "found the card of a data set"),
+        ("README.md", CARD, "found a data set card"),
         ("a.txt", POINTER, "is a Git LFS pointer: .* git lfs pull"),
         ("a.parquet", POINTER, "is a Git LFS pointer"),
         ("a.jsonl", POINTER, "is a Git LFS pointer"),
@@ -390,7 +390,7 @@ def test_several_sources_are_read_one_after_the_other(tmp_path: Path) -> None:
 def test_only_known_suffixes_are_prose(tmp_path: Path, name: str) -> None:
     content = f"{SECRET}: in plain letters\n".encode()
     message = refusal(put(tmp_path, name, gzip.compress(content) if name.endswith("gz") else content))
-    assert "a text format that is read: convert it to plain text (.txt)" in message or (
+    assert "is not a supported text format: convert it to plain text (.txt)" in message or (
         "files are not read as text: " in message
     )
 
@@ -512,7 +512,7 @@ def test_a_program_may_begin_with_anything(tmp_path: Path, content: str) -> None
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
-        ("id", ["a first sentence of several words", "b"], "named like one of ids"),
+        ("id", ["a first sentence of several words", "b"], "named like a column of ids"),
         ("doc_id", ["x", "y"], "named like"),
         ("imageUrl", ["x", "y"], "named like"),
         ("Label", ["good", "bad"], "named like"),

@@ -23,6 +23,7 @@ from rich.table import Table
 from fedprllm.cli.console import Interruption, explain, interruptible, need_plots, noting, say_interrupted
 from fedprllm.cli.coordinator import app as federation_app
 from fedprllm.cli.identity import app as identity_app
+from fedprllm.cli.packing import pack_command, unpack_command
 from fedprllm.cli.participant import ledger, participate
 from fedprllm.cli.study import study_command
 from fedprllm.config import PruneConfig
@@ -290,6 +291,8 @@ def _print_result(result: Any) -> None:
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
     console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
+    for deviation in record.deviations():
+        console.print(f"[yellow]note[/]     {escape(deviation)}", soft_wrap=True)
     for name, folder in result.model_dirs.items():
         console.print(f"{escape(name):<8} {escape(str(folder))}", soft_wrap=True)
     console.print(f"report   fedprllm report {escape(str(result.out))}", soft_wrap=True)
@@ -430,6 +433,8 @@ app.command("study")(study_command(bars, console))
 
 app.add_typer(federation_app, name="federation")
 app.add_typer(identity_app, name="identity")
+app.command("pack")(pack_command)
+app.command("unpack")(unpack_command)
 app.command("participate")(participate)
 app.command("ledger")(ledger)
 

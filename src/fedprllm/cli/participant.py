@@ -264,7 +264,7 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
         if not is_out_of_memory(error):
             raise
         raise RunError(
-            f"not enough memory ({error or 'MemoryError'}): raise --memory-gb, or keep hidden states in "
+            f"not enough memory ({str(error) or 'MemoryError'}): raise --memory-gb, or keep hidden states in "
             "files with --memory-limit"
         ) from None
     for preview in previews:

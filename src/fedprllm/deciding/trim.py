@@ -1,4 +1,4 @@
-"""Decide by score from trimmed means: a quarter of the participants cannot move a channel beyond the rest."""
+"""Decide by score from trimmed means, so that a quarter of the participants cannot dominate a channel."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ __all__ = ["by_trimmed_score", "count_trimmed", "trimmed_mean"]
 
 
 def trimmed_mean(values: Tensor) -> Tensor:
-    """Mean of each column without its highest and lowest quarter, rounded up; the median of three rows.
+    """Mean of each column without its highest and lowest quarter, rounded up; for three rows, the median.
 
     Args:
-        values: One row per participant, [participants, n]. With one or two rows nothing is left out.
+        values: One row per participant, [participants, n]. With one or two rows, nothing is left out.
+
+    Returns:
+        The means, [n].
 
     Source: Yin et al., Byzantine-robust distributed learning (ICML 2018), coordinate-wise trimmed mean.
     """
@@ -32,11 +35,11 @@ def trimmed_mean(values: Tensor) -> Tensor:
 
 
 def _trimmed(totals: Totals) -> Totals:
-    """The same totals, with sums that follow from the trimmed means per token.
+    """Replace the sums with the trimmed means per token, times the total number of tokens.
 
-    Participants count alike, however many tokens they have: the number is their own claim.
+    All participants have equal weight, because their numbers of tokens are their own claims.
     """
-    assert totals.apart is not None, "this decision's row in DECISIONS asks for updates that are kept apart"
+    assert totals.apart is not None, "this decision's row in DECISIONS must request separate updates"
     sums = {
         name: totals.n_tokens
         * trimmed_mean(torch.stack([update[name].to(total) / n_tokens for update, n_tokens in totals.apart]))
@@ -46,10 +49,10 @@ def _trimmed(totals: Totals) -> Totals:
 
 
 def by_trimmed_score(totals: Totals, block: Block, target: Target) -> BlockDecision:
-    """`by_pooled_score` from trimmed means."""
+    """Decide as `by_pooled_score` does, but from trimmed means."""
     return by_pooled_score(_trimmed(totals), block, target)
 
 
 def count_trimmed(totals: Totals, block: Block, target: Target) -> Outliers:
-    """`count_pooled` from trimmed means."""
+    """Count as `count_pooled` does, but from trimmed means."""
     return count_pooled(_trimmed(totals), block, target)

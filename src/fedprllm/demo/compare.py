@@ -34,6 +34,12 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WINDOW_LENGTH = 512
 _WINDOWS = 4
 _HELD_OUT_TOKENS = 2048
+# What the federated run is compared with. A model per participant comes from local-only alone.
+_WAYS: dict[str, dict[str, Any]] = {
+    "local-only": {"strategy": "local-only"},
+    "centralized": {"strategy": "centralized"},
+    "federated, gram": {"strategy": "iterative", "share": "gram"},
+}
 
 
 def demo_model() -> Path:
@@ -80,14 +86,14 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
     }
     options = {"sparsity": sparsity, "windows": _WINDOWS, "window_length": _WINDOW_LENGTH}
     comparison = _measured(out / "dense.json", {"dense": model}, held_out, progress)
-    for strategy in ("local-only", "centralized"):
-        measurements = out / f"{strategy}.json"
+    for way, choices in _WAYS.items():
+        measurements = out / f"{way}.json"
         if _known(measurements) is None:
-            run = out / strategy
-            config = PruneConfig(strategy=strategy, **options)
+            run = out / way
+            config = PruneConfig(**options, **choices)
             result = prune(source, calibration, config, out=run, progress=progress)
-            names = {f"{strategy}: {name}": folder for name, folder in result.model_dirs.items()}
-            named = names if strategy == "local-only" else {strategy: result.model_dir}
+            names = {f"{way}: {name}": folder for name, folder in result.model_dirs.items()}
+            named = names if len(names) > 1 else {way: result.model_dir}
             _measured(measurements, named, held_out, progress)
             shutil.rmtree(run)  # these models, half a gigabyte each, serve only the comparison
         comparison |= _measured(measurements, {}, held_out, progress)
@@ -144,5 +150,6 @@ def demo_summary(comparison: Mapping[str, Sequence[Perplexity]]) -> dict[str, li
         "local-only, another's text": others,
         "federated": table["federated"],
         "centralized": table["centralized"],
+        "federated, gram": table["federated, gram"],
     }
     return {name: [*values, sum(values) / len(values)] for name, values in rows.items()}

@@ -1,8 +1,9 @@
-"""What a model itself says about the inputs of its Linears: those behind a normalization have a known size.
+"""Bounds that a model's normalizations impose on the inputs of its Linears.
 
 An RMSNorm or LayerNorm of n channels computes ``x = gain * z + bias`` with ``sum_j z_j^2 <= n`` for each
-token. Which module of a block normalizes which input is observed; gain and bias are measured by calling the
-module, so nothing here depends on the architecture or on how it writes its weights (``w`` or ``1 + w``).
+token. The module that normalizes an input is found by observing a forward pass, and its gain and bias are
+measured by calling it, so nothing depends on the architecture or on how it stores the gain (``w`` or
+``1 + w``).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from fedprllm.models.block import Linear
 
 __all__ = ["InputNorm", "input_norms", "watching_norms"]
 
-_SCALE = 64.0  # so large that the epsilon in a norm's denominator does not matter
+_SCALE = 64.0  # large enough that the epsilon in a norm's denominator does not matter
 _SEED = 0
-# Rounding to bfloat16, the coarsest precision of a forward pass, changes a sum of squares by less.
+# Rounding to bfloat16, the coarsest precision of a forward pass, changes a sum of squares by less than this.
 _ROUNDING = 1.05
 
 
@@ -41,34 +42,38 @@ class InputNorm:
 
     @property
     def _size(self) -> Tensor:
-        """Absolute gain, at least a thousandth of the largest: below, rounding would decide a quotient."""
+        """Absolute gain, at least a thousandth of the largest: rounding dominates quotients below that."""
         size = self.gain.abs()
         return size.clamp(min=1e-3 * float(size.max()))
 
     def energy(self, per_token: Float[Tensor, " in"]) -> float:
-        """``sum_j x_j^2 / gain_j^2`` for one token, given ``x_j^2`` averaged over tokens."""
+        """``sum_j x_j^2 / gain_j^2``, given ``x_j^2`` averaged over tokens."""
         return float((per_token / self._size.square()).sum())
 
     @property
     def most_energy(self) -> float:
-        """Upper bound of `energy` for any text: ``(sqrt(n) + |bias / gain|_2)^2`` (triangle inequality)."""
+        """Upper bound on `energy` for any text: ``(sqrt(n) + |bias / gain|_2)^2`` (triangle inequality)."""
         most = math.sqrt(len(self.gain)) + float((self.bias / self._size).norm())
         return _ROUNDING * most**2
 
 
 @contextmanager
 def watching_norms(block: nn.Module, linears: Mapping[str, Linear]) -> Iterator[dict[str, nn.Module]]:
-    """Find the module behind each Linear's input in the forward pass inside the ``with`` block.
+    """Find the module that produces each Linear's input in the forward pass inside the ``with`` block.
+
+    Args:
+        block: The block.
+        linears: Its Linears, by the names of their weights.
 
     Yields:
-        A dictionary that is filled during the pass: the module by the name of the Linear's weight. Whether
-        the module is a normalization is for `input_norms` to find out.
+        A dictionary, filled during the pass, from the name of a Linear's weight to the module. `input_norms`
+        determines whether the module is a normalization.
     """
     outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
     found: dict[str, nn.Module] = {}
 
     def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # Outputs are kept, so that no later tensor can lie at the same address.
+        # Outputs are kept alive so that no later tensor can have the same address.
         if len(args) == 1 and isinstance(output, Tensor):
             outputs.setdefault(output.data_ptr(), (module, output, output._version))
 
@@ -92,10 +97,13 @@ def watching_norms(block: nn.Module, linears: Mapping[str, Linear]) -> Iterator[
 
 
 def input_norms(linears: Mapping[str, Linear]) -> dict[str, InputNorm]:
-    """The normalization of every distinct input of a block that has one, by the Linear that reads it first.
+    """Measure the normalizations of a block's distinct inputs.
 
     Args:
-        linears: The Linears of a block whose norms have their weights in memory.
+        linears: Linears of the block, whose normalizations must have their weights in memory.
+
+    Returns:
+        The normalization of each distinct input that has one, by the name of the first Linear that reads it.
     """
     measured = {
         name: _measure(linear.norm, linear.shape[1])
@@ -107,10 +115,10 @@ def input_norms(linears: Mapping[str, Linear]) -> dict[str, InputNorm]:
 
 @torch.no_grad()
 def _measure(module: nn.Module, width: int) -> InputNorm | None:
-    """Gain and bias of a module, or None if it is no normalization.
+    """Measure a module's gain and bias; None if it is not a normalization.
 
-    An input whose channels alternate between two numbers has mean 0 and is its own normalization: the module
-    maps it to ``gain * x + bias``, and its negative to ``-gain * x + bias``.
+    An input that alternates between two values, with mean 0 and mean square 1, is its own normalization: the
+    module maps it to ``gain * x + bias``, and its negative to ``-gain * x + bias``.
     """
     if width < 2:
         return None
@@ -123,7 +131,7 @@ def _measure(module: nn.Module, width: int) -> InputNorm | None:
 
 
 def _normalizes(module: nn.Module, norm: InputNorm) -> bool:
-    """Whether inputs of any size come out with at most the energy of a normalized one."""
+    """Whether the output's energy stays within the bound for inputs of very different sizes."""
     if not (torch.isfinite(norm.gain).all() and torch.isfinite(norm.bias).all() and norm.gain.any()):
         return False
     generator = torch.Generator().manual_seed(_SEED)

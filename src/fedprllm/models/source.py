@@ -11,6 +11,7 @@ already have this form and are used in place; the others are converted once and 
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import hashlib
 import io
@@ -20,6 +21,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,13 @@ def build_skeleton(folder: Path, dtype: Any = None) -> Any:
         if (folder / "model" / "config.json").is_file():
             hint = f"; the model of this run is in {folder / 'model'}"
         raise ModelError(f"{folder} is not a model folder: it has no config.json{hint}")
+    # A run opens a model several times: to see whether its files fit, and to walk through it.
+    return copy.deepcopy(_pristine_skeleton(folder, (folder / "config.json").read_bytes(), dtype))
+
+
+@lru_cache(maxsize=4)
+def _pristine_skeleton(folder: Path, config_json: bytes, dtype: Any) -> Any:  # noqa: ARG001  part of the key
+    """Build a skeleton that nothing changes afterwards."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 

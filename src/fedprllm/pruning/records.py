@@ -6,6 +6,7 @@ Each is stored as JSON under the names of its fields, except that a Linear's ``p
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -246,6 +247,15 @@ class RunRecord(Record):
         for record in self.blocks:
             for linear in record.linears.values():
                 yield record.block, linear
+
+    def deviations(self) -> list[str]:
+        """Deviations from the requested settings, with the number of Linears or blocks that each concerns."""
+        counts: Counter[str] = Counter()
+        for record in self.blocks:
+            for note in record.notes:
+                name, _, about = note.partition(": ")
+                counts[about if name in record.linears else note] += 1
+        return [f"{about} ({n} times)" if n > 1 else about for about, n in counts.most_common()]
 
     @property
     def n_zeros(self) -> int:

@@ -1,9 +1,9 @@
-"""Bounds across ballots: what one participant of several may add to sums that have no limit of their own.
+"""Bounds across ballots: limits on what one participant may add to sums that have no natural limit.
 
-Sums of squares and Gram matrices are any numbers that are not negative, so a single ballot could outweigh
-all others. Two things limit an honest one, whatever its text: the model, where a normalization fixes the size
-of an input (`fedprllm.models.norms`), and what the other participants found. Upper bounds are enough: a
-ballot of small numbers only counts less. The factor and the measurements behind it: docs/decisions/bounds.md.
+Sums of squares and Gram matrices can be arbitrarily large, so a single ballot could outweigh all others. Two
+things limit an honest ballot, whatever its text: the model, where a normalization fixes the size of an input
+(`fedprllm.models.norms`), and the other participants' sums. Upper bounds are enough, because a ballot of
+small numbers only counts less. docs/decisions/bounds.md explains the factor and the measurements behind it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from fedprllm.sharing.interface import Norms, Tensors
 
 __all__ = ["FACTOR", "FEWEST", "others_median", "outstanding_sums", "ratios_to_others"]
 
-FACTOR = 25.0  # of the others' median; the largest honest ratio measured is 8.6
-FEWEST = 3  # participants of which each one has a median of others
-# Channels that are almost silent in the others' text count as if they had this fraction of the mean channel.
+FACTOR = 25.0  # times the others' median; the largest honest ratio measured is 8.6
+FEWEST = 3  # participants needed for a median of the others
+# Added to each channel's median, as a fraction of the mean channel, for channels that are almost silent.
 _FLOOR = 0.1
 
 
 def others_median(values: Tensor) -> Tensor:
-    """Replace each row by the median of the other rows, column by column; the upper one of two.
+    """Replace each row with the median of the other rows, column by column; of two medians, the upper one.
 
-    With the upper one, a minority of participants can neither raise the bound for itself nor, by numbers that
-    are too small, lower it for the others.
+    With the upper median, a minority of participants can neither raise the bound for itself nor lower it for
+    the others with numbers that are too small.
 
     Args:
-        values: One row per participant, [participants, n], at least two.
+        values: One row per participant, [participants, n], at least two rows.
+
+    Returns:
+        The medians, [participants, n].
     """
     in_order = values.sort(dim=0).values
     middle = (len(values) - 1) // 2
@@ -38,11 +41,14 @@ def others_median(values: Tensor) -> Tensor:
 
 
 def outstanding_sums(figures: Mapping[str, Tensors], norms: Norms) -> dict[str, str]:
-    """Why the sums of a participant are refused, by its name.
+    """Find the participants whose sums are out of proportion.
 
     Args:
         figures: Sums of squares per token and channel of each input, float64 [in], by participant.
         norms: Known normalizations of the inputs.
+
+    Returns:
+        The reason for each refused participant, by name.
     """
     refused: dict[str, str] = {}
     for source in next(iter(figures.values()), {}):
@@ -59,20 +65,20 @@ def outstanding_sums(figures: Mapping[str, Tensors], norms: Norms) -> dict[str, 
 
 
 def _beyond_model(per_token: Tensor, source: str, norms: Norms) -> str:
-    """Why sums cannot come from this model; empty if they can, or if it is not known."""
+    """The reason sums cannot come from this model; empty if they can or if the normalization is unknown."""
     if source not in norms:
         return ""
     found, most = norms[source].energy(per_token), norms[source].most_energy
     if found <= most:
         return ""
     return (
-        f"the sums of squares of '{source}' are {found:.4g} per token in units of the normalization before "
-        f"it: expected at most {most:.4g}, whatever the text"
+        f"the sums of squares of '{source}' are {found:.4g} per token in units of the preceding "
+        f"normalization: expected at most {most:.4g} for any text"
     )
 
 
 def _beyond_others(values: Tensor, source: str) -> Iterator[str]:
-    """Why each row of sums is out of proportion to the others; empty if it is not."""
+    """Yield, for each row, the reason its sums are out of proportion to the others; empty if they are not."""
     for ratios in zip(*(ratio.tolist() for ratio in ratios_to_others(values)), strict=True):
         total, mean = ratios
         if max(ratios) <= FACTOR:
@@ -86,14 +92,14 @@ def _beyond_others(values: Tensor, source: str) -> Iterator[str]:
 
 
 def ratios_to_others(values: Tensor) -> tuple[Tensor, Tensor]:
-    """How large each participant's sums are in units of the others' median.
+    """Ratio of each participant's sums to the others' median.
 
     Args:
-        values: Sums of squares per token, one row per participant, [participants, in], at least two.
+        values: Sums of squares per token, one row per participant, [participants, in], at least two rows.
 
     Returns:
-        Ratio of the totals, and the mean over channels of the ratio of each channel, both [participants].
-        They are 0 where most of the others found nothing, because there is nothing to compare with.
+        The ratio of the totals, and the mean over channels of each channel's ratio, both [participants]. Both
+        are 0 where the others' median total is zero, because there is nothing to compare with.
     """
     usual = others_median(values.sum(dim=1, keepdim=True))
     total = values.sum(dim=1, keepdim=True) / usual

@@ -1,4 +1,4 @@
-"""Which column of a table holds the text, and whether what is taken for text is only ids, paths or labels."""
+"""Find the column of a table that holds the text, and refuse columns of ids, paths or labels."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["choose_column", "names_shown", "refuse_ids"]
 _STRING_TYPE = re.compile(r"(large_)?string(_view)?|dictionary<values=(large_)?string(_view)?,.*>")
 _NAMES_SHOWN = 20
 _LOOKED_AT = 200  # rows
-# Names that say that a column holds text.
+# Column names that indicate text.
 _TEXT_NAMES = re.compile(
     r"(.*[_ .-])?(texts?|body|content|contents|document|documents|sentence|sentences|paragraph|passage|story|"
     r"article|abstract|summary|note|notes|transcript|prose|completion|dialog|dialogue|conversation|essay|report|"
     r"code|markdown|raw_content|utterance|review|comment|post|message)|texts?[_.-]\w+",
     re.IGNORECASE,
 )
-# Names that say that it holds something else, whatever its values look like.
+# Column names that indicate something else, whatever the values look like.
 _OTHER_NAMES = re.compile(
     r"(.*[_ .-])?(id|ids|uuid|guid|idx|index|key|hash|sha\d*|md5|digest|checksum|ur[li]s?|link|links|href|"
     r"doi|isbn|path|paths|file|files|filename|file_?name|folder|dir|name|names|label|labels|class|category|categories|tag|"
@@ -47,15 +47,19 @@ _NOT_TEXT = {
 def choose_column(
     kinds: Sequence[tuple[str, str]], source: object
 ) -> tuple[str, Callable[..., Iterator[str]]]:
-    """The column ``text``, or the only one of strings, and a check of its values as they are read.
+    """Choose the column ``text``, or else the only column of strings.
 
     Args:
         kinds: Name and type of every column.
-        source: Where they come from, for messages.
+        source: Origin of the table, for errors.
+
+    Returns:
+        The name of the column, and a function that passes its values on. That function raises `DataError` if
+        the values seem to be ids, paths or labels.
 
     Raises:
-        DataError: ``text`` has another type or stands there twice, there is no single column of strings, or
-            its name says that it holds something else than text.
+        DataError: ``text`` has another type or occurs twice, there is no single column of strings, or the
+            name of that column indicates something other than text.
     """
     named = [kind for name, kind in kinds if name == "text"]
     if len(named) > 1:
@@ -69,14 +73,14 @@ def choose_column(
     if len(strings) != 1:
         raise DataError(
             f"{source}: expected a column 'text' or a single column of strings, found {found}. Rename the "
-            "one that holds the text to 'text'"
+            "column that holds the text to 'text'"
         )
     name = strings[0]
     advice = f"found {found}. Rename the column that holds the text to 'text'"
     if _OTHER_NAMES.fullmatch(name) or _OTHER_ENDS.fullmatch(name):
         raise DataError(
-            f"{source}: expected a column 'text', and the only column of strings, {names_shown([name])}, is "
-            f"named like one of ids, labels or paths: {advice}"
+            f"{source}: expected a column 'text', but the only column of strings, {names_shown([name])}, is "
+            f"named like a column of ids, labels or paths: {advice}"
         )
     is_named = _TEXT_NAMES.fullmatch(name) is not None
 
@@ -86,7 +90,7 @@ def choose_column(
         kind = _kind_of(head, 6) or (None if is_named or _is_prose(head) else "labels or short strings")
         if kind:
             raise DataError(
-                f"{source}: expected a column 'text', and the only column of strings, {names_shown([name])}, "
+                f"{source}: expected a column 'text', but the only column of strings, {names_shown([name])}, "
                 f"seems to hold {kind}: {advice}"
             )
         return chain(head, rest)
@@ -95,31 +99,34 @@ def choose_column(
 
 
 def refuse_ids(documents: Iterable[tuple[str, bool]], source: object) -> Iterator[str]:
-    """Pass documents on, unless the first of them are nothing but ids, URLs, paths or numbers.
+    """Pass documents on unless the first of them are all ids, URLs, paths or numbers.
 
     Args:
-        documents: Each document, and whether it was named as text.
-        source: Where they come from, for messages.
+        documents: Each document, and whether its key named it as text.
+        source: Origin of the documents, for errors.
+
+    Yields:
+        The documents.
 
     Raises:
-        DataError: None was named as text, and they are.
+        DataError: The first documents are all ids, URLs, paths or numbers, and no key named them as text.
     """
     rest = iter(documents)
     head = list(islice(rest, _LOOKED_AT))
     if not any(named for _, named in head) and (kind := _kind_of([text for text, _ in head], 30)):
         raise DataError(
-            f"{source}: expected documents, found strings that seem to be {kind}: name the file that holds "
-            'the text; if they are the text, write each as {"text": ...}'
+            f"{source}: expected documents, found strings that seem to be {kind}: choose the file that "
+            'holds the text; if these strings are the text, write each as {"text": ...}'
         )
     yield from (text for text, _ in chain(head, rest))
 
 
 def _kind_of(values: Sequence[str], n_repeated: int) -> str | None:
-    """What all values are instead of text; None if they may be text.
+    """Describe what all of the values are instead of text; None if they may be text.
 
     Args:
         values: The values.
-        n_repeated: Number of values from which on a few that repeat are labels.
+        n_repeated: Number of values from which frequent repetitions indicate labels.
     """
     given = [value.strip() for value in values if value and not value.isspace()]
     for kind, pattern in _NOT_TEXT.items():
@@ -131,7 +138,7 @@ def _kind_of(values: Sequence[str], n_repeated: int) -> str | None:
 
 
 def _is_prose(values: Sequence[str]) -> bool:
-    """Whether at least half of the values have several words, or many letters of a script without spaces."""
+    """Whether at least half of the values have several words, or many letters in a script without spaces."""
     given = [value.strip() for value in values if value and not value.isspace()]
     several = sum(
         len(value.split()) >= 5 or sum(letter > "\u0e00" and letter.isalpha() for letter in value) >= 10
@@ -141,7 +148,7 @@ def _is_prose(values: Sequence[str]) -> bool:
 
 
 def names_shown(names: Iterable[object]) -> str:
-    """Names of columns or keys for a message; what does not look like a name is only counted."""
+    """List names of columns or keys for an error; anything that does not look like a name is only counted."""
     given = [str(name) for name in names]
     shown = [name for name in given if re.fullmatch(r"[\w.-]{1,30}", name)][:_NAMES_SHOWN]
     others = len(given) - len(shown)

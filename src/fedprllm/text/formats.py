@@ -1,4 +1,4 @@
-"""Files of text by suffix: which are read, how, and which are refused by name."""
+"""File formats by suffix: which are read as text, how, and which are refused."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ _CODE = {
         "cmake",
     ]
 }
-# Numbers of versions, years and parts are no suffix: notes.2024, notes.v2.
+# Numbers of versions, years and parts are not suffixes: notes.2024, notes.v2.
 _NUMBER = re.compile(r"\.v?\d+", re.IGNORECASE)
 _SUFFIX = re.compile(r"\.\w{1,12}")
 
-# What a dataset's or a repository's folder holds besides its text. Words that may well be the name of a text
-# count only as such files are usually written: in capitals, or without a suffix.
+# Files in the folder of a data set or repository that are not part of its text. Words that could also name a
+# text count only in the usual spelling of such files: in capitals, or without a suffix.
 _HOUSEKEEPING = re.compile(
     r"(?i:(read[-_ ]?me|un)?licen[cs]es?|read[-_ ]?me|copying|copyright|citation|changelog|contributing|"
     r"code[-_]of[-_]conduct|attributions?|disclaimer|terms[-_]of[-_]use|eula|data[-_]?statement|data[-_]?card|dataset[-_]?card|model[-_]?card|data[-_]?sheet)"
@@ -123,11 +123,11 @@ _CARD_KEYS = re.compile(
     re.MULTILINE,
 )
 
-# A key right after the first brace; no prose begins like this.
+# A key right after the first brace; prose never starts like this.
 _JSON_START = re.compile(r'\s*\[?\s*\{\s*"[^"\n]{0,100}"\s*:')
 _MARKED_UP = ("<!doctype html", "<html", "<?xml", "{\\rtf", "%pdf-")
 _STARTS = {
-    re.compile(r"WEBVTT\b|\d+\s*\n\d\d:\d\d:\d\d[,.]\d+ -->"): "subtitles: save what is said as plain text",
+    re.compile(r"WEBVTT\b|\d+\s*\n\d\d:\d\d:\d\d[,.]\d+ -->"): "subtitles: save the speech as plain text",
     re.compile(r"@\w+\s*\{[^\s{},]+,\s*\n"): "a bibliography: save its texts as plain text",
     re.compile(r"BEGIN:V(CALENDAR|CARD)\b"): "a calendar or contacts: save the text as plain text",
 }
@@ -135,7 +135,7 @@ _TABLE_LINES = 50
 
 
 def _refusals() -> dict[str, str]:
-    """What to do with files by suffix whose content is neither prose nor a table that is read here."""
+    """What to do with files that cannot be read as text, by suffix."""
     by_advice = {
         "unpack it and name the files inside": "zip zst tar tgz tbz tbz2 txz 7z rar lz lz4 br z",
         "save it as plain text (.txt)": "doc docx odt pdf rtf epub html htm xhtml xml pptx ppt odp mobi",
@@ -144,7 +144,7 @@ def _refusals() -> dict[str, str]:
         "npy npz msgpack",
         'save its text as JSON Lines: {"text": ...} on every line': "ipynb jsonld geojson json5 mbox eml "
         "warc",
-        "save what is said as plain text (.txt)": "srt vtt ass sub sbv lrc",
+        "save the speech as plain text (.txt)": "srt vtt ass sub sbv lrc",
         "name files of text": "safetensors gguf pt pth bin onnx exe dll so dylib png jpg jpeg gif webp bmp "
         "tif tiff svg ico mp3 wav flac ogg mp4 avi mkv mov webm ttf woff woff2 class jar pyc o a",
     }
@@ -159,7 +159,7 @@ _CONVERT = (
 
 
 def format_of(path: Path) -> str:
-    """The suffix that tells how a file is read: that before a compression, in lower case."""
+    """The suffix that determines how a file is read: in lower case, without a compression suffix."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -169,35 +169,35 @@ def format_of(path: Path) -> str:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file holds documents in a structure, as data sets do."""
+    """Whether a file is in a structured format for several documents, such as CSV or JSON Lines."""
     return format_of(path) in _READERS
 
 
 def is_housekeeping(path: Path) -> bool:
-    """Whether a file of a folder says something about the others: a README, a license, a dataset's card."""
+    """Whether a file describes the other files of its folder: a README, a license, a data set card."""
     return format_of(path) not in _DATA_SUFFIXES and _HOUSEKEEPING.fullmatch(path.name) is not None
 
 
 def read_documents_of(path: Path) -> Iterator[str]:
-    """The documents of a file whose format holds several of them.
+    """Read the documents of a file for which `is_data_file` is true.
 
     Raises:
-        DataError: The format is refused, or the file is not what its suffix says.
+        DataError: The file does not match its suffix, or holds no text.
     """
     return _READERS[format_of(path)](path)
 
 
 def read_prose(path: Path) -> Iterator[str]:
-    """A plain text file, which is one document, in blocks.
+    """Read a plain text file, which is one document, in blocks.
 
     Raises:
-        DataError: The format is refused by its suffix, or what is found is a structure and not prose.
+        DataError: The suffix is refused, or the content is structured data rather than prose.
     """
     suffix = format_of(path)
     if (advice := _REFUSED.get(suffix)) is not None:
         raise DataError(f"{path}: {suffix} files are not read as text: {advice}")
     if suffix not in _PROSE | _CODE:
-        raise DataError(f"{path}: {suffix} is not a text format that is read: {_CONVERT}")
+        raise DataError(f"{path}: {suffix} is not a supported text format: {_CONVERT}")
     blocks = read_blocks(path)
     first = next(blocks, "")
     second = next(blocks, None)
@@ -211,12 +211,12 @@ def read_prose(path: Path) -> Iterator[str]:
 
 
 def _structure(path: Path, head: str, *, whole: bool) -> str | None:
-    """What a file that is named like prose seems to be instead, and what to do.
+    """Describe what a file named like prose seems to be instead, and what to do; None if it is prose.
 
     Args:
         path: The file.
         head: The beginning of its text.
-        whole: Whether this is all of it.
+        whole: Whether ``head`` is the whole text.
     """
     text = head.lstrip("\ufeff \t\r\n")
     if _JSON_START.match(head) or is_json(head, whole=whole):
@@ -228,7 +228,7 @@ def _structure(path: Path, head: str, *, whole: bool) -> str | None:
     if table := _table(head):
         return table
     if path.name.lower() == "readme.md" and _is_card(head):
-        return "the card of a data set: name the files of its data"
+        return "a data set card: name the data files instead"
     return None
 
 
@@ -241,7 +241,7 @@ def _table(head: str) -> str | None:
         names_columns = len(cells) > 1 and all(re.fullmatch(r"\w{1,40}", cell) for cell in cells)
         if names_columns and ("text" in cells or _is_even(lines, separator)):
             return f"a table: {advice}, with a column 'text'"
-    # Text indented by tabs is no table.
+    # Text indented with tabs is not a table.
     inside = {line.strip("\t").count("\t") for line in lines}
     if len(lines) > 1 and len(inside) == 1 and inside.pop() > 0:
         return "a table: name it .tsv, with a column 'text' in its first line"
@@ -249,12 +249,12 @@ def _table(head: str) -> str | None:
 
 
 def _is_even(lines: list[str], separator: str) -> bool:
-    """Whether all of several lines have the same number of cells."""
+    """Whether there are several rows and all have the same number of cells."""
     try:
         rows = list(csv.reader(lines, delimiter=separator))
     except csv.Error:
         return False
-    # Prose has a space after its commas.
+    # In prose, a space follows each comma.
     spaced = any(cell.startswith(" ") for row in rows for cell in row)
     return len(rows) > 1 and len({len(row) for row in rows}) == 1 and not spaced
 

@@ -1,4 +1,4 @@
-"""The documents of JSON and JSON Lines, one value in memory at a time."""
+"""Read documents from JSON and JSON Lines, holding one value in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,25 +17,34 @@ __all__ = ["is_json", "read_json_lines", "read_json_list"]
 _TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
-_CUT = 16  # characters: an error so close to the end of what was read may come from the cut
+_CUT = 16  # characters; an error this close to the end of the text read so far may be due to the cut
 _AT_ONCE = 2**16  # characters
 
 
 def read_json_lines(path: Path) -> Iterator[str]:
-    """The documents of a file with one JSON value in each line."""
+    """Read the documents of a file with one JSON value per line.
+
+    Raises:
+        DataError: A line is not JSON or holds no text, or the strings seem to be ids, URLs, paths or numbers.
+    """
     return refuse_ids(_lines(path), path)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bool]]:
     for number, line in enumerate(lines_of(read_blocks(path)), start=1):
-        # A byte-order mark stands in the middle where files were put one after the other.
+        # Concatenated files can have a byte-order mark in the middle.
         if line := line.removeprefix("\ufeff").strip():
             where = f"{path}, line {number}"
             yield _document(_parse(line, where), where)
 
 
 def read_json_list(path: Path) -> Iterator[str]:
-    """The documents of a file that holds one list; other values are refused."""
+    """Read the documents of a file that holds a single JSON list.
+
+    Raises:
+        DataError: The file is not a JSON list, an item holds no text, or the strings seem to be ids, URLs,
+            paths or numbers.
+    """
     return refuse_ids(_items(path), path)
 
 
@@ -56,7 +65,7 @@ class _Reader:
 
     Args:
         blocks: The text.
-        where: Where it comes from, for messages.
+        where: Origin of the text, for errors.
     """
 
     def __init__(self, blocks: Iterable[str], where: str) -> None:
@@ -64,7 +73,7 @@ class _Reader:
         self._held, self._place, self._n_dropped, self._ended = "", 0, 0, False
 
     def _more(self, n_characters: int = _AT_ONCE) -> bool:
-        """Hold more of the text; False at its end."""
+        """Read more of the text; False if none is left."""
         self._n_dropped += self._place
         pieces, self._place = [self._held[self._place :]], 0
         n_missing = n_characters
@@ -80,7 +89,7 @@ class _Reader:
         return DataError(f"{self._where}: not JSON: {message} at character {self._n_dropped + place}")
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """The next character other than white space; empty at the end of the text."""
         while True:
             found = _SPACE.match(self._held, self._place)
             self._place = found.end() if found else self._place
@@ -97,7 +106,7 @@ class _Reader:
         return found
 
     def value(self) -> Any:
-        """The next value, for which no more is read than it needs, and at most twice as much."""
+        """The next value. At most about twice its length is read and held in memory."""
         self.peek()
         while True:
             try:
@@ -115,7 +124,7 @@ class _Reader:
             self._more(len(self._held) - self._place + _AT_ONCE)
 
     def items(self) -> Iterator[Any]:
-        """The items of a list that is everything the text holds."""
+        """Yield the items of a list that must be the whole text."""
         self._take("[")
         if self.peek() == "]":
             self._place += 1
@@ -127,7 +136,7 @@ class _Reader:
         self._end()
 
     def only_value(self) -> Any:
-        """The value that is everything the text holds."""
+        """The value that must be the whole text."""
         value = self.value()
         self._end()
         return value
@@ -142,7 +151,7 @@ def is_json(head: str, *, whole: bool) -> bool:
 
     Args:
         head: The beginning of the text.
-        whole: Whether it is the whole text.
+        whole: Whether ``head`` is the whole text.
     """
     text = head.strip("\ufeff \t\r\n")
     if not text.startswith(("[", "{")):
@@ -154,7 +163,7 @@ def is_json(head: str, *, whole: bool) -> bool:
     except (ValueError, RecursionError):
         return True
     rest = text[end:].lstrip()
-    # JSON Lines: a value in the next line too.
+    # In JSON Lines, another value follows on the next line.
     return not rest or ("\n" in text[end:][:3] and rest.startswith(text[0]))
 
 
@@ -173,7 +182,7 @@ def _type(value: object) -> str:
 
 
 def _document(row: object, where: str) -> tuple[str, bool]:
-    """The text of a value, and whether it was named as text."""
+    """The text of a JSON value, and whether its key named it as text."""
     named = isinstance(row, dict) and "text" in row
     text, expected = row, 'a string or {"text": a string}'
     if isinstance(row, dict) and named:

@@ -1,4 +1,4 @@
-"""FLARE's side of the coordinator: it carries messages, and hands them to the job of the run."""
+"""The coordinator's adapter to FLARE: transports messages and passes them to the run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class _FlareChannel:
-    """Requests and answers between the job processes of server and sites."""
+    """Sends requests from the server's job process to those of the sites."""
 
     def __init__(self, engine: Any, fl_ctx: FLContext) -> None:
         self._engine, self._fl_ctx = engine, fl_ctx
@@ -61,10 +61,10 @@ class _FlareChannel:
 
 
 class CoordinatorController(Controller):  # type: ignore[misc]
-    """Runs in the server's job process.
+    """The controller that FLARE runs in the server's job process.
 
     Args:
-        plan: A `RunPlan`, as JSON.
+        plan: The fields of a `RunPlan`, from JSON.
     """
 
     def __init__(self, plan: dict[str, Any]) -> None:
@@ -72,13 +72,13 @@ class CoordinatorController(Controller):  # type: ignore[misc]
         self._plan = plan
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing is prepared: the run's folder says where to go on."""
+        """Do nothing: the run folder records where to continue."""
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing is kept: the run's folder holds everything."""
+        """Do nothing: the run folder holds all state."""
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Conduct the run until it is complete or cannot go on."""
+        """Conduct the run until it is complete or cannot continue."""
         from fedprllm.federation.coordinator.job import conduct_run
 
         kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_ROOT))
@@ -103,5 +103,5 @@ class CoordinatorController(Controller):  # type: ignore[misc]
         result: Shareable,  # noqa: ARG002
         fl_ctx: FLContext,  # noqa: ARG002
     ) -> None:
-        """No tasks are used, so no result of one is expected."""
+        """Ignore the result: runs use no FLARE tasks."""
         log.warning("ignored a result of task %s from %s", task_name, client.name)

@@ -1,4 +1,4 @@
-"""FLARE's side of a participant: it carries messages, and hands them to `fedprllm.federation.site.site`."""
+"""The participant's adapter to FLARE: transports messages and passes them to `federation.site.site`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["ParticipantExecutor"]
 
 
 class ParticipantExecutor(Executor):  # type: ignore[misc]
-    """Runs in a participant's job process; it takes no arguments, so a job can pass none."""
+    """The executor that FLARE runs in a participant's job process; it accepts no arguments from a job."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class ParticipantExecutor(Executor):  # type: ignore[misc]
         self._requests: RequestLog | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Listen while the job lives."""
+        """Accept messages from the start of the job to its end."""
         if event_type == EventType.START_RUN:
             kit = kit_of(Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_ROOT)))
             self._requests = RequestLog(work_folder(kit) / REQUESTS)
@@ -72,16 +72,16 @@ class ParticipantExecutor(Executor):  # type: ignore[misc]
         fl_ctx: FLContext,  # noqa: ARG002
         abort_signal: Signal,  # noqa: ARG002
     ) -> Shareable:
-        """No tasks: everything is asked by messages."""
+        """Refuse the task: runs use messages, not FLARE tasks."""
         return make_reply(ReturnCode.TASK_UNKNOWN)
 
 
 def _described(message: bytes) -> dict[str, Any]:
-    """What a request asks for, in words for the participant."""
+    """Describe a request for the participant's log."""
     try:
         request, payload = read_request(message)
     except UpdateError:
-        return {"what": "something that is not a request"}
+        return {"what": "an unreadable message"}
     described: dict[str, Any] = {"what": request.op, "run": request.run}
     if request.op in ("fetch", "refused", "decision"):
         described["block"] = request.block

@@ -1,15 +1,15 @@
-"""The guard of one process: judges every message of `nvflare` before FLARE looks at it.
+"""A guard that checks every `nvflare` message before FLARE processes it.
 
-FLARE trusts the address that a message names as its origin, forwards between sites, and decodes and
-answers whatever has a handler. Here a message is refused unless
+FLARE trusts the origin address in a message, relays between sites, and decodes and answers anything that has
+a handler. The guard refuses a message unless
 
-* it came over the connection that its origin lives behind,
-* origin and destination have something to say to each other, and this is a part of it (`policy`),
-* an answer was asked for, by this process, of that sender,
-* it is no longer than its topic allows, and neither is all that its sender has under way on that topic.
+* it arrived over the connection that belongs to its origin,
+* its origin may send this kind of message to its destination (`policy`),
+* a reply answers a request that this process sent to that origin,
+* its size, and the total its sender has in flight on the topic, are within the topic's limit.
 
-A stream is judged by its first piece, and counted piece by piece, so nothing long is received that would be
-refused at its end.
+A stream is checked at its first chunk and counted chunk by chunk, so that a stream over the limit is refused
+before the rest of it is received.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ _SIGNAL_BYTES = 16 * 1024
 log = logging.getLogger(__name__)
 
 
-class Refusal(Exception):  # noqa: N818  it is what the sender is told, not a defect
-    """Why a message is refused."""
+class Refusal(Exception):  # noqa: N818  the reason sent to the sender, not a defect
+    """The reason a message is refused."""
 
 
 class _Impostor(Refusal):
-    """It names another origin than it can have: whoever it names is not told."""
+    """A message with a forged origin; the participant it names is not notified."""
 
 
 @dataclass
@@ -77,17 +77,23 @@ class _Stream:
 
 @dataclass
 class _Streams:
-    """Streams that are under way to this process, and how much memory they may come to take."""
+    """Streams in flight to this process and the memory they may take."""
 
     awaited: Callable[[str, str], bool]
     _open: dict[tuple[str, int], _Stream] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def admit(self, origin: str, number: int, piece: _Stream, most: int) -> None:
-        """Count a piece of a stream.
+        """Count one chunk of a stream.
+
+        Args:
+            origin: Address of the sender.
+            number: The sender's number for the stream.
+            piece: Topic and size of the chunk.
+            most: Limit for the topic, in bytes.
 
         Raises:
-            Refusal: The stream, or all of its sender's on this topic together, exceed the limit.
+            Refusal: The stream, or the sender's streams on this topic in total, exceed the limit.
         """
         with self._lock:
             known = self._open.get((origin, number))
@@ -96,7 +102,7 @@ class _Streams:
                 self._check_count(origin)
                 known = _Stream(piece.what, piece.request)
             if known.what != piece.what:
-                raise Refusal("a stream does not change its topic")
+                raise Refusal("the topic of a stream cannot change")
             n_bytes = max(known.declared, piece.declared, known.received + piece.received)
             if n_bytes > most:
                 raise Refusal(f"a message of {n_bytes} bytes exceeds configured limit {most}")
@@ -106,18 +112,18 @@ class _Streams:
                 if other is not known and other.what == piece.what and root(sender) == root(origin)
             )
             if others + n_bytes > most:
-                raise Refusal(f"{others + n_bytes} bytes under way at once exceed configured limit {most}")
+                raise Refusal(f"{others + n_bytes} bytes in flight at once exceed configured limit {most}")
             known.declared = max(known.declared, piece.declared)
             known.received += piece.received
             self._open[origin, number] = known
 
     def release(self, origin: object, number: object) -> None:
-        """A stream has ended and its message was dealt with."""
+        """Stop counting a stream that has ended and whose message has been handled."""
         with self._lock:
-            self._open.pop((origin, number), None)  # type: ignore[arg-type]  # an unhashable one never got in
+            self._open.pop((origin, number), None)  # type: ignore[arg-type]  # never added if unhashable
 
     def _forget_unawaited(self) -> None:
-        """The answer to a request ends when nobody waits for it any more."""
+        """Stop counting replies that this process no longer waits for."""
         for key, stream in list(self._open.items()):
             if stream.request is not None and not self.awaited(stream.request, key[0]):
                 del self._open[key]
@@ -125,17 +131,17 @@ class _Streams:
     def _check_count(self, origin: str) -> None:
         n_open = sum(root(sender) == root(origin) for sender, _ in self._open)
         if n_open >= MAX_OPEN_STREAMS:
-            raise Refusal(f"more than {MAX_OPEN_STREAMS} messages at once")
+            raise Refusal(f"more than {MAX_OPEN_STREAMS} streams open at once")
 
 
 class Guard:
-    """Judges what arrives at one process.
+    """Checks the messages that arrive at one process.
 
     Args:
-        cell: FLARE's end point of this process (a `CoreCell`).
-        max_update_bytes: Longest update or decision that was agreed on.
-        coordinator: Name in the certificate of whoever may connect as coordinator.
-        notes: Where refusals are written down, and that the server turns this participant away.
+        cell: FLARE's endpoint of this process (a `CoreCell`).
+        max_update_bytes: Agreed maximum size of an update or a decision, in bytes.
+        coordinator: Common name in the coordinator's certificate.
+        notes: Log of refused messages and of the server turning this participant away.
     """
 
     def __init__(self, cell: Any, max_update_bytes: int, coordinator: str, notes: Notes) -> None:
@@ -145,54 +151,57 @@ class Guard:
         self._coordinator = coordinator
         self._notes = notes
         self.streams = _Streams(self._is_awaited)
-        # The end point that streams; FLARE makes it around the cell, later.
+        # The streaming endpoint, which FLARE creates around the cell later.
         self.stream_cell: Any = None
 
     def admits(self, endpoint: Any, peer: str | None, message: Message) -> bool:
-        """Judge a message; one that is refused is written down, and its sender told where that is safe.
+        """Check a message. A refusal is logged, and sent to the sender where that is safe.
 
         Args:
-            endpoint: The end point at the other end of the connection.
-            peer: Name in the certificate of that connection, where FLARE knows it.
-            message: As it came from the connection, not decoded.
+            endpoint: FLARE's endpoint at the other end of the connection.
+            peer: Common name in the peer's certificate, if FLARE knows it.
+            message: The message as received, not decoded.
+
+        Returns:
+            Whether the message is accepted.
         """
         try:
             self._judge(str(endpoint.name), peer, message)
         except Refusal as refusal:
             self._refuse(endpoint, message, str(refusal), tell=not isinstance(refusal, _Impostor))
             return False
-        except Exception as error:  # noqa: BLE001  whatever a malformed message makes of FLARE's headers
+        except Exception as error:  # noqa: BLE001  a malformed message can raise anything
             self._refuse(endpoint, message, f"malformed ({type(error).__name__})", tell=False)
             return False
         return True
 
     def turn_away(self, endpoint: Any, message: Message, reason: str) -> None:
-        """Refuse a message because of who sent it, and tell the sender so."""
+        """Refuse a message because of its sender, and send the reason back."""
         self._refuse(endpoint, message, reason, tell=True, code=ReturnCode.UNAUTHENTICATED)
 
-    # Judging -----------------------------------------------------------------------------------
+    # Checking ----------------------------------------------------------------------------------
 
     def _judge(self, endpoint: str, peer: str | None, message: Message) -> None:
         headers = message.headers
         origin, destination = headers[Header.ORIGIN], headers[Header.DESTINATION]
         self._check_way(endpoint, peer, origin)
         if not may_talk(destination, origin):
-            raise Refusal(f"{_short(origin)} has nothing to say to {_short(destination)}")
+            raise Refusal(f"{_short(origin)} may not send messages to {_short(destination)}")
         if headers.get(Header.SECURE) or headers.get(Header.ENCRYPTED):
-            raise Refusal("encrypted inside TLS, which nothing here needs")
+            raise Refusal("expected no encryption inside TLS")
         n_bytes = len(message.payload) if message.payload else 0
         if headers[Header.MSG_TYPE] == MessageType.REQ:
             self._judge_request(origin, destination, headers, n_bytes)
         elif headers[Header.MSG_TYPE] in (MessageType.REPLY, MessageType.RETURN):
             self._judge_reply(origin, destination, headers)
         else:
-            raise Refusal("neither a request nor an answer")
+            raise Refusal("expected a request or a reply")
 
     def _check_way(self, endpoint: str, peer: str | None, origin: str) -> None:
-        """A message comes over the connection that its origin lives behind.
+        """Check that a message arrived over the connection that belongs to its origin.
 
         Raises:
-            Refusal: It names another origin than its connection's.
+            Refusal: The connection belongs to another origin.
         """
         here, there, claimed = root(self._here), root(endpoint), root(origin)
         kind = party(self._here)
@@ -206,7 +215,7 @@ class Guard:
             raise _Impostor(f"{_short(endpoint)} cannot speak for {_short(origin)}")
 
     def _is_certified(self, endpoint: str, peer: str | None) -> bool:
-        """The certificate fits the address: FLARE lets any certificate have a coordinator's address."""
+        """Whether the certificate matches the address; FLARE accepts a coordinator's address from any."""
         if party(endpoint) is Party.COORDINATOR:
             return peer == self._coordinator
         return root(endpoint) == "server" or peer == root(endpoint)
@@ -220,7 +229,7 @@ class Guard:
         elif topic == STREAM_DATA_TOPIC:
             self._judge_piece(origin, destination, headers, n_bytes)
         elif topic not in (STREAM_ACK_TOPIC, STREAM_ERROR_TOPIC) or n_bytes > _SIGNAL_BYTES:
-            raise Refusal("no such topic of a stream")
+            raise Refusal("unknown stream topic")
 
     def _judge_piece(self, origin: str, destination: str, headers: dict[str, Any], n_bytes: int) -> None:
         channel, topic = headers[StreamHeaderKey.CHANNEL], headers[StreamHeaderKey.TOPIC]
@@ -231,11 +240,11 @@ class Guard:
             return
         request = headers.get(StreamHeaderKey.STREAM_REQ_ID) if answer else None
         if answer and not self._is_awaited(request, origin):
-            raise Refusal("an answer that was not asked for")
+            raise Refusal("an unsolicited reply")
         declared = headers.get(StreamHeaderKey.SIZE) or 0
         number = headers[StreamHeaderKey.STREAM_ID]
         if not (isinstance(declared, int) and isinstance(number, int) and declared >= 0):
-            raise Refusal("a stream without numbers")
+            raise Refusal("the size and number of a stream must be non-negative integers")
         piece = _Stream(("answer " if answer else "") + what, request, declared, n_bytes)
         self.streams.admit(origin, number, piece, most)
 
@@ -246,10 +255,10 @@ class Guard:
         for request in [requests] if isinstance(requests, str) else requests:
             waiter = self._cell.waiters.get(request)
             if waiter is None:
-                raise Refusal("an answer that was not asked for")
-            # What could not be delivered comes back from whoever could not deliver it.
+                raise Refusal("an unsolicited reply")
+            # An undeliverable message is returned by the process that failed to deliver it.
             if headers[Header.MSG_TYPE] == MessageType.REPLY and origin not in waiter.targets:
-                raise Refusal("an answer of somebody who was not asked")
+                raise Refusal("a reply from a process that was not asked")
         if headers.get(Header.RETURN_CODE) == ReturnCode.UNAUTHENTICATED and party(self._here) is Party.SITE:
             self._notes.note_turned_away("server", _short(headers.get(Header.ERROR), 200))
 
@@ -260,7 +269,7 @@ class Guard:
     def _limit(self, receiver: str, sender: str, what: str, *, answer: bool = False) -> int:
         most = limit(receiver, sender, what, answer=answer)
         if most is None:
-            raise Refusal("not on the list of what a run needs")
+            raise Refusal("not on the list of messages that a run needs")
         return self._max_update_bytes if most == UPDATE else most
 
     # Refusing ----------------------------------------------------------------------------------
@@ -282,11 +291,11 @@ class Guard:
             return
         try:
             self._tell(endpoint, headers, reason, code)
-        except Exception as error:  # noqa: BLE001  the refusal stands whether the sender hears of it or not
+        except Exception as error:  # noqa: BLE001  the refusal stands even if the sender cannot be told
             log.warning("could not tell %s: %s", refused.sender, type(error).__name__)
 
     def _tell(self, endpoint: Any, headers: dict[str, Any], reason: str, code: str) -> None:
-        """Tell a sender that it waits in vain."""
+        """Tell a sender not to wait for a reply."""
         if headers.get(Header.CHANNEL) == STREAM_CHANNEL:
             self._end_stream(headers, f"refused: {reason}")
         elif headers.get(Header.REPLY_EXPECTED):
@@ -310,7 +319,7 @@ class Guard:
             )
 
     def _refusal_reply(self, endpoint: Any, headers: dict[str, Any], reason: str, code: str) -> Message:
-        """An answer; FLARE expects what was not for this process to come back instead."""
+        """The reply to a refused request; FLARE expects a message for another process to be returned."""
         reply = make_reply(code, error=f"refused: {reason}")
         forwarding = headers[Header.DESTINATION] != self._here
         reply.add_headers(
@@ -333,7 +342,7 @@ class Guard:
 
 
 def _subject(headers: dict[str, Any]) -> str:
-    """Channel and topic, as far as they may be shown."""
+    """Channel and topic of a message, shortened for the log."""
     if headers.get(Header.CHANNEL) == STREAM_CHANNEL and headers.get(Header.TOPIC) == STREAM_DATA_TOPIC:
         parts = headers.get(StreamHeaderKey.CHANNEL), headers.get(StreamHeaderKey.TOPIC)
     else:
@@ -342,6 +351,6 @@ def _subject(headers: dict[str, Any]) -> str:
 
 
 def _short(value: object, longest: int = 64) -> str:
-    """A sender's word in a line of ours: printable ASCII, and not much of it."""
+    """Text from a sender, reduced to a little printable ASCII for our log."""
     text = "".join(letter for letter in str(value)[:longest] if letter.isascii() and letter.isprintable())
     return text or "?"

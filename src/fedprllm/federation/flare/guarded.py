@@ -1,7 +1,7 @@
-"""``python -m fedprllm.federation.flare.guarded MODULE ARGUMENTS``: a process of FLARE, behind the guard.
+"""``python -m fedprllm.federation.flare.guarded MODULE ARGUMENTS``: run a FLARE process behind the guard.
 
-Server, sites and their processes of a job are started through here, and start their own through here. What
-is changed in FLARE is listed in `install`; docs/decisions/flare-guard.md says why each.
+The server, the sites and their job processes are all started through this module. `install` lists the changes
+made to FLARE; docs/decisions/flare-guard.md gives the reason for each.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fedprllm.files import read_json
 
 __all__ = ["install", "main"]
 
-# Frames that were received and wait for a thread; the connections wait when there are more.
+# Received frames that wait for a thread. Connections block while more than this is waiting.
 _MAX_WAITING_BYTES = 16 * MB
 
 _installed = False
@@ -51,16 +51,16 @@ def install(
     turned_away: TurnedAway | None = None,
     made: Callable[[Any], object] = lambda cell: None,  # noqa: ARG005
 ) -> None:
-    """Change FLARE in this process, once: do it before a cell is made.
+    """Patch FLARE in this process; call it before a cell is created. Further calls do nothing.
 
     Args:
-        communication: FLARE's ``comm_config.json``.
-        requests: Where refusals and the server's orders are written down; None in the coordinator's process.
-        turned_away: Whom the server turns away; None in all other processes.
-        made: Called with every end point (a `Cell`) of this process.
+        communication: Content of FLARE's ``comm_config.json``.
+        requests: Log of refusals and of the server's orders; None in the coordinator's process.
+        turned_away: The server's check for revoked participants; None in all other processes.
+        made: Callback that receives every endpoint (a `Cell`) of this process.
 
     Raises:
-        RunError: This version of FLARE was not tested with the guard.
+        RunError: The guard was not tested with this version of FLARE.
     """
     global _installed
     check_version()
@@ -78,7 +78,7 @@ def install(
 
 
 def _fix_communication(communication: dict[str, Any]) -> None:
-    """FLARE searches all of its workspace for this file, where a job's files lie too."""
+    """Set the configuration: FLARE would search its whole workspace for it, including a job's files."""
     from nvflare.fuel.f3.comm_config import CommConfigurator
 
     CommConfigurator._configuration = communication
@@ -86,7 +86,7 @@ def _fix_communication(communication: dict[str, Any]) -> None:
 
 
 def _limit_frames() -> None:
-    """Each driver refuses a frame by the length it announces, before it makes room."""
+    """Make every driver refuse a frame by its announced length, before allocating memory for it."""
     from nvflare.fuel.f3.drivers import aio_conn, aio_grpc_driver, aio_http_driver, grpc_driver, socket_conn
     from nvflare.fuel.f3.sfm.conn_manager import ConnManager
 
@@ -112,7 +112,7 @@ def _limit_frames() -> None:
 
 
 class _Waiting:
-    """Bytes that wait; whoever brings more than fit waits too, but never for ever."""
+    """Limits the number of waiting bytes. A connection that brings more blocks, for at most a minute."""
 
     def __init__(self, most: int) -> None:
         self._most, self._n_bytes = most, 0
@@ -148,7 +148,7 @@ def _guard_cells(
     process, call, stop = CoreCell.process_message, Adapter.call, RxTask.stop
 
     def core(self: Any, *arguments: Any, **options: Any) -> None:
-        self.fedprllm_guard = None  # a message that comes before there is a guard finds none, and fails
+        self.fedprllm_guard = None  # a message that arrives before the guard exists fails
         make_core(self, *arguments, **options)
         self.fedprllm_guard = Guard(self, max_update_bytes, ADMIN, notes)
 
@@ -158,7 +158,7 @@ def _guard_cells(
         made(self)
 
     def receive(self: Any, endpoint: Any, connection: Any, app_id: int, message: Any) -> None:
-        if not isinstance(connection, NullConnection):  # a process speaks to itself without one
+        if not isinstance(connection, NullConnection):  # a process's messages to itself have none
             peer = connection.get_conn_properties().get(DriverParams.PEER_CN.value)
             reason = turned_away.reason(str(endpoint.name), connection) if turned_away is not None else None
             if reason is not None:
@@ -186,7 +186,7 @@ def _guard_cells(
 
 
 def _close_handlers() -> None:
-    """A handler that nothing may reach is not registered, so the list of what is open can be read."""
+    """Skip the registration of handlers that no message may reach, so that the open ones can be listed."""
     from nvflare.fuel.f3.cellnet.core_cell import CoreCell
     from nvflare.fuel.f3.cellnet.defs import CellChannel
     from nvflare.fuel.f3.streaming.byte_receiver import ByteReceiver
@@ -206,7 +206,7 @@ def _close_handlers() -> None:
 
 
 def _refuse_super() -> None:
-    """FLARE allows everything to a role of this name, "for testing"."""
+    """Deny the role 'super', to which FLARE grants every right "for testing"."""
     from nvflare.fuel.sec.authz import Authorizer
 
     authorize = Authorizer.authorize
@@ -218,14 +218,14 @@ def _refuse_super() -> None:
             else []
         )
         if "super" in roles:
-            return False, "role 'super' has no rights in a federation of fedprllm"
+            return False, "role 'super' has no rights in a fedprllm federation"
         return authorize(self, context)  # type: ignore[no-any-return]
 
     Authorizer.authorize = refuse
 
 
 def _guard_job_processes() -> None:
-    """The processes that this one starts for a job are guarded like this one."""
+    """Run the job processes that this process starts behind the guard too."""
     from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
     from nvflare.app_common.job_launcher.server_process_launcher import ServerProcessJobLauncher
 
@@ -237,14 +237,14 @@ def _guarded_command(get_command: Callable[..., str]) -> Callable[..., str]:
     def guarded(self: Any, job_meta: Any, fl_ctx: Any) -> str:
         interpreter, found, rest = get_command(self, job_meta, fl_ctx).partition(" -m nvflare.")
         if not found:
-            raise RuntimeError("FLARE starts the process of a job in another way than the guard knows")
+            raise RuntimeError("the guard does not recognize the command by which FLARE starts a job")
         return f"{interpreter} -u -m {GUARDED} nvflare.{rest}"
 
     return guarded
 
 
 def _limit_orders(requests: RequestLog) -> None:
-    """A site knows the orders of a run and no others, and writes down each one before it follows it."""
+    """Restrict a site to the orders of a run, each of which is logged before it is followed."""
     from nvflare.private.admin_defs import error_reply
     from nvflare.private.defs import RequestHeader, new_cell_message
     from nvflare.private.fed.client.admin import FedAdminAgent
@@ -275,18 +275,18 @@ def _communication(workspace: Path, *, is_site: bool) -> dict[str, Any]:
         return site_configuration(max_message_mb(kit))["comm_config.json"]
     path = workspace / "local" / "comm_config.json"
     own = read_json(path) if path.exists() else {}
-    own.pop("grpc", None)  # its options would lift the limit of a frame
+    own.pop("grpc", None)  # its options would override the frame limit
     return {"streaming_max_blob_size": DEFAULT_MESSAGE_MB * 1_000_000, **own, **HARDENING}
 
 
 def main() -> None:
-    """Start the module that the command line names."""
+    """Start the module named on the command line."""
     module, sys.argv = sys.argv[1], sys.argv[1:]
     workspace = Path(sys.argv[sys.argv.index("-m") + 1]).resolve()
     is_site = ".client." in module
     kit = kit_of(workspace)
     path = work_folder(kit) / REQUESTS if is_site else kit / "refused.jsonl"
-    # All messages of participants come to the server's own process first, also those to its process of a job.
+    # All messages from participants pass through the server's main process, even those to its job process.
     is_server = ".server.server_train" in module
     from fedprllm.federation.flare.results import exchange_results
 

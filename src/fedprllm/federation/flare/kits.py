@@ -1,7 +1,7 @@
-"""Start-up kits: keys, certificates and configuration of the server and the coordinator.
+"""Startup kits: keys, certificates and configuration of the server and the coordinator.
 
-Participants make their keys themselves (`fedprllm.federation.keys`). Their kits configure nothing;
-`fedprllm.federation.flare.configuration` does, at the participant. FLARE's provisioning writes the
+Participants generate their own keys (`fedprllm.federation.keys`). Their kits contain no configuration;
+`fedprllm.federation.flare.configuration` writes it at the participant. FLARE's provisioning writes the
 configuration of the server and the coordinator.
 """
 
@@ -60,16 +60,20 @@ _HEARTBEAT_TIMEOUT_S = 30
 
 
 def write_kits(plan: Plan, folder: Path) -> list[Path]:
-    """Write a kit for the server and one for the coordinator, and make the federation's authority.
+    """Write kits for the server and the coordinator, and create the federation's certificate authority.
 
-    Called again with more participants, it lets them in and leaves existing kits as they are.
+    A later call with more participants adds them and leaves existing kits unchanged.
+
+    Args:
+        plan: The federation.
+        folder: Folder for the kits.
 
     Returns:
         The folders of the new kits.
 
     Raises:
-        ConfigError: The folder holds kits of another federation.
-        RunError: FLARE could not make them, or the authority has expired.
+        ConfigError: The folder holds the kits of another federation.
+        RunError: FLARE could not write the kits, or the authority has expired.
     """
     known = folder / FEDERATION_FILE
     if known.exists():
@@ -77,7 +81,7 @@ def write_kits(plan: Plan, folder: Path) -> list[Path]:
         if (before.name, before.server, before.port) != (plan.name, plan.server, plan.port):
             raise ConfigError(
                 f"{folder} holds the kits of federation '{before.name}' with its server at "
-                f"{before.server}:{before.port}: name another folder with --out"
+                f"{before.server}:{before.port}: choose another folder with --out"
             )
     root = make_authority(folder, plan)
     missing = [name for name in ("server", "admin") if not (folder / name).exists()]
@@ -95,7 +99,7 @@ def write_kits(plan: Plan, folder: Path) -> list[Path]:
 
 
 def write_ready_kits(plan: Plan, folder: Path) -> None:
-    """Write all kits of a federation, with the keys of its participants: for rehearsals and tests only."""
+    """Write every kit of a federation, including the participants' keys; for rehearsals and tests only."""
     write_kits(plan, folder)
     for name in plan.participants:
         kit = folder / name
@@ -107,19 +111,19 @@ def write_ready_kits(plan: Plan, folder: Path) -> None:
 
 
 def keys_of_participants(plan: Plan, folder: Path) -> list[Path]:
-    """Private keys of participants that lie in a folder of kits: of rehearsals, and of earlier versions."""
+    """Participants' private keys found in a folder of kits, left by rehearsals or earlier versions."""
     paths = [folder / name / "startup" / KEY for name in plan.participants]
     return [path for path in paths if path.exists()]
 
 
 def renew_own(plan: Plan, folder: Path) -> list[Path]:
-    """Sign new certificates for the server and the coordinator, for the keys they have.
+    """Sign new certificates for the existing keys of the server and the coordinator.
 
     Returns:
         The files that were replaced.
 
     Raises:
-        RunError: A kit is not here, or the authority has expired.
+        RunError: A kit is missing, or the authority has expired.
     """
     root = read_authority(folder)
     server, admin = folder / "server" / "startup", folder / "admin" / "startup"
@@ -135,7 +139,7 @@ def renew_own(plan: Plan, folder: Path) -> list[Path]:
 
 
 def _finish(kit: Path, name: str, plan: Plan) -> None:
-    """Make a kit of ours out of what FLARE's provisioning wrote."""
+    """Turn the files written by FLARE's provisioning into one of our kits."""
     (kit / "startup").chmod(0o700)
     _remove_scripts(kit)
     if name == "server":
@@ -143,13 +147,13 @@ def _finish(kit: Path, name: str, plan: Plan) -> None:
 
 
 def _remove_scripts(kit: Path) -> None:
-    """FLARE's own start scripts would start its processes without the guard."""
+    """Remove FLARE's own start scripts, which would start its processes without the guard."""
     for script in (*kit.glob("startup/*.sh"), *kit.glob("startup/*.ipynb"), *kit.rglob("readme.txt")):
         script.unlink()
 
 
 class _Quiet:
-    """FLARE's provisioning reports to a logger; only its errors matter here."""
+    """A logger for FLARE's provisioning that keeps only errors."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -164,16 +168,16 @@ class _Quiet:
 
 
 class _Certificates(Builder):  # type: ignore[misc]
-    """Keys and certificates of the server and the coordinator, in the place of FLARE's own builder.
+    """Writes keys and certificates of the server and the coordinator; replaces FLARE's own builder.
 
-    FLARE's keeps all private keys in its state, and signs for 360 days whatever is asked for.
+    FLARE's builder stores all private keys, and its certificates last 360 days regardless of the plan.
     """
 
     def __init__(self, root: Root, plan: Plan) -> None:
         self._root, self._plan = root, plan
 
     def build(self, project: Project, ctx: Any) -> None:
-        """Write them where FLARE's provisioning collects the kits."""
+        """Write the files where FLARE's provisioning collects the kits."""
         server = project.get_server()
         self._write(Path(ctx.get_kit_dir(server)), "server", server.name, host=self._plan.server)
         for admin in project.get_admins():
@@ -189,7 +193,7 @@ class _Certificates(Builder):  # type: ignore[misc]
 
 @contextmanager
 def _provisioned(plan: Plan, root: Root, state: Path) -> Iterator[Path]:
-    """A folder below ``state`` with the kits of server and coordinator; it is removed afterwards."""
+    """Yield a temporary folder inside ``state`` with the kits of the server and the coordinator."""
     properties: dict[str, Any] = {"api_version": 3, "name": plan.name, "description": "fedprllm"}
     project = Project(name=plan.name, description="fedprllm", props=properties)
     server = {"name": server_identity(plan), "type": "server", "default_host": plan.server}
@@ -205,7 +209,7 @@ def _provisioned(plan: Plan, root: Root, state: Path) -> Iterator[Path]:
         logger = _Quiet()
         context = Provisioner(temporary, builders).provision(project, logger=logger)
         if context.get(CtxKey.BUILD_ERROR) or logger.errors:
-            raise RunError(f"provisioning failed: {'; '.join(logger.errors)[:500]}")
+            raise RunError(f"FLARE could not write the kits: {'; '.join(logger.errors)[:500]}")
         yield Path(context[CtxKey.CURRENT_PROD_DIR])
 
 

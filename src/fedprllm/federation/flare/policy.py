@@ -1,8 +1,8 @@
-"""What a process of a federation hears, and from whom: as a table for `fedprllm.federation.flare.guard`.
+"""Which messages each process of a federation accepts, and from whom; enforced by `federation.flare.guard`.
 
-FLARE registers some forty handlers in every process (shell, deletion, log configuration, a change of the
-server's address, ...) and relays messages between sites. A run needs the few of this table. Whatever is
-missing here is refused, so a handler that a later FLARE adds stays closed.
+FLARE registers some forty handlers in every process (shell, deletion, log configuration, changing the
+server's address, ...) and relays messages between sites. A run needs only the few in this table. Anything
+else is refused, so handlers added by later versions of FLARE stay closed.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ __all__ = [
     "root",
 ]
 
-# The versions of FLARE whose handlers and connections were read and attacked with this guard in place.
+# FLARE versions whose handlers and connections were reviewed and attacked with this guard in place.
 TESTED_VERSIONS = ("2.9.0",)
 
-# The name in the coordinator's certificate.
+# Common name in the coordinator's certificate.
 ADMIN = "coordinator@fedprllm.local"
 
-# Runs a module of FLARE behind the guard.
+# Module that runs a FLARE module behind the guard.
 GUARDED = "fedprllm.federation.flare.guarded"
 
 KB, MB = 1024, 1024 * 1024
-# Longer messages are streamed in pieces of 1 MiB, so no honest frame is longer than this. The drivers refuse
-# a longer one by the length it announces, before they make room for it.
+# Longer messages are streamed in chunks of 1 MiB, so no honest frame is longer than this. The drivers refuse
+# a longer frame by its announced length, before allocating memory for it.
 MAX_FRAME_BYTES = 2 * MB
-# Streams that one sender may have open at a time; an honest one has a handful.
+# Streams that one sender may have open at once; an honest sender has a handful.
 MAX_OPEN_STREAMS = 64
-# As a limit: the longest message that was agreed on, as `max_message_mb`.
+# Stands for the agreed limit, `max_message_mb`.
 UPDATE = -1
 
-# A participant asks the server for results here.
+# Where participants ask the server for results.
 RESULT_CHANNEL = "fedprllm"
 RESULT_TOPIC = "result"
 
@@ -64,19 +64,19 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 class Party(Enum):
-    """Kinds of process that take part in a federation."""
+    """The types of process in a federation."""
 
     SERVER = "server"
-    SERVER_JOB = "the server's process of a job"
+    SERVER_JOB = "server's job process"
     SITE = "site"
-    SITE_JOB = "a site's process of a job"
+    SITE_JOB = "site's job process"
     COORDINATOR = "coordinator"
 
 
 _BYE = {"cellnet.channel/bye": 4 * KB}
 _REGISTER = {"task/challenge": 64 * KB, "task/register": 64 * KB, "task/quit": 64 * KB}
 
-# (receiver, sender): what the receiver accepts, as channel/topic, and how many bytes at most.
+# (receiver, sender): the messages the receiver accepts, as channel/topic, and their maximum size in bytes.
 ALLOWED: Mapping[tuple[Party, Party], Mapping[str, int]] = {
     (Party.SERVER, Party.SITE): {
         **_BYE,
@@ -96,7 +96,7 @@ ALLOWED: Mapping[tuple[Party, Party], Mapping[str, int]] = {
         **_BYE,
         **_REGISTER,
         "hci_channel/command": 1 * MB,
-        # A job is submitted as a file in pieces of 1 MiB.
+        # A job is submitted as a file in chunks of 1 MiB.
         "aux_communication/ObjectStreamer.Request": 2 * MB,
         "aux_communication/ObjectStreamer.Abort": 64 * KB,
     },
@@ -110,7 +110,7 @@ ALLOWED: Mapping[tuple[Party, Party], Mapping[str, int]] = {
         "aux_communication/__sync_runner__": 64 * KB,
         "aux_communication/__job_heartbeat__": 64 * KB,
     },
-    # Of the orders that come on this channel, a site knows those of SITE_ORDERS.
+    # Of the orders on this channel, a site follows only those in SITE_ORDERS.
     (Party.SITE, Party.SERVER): {**_BYE, "admin/admin": 1 * MB},
     (Party.SITE, Party.SITE_JOB): {**_BYE, "admin/train.notify_job_status": 64 * KB},
     (Party.SITE_JOB, Party.SITE): {**_BYE, "client_command/abort": 64 * KB},
@@ -122,7 +122,7 @@ ALLOWED: Mapping[tuple[Party, Party], Mapping[str, int]] = {
     (Party.COORDINATOR, Party.SERVER): {**_BYE, "hci_channel/SESSION_EXPIRED": 64 * KB},
 }
 
-# Answers that are longer than the others; every other one has at most 1 MiB.
+# Replies that may be longer than the 1 MiB allowed for all others.
 _LONG_ANSWERS = {
     "aux_communication/fedprllm": UPDATE,
     f"{RESULT_CHANNEL}/{RESULT_TOPIC}": UPDATE,
@@ -130,8 +130,8 @@ _LONG_ANSWERS = {
 }
 _ANSWER_BYTES = 1 * MB
 
-# Orders of the server that a site follows: say that there is room for a run (there always is), receive it,
-# start it, stop it, and hear how it ended.
+# The server's orders that a site follows: confirm capacity for a run (it always does), receive the run, start
+# it, stop it, and learn how it ended.
 SITE_ORDERS = frozenset(
     {
         "scheduler.check_resource",
@@ -147,31 +147,34 @@ SITE_ORDERS = frozenset(
 def check_version(installed: str | None = None) -> None:
     """Refuse a version of FLARE that the guard was not tested with.
 
+    Args:
+        installed: Version of FLARE; the installed one by default.
+
     Raises:
-        RunError: Names both versions and what to install.
+        RunError: The version is not one of `TESTED_VERSIONS`.
     """
     found = installed or version("nvflare")
     if found not in TESTED_VERSIONS:
         tested = ", ".join(TESTED_VERSIONS)
         raise RunError(
-            f"NVIDIA FLARE {found} is installed, and fedprllm was tested with {tested} only: another version "
+            f"NVIDIA FLARE {found} is installed, but fedprllm was tested only with {tested}: another version "
             "may open new ways into this machine. Nothing was started. "
-            f"Install the tested one: pip install 'nvflare=={TESTED_VERSIONS[-1]}'"
+            f"Install the tested version: pip install 'nvflare=={TESTED_VERSIONS[-1]}'"
         )
 
 
 def is_job_id(value: object) -> bool:
-    """A job's id is a UUID: it becomes the name of a folder and a word of a command line."""
+    """Whether a job id is a UUID; it becomes a folder name and a command-line argument."""
     return isinstance(value, str) and _UUID.fullmatch(value) is not None
 
 
 def root(address: str) -> str:
-    """The machine of an address: ``north`` of ``north.JOB``."""
+    """The machine part of an address: ``north`` for ``north.JOB``."""
     return address.partition(".")[0]
 
 
 def party(address: str) -> Party | None:
-    """What an address stands for; None if it is none that a federation uses."""
+    """The type of process at an address; None if a federation uses no such address."""
     machine, dot, job = address.partition(".")
     if dot and not is_job_id(job):
         return None
@@ -185,7 +188,7 @@ def party(address: str) -> Party | None:
 
 
 def _related(one: str, other: str) -> bool:
-    """Neither two sites nor the processes of two jobs have anything to say to each other."""
+    """Whether two addresses belong together: not two sites, and not the processes of two jobs."""
     kinds = {party(one), party(other)}
     if kinds <= {Party.SITE, Party.SITE_JOB} and root(one) != root(other):
         return False
@@ -194,7 +197,7 @@ def _related(one: str, other: str) -> bool:
 
 
 def may_talk(receiver: str, sender: str) -> bool:
-    """Whether one of the two accepts anything at all from the other."""
+    """Whether either process accepts any message from the other."""
     kinds = party(receiver), party(sender)
     if None in kinds or not _related(receiver, sender):
         return False
@@ -202,7 +205,7 @@ def may_talk(receiver: str, sender: str) -> bool:
 
 
 def opens(receiver: str, channel: str, topic: str) -> bool:
-    """Something may come to ``receiver`` on this channel and topic (``*``: any), from anybody."""
+    """Whether ``receiver`` accepts this channel and topic (``*``: any topic) from any sender."""
     kind = party(receiver)
     known = {what for (whose, _), allowed in ALLOWED.items() if whose is kind for what in allowed}
     if topic == "*":
@@ -211,13 +214,16 @@ def opens(receiver: str, channel: str, topic: str) -> bool:
 
 
 def limit(receiver: str, sender: str, what: str, *, answer: bool = False) -> int | None:
-    """Bytes that ``receiver`` accepts of ``sender`` as ``what`` (channel/topic); None if it accepts none.
+    """The largest message, in bytes, that ``receiver`` accepts from ``sender``; None if it accepts none.
 
     Args:
-        receiver: Address of the process that the message is for.
-        sender: Address of the process that the message is from.
-        what: ``channel/topic`` of a request; of the request that it answers, for an answer.
-        answer: The message answers a request of the receiver.
+        receiver: Address of the receiving process.
+        sender: Address of the sending process.
+        what: ``channel/topic`` of a request or, for a reply, of the request it answers.
+        answer: Whether the message is a reply to a request from the receiver.
+
+    Returns:
+        The limit in bytes, or `UPDATE` for the agreed limit.
     """
     if not may_talk(receiver, sender):
         return None

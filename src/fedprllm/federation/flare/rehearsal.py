@@ -1,9 +1,9 @@
-"""The whole federation on one machine's loopback: real server, real sites, real certificates.
+"""Run a whole federation on one machine's loopback, with a real server, real sites and real certificates.
 
 FOLDER/
-  run/             the run, as a coordinator has it
-  ledgers/         what each participant sent
-  kits/, texts/    while it lasts, after a failure, or on request
+  run/             the run, as the coordinator sees it
+  ledgers/         each participant's ledger of what it sent
+  kits/, texts/    kept during the rehearsal, after a failure, or on request
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ _MARK = ".rehearsal"
 
 
 def free_port() -> int:
-    """A port that is free at this moment."""
+    """A port that is currently free on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def empty_folder(folder: Path) -> Path:
-    """Make the folder of a rehearsal, or empty that of an earlier one; returns it.
+    """Create the folder of a rehearsal, or empty that of an earlier one, and return it.
 
     Raises:
-        ConfigError: The folder holds something else, which would be lost.
+        ConfigError: The folder has other contents, which would be lost.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
-        raise ConfigError(f"{folder} is not empty and not of a rehearsal: name another folder with --out")
+        raise ConfigError(
+            f"{folder} is not empty and was not created by a rehearsal: choose another folder with --out"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / _MARK).touch()
@@ -50,7 +52,7 @@ def empty_folder(folder: Path) -> Path:
 
 
 def rehearsal_kits(folder: Path, participants: Mapping[str, SiteSettings]) -> Plan:
-    """Write kits for a federation on the loopback, each with its participant's settings."""
+    """Write the kits of a federation on the loopback, including each participant's settings."""
     federation = Plan(
         name="rehearsal", server="localhost", port=free_port(), participants=sorted(participants)
     )
@@ -77,17 +79,17 @@ def rehearse(
     *,
     keep_kits: bool = False,
 ) -> Path:
-    """Run a federation from nothing to the pruned model; every process has ended when it returns.
+    """Run a federation from setup to the pruned model; every process has ended when this returns.
 
     Args:
-        folder: Made by `empty_folder`.
-        participants: Settings by name of participant.
-        plan: What to run.
-        tell: Reports progress, as in `fedprllm.federation.flare.supervisor.supervise`.
-        keep_kits: Leave the kits; a rehearsal that fails always does, for their logs.
+        folder: Folder made by `empty_folder`.
+        participants: Settings of each participant, by name.
+        plan: The run.
+        tell: Progress callback, as in `fedprllm.federation.flare.supervisor.supervise`.
+        keep_kits: Keep the kits. After a failure they are always kept, for their logs.
 
     Returns:
-        The folder of the run.
+        The run folder.
 
     Raises:
         RunError: The run could not be completed.

@@ -1,7 +1,8 @@
-"""What the coordinator asked of a participant, and what was refused: one line each, on disk and terminal.
+"""A log of the coordinator's requests to a participant and of refused messages, on disk and in the terminal.
 
-REQUESTS.jsonl: ``{"time", "from", "what", "times", ...}``, and ``"refused"`` with the reason where it was.
-What repeats within a minute is counted, and written once; nothing that somebody sends makes it grow faster.
+Each line of requests.jsonl is ``{"time", "from", "what", "times", ...}``, plus ``"refused"`` with the reason
+for a refused message. Repetitions within a minute are counted and written once, so that no sender can flood
+the log.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ __all__ = ["REQUESTS", "Notes", "Refused", "RequestLog", "Unwritten", "follow", 
 REQUESTS = "requests.jsonl"
 
 _MINUTE_S = 60.0
-# Parts of an entry that hold words of whoever is at the other end.
+# Keys of an entry that contain text from the sender.
 _SENT = ("refused", "reason")
-# Different refusals that are written within a minute; further ones are counted together.
+# Distinct refusals written per minute and sender; further ones are counted together.
 _MAX_KINDS = 50
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A message that was refused: who sent it, as what, and why it was refused."""
+    """A refused message.
+
+    Attributes:
+        sender: Address of the sender.
+        what: Channel and topic, or the order.
+        reason: Why it was refused.
+    """
 
     sender: str
     what: str
@@ -40,23 +47,23 @@ class Refused:
 
 
 class Notes(Protocol):
-    """Where a process writes down what it refused, and what refused it."""
+    """Records the messages a process refused, and the server's refusals of this participant."""
 
     def note_refused(self, refused: Refused) -> None:
-        """Write down what was refused."""
+        """Record a refused message."""
 
     def note_turned_away(self, sender: str, reason: str) -> None:
-        """Write down that ``sender`` wants nothing from this participant."""
+        """Record that ``sender`` rejects this participant."""
 
 
 class Unwritten:
-    """Notes of a process that has no file for them."""
+    """Notes of a process that keeps no file."""
 
     def note_refused(self, refused: Refused) -> None:
-        """Write nothing."""
+        """Do nothing."""
 
     def note_turned_away(self, sender: str, reason: str) -> None:
-        """Write nothing."""
+        """Do nothing."""
 
 
 @dataclass
@@ -67,10 +74,10 @@ class _Seen:
 
 
 class RequestLog:
-    """Appends lines to a file that several processes of a participant share.
+    """Appends lines to a file shared by several processes of a participant.
 
     Args:
-        path: File of the lines.
+        path: The log file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,22 +86,27 @@ class RequestLog:
         self._lock = threading.Lock()
 
     def note(self, sender: str, what: str, **details: Any) -> None:
-        """Write down what was asked, before it is done.
+        """Record a request before it is carried out.
+
+        Args:
+            sender: Name of the sender.
+            what: What was requested.
+            **details: Further keys of the line.
 
         Raises:
-            RunError: The line could not be written, so it must not be done.
+            RunError: The line cannot be written, so the request must not be carried out.
         """
         self._write({"from": sender, "what": what, **details})
 
     def note_refused(self, refused: Refused) -> None:
-        """Write down what was refused; it stays refused if the disk is full."""
+        """Record a refused message. It stays refused even if the line cannot be written."""
         try:
             self._write({"from": refused.sender, "what": refused.what, "refused": refused.reason})
         except RunError:
             return
 
     def note_turned_away(self, sender: str, reason: str) -> None:
-        """Write down that the server turned this participant away, for its terminal."""
+        """Record that the server turned this participant away, to be shown on its terminal."""
         with contextlib.suppress(RunError):
             self._write({"from": sender, "what": "turned away", "reason": reason})
 
@@ -112,7 +124,7 @@ class RequestLog:
             self._seen[_key(entry)] = _Seen(entry, now)
 
     def _forget(self, now: float) -> None:
-        """What was first seen a minute ago is written with its count, and may be written again."""
+        """Drop entries that are a minute old, after writing the number of their repetitions."""
         for key, seen in list(self._seen.items()):
             if now - seen.written >= _MINUTE_S:
                 del self._seen[key]
@@ -120,7 +132,7 @@ class RequestLog:
                     self._append(seen.entry, seen.n_more)
 
     def _within_bounds(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """What a sender sends in too many forms is counted as one."""
+        """Merge an entry with others if its sender has too many distinct ones."""
         n_kinds = sum(seen.entry["from"] == entry["from"] for seen in self._seen.values())
         if n_kinds < _MAX_KINDS:
             return entry
@@ -133,7 +145,7 @@ class RequestLog:
         except OSError as error:
             kind = DiskFull if is_full(error) else RunError
             raise kind(
-                f"cannot write {self._path}: {error.strerror}; nothing is done for the coordinator without it"
+                f"cannot write {self._path}: {error.strerror}; no request is carried out unless it is logged"
             ) from None
 
 
@@ -142,10 +154,10 @@ def _key(entry: dict[str, Any]) -> str:
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:
-    """Every line, oldest first; none if nothing was asked yet.
+    """All lines, oldest first; an empty list if there is no log yet.
 
     Raises:
-        RunError: A line is damaged (numbered).
+        RunError: A line is damaged; the message gives its number.
     """
     if not path.exists():
         return []
@@ -164,7 +176,7 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Endlessly, the lines that were added since the last time, from now on."""
+    """Yield the lines added since the previous step, endlessly, starting at the end of the file."""
     position = path.stat().st_size if path.exists() else 0
     while True:
         lines = []
@@ -179,9 +191,9 @@ def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def sentence(line: dict[str, Any]) -> str:
-    """A line as it is shown on the terminal."""
+    """Format a line for the terminal."""
     if line["what"] == "turned away" and "reason" in line:
-        again = f" ({line['times']} times more)" if line["times"] > 1 else ""
+        again = f" ({line['times']} more times)" if line["times"] > 1 else ""
         return f"{line['from']} turned this participant away{again}: {line['reason']}"
     details = [
         f"{name} {line[name][:8] if name == 'run' else line[name]}"
@@ -190,5 +202,5 @@ def sentence(line: dict[str, Any]) -> str:
     ]
     words = ", ".join([f"{line['from']} asked: {line['what']}", *details])
     if line["times"] > 1:
-        words += f" ({line['times']} times more)"
+        words += f" ({line['times']} more times)"
     return words + (f"; refused: {line['refused']}" if "refused" in line else "")

@@ -1,4 +1,4 @@
-"""Whom a server turns away although its certificate is in date: revoked participants, replaced keys."""
+"""Turn away revoked participants and replaced keys, even if the certificate is in date."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from fedprllm.federation.keys.revoked import RevokedFile
 
 __all__ = ["TurnedAway", "close_soon", "serial_of"]
 
-# A connection lives this much longer, so that its owner hears why.
+# A connection stays open this much longer, so that the participant receives the reason.
 _CLOSE_AFTER_S = 1.0
 _MARK = "fedprllm_turned_away"
 
 
 class TurnedAway:
-    """Decides about the connections of one server.
+    """Decides which connections a server turns away.
 
     Args:
-        revoked: The server's list.
+        revoked: The server's list of revoked participants and replaced certificates.
     """
 
     def __init__(self, revoked: RevokedFile) -> None:
         self._revoked = revoked
 
     def reason(self, endpoint: str, connection: Any) -> str | None:
-        """Why nothing is taken from this connection; None if it is not turned away.
+        """The reason a connection is turned away; None if it is accepted.
 
         Args:
-            endpoint: Address at the other end, which the certificate of the connection must fit.
+            endpoint: Address at the other end, which must match the connection's certificate.
             connection: FLARE's connection.
+
+        Raises:
+            RunError: The server's list is damaged.
         """
         if party(endpoint) not in (Party.SITE, Party.SITE_JOB):
             return None
@@ -53,9 +56,9 @@ class TurnedAway:
 
 
 def serial_of(connection: Any) -> str | None:
-    """Serial number of the certificate at the other end of a connection, in hexadecimal.
+    """Serial number of the peer's certificate, in hexadecimal; None if it has none.
 
-    Each of FLARE's drivers keeps the certificate elsewhere.
+    Each of FLARE's drivers keeps the certificate in a different place.
     """
     context = getattr(connection, "context", None)
     if context is not None:  # gRPC
@@ -74,7 +77,7 @@ def _serial(peer: dict[str, Any] | None) -> str | None:
 
 
 def close_soon(connection: Any) -> None:
-    """Close a connection that was turned away, once its owner has been told."""
+    """Close a connection after the participant has had time to receive the reason."""
     if getattr(connection, _MARK, False):
         return
     setattr(connection, _MARK, True)

@@ -1,1 +1,1 @@
-"""Keys and certificates: made where they are used, signed by the federation's own authority."""
+"""Keys and certificates: generated where they are used, signed by the federation's own authority."""

@@ -2,9 +2,9 @@
 
 KITS/
   .authority/root.key      its private key, never handed out
-  .authority/root.crt      its certificate, in every kit
-  .authority/issued.json   every certificate that was signed for a participant
-  NAME.kit                 the newest kit of a participant, without a secret
+  .authority/root.crt      its certificate, part of every kit
+  .authority/issued.json   all certificates signed for participants
+  NAME.kit                 the newest kit of a participant; contains no secret
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
     "signed_before",
 ]
 
-# The folder that is never handed out.
+# Folder that is never handed out.
 AUTHORITY = ".authority"
 _KEY, _CERTIFICATE, _ISSUED = "root.key", "root.crt", "issued.json"
 _FLARE_STATE = "*/state/cert.json"
@@ -58,14 +58,14 @@ _FLARE_STATE = "*/state/cert.json"
 
 @dataclass(frozen=True)
 class Issued:
-    """A certificate of a participant.
+    """A certificate issued to a participant.
 
     Attributes:
         name: The participant's name.
         serial: Serial number, in hexadecimal.
         key: SHA-256 of the participant's public key, in hexadecimal.
-        signed: Day and time of the signature (UTC, ISO 8601).
-        ends: Day and time until which it is valid (UTC, ISO 8601).
+        signed: Time of the signature (UTC, ISO 8601).
+        ends: Time at which it expires (UTC, ISO 8601).
     """
 
     name: str
@@ -76,10 +76,13 @@ class Issued:
 
 
 def make_authority(kits: Path, plan: Plan) -> Root:
-    """The authority of a folder of kits, made if there is none.
+    """Return the authority of a folder of kits, creating it if there is none.
 
-    One that an earlier version made with FLARE is taken over. That version kept the private keys of all
-    participants; they are deleted.
+    An authority created with FLARE by an earlier version is adopted. That version kept the participants'
+    private keys; they are deleted.
+
+    Raises:
+        RunError: The authority has expired.
     """
     folder = kits / AUTHORITY
     if (folder / _CERTIFICATE).exists():
@@ -89,17 +92,17 @@ def make_authority(kits: Path, plan: Plan) -> Root:
     folder.chmod(0o700)
     root = _take_over(folder) or make_root(plan.name, plan.authority_days)
     write_key(folder / _KEY, root.key)
-    # Last: its existence says that the authority is complete.
+    # Written last: its existence marks the authority as complete.
     write_text(folder / _CERTIFICATE, pem(root.certificate))
     _forget_keys(folder)
     return root
 
 
 def authority(kits: Path) -> Root:
-    """The authority of a folder of kits.
+    """Return the authority of a folder of kits.
 
     Raises:
-        RunError: The folder has none, or it has expired.
+        RunError: The folder holds no authority, or the authority has expired.
     """
     folder = kits / AUTHORITY
     if not (folder / _CERTIFICATE).exists():
@@ -119,55 +122,57 @@ def authority(kits: Path) -> Root:
 
 
 def issued(kits: Path) -> list[Issued]:
-    """Every certificate that was signed for a participant, oldest first."""
+    """All certificates signed for participants, oldest first."""
     path = kits / AUTHORITY / _ISSUED
     return [Issued(**entry) for entry in read_json(path)] if path.exists() else []
 
 
 def signed_before(kits: Path, request: Request) -> bool:
-    """Whether the newest certificate of this participant is for the same key."""
+    """Whether the participant's newest certificate is for the key in the request."""
     earlier = [entry for entry in issued(kits) if entry.name == request.name]
     return bool(earlier) and earlier[-1].key == key_digest(request.public_key)
 
 
 def check_requested(kits: Path, plan: Plan, request: Request) -> None:
-    """Refuse a request of somebody whom the plan does not name, or for a key of somebody else or of earlier.
+    """Check that a request comes from a participant of the plan and is for a key of its own.
 
     Raises:
-        ConfigError: Names the participant, or the owner of the key.
+        ConfigError: The plan does not name the participant, or the key belongs to another participant or was
+            replaced.
     """
     if request.name not in plan.participants:
         raise ConfigError(
-            f"the request is of participant {did_you_mean(request.name, plan.participants)} Only "
-            "participants of the plan get certificates: correct the name, or add it to the plan and run "
+            f"the request names participant {did_you_mean(request.name, plan.participants)} Only "
+            "participants in the plan get certificates: correct the name, or add it to the plan and run "
             "'fedprllm federation init' again"
         )
     digest = key_digest(request.public_key)
     own = [entry.key for entry in issued(kits) if entry.name == request.name]
     if digest in own and own[-1] != digest:
         raise ConfigError(
-            f"the request of '{request.name}' has a key that it replaced, which somebody else may hold: "
-            "ask for the request of a new key ('fedprllm identity renew FOLDER --new-key')"
+            f"the request of '{request.name}' has a key that was replaced earlier and may be compromised: "
+            "ask for a request with a new key ('fedprllm identity renew FOLDER --new-key')"
         )
     for entry in issued(kits):
         if entry.key == digest and entry.name != request.name:
             raise ConfigError(
-                f"the request of '{request.name}' has the key of '{entry.name}': every participant makes "
-                "its own, with 'fedprllm identity new NAME'"
+                f"the request of '{request.name}' has the key of '{entry.name}': every participant needs "
+                "a key of its own, made with 'fedprllm identity new NAME'"
             )
 
 
 def sign(kits: Path, plan: Plan, request: Request) -> tuple[Path, Issued]:
-    """Sign a participant's request and write its kit; the other participants are left alone.
+    """Sign a participant's request and write its kit; other participants are not affected.
 
-    Certificates that the participant has for other keys end: the server refuses them from now on.
+    If the participant has certificates for other keys, the server refuses them from now on.
 
     Returns:
-        The kit to send to the participant, and what was signed.
+        The kit to send to the participant, and the entry of the new certificate.
 
     Raises:
-        ConfigError: The request is not one of a participant of this federation.
-        RunError: The folder holds no authority, or it has expired.
+        ConfigError: The request fails `check_requested`.
+        RunError: The folder holds no authority, the authority has expired, or certificates for other keys
+            must be refused and the server's kit is not on this machine.
     """
     root = authority(kits)
     check_requested(kits, plan, request)
@@ -186,7 +191,7 @@ def sign(kits: Path, plan: Plan, request: Request) -> tuple[Path, Issued]:
 
 
 def server_identity(plan: Plan) -> str:
-    """The name in the server's certificate, where 64 characters fit."""
+    """The name in the server's certificate: the host, cut to the 64 characters that fit."""
     return plan.server[:64]
 
 
@@ -214,7 +219,7 @@ def _entry(certificate: x509.Certificate, signed: datetime | None = None) -> Iss
 
 
 def authority_fingerprint(root: Root) -> str:
-    """What participants compare before they accept a kit."""
+    """The authority's fingerprint, which participants compare before they accept a kit."""
     return fingerprint(key_of(root.certificate))
 
 
@@ -222,7 +227,7 @@ def authority_fingerprint(root: Root) -> str:
 
 
 def _take_over(folder: Path) -> Root | None:
-    """The authority that FLARE's provisioning made, and what it signed for participants."""
+    """Adopt an authority created by FLARE's provisioning, with its certificates; None if there is none."""
     for path in folder.glob(_FLARE_STATE):
         state = read_json(path)
         certificates = [
@@ -240,6 +245,6 @@ def _take_over(folder: Path) -> Root | None:
 
 
 def _forget_keys(folder: Path) -> None:
-    """Delete the private keys that FLARE's provisioning kept."""
+    """Delete the private keys that FLARE's provisioning stored."""
     for path in folder.glob(_FLARE_STATE):
         shutil.rmtree(path.parent.parent)

@@ -1,7 +1,7 @@
 """Private keys, fingerprints and certificates.
 
-Keys are RSA because FLARE signs with PSS when a participant registers. No private key leaves the machine it
-was made on; what is compared by telephone is `fingerprint`.
+Keys are RSA because FLARE signs with RSA-PSS when a participant registers. A private key never leaves the
+machine it was generated on. The `fingerprint` of a public key is compared by telephone.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ __all__ = [
     "write_key",
 ]
 
-# Days before its end from which a certificate's owner is told to renew it.
+# Days before a certificate expires from which its owner is asked to renew it.
 WARN_DAYS = 30
 
 KEY_BITS = 3072
 EXPONENT = 65537
 _MAX_FILE_BYTES = 64 * 1024
 _ORGANIZATION = "fedprllm"
-# Certificates begin this long before they are signed: clocks differ, and many are used within seconds.
+# Certificates are valid from this long before they are signed, because clocks differ.
 _CLOCK_TOLERANCE = timedelta(minutes=10)
 
 
@@ -59,12 +59,12 @@ _CLOCK_TOLERANCE = timedelta(minutes=10)
 
 
 def new_key() -> rsa.RSAPrivateKey:
-    """Draw a private key."""
+    """Generate a private key."""
     return rsa.generate_private_key(public_exponent=EXPONENT, key_size=KEY_BITS)
 
 
 def write_key(path: Path, key: rsa.RSAPrivateKey) -> None:
-    """Write a private key that only its owner can read."""
+    """Write a private key to a file that only its owner can read."""
     plain = serialization.NoEncryption()
     write_private(
         path, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
@@ -75,7 +75,7 @@ def read_key(path: Path, content: bytes | None = None) -> rsa.RSAPrivateKey:
     """Read a private key.
 
     Args:
-        path: File that holds it; named in errors.
+        path: File of the key, named in errors.
         content: The key (PEM); read from the file by default.
 
     Raises:
@@ -87,8 +87,8 @@ def read_key(path: Path, content: bytes | None = None) -> rsa.RSAPrivateKey:
         )
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise RunError(
-            f"{path} does not hold a private key that can be read: restore it from your backup, or make a "
-            "new identity with 'fedprllm identity new'"
+            f"{path} does not hold a readable private key: restore it from your backup, or make a new "
+            "identity with 'fedprllm identity new'"
         ) from None
     if not isinstance(key, rsa.RSAPrivateKey):
         raise RunError(f"{path} holds a {type(key).__name__}: expected an RSA key")
@@ -98,7 +98,7 @@ def read_key(path: Path, content: bytes | None = None) -> rsa.RSAPrivateKey:
 def fingerprint(public_key: rsa.RSAPublicKey) -> str:
     """Eight groups of four hexadecimal digits, for comparing a key by telephone.
 
-    They are the first 128 bits of the SHA-256 of the key's SubjectPublicKeyInfo (DER).
+    The digits are the first 128 bits of the SHA-256 of the key's SubjectPublicKeyInfo (DER).
     """
     digits = key_digest(public_key)[:32]
     return " ".join(digits[start : start + 4] for start in range(0, 32, 4))
@@ -111,7 +111,7 @@ def key_digest(public_key: rsa.RSAPublicKey) -> str:
 
 
 def same_fingerprint(one: str, other: str) -> bool:
-    """Whether two fingerprints agree, however they are spaced and capitalized."""
+    """Whether two fingerprints are equal, ignoring spaces, separators and capitalization."""
     plain = ["".join(text.replace(":", " ").replace("-", " ").split()).lower() for text in (one, other)]
     return plain[0] == plain[1]
 
@@ -121,14 +121,14 @@ def same_fingerprint(one: str, other: str) -> bool:
 
 @dataclass(frozen=True)
 class Root:
-    """The certificate authority of a federation."""
+    """A federation's certificate authority: its private key and its certificate."""
 
     key: rsa.RSAPrivateKey
     certificate: x509.Certificate
 
 
 def make_root(name: str, valid_days: int) -> Root:
-    """Make a federation's certificate authority."""
+    """Create a federation's certificate authority."""
     key = new_key()
     usage = x509.KeyUsage(
         digital_signature=True,
@@ -165,16 +165,16 @@ def issue(
     host: str | None = None,
     begin: datetime | None = None,
 ) -> x509.Certificate:
-    """Sign a certificate. It ends with the authority's own, if that is sooner.
+    """Sign a certificate, which expires no later than the authority's own.
 
     Args:
         root: The authority.
-        name: Name of its holder.
-        public_key: Key of its holder.
-        valid_days: Days that it is valid.
-        role: FLARE's role of a coordinator; None for the server and for participants.
-        host: Host name or address of a server; the holder's name by default.
-        begin: Time from which it is valid; a few minutes ago by default.
+        name: Name of the holder.
+        public_key: Public key of the holder.
+        valid_days: Days for which the certificate is valid.
+        role: FLARE role of the coordinator; None for the server and for participants.
+        host: Host name or address of the server; the holder's name by default.
+        begin: Time from which the certificate is valid; a few minutes ago by default.
 
     Raises:
         RunError: The authority has expired.
@@ -226,7 +226,7 @@ def _host(host: str) -> x509.GeneralName:
 
 
 def pem(certificate: x509.Certificate) -> str:
-    """A certificate as text."""
+    """Encode a certificate as PEM text."""
     return certificate.public_bytes(serialization.Encoding.PEM).decode("ascii")
 
 
@@ -234,31 +234,31 @@ def read_certificate(path: Path, content: bytes | None = None) -> x509.Certifica
     """Read a certificate.
 
     Args:
-        path: File that holds it; named in errors.
+        path: File of the certificate, named in errors.
         content: The certificate (PEM); read from the file by default.
 
     Raises:
-        RunError: The file is missing or does not hold one certificate.
+        RunError: The file is missing or does not hold exactly one certificate.
     """
     try:
         (certificate,) = x509.load_pem_x509_certificates(read_small(path) if content is None else content)
     except (ValueError, UnsupportedAlgorithm):
         raise RunError(
-            f"{path} does not hold one certificate: accept the kit again, or ask for another"
+            f"{path} does not hold exactly one certificate: accept the kit again, or ask for another"
         ) from None
     return certificate
 
 
 def common_name(subject: x509.Name) -> str:
-    """The name in a certificate or a request; empty if it has none."""
+    """The common name in a certificate or a request; empty if there is none."""
     return next((str(part.value) for part in subject.get_attributes_for_oid(NameOID.COMMON_NAME)), "")
 
 
 def key_of(certificate: x509.Certificate) -> rsa.RSAPublicKey:
-    """The key in a certificate.
+    """The public key in a certificate.
 
     Raises:
-        RunError: It is not an RSA key.
+        RunError: The key is not an RSA key.
     """
     key = certificate.public_key()
     if not isinstance(key, rsa.RSAPublicKey):
@@ -267,7 +267,7 @@ def key_of(certificate: x509.Certificate) -> rsa.RSAPublicKey:
 
 
 def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    """Whether an authority signed a certificate."""
+    """Whether ``authority`` is an authority and signed the certificate."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
@@ -276,7 +276,7 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
-    """Whether a certificate is one of an authority."""
+    """Whether a certificate belongs to an authority."""
     try:
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
     except (x509.ExtensionNotFound, ValueError):
@@ -285,15 +285,18 @@ def is_authority(certificate: x509.Certificate) -> bool:
 
 
 def check_dates(certificate: x509.Certificate, whose: str, remedy: str) -> float:
-    """Refuse a certificate outside its dates; returns the days that it has left.
+    """Check that a certificate is in date.
 
     Args:
         certificate: The certificate.
-        whose: Whose it is, in words.
-        remedy: Command that renews it.
+        whose: Description of the certificate, for errors.
+        remedy: How to renew it, for errors.
+
+    Returns:
+        The days until it expires.
 
     Raises:
-        RunError: It has expired, or is not valid yet. The message names the date and the command.
+        RunError: The certificate has expired or is not valid yet. The message gives the date and the remedy.
     """
     now = datetime.now(UTC)
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
@@ -301,8 +304,8 @@ def check_dates(certificate: x509.Certificate, whose: str, remedy: str) -> float
         raise RunError(f"{whose} expired on {_day(end)}; nothing was started. To renew it: {remedy}")
     if now < begin:
         raise RunError(
-            f"{whose} is valid from {begin:%Y-%m-%d %H:%M} UTC, and it is {now:%Y-%m-%d %H:%M} UTC here; "
-            "nothing was started. Correct this machine's clock"
+            f"{whose} is valid from {begin:%Y-%m-%d %H:%M} UTC, but this machine's clock says "
+            f"{now:%Y-%m-%d %H:%M} UTC; nothing was started. Correct this machine's clock"
         )
     return (end - now) / timedelta(days=1)
 
@@ -312,14 +315,14 @@ def _day(time: datetime) -> str:
 
 
 def read_small(path: Path, error: type[ConfigError | RunError] = RunError) -> bytes:
-    """Read a file that is small if it is what it should be.
+    """Read the file of a key, a request or a certificate.
 
     Args:
         path: The file.
-        error: What is raised otherwise.
+        error: Type of the error to raise.
 
     Raises:
-        RunError: The file cannot be read, or is too long to be a key, a request or a certificate.
+        RunError: The file cannot be read or is too long. `ConfigError` if ``error`` says so.
     """
     try:
         with path.open("rb") as file:

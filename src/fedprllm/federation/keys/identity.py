@@ -1,10 +1,10 @@
-"""A participant's identity: a private key made on its machine, and the certificate that fits it.
+"""A participant's identity: a private key generated on its machine, and the matching certificate.
 
 NAME/
-  NAME.csr               the open request, for the coordinator; gone when the certificate has arrived
-  startup/client.key     the private key, which only its owner can read; it never leaves this folder
-  startup/next.key       the key of an open request for a new one; the old one works until then
-  startup/client.crt     from the coordinator, as are rootCA.pem and the address in fed_client.json
+  NAME.csr               open request to the coordinator; deleted when the certificate is accepted
+  startup/client.key     private key, readable only by its owner; never leaves this folder
+  startup/next.key       key of an open request for a new key; the current key works until it is accepted
+  startup/client.crt     from the coordinator, like rootCA.pem and the address in fed_client.json
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ _CERTIFICATE, _ROOT = "client.crt", "rootCA.pem"
 
 @dataclass(frozen=True)
 class OpenRequest:
-    """A request for the coordinator to sign.
+    """A certificate request that the coordinator has yet to sign.
 
     Attributes:
-        path: File to send. It holds no secret.
-        name: Name that it asks for.
-        fingerprint: What the coordinator must see too.
+        path: File to send; contains no secret.
+        name: Name of the participant.
+        fingerprint: Fingerprint of the key, to compare with what the coordinator sees.
     """
 
     path: Path
@@ -67,24 +67,28 @@ class OpenRequest:
 
 
 def new_identity(name: str, folder: Path) -> OpenRequest:
-    """Make a private key and a certificate request on this machine.
+    """Generate a private key and a certificate request on this machine.
 
-    Called again before the certificate has arrived, it writes the request again, with the same key.
+    If called again before the certificate is accepted, it writes the request again with the same key.
+
+    Args:
+        name: Name of the participant.
+        folder: Folder for the identity.
 
     Raises:
-        ConfigError: The name cannot be that of a participant.
-        RunError: The folder holds an identity that is in use.
+        ConfigError: The name is not a valid participant name.
+        RunError: The folder holds another identity, or one that has a certificate already.
     """
     check_name(name)
     startup = folder / "startup"
     if (startup / _CERTIFICATE).exists():
         raise RunError(
             f"{folder} holds an identity with a certificate: renew it with 'fedprllm identity renew "
-            f"{folder}', or name another folder with --out"
+            f"{folder}', or choose another folder with --out"
         )
     named = {request.stem for request in folder.glob("*.csr")} - {name}
     if named:
-        raise RunError(f"{folder} holds the open request of '{min(named)}': name another folder with --out")
+        raise RunError(f"{folder} holds the open request of '{min(named)}': choose another folder with --out")
     startup.mkdir(parents=True, exist_ok=True)
     startup.chmod(0o700)
     if not (startup / KEY).exists():
@@ -93,11 +97,11 @@ def new_identity(name: str, folder: Path) -> OpenRequest:
 
 
 def renew(folder: Path, *, with_new_key: bool = False) -> OpenRequest:
-    """Ask for another certificate before the present one ends; the present one works until then.
+    """Write a request for a new certificate; the current one keeps working until it expires.
 
     Args:
         folder: Folder of the identity.
-        with_new_key: Make a new key. The old one is deleted when the new certificate is accepted.
+        with_new_key: Generate a new key. The old one is deleted when the new certificate is accepted.
 
     Raises:
         RunError: The folder holds no identity with a certificate.
@@ -120,7 +124,7 @@ def _request(folder: Path, name: str, key_file: str) -> OpenRequest:
 
 
 def open_requests(folder: Path) -> list[OpenRequest]:
-    """Requests of an identity whose certificate has not been accepted yet."""
+    """The requests of an identity whose certificates have not been accepted yet."""
     found = []
     for path in sorted(folder.glob("*.csr")):
         request = read_request(path)
@@ -133,14 +137,14 @@ def open_requests(folder: Path) -> list[OpenRequest]:
 
 @dataclass(frozen=True)
 class Offer:
-    """A kit that fits an identity, checked, and not accepted yet.
+    """A kit that was checked against an identity but is not accepted yet.
 
     Attributes:
-        address: Where the server is.
+        address: Address of the server.
         certificate: The participant's certificate.
         authority: The authority's certificate.
-        key_file: File of the private key that the certificate is for.
-        known_authority: The identity has a certificate of this authority already.
+        key_file: File name of the private key that the certificate is for.
+        known_authority: Whether the identity already has a certificate from this authority.
     """
 
     address: Address
@@ -151,16 +155,20 @@ class Offer:
 
     @property
     def fingerprint(self) -> str:
-        """The authority's, which the coordinator reads out."""
+        """Fingerprint of the authority's key, to compare with the one that the coordinator reads out."""
         return fingerprint(key_of(self.authority))
 
 
 def examine(folder: Path, path: Path) -> Offer:
-    """Check that a kit is the answer to this identity's request.
+    """Check that a kit answers this identity's request.
+
+    Args:
+        folder: Folder of the identity.
+        path: The kit.
 
     Raises:
-        ConfigError: The file is no kit, or names no server.
-        RunError: It is for another key or name, of another authority, or out of date.
+        ConfigError: The file is not a kit, or names no server.
+        RunError: The kit is for another key or name, from another authority, or out of date.
     """
     kit = read_kit_file(path)
     address = _address(kit)
@@ -172,7 +180,7 @@ def examine(folder: Path, path: Path) -> Offer:
         raise RunError(f"{path}: the authority did not sign the certificate; ask for another kit")
     if is_authority(certificate):
         raise RunError(
-            f"{path}: the certificate is one of an authority, not of a participant; ask for another"
+            f"{path}: the certificate belongs to an authority, not to a participant; ask for another kit"
         )
     check_dates(certificate, f"the certificate in {path}", f"fedprllm identity renew {folder}")
     return Offer(
@@ -185,7 +193,7 @@ def examine(folder: Path, path: Path) -> Offer:
 
 
 def accept(folder: Path, offer: Offer) -> None:
-    """Put a checked kit beside the private key, where ``fedprllm participate`` uses it."""
+    """Store a checked kit beside the private key, where ``fedprllm participate`` finds it."""
     startup = folder / "startup"
     write_text(startup / _ROOT, pem(offer.authority))
     if offer.key_file != KEY:
@@ -216,13 +224,13 @@ def _check_names(folder: Path, path: Path, *names: str) -> None:
     for name in names:
         if name not in expected:
             raise RunError(
-                f"{path} is the kit of '{name}', and {folder} is the identity of '{min(expected)}': ask the "
-                "coordinator for yours"
+                f"{path} is the kit of '{name}', but {folder} is the identity of '{min(expected)}': ask the "
+                "coordinator for your own kit"
             )
 
 
 def _fitting_key(folder: Path, path: Path, certificate: x509.Certificate) -> str:
-    """The file of the private key that a certificate is for."""
+    """File name of the private key that a certificate is for."""
     found = []
     for name in (NEXT_KEY, KEY):
         if (folder / "startup" / name).exists():
@@ -231,8 +239,8 @@ def _fitting_key(folder: Path, path: Path, certificate: x509.Certificate) -> str
                 return name
             found.append(fingerprint(own))
     raise RunError(
-        f"{path} certifies the key {fingerprint(key_of(certificate))}, and the keys in {folder} are "
-        f"{', '.join(found) or 'none'}: send the coordinator the request of this identity again"
+        f"{path} certifies the key {fingerprint(key_of(certificate))}, but the keys in {folder} are "
+        f"{', '.join(found) or 'none'}: send this identity's request to the coordinator again"
     )
 
 
@@ -243,7 +251,7 @@ def _known(folder: Path, path: Path, authority: x509.Certificate) -> bool:
     known = read_certificate(root)
     if known.public_key() != authority.public_key():
         raise RunError(
-            f"{path} is of another authority ({fingerprint(key_of(authority))}) than this identity "
+            f"{path} comes from another authority ({fingerprint(key_of(authority))}) than this identity "
             f"({fingerprint(key_of(known))}): ask the coordinator why; for another federation, make another "
             "identity with 'fedprllm identity new NAME --out FOLDER'"
         )
@@ -251,10 +259,17 @@ def _known(folder: Path, path: Path, authority: x509.Certificate) -> bool:
 
 
 def check_credentials(kit: Path) -> float:
-    """Check that key and certificate of a participant fit and are in date; returns the days left.
+    """Check that a participant's key and certificate match and are in date.
+
+    Args:
+        kit: Folder of the identity.
+
+    Returns:
+        The days until the certificate expires.
 
     Raises:
-        RunError: Says what is wrong, and which command helps.
+        RunError: A file is missing or unreadable, a certificate is out of date, or it is for another key.
+        ConfigError: The certificate and the kit name different participants.
     """
     startup = kit / "startup"
     certificate = read_certificate(startup / _CERTIFICATE)
@@ -262,7 +277,7 @@ def check_credentials(kit: Path) -> float:
     days = check_dates(certificate, f"the certificate of participant '{address_of(kit)['name']}'", renewal)
     if read_key(startup / KEY).public_key() != certificate.public_key():
         raise RunError(
-            f"{startup / KEY} is not the key of {startup / _CERTIFICATE}: accept the newest kit with "
+            f"{startup / KEY} does not match {startup / _CERTIFICATE}: accept the newest kit with "
             f"'fedprllm identity accept {kit} NAME.kit'"
         )
     authority = read_certificate(startup / _ROOT)
@@ -274,7 +289,7 @@ def check_credentials(kit: Path) -> float:
         )
     if common_name(certificate.subject) != address_of(kit)["name"]:
         raise ConfigError(
-            f"{startup / _CERTIFICATE} is of '{common_name(certificate.subject)}', and the kit is of "
-            f"'{address_of(kit)['name']}': ask for another kit"
+            f"{startup / _CERTIFICATE} names '{common_name(certificate.subject)}', but the kit names "
+            f"'{address_of(kit)['name']}': ask the coordinator for another kit"
         )
     return days

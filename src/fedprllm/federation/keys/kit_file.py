@@ -1,4 +1,4 @@
-"""What a coordinator sends to a participant: one JSON file with an address and two certificates, no secret.
+"""The kit a coordinator sends to a participant: a JSON file with an address and two certificates, no secret.
 
 {"format": "fedprllm kit 1", "name": "north", "federation": "clinics", "target": "host.org:8002",
  "scheme": "grpc", "server": "host.org", "certificate": "-----BEGIN ...", "authority": "-----BEGIN ..."}
@@ -28,7 +28,7 @@ class KitFile(Settings):
     """A participant's kit.
 
     Raises:
-        ConfigError: A part is missing, unknown or too long.
+        ConfigError: A field is missing, unknown or too long.
     """
 
     format: Literal["fedprllm kit 1"]
@@ -42,16 +42,16 @@ class KitFile(Settings):
 
 
 def write_kit_file(path: Path, kit: KitFile) -> None:
-    """Write a kit."""
+    """Write a kit as JSON."""
     write_json(path, kit.model_dump(mode="json"))
 
 
 def read_kit_file(path: Path) -> KitFile:
-    """Read a kit as from an untrusted sender.
+    """Read a kit from an untrusted sender.
 
     Raises:
         RunError: The file cannot be read.
-        ConfigError: It is no kit of this version.
+        ConfigError: The file is not a kit of this version, or contains a private key.
     """
     try:
         with path.open("rb") as file:
@@ -60,13 +60,13 @@ def read_kit_file(path: Path) -> KitFile:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
     if b"PRIVATE KEY" in content:
         raise ConfigError(
-            f"{path} contains a private key, which no kit for an identity of yours does: do not use it, "
-            "and ask the coordinator how this came about"
+            f"{path} contains a private key, but kits never do: do not use it, and ask the coordinator where "
+            "it came from"
         )
     values = _object(content)
     if values is None or values.get("format") != FORMAT:
         raise ConfigError(
-            f"{path} is no participant's kit: expected the file NAME.kit that 'fedprllm federation sign' "
+            f"{path} is not a participant's kit: expected the file NAME.kit that 'fedprllm federation sign' "
             "wrote"
         )
     try:
@@ -76,7 +76,7 @@ def read_kit_file(path: Path) -> KitFile:
 
 
 def _object(content: bytes) -> dict[str, Any] | None:
-    """A JSON object; None if it is anything else."""
+    """Parse a JSON object; None if the content is anything else."""
     if len(content) > _MAX_BYTES:
         return None
     try:

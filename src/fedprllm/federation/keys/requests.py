@@ -1,4 +1,4 @@
-"""Certificate requests (PKCS #10): how a participant asks, and the checks before the coordinator signs."""
+"""Certificate requests (PKCS #10): how participants make them and what is checked before one is signed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Request:
     """A checked certificate request.
 
     Attributes:
-        name: Name of the participant that asks.
-        public_key: Its key. The request proves that its sender holds the private one.
+        name: Name of the participant.
+        public_key: Its public key. The request proves that the sender holds the private key.
     """
 
     name: str
@@ -34,28 +34,28 @@ class Request:
 
 
 def make_request(key: rsa.RSAPrivateKey, name: str) -> bytes:
-    """Ask for a certificate in a participant's name: PKCS #10, PEM, signed with its key."""
+    """Make a certificate request for a participant: PKCS #10 as PEM, signed with its key."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.PEM)
 
 
 def read_request(path: Path) -> Request:
-    """Read a certificate request as from an untrusted sender.
+    """Read a certificate request from an untrusted sender.
 
     Raises:
-        ConfigError: It is none, asks for more than a name, its key is weak, or its sender does not hold the
-            private key.
+        ConfigError: The file is not a certificate request, asks for more than a name, has a weak key, or does
+            not prove that the sender holds the private key.
     """
     content = read_small(path, ConfigError)
     if b"PRIVATE KEY" in content:
         raise ConfigError(
-            f"{path} holds a private key, which must not leave its owner's machine: delete it here, and ask "
-            "for a request from a new identity ('fedprllm identity new')"
+            f"{path} holds a private key, which must never leave its owner's machine: delete this file, and "
+            "ask for a request from a new identity ('fedprllm identity new')"
         )
     if content.count(b"-----BEGIN") != 1:
         raise ConfigError(
-            f"{path} is no certificate request: expected the file that 'fedprllm identity' wrote"
+            f"{path} is not a certificate request: expected the file that 'fedprllm identity' wrote"
         )
     try:
         request = x509.load_pem_x509_csr(content)
@@ -64,8 +64,7 @@ def read_request(path: Path) -> Request:
         raise
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise ConfigError(
-            f"{path} is no certificate request that can be read: expected the file that 'fedprllm identity' "
-            "wrote"
+            f"{path} is not a readable certificate request: expected the file that 'fedprllm identity' wrote"
         ) from None
 
 
@@ -73,28 +72,28 @@ def _checked(path: Path, request: x509.CertificateSigningRequest) -> Request:
     key = request.public_key()
     defect = _excess(request) or _key_defect(key)
     if defect is None and not _is_signed(request):
-        defect = "its signature is not that of its key, so its sender may not hold the private key"
+        defect = "its signature does not match its key, so the sender may not hold the private key"
     if defect is not None:
         raise ConfigError(
             f"{path}: {defect}; ask for the request that 'fedprllm identity new' or 'renew' writes"
         )
-    assert isinstance(key, rsa.RSAPublicKey), "other keys are a defect"
+    assert isinstance(key, rsa.RSAPublicKey), "keys of other types were refused above"
     return Request(common_name(request.subject), key)
 
 
 def _excess(request: x509.CertificateSigningRequest) -> str | None:
-    """What a request asks for beyond a name: a role, rights of an authority, other host names."""
+    """Describe what a request asks for beyond a name, such as a role, authority rights or host names."""
     if [part.oid for part in request.subject] != [NameOID.COMMON_NAME]:
         asked = ", ".join(f"{part.oid._name} {str(part.value)[:40]!a}" for part in request.subject)
-        return f"expected the name of a participant and nothing else, found {asked or 'no name'}"
+        return f"expected a participant's name and nothing else, found {asked or 'no name'}"
     asked = ", ".join(extension.oid._name for extension in request.extensions)
     if asked or list(request.attributes):
-        return f"a participant's request has no extensions or attributes, found {asked or 'an attribute'}"
+        return f"expected no extensions or attributes, found {asked or 'an attribute'}"
     return None
 
 
 def _key_defect(key: object) -> str | None:
-    """Why a public key is not accepted: it is weak, or so long that checking it takes seconds."""
+    """Describe why a public key is refused: it is weak, or so long that checking it takes seconds."""
     if not isinstance(key, rsa.RSAPublicKey):
         return f"expected an RSA key, found {type(key).__name__}"
     exponent = key.public_numbers().e

@@ -1,8 +1,8 @@
-"""Participants and certificates that the server refuses although their dates are good.
+"""Participants and certificates that the server refuses although they have not expired.
 
 SERVER_KIT/revoked.json: ``{"names": {"north": "2026-..."}, "serials": ["1f3c...", ...]}``. The coordinator's
-commands write it; the server, its process of a running job and ``fedprllm federation run`` read it again
-whenever it changes, so a revocation needs no restart.
+commands write it. The server, its job process and ``fedprllm federation run`` reread it whenever it changes,
+so a revocation needs no restart.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fedprllm.files import read_json, write_json
 __all__ = ["REVOKED", "Revoked", "RevokedFile", "check_server_here", "readmit", "revoke", "supersede"]
 
 REVOKED = "revoked.json"
-# FLARE's own list, which it reads when the server starts and writes while it runs.
+# FLARE's own list: read when the server starts, written while it runs.
 _FLARE_LIST = "disabled_clients.json"
 
 
 @dataclass(frozen=True)
 class Revoked:
-    """What the server refuses.
+    """The participants and certificates that the server refuses.
 
     Attributes:
-        names: Revoked participants, and since when (UTC, ISO 8601).
-        serials: Serial numbers of certificates that were replaced by one with another key, in hexadecimal.
+        names: Time of revocation (UTC, ISO 8601) by participant.
+        serials: Serial numbers, in hexadecimal, of certificates replaced by one with another key.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -38,10 +38,10 @@ class Revoked:
 
 
 class RevokedFile:
-    """The list of a server, read again when it changes.
+    """A server's list, reread when it changes.
 
     Args:
-        server_kit: The server's kit.
+        server_kit: Folder of the server's kit.
     """
 
     def __init__(self, server_kit: Path) -> None:
@@ -51,10 +51,10 @@ class RevokedFile:
         self._revoked = Revoked()
 
     def read(self) -> Revoked:
-        """The list as it is now.
+        """Return the current list.
 
         Raises:
-            RunError: The file is damaged, so it is not known whom to refuse.
+            RunError: The file is damaged.
         """
         with self._lock:
             state = self._stat()
@@ -64,7 +64,7 @@ class RevokedFile:
             return self._revoked
 
     def names(self) -> set[str]:
-        """Participants that are revoked now."""
+        """The participants that are currently revoked."""
         return set(self.read().names)
 
     def _stat(self) -> tuple[int, int, int] | None:
@@ -72,7 +72,7 @@ class RevokedFile:
             found = self._path.stat()
         except FileNotFoundError:
             return None
-        # A file that replaces another has another inode, whatever the resolution of the clock.
+        # A replaced file has a new inode, even if the clock is too coarse to show the change.
         return found.st_ino, found.st_mtime_ns, found.st_size
 
 
@@ -83,18 +83,18 @@ def _parse(path: Path) -> Revoked:
         return Revoked(names, frozenset(str(serial) for serial in content["serials"]))
     except (ValueError, LookupError, TypeError, AttributeError):
         raise RunError(
-            f"{path} is damaged, so it is not known whom to refuse: restore it from your backup, or "
+            f"{path} is damaged, so the revoked participants are unknown: restore it from your backup, or "
             "delete it and run 'fedprllm federation revoke NAME' again for every revoked participant"
         ) from None
 
 
 def revoke(server_kit: Path, name: str) -> None:
-    """Refuse a participant from now on, whatever certificate it shows."""
+    """Refuse a participant from now on, with any certificate."""
     _change(server_kit, add={name: datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def readmit(server_kit: Path, name: str) -> None:
-    """Let a revoked participant in again; replaced certificates stay refused."""
+    """Admit a revoked participant again; replaced certificates stay refused."""
     _change(server_kit, remove=name)
     path = server_kit / _FLARE_LIST
     if path.exists():
@@ -103,7 +103,7 @@ def readmit(server_kit: Path, name: str) -> None:
 
 
 def supersede(server_kit: Path, serials: list[str]) -> None:
-    """Refuse certificates from now on, because their holder has one with another key."""
+    """Refuse certificates whose holder has replaced its key, from now on."""
     _change(server_kit, serials=serials)
 
 
@@ -124,13 +124,13 @@ def _change(
 
 
 def check_server_here(server_kit: Path) -> None:
-    """Refuse to write a list that no server would read.
+    """Check that the server's kit is on this machine, because only there the server reads the list.
 
     Raises:
         RunError: The server's kit is not on this machine.
     """
     if not server_kit.is_dir():
         raise RunError(
-            f"{server_kit} is not here: the server reads its list of revoked participants and "
-            "certificates in its own kit, so run this command on the server's machine"
+            f"{server_kit} does not exist: the list of revoked participants and certificates is part of the "
+            "server's kit, so run this command on the server's machine"
         )

@@ -1,0 +1,1 @@
+"""A pruned model as one file in which zeros take one bit: see docs/packed-format.md."""
