@@ -1,4 +1,4 @@
-"""What a participant's and a server's terminal says: questions, complaints, connection, and what is refused."""
+"""What the terminals of participants and server say: questions, complaints, connections, refusals."""
 
 from __future__ import annotations
 
@@ -159,9 +159,7 @@ def test_the_server_names_participants_and_run(tmp_path, printed, monkeypatch):
 
 def test_what_ended_runs_left_is_removed_and_what_may_continue_stays(kit):
     home = work_folder(kit)
-    spools = {
-        name: Spool(home / "runs" / (digit * 32)) for name, digit in zip(("failed", "left", "going"), "abc")
-    }
+    spools = {name: Spool(home / "runs" / (name[0] * 32)) for name in ("failed", "left", "going")}
     for one in spools.values():
         one.hidden_path(0).parent.mkdir(parents=True)
         one.hidden_path(0).touch()
