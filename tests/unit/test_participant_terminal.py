@@ -22,6 +22,7 @@ from fedprllm.cli.line import StatusLine
 from fedprllm.cli.news import News
 from fedprllm.cli.serving import ServerNews
 from fedprllm.errors import ConfigError, RunError
+from fedprllm.federation.flare.activity import current_activity, remove_leftovers
 from fedprllm.federation.flare.configuration import _sweep
 from fedprllm.federation.flare.contact import Contact
 from fedprllm.federation.flare.processes import check_port
@@ -29,7 +30,6 @@ from fedprllm.federation.plan import Plan
 from fedprllm.federation.site.consent import ask
 from fedprllm.federation.site.site import CURRENT, work_folder
 from fedprllm.federation.site.spool import Spool, append_ledger
-from fedprllm.federation.site.state import current_activity, remove_leftovers
 from fedprllm.files import write_json, write_sealed
 from fedprllm.study.questions import StudyConfig
 
@@ -230,7 +230,7 @@ def test_a_dry_run_keeps_to_the_limits_of_a_run(small_model, tmp_path):
     words = ["north", "--data", tmp_path / "a.txt", "--dry-run", "--config", tmp_path / "run.toml"]
     status, said = participate(*words)
     assert (status, "the run asks for gram, and mask may be sent (--allow)" in said) == (2, True)
-    status, said = participate(*words, "--allow", "gram", "--memory-gb", "0.3")
+    status, said = participate(*words, "--allow", "gram", "--memory-gb", "0.3", OPENBLAS_NUM_THREADS="1")
     assert status == 2
     assert "not enough memory" in said
     assert "raise --memory-gb" in said

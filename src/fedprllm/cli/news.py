@@ -64,7 +64,7 @@ class News:
         self._show()
 
     def _show(self) -> None:
-        from fedprllm.federation.site.state import current_activity
+        from fedprllm.federation.flare.activity import current_activity
 
         connection, passing = self._connection.words()
         activity = current_activity(self._home)

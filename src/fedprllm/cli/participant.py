@@ -173,10 +173,10 @@ def participate(
 
 
 def _take_part(kit: Path, name: str, settings: SiteSettings) -> None:
+    from fedprllm.federation.flare.activity import remove_leftovers
     from fedprllm.federation.flare.configuration import engine_folder
     from fedprllm.federation.flare.processes import start_participant
     from fedprllm.federation.site.site import settings_path, work_folder
-    from fedprllm.federation.site.state import remove_leftovers
     from fedprllm.files import write_json
 
     write_json(settings_path(kit), settings.model_dump(mode="json"))
