@@ -194,7 +194,7 @@ def test_the_server_is_killed_and_restarted(federation, expected):
 
 
 def test_a_participant_is_too_slow(federation, expected):
-    running = federation.begin("too-slow", SLOW, start_s=30, deadline_s=20)
+    running = federation.begin("too-slow", SLOW, start_s=40, deadline_s=30)
     wait_until(lambda: federation.n_computed("north", "too-slow"), "the first update of north")
     stopped = wait_until(lambda: federation.worker("north"), "the computation of north")
     stopped.suspend()
@@ -226,7 +226,7 @@ def test_a_participant_sends_garbage_and_may_correct_it(federation, expected):
 
 def test_the_quorum_is_lost_and_the_run_continues_later(federation, expected):
     options = {**SLOW, "strategy": "iterative"}
-    running = federation.begin("quorum", options, quorum=3, start_s=30, deadline_s=20)
+    running = federation.begin("quorum", options, quorum=3, start_s=40, deadline_s=30)
     wait_until(lambda: federation.n_computed("north", "quorum"), "the first update of north")
     stopped = wait_until(lambda: federation.worker("north"), "the computation of north")
     stopped.suspend()
