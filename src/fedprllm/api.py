@@ -168,6 +168,8 @@ def prune(
         raise ConfigError(
             f"config must be a PruneConfig, found {type(config).__name__}: PruneConfig(**options)"
         )
+    if not isinstance(out, (str, Path)):
+        raise ConfigError(f"out must be the path of a folder, found {type(out).__name__}")
     with model_folder(model, tokenizer) as folder:
         return _prune(folder, source_name(model), participants, config, Path(out), eval_texts, progress)
 

@@ -4,8 +4,9 @@ FedprllmError
 ├── ConfigError    an option has an invalid value, or options contradict each other
 ├── DataError      a text file or a token window cannot be used
 ├── ModelError     a model cannot be read, processed block by block, or pruned
-├── RunError       a run folder cannot be used, or the disk is full
-│   └── RunBusy    another process is using the run folder
+├── RunError       a run folder cannot be used
+│   ├── RunBusy    another process is using the run folder
+│   └── DiskFull   the disk is full
 └── UpdateError    a participant's update does not match what the run asked for
 
 Each message says what is wrong, what was expected, what was found and what to do. The command line prints
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 __all__ = [
     "ConfigError",
     "DataError",
+    "DiskFull",
     "FedprllmError",
     "FedprllmWarning",
     "ModelError",
@@ -54,11 +56,15 @@ class ModelError(FedprllmError):
 
 
 class RunError(FedprllmError):
-    """A run folder cannot be used, or its disk is full."""
+    """A run folder cannot be used."""
 
 
 class RunBusy(RunError):  # noqa: N818  a temporary state
     """Another process is using the run folder."""
+
+
+class DiskFull(RunError):  # noqa: N818  a temporary state
+    """The disk is full. What was written before is kept."""
 
 
 class UpdateError(FedprllmError, ValueError):

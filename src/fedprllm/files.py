@@ -14,24 +14,26 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from fedprllm.errors import DataError, RunError
+from fedprllm.errors import DataError, DiskFull, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "append_line",
     "atomic_path",
     "distinct_names",
     "file_digest",
     "flush_file",
     "free_bytes",
+    "is_full",
     "names_of",
     "read_json",
     "read_sealed",
@@ -62,7 +64,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
             only for files that can be lost.
 
     Raises:
-        RunError: The disk is full. The temporary file is removed, and the run can continue later.
+        DiskFull: The disk is full. The temporary file is removed, and the run can continue later.
     """
     _make_folder(path.parent, durable=durable)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -74,9 +76,9 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             _flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        if not _is_full(error):
+        if not is_full(error):
             raise
-        raise RunError(
+        raise DiskFull(
             f"no space left while writing {path}: {free_bytes(path.parent) / 1e6:.0f} MB are free. "
             "Finished blocks are kept: free some space, then run the same command again"
         ) from None
@@ -125,7 +127,30 @@ def remove_temporary(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_full(error: Exception) -> bool:
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file and flush it to the disk; if that fails, the file is as it was.
+
+    Raises:
+        OSError: The line could not be written.
+    """
+    data = f"{line}\n".encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, or a quota used up."""
+    if isinstance(error, DiskFull):
+        return True
     if isinstance(error, OSError):
         return error.errno in _NO_SPACE
     # safetensors gives the operating system's error only as text.

@@ -32,7 +32,7 @@ def text(tmp_path):
 def test_a_dry_run_shows_every_tensor_of_every_kind(model, text, share):
     prune = {"windows": 2, "window_length": 32, "share": share}
     plan = RunPlan(name="run", model=str(model), prune=prune)
-    previews = list(dry_run(SiteSettings(data=[text]), plan, "north", n_blocks=2))
+    previews = list(dry_run(SiteSettings(data=[text], allow=[share]), plan, "north", n_blocks=2))
     assert [preview.block for preview in previews] == [0, 1]
     for preview in previews:
         assert (preview.kind, preview.n_tokens, preview.n_blocks) == (share, 64, 5)

@@ -20,7 +20,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import need_plots, noting, print_sparsity
+from fedprllm.cli.console import (
+    Interruption,
+    explain,
+    interruptible,
+    need_plots,
+    noting,
+    print_sparsity,
+    say_interrupted,
+)
 from fedprllm.cli.coordinator import app as federation_app
 from fedprllm.cli.identity import app as identity_app
 from fedprllm.cli.packing import pack_command, unpack_command
@@ -61,17 +69,25 @@ def _common(
     """Prune one language model together. Texts stay where they are; only small updates are shared."""
 
 
+# What an interrupted command leaves behind, where it is not nothing.
+_CONTINUE = {
+    "prune": "the same command continues after the last finished block",
+    "demo": "the same command continues after the last finished block",
+    "study": "the same command continues after the last finished cell",
+}
+
+
 def main() -> None:
-    """Run the command line. A user's mistake gives one message and exit status 2."""
+    """Run the command line. A user's mistake gives one message and exit status 2, Ctrl-C one and 130."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
-        use_large_pages()
-        app()
-    except FedprllmError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("[yellow]interrupted[/]: the same command continues after the last finished block")
-        sys.exit(130)
+        with interruptible():
+            use_large_pages()
+            app()
+    except (FedprllmError, OSError) as error:
+        sys.exit(explain(error))
+    except Interruption:
+        sys.exit(say_interrupted(_CONTINUE.get(command, "")))
 
 
 @contextmanager
@@ -227,11 +243,36 @@ def _read_config(path: Path | None) -> dict[str, Any]:
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"{path}: unknown option {did_you_mean(name, known)}")
-        if name in ("participant", "data", "eval") and not isinstance(value, list):
-            raise ConfigError(
-                f"{path}: {name} must be a list of paths, found {value!r}: put it in square brackets"
-            )
+        if name in _FILE_TYPES and not _is_of(value, _FILE_TYPES[name]):
+            raise ConfigError(f"{path}: {name} must be {_EXPECTED[_FILE_TYPES[name]]}, found {value!r}")
     return values
+
+
+# Types of the options that are no fields of `PruneConfig`, in a file.
+_FILE_TYPES: dict[str, type] = {
+    "model": str,
+    "out": str,
+    "participant": list,
+    "data": list,
+    "eval": list,
+    "participants": int,
+    "partition": str,
+    "alpha": float,
+}
+_EXPECTED: dict[type, str] = {
+    str: "a text in quotation marks",
+    list: "a list of paths in square brackets",
+    int: "an integer without quotation marks",
+    float: "a number without quotation marks",
+}
+
+
+def _is_of(value: object, expected: type) -> bool:
+    if expected is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if expected is float else expected)
 
 
 def _register_prune() -> None:
@@ -258,11 +299,9 @@ def _print_result(result: Any) -> None:
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
     print_sparsity(record)
-    for deviation in record.deviations():
-        console.print(f"[yellow]note[/]     {escape(deviation)}", soft_wrap=True)
     for name, folder in result.model_dirs.items():
-        console.print(f"{name:<8} {folder}", soft_wrap=True)
-    console.print(f"report   fedprllm report {result.out}", soft_wrap=True)
+        console.print(f"{escape(name):<8} {escape(str(folder))}", soft_wrap=True)
+    console.print(f"report   fedprllm report {escape(str(result.out))}", soft_wrap=True)
 
 
 def perplexity_table(evaluation: Mapping[str, Any]) -> Table:
@@ -368,8 +407,8 @@ def _demo(
         style = "bold" if name.endswith("together") else ""
         table.add_row(name, *(f"{value:.2f}" for value in values), style=style)
     console.print(table)
-    console.print(f"model    {result.model_dir}", soft_wrap=True)
-    console.print(f"report   {write_report(result.out)}", soft_wrap=True)
+    console.print(f"model    {escape(str(result.model_dir))}", soft_wrap=True)
+    console.print(f"report   {escape(str(write_report(result.out)))}", soft_wrap=True)
 
 
 # report ----------------------------------------------------------------------------------------
@@ -388,7 +427,7 @@ def _report(
     need_plots()
     from fedprllm.report.page import write_report
 
-    console.print(f"report   {write_report(run, out)}", soft_wrap=True)
+    console.print(f"report   {escape(str(write_report(run, out)))}", soft_wrap=True)
 
 
 # study -----------------------------------------------------------------------------------------

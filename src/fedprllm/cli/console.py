@@ -17,19 +17,25 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedprllm.errors import ConfigError, FedprllmError, FedprllmWarning, RunError
+from fedprllm.files import is_full
 
 __all__ = [
+    "Interruption",
     "absolute",
     "attend",
     "console",
     "ending",
     "errors",
+    "explain",
     "heed",
+    "holding",
+    "interruptible",
     "need_flare",
     "need_keys",
     "need_plots",
     "noting",
     "print_sparsity",
+    "say_interrupted",
 ]
 
 console = Console()
@@ -38,10 +44,12 @@ _asked_to_end = Event()
 
 
 def print_sparsity(record: Any) -> None:
-    """Print how much of the model is zero: of the prunable weights, and how much of the blocks these are."""
+    """Print how much of the model is zero, how much of the blocks is prunable, and what deviated."""
     console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
     if record.coverage is not None:
         console.print(f"{record.coverage:.1%} of the blocks' weight matrices are prunable")
+    for deviation in record.deviations():
+        console.print(f"[yellow]note[/]     {escape(deviation)}", soft_wrap=True)
 
 
 def need_flare() -> None:
@@ -107,6 +115,62 @@ def absolute(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 
+# Failures in words ------------------------------------------------------------------------------
+
+
+class Interruption(BaseException):
+    """Ctrl-C. It is no KeyboardInterrupt, which the parser of the command line ends with its own words."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn Ctrl-C into an `Interruption`. Commands of a federation have their own way (`ending`)."""
+
+    def stop(*_: object) -> None:
+        raise Interruption
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interruption from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def say_interrupted(words: str) -> int:
+    """Print that a command was interrupted; returns the exit status."""
+    errors.print(f"[yellow]interrupted[/]{': ' if words else ''}{escape(words)}", soft_wrap=True)
+    return 130
+
+
+def explain(error: FedprllmError | OSError) -> int:
+    """Print a user's mistake, or what the system refused, in one line; returns the exit status.
+
+    Raises:
+        OSError: It is neither about a file nor about space, and therefore a bug.
+    """
+    if isinstance(error, OSError):
+        if error.filename is None and not is_full(error):
+            raise error
+        named = f"{error.filename}: " if error.filename is not None else ""
+        advice = _ADVICE.get(type(error), "")
+        words = f"{named}{error.strerror or error}{advice}"
+    else:
+        words = str(error)
+    errors.print(f"[bold red]error:[/] {escape(words)}", soft_wrap=True)
+    return 2
+
+
+_ADVICE: dict[type, str] = {
+    PermissionError: "; check its permissions, or name another file or folder",
+    NotADirectoryError: "; name a folder",
+    FileExistsError: "; a file of this name is in the way of a folder: choose another",
+    IsADirectoryError: "; name a file",
+    FileNotFoundError: "; check its name",
+}
+
+
 def _leave(status: int) -> None:
     """End this process at once. FLARE's session threads would keep it alive."""
     sys.stdout.flush()
@@ -121,7 +185,9 @@ def heed() -> None:
 
 
 @contextlib.contextmanager
-def ending(if_interrupted: str = "the same command continues") -> Iterator[None]:
+def ending(
+    if_interrupted: str | Callable[[], str] = "the same command continues",
+) -> Iterator[None]:
     """Run a command, print a user's mistake, and end the process regardless of the engine's threads.
 
     SIGTERM and a closed terminal are handled like Ctrl-C: processes that were started are ended first.
@@ -138,13 +204,35 @@ def ending(if_interrupted: str = "the same command continues") -> Iterator[None]
         signal.signal(number, stop)
     try:
         yield
-    except FedprllmError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        _leave(2)
-    except KeyboardInterrupt:
-        errors.print(f"[yellow]interrupted[/]: {escape(if_interrupted)}", soft_wrap=True)
-        _leave(130)
+    except (FedprllmError, OSError) as error:
+        _leave(explain(error))
+    except (KeyboardInterrupt, Interruption):
+        _leave(say_interrupted(if_interrupted if isinstance(if_interrupted, str) else if_interrupted()))
     _leave(0)
+
+
+@contextlib.contextmanager
+def holding(kit: Path, in_use: str) -> Iterator[None]:
+    """Hold a kit: two processes with one certificate would take each other's place.
+
+    Args:
+        kit: The kit.
+        in_use: What to tell the user if another process holds it, with ``{kit}``.
+
+    Raises:
+        RunError: Another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(kit / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(in_use.format(kit=kit)) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def attend(
@@ -164,7 +252,8 @@ def attend(
     from fedprllm.federation.flare.processes import running
 
     with running(start) as process:
-        errors.print(f"{what} is running; its log is {kit / 'log.txt'}; press Ctrl-C to stop", soft_wrap=True)
+        log = escape(str(kit / "log.txt"))
+        errors.print(f"{escape(what)} has started; its log is {log}; press Ctrl-C to stop", soft_wrap=True)
         while (status := process.poll()) is None:
             if look() is True:
                 return

@@ -5,11 +5,9 @@ torch and the engine are imported only by the commands that need them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,12 +24,15 @@ from fedprllm.cli.console import (
     ending,
     errors,
     heed,
+    holding,
     need_flare,
     need_keys,
     need_plots,
     print_sparsity,
 )
 from fedprllm.cli.identity import compare, warn_of_expiry
+from fedprllm.cli.line import StatusLine
+from fedprllm.cli.serving import ServerNews
 from fedprllm.errors import ConfigError, RunError, did_you_mean
 from fedprllm.federation.plan import Plan, RunPlan, SiteSettings, read_plan, read_run_plan
 
@@ -46,6 +47,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 Kits = Annotated[Path, typer.Option(help="folder with the kits that 'init' wrote")]
+Admin = Annotated[Path | None, typer.Option(help=escape("the coordinator's kit [default: KITS/admin]"))]
+Runs = Annotated[
+    Path | None, typer.Option(help=escape("folder with the server's runs [default: KITS/server/runs]"))
+]
 _KITS = Path("kits")
 
 
@@ -160,11 +165,13 @@ def renew(kits: Kits = _KITS) -> None:
 def serve(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
     """Run the server until you interrupt it."""
     need_flare()
-    from fedprllm.federation.flare.processes import RENEW_OWN, check_server, start_server
+    from fedprllm.federation.flare.processes import RENEW_OWN, check_port, check_server, start_server
 
     warn_of_expiry("the server's certificate", check_server(kit), RENEW_OWN)
-    with ending():
-        attend(lambda: start_server(kit), f"server of {kit}", kit)
+    with holding(kit, "another 'fedprllm federation serve' is running with {kit}: stop it first"):
+        check_port(kit)
+        with ending(), StatusLine() as line:
+            attend(lambda: start_server(kit), f"server of {kit}", kit, ServerNews(kit, line))
 
 
 @app.command("run")
@@ -173,14 +180,10 @@ def run(
         Path, typer.Argument(help="TOML file with the name, model, [prune] options, quorum and deadlines")
     ],
     kits: Kits = _KITS,
-    admin: Annotated[
-        Path | None, typer.Option(help=escape("the coordinator's kit [default: KITS/admin]"))
-    ] = None,
-    runs: Annotated[
-        Path | None, typer.Option(help=escape("folder with the server's runs [default: KITS/server/runs]"))
-    ] = None,
+    admin: Admin = None,
+    runs: Runs = None,
 ) -> None:
-    """Conduct a run to its end: submit it, show progress, and resubmit it after failures."""
+    """Conduct a run to its end: submit it or attach to it, show progress, and resubmit it after failures."""
     need_flare()
     plan = read_run_plan(config)
     admin = admin or kits / "admin"
@@ -191,8 +194,27 @@ def run(
     federation = Plan(**read_json(path)) if path.exists() else _federation(kits)
     from fedprllm.federation.flare.supervisor import supervise
 
-    with ending(), _progress() as tell:
-        _print_run(supervise(plan, federation, admin, runs, tell))
+    display = _Display(plan.name)
+    with ending(display.if_interrupted):
+        with display:
+            folder = supervise(plan, federation, admin, runs, display.tell)
+        _print_run(folder)
+
+
+@app.command("stop")
+def stop(
+    name: Annotated[str, typer.Argument(help="name of the run")],
+    kits: Kits = _KITS,
+    admin: Admin = None,
+    runs: Runs = None,
+) -> None:
+    """Stop a run that is going on at the server; what was decided is kept."""
+    need_flare()
+    from fedprllm.federation.flare.supervisor import stop as stop_run
+
+    with ending("nothing was stopped"):
+        stop_run(name, admin or kits / "admin", runs or kits / "server" / "runs")
+        console.print(f"run {escape(name)} is stopped; 'fedprllm federation run' continues it")
 
 
 @app.command("status")
@@ -261,7 +283,7 @@ def report(
     need_plots()
     from fedprllm.report.page import write_report
 
-    console.print(f"report   {write_report(folder, out)}", soft_wrap=True)
+    console.print(f"report   {escape(str(write_report(folder, out)))}", soft_wrap=True)
 
 
 @app.command("revoke")
@@ -343,10 +365,11 @@ def rehearse(
             for number, source in enumerate(sources, 1)
         }
         begin = time.monotonic()
-        with _progress() as tell:
-            run_folder = rehearse_all(folder, settings, plan, tell, keep_kits=keep_kits)
+        with _Display(plan.name) as display:
+            run_folder = rehearse_all(folder, settings, plan, display.tell, keep_kits=keep_kits)
         _print_run(out / run_folder.name)
-        console.print(f"ledger   fedprllm ledger {out / 'ledgers' / min(settings)}.jsonl", soft_wrap=True)
+        ledger = escape(str(out / "ledgers" / f"{min(settings)}.jsonl"))
+        console.print(f"ledger   fedprllm ledger {ledger}", soft_wrap=True)
         console.print(f"every process has ended, after {time.monotonic() - begin:.0f} s")
 
 
@@ -388,25 +411,65 @@ def _rehearsing(source: str, model: str, threads: int | None, plan: RunPlan) -> 
     )
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """Show a live table with one row per participant. Yields a function that reports events."""
-    with Live(console=errors, refresh_per_second=4, transient=True) as live:
+class _Display:
+    """Progress of a run: a live table on a terminal, and one line per change elsewhere.
 
-        def tell(what: str, details: dict[str, Any]) -> None:
-            heed()
-            if what == "progress":
-                live.update(_progress_table(details))
-            elif what == "waiting":
-                live.update(f"waiting for {', '.join(details['for'])}")
-            elif what == "results":
-                live.update(f"the model is complete; {', '.join(details['waiting'])} are fetching it")
-            elif what == "again":
-                errors.print(f"[yellow]retrying[/]: {escape(details['reason'])}", soft_wrap=True)
-            elif what == "job":
-                errors.print(f"job {details['job']}", soft_wrap=True)
+    Nothing that should stay is printed while the live table is shown: it is erased when the run has ended.
 
-        yield tell
+    Args:
+        name: Name of the run.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._submitted, self._line = name, False, ""
+        self._live = Live(console=errors, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> _Display:
+        if errors.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def if_interrupted(self) -> str:
+        """What to tell the user after an interruption."""
+        if not self._submitted:
+            return "nothing was submitted; the same command starts the run"
+        return (
+            f"run {self._name} goes on at the server; the same command attaches to it again, and 'fedprllm "
+            f"federation stop {self._name}' stops it"
+        )
+
+    def tell(self, what: str, details: dict[str, Any]) -> None:
+        """Show progress or an event, as `fedprllm.federation.flare.supervisor.supervise` reports them."""
+        heed()
+        if what == "progress":
+            self._show(_progress_table(details), _progress_line(details))
+        elif what == "waiting":
+            line = f"waiting for {', '.join(details['for'])}"
+            self._show(line, line)
+        elif what == "results":
+            line = f"the model is complete; {', '.join(details['waiting'])} are fetching it"
+            self._show(line, line)
+        elif what == "again":
+            errors.print(f"[yellow]retrying[/]: {escape(details['reason'])}", soft_wrap=True)
+        else:
+            self._submitted = True
+            verb = "attached to" if what == "attached" else "submitted"
+            errors.print(f"{verb} job {details['job']} of run {escape(self._name)}", soft_wrap=True)
+
+    def _show(self, shown: Table | str, line: str) -> None:
+        if errors.is_terminal:
+            self._live.update(shown)
+        elif line != self._line:
+            errors.print(escape(line), soft_wrap=True)
+        self._line = line
+
+
+def _progress_line(status: dict[str, Any]) -> str:
+    ready = [participant["n_ready"] for participant in status["participants"].values()]
+    return f"{status['doing']}: {min(ready, default=0)} of {status['n_blocks']} blocks computed by everyone"
 
 
 def _progress_table(status: dict[str, Any]) -> Table:
@@ -474,5 +537,5 @@ def _print_run(folder: Path) -> None:
     _print_left_out(folder)
     _print_evaluation(record)
     print_sparsity(record)
-    console.print(f"model    {folder / 'model'}", soft_wrap=True)
-    console.print(f"report   fedprllm report {folder}", soft_wrap=True)
+    console.print(f"model    {escape(str(folder / 'model'))}", soft_wrap=True)
+    console.print(f"report   fedprllm report {escape(str(folder))}", soft_wrap=True)

@@ -5,11 +5,8 @@ torch and the engine are imported only by the commands that need them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +15,10 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import absolute, attend, console, ending, errors, need_flare, noting
+from fedprllm.cli.console import absolute, attend, console, ending, errors, holding, need_flare, noting
 from fedprllm.cli.identity import warn_of_expiry
+from fedprllm.cli.line import StatusLine
+from fedprllm.cli.news import Connection, News, Results
 from fedprllm.errors import ConfigError, RunError
 from fedprllm.federation.plan import (
     DEFAULT_ALLOWED,
@@ -30,6 +29,11 @@ from fedprllm.federation.plan import (
 )
 
 __all__ = ["ledger", "participate"]
+
+_IN_USE = (
+    "another 'fedprllm participate' is running with {kit} and fetches results by itself: stop it before you "
+    "start this one"
+)
 
 
 def participate(
@@ -133,10 +137,12 @@ def participate(
     from fedprllm.federation.flare.configuration import altered_files, engine_folder, participant_name
     from fedprllm.federation.flare.processes import start_participant
     from fedprllm.federation.keys.identity import check_credentials
+    from fedprllm.federation.keys.reach import check_host
     from fedprllm.federation.site.site import settings_path
     from fedprllm.files import write_json
 
     name = participant_name(kit)
+    check_host(kit)
     warn_of_expiry("your certificate", check_credentials(kit), f"fedprllm identity renew {kit}")
     for file in altered_files(kit, settings.max_message_mb):
         errors.print(
@@ -146,29 +152,37 @@ def participate(
         )
     if fetch is not None:
         write_json(settings_path(kit), settings.model_dump(mode="json"))
-        with ending(), _holding(kit):
-            news = _Results(kit, fetch)
-            attend(lambda: start_participant(kit), f"participant {name}", engine_folder(kit), news)
-            news.conclude()
+        with ending(), holding(kit, _IN_USE):
+            with StatusLine() as line:
+                results, connection = Results(kit, fetch), Connection(kit)
+
+                def look() -> bool:
+                    line.show(*connection.words())
+                    return results()
+
+                attend(lambda: start_participant(kit), f"participant {name}", engine_folder(kit), look)
+            results.conclude()
         return
     if settings.confirm and not sys.stdin.isatty():
         raise ConfigError(
             "there is no terminal on which to ask for your consent: pass --yes to agree to every run within "
             "your limits"
         )
-    with _holding(kit):
+    with holding(kit, _IN_USE):
         _take_part(kit, name, settings)
 
 
 def _take_part(kit: Path, name: str, settings: SiteSettings) -> None:
+    from fedprllm.federation.flare.activity import remove_leftovers
     from fedprllm.federation.flare.configuration import engine_folder
     from fedprllm.federation.flare.processes import start_participant
-    from fedprllm.federation.site.site import settings_path
+    from fedprllm.federation.site.site import settings_path, work_folder
     from fedprllm.files import write_json
 
     write_json(settings_path(kit), settings.model_dump(mode="json"))
+    remove_leftovers(work_folder(kit))
     results = settings.out or str(kit / "runs")
-    for line in (
+    for words in (
         f"text      {', '.join(settings.data)}; read here, never sent",
         f"model     {settings.model or 'from the hub, by the id that the coordinator names'}; "
         "compared with the coordinator's before anything is computed",
@@ -176,32 +190,9 @@ def _take_part(kit: Path, name: str, settings: SiteSettings) -> None:
         f"result    {f'built in {results}/RUN/model' if settings.result else 'not wanted'}",
         f"requests  shown here as they arrive; 'fedprllm ledger {kit} --requests' lists them",
     ):
-        errors.print(escape(line), soft_wrap=True)
-    with ending():
-        attend(lambda: start_participant(kit), f"participant {name}", engine_folder(kit), _News(kit))
-
-
-@contextlib.contextmanager
-def _holding(kit: Path) -> Iterator[None]:
-    """Hold a kit: two processes with one certificate would take each other's place at the server.
-
-    Raises:
-        RunError: Another process uses the kit.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(kit / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(
-            f"another 'fedprllm participate' is running with {kit} and fetches results by itself: stop it "
-            "before you start this one"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+        errors.print(escape(words), soft_wrap=True)
+    with ending(), StatusLine() as line:
+        attend(lambda: start_participant(kit), f"participant {name}", engine_folder(kit), News(kit, line))
 
 
 def _pinned(plan: RunPlan) -> dict[str, Any]:
@@ -224,24 +215,58 @@ def _check_here(settings: SiteSettings) -> None:
             raise ConfigError(f"there is no text at {source}: correct --data")
     if settings.model is None:
         return
-    from fedprllm.models.source import is_hub_id
-
     model = Path(settings.model)
-    if not model.exists() and not is_hub_id(settings.model):
-        raise ConfigError(f"there is no model at {model}: name its folder or GGUF file with --model")
+    if not model.exists():
+        _check_name(settings.model)
     if model.is_dir() and not (model / "config.json").exists():
         raise ConfigError(f"{model} is not a model: expected a Hugging Face folder with config.json")
 
 
+def _check_name(model: str) -> None:
+    """Check that what is no path can be a model of the hub.
+
+    Raises:
+        ConfigError: It cannot, or the hub may not be asked.
+    """
+    from fedprllm.models.source import is_cached, is_hub_id, is_offline
+
+    if not is_hub_id(model):
+        raise ConfigError(f"there is no model at {model}: name its folder or GGUF file with --model")
+    if is_cached(model):
+        return
+    if is_offline():
+        raise ConfigError(
+            f"there is no folder or file {model}, and no model of this name has been fetched from the hub, "
+            "which HF_HUB_OFFLINE forbids to ask: name the model's folder or GGUF file with --model"
+        )
+    if "/" not in model:
+        errors.print(
+            f"[yellow]--model {escape(model)}[/] is no folder or file here: the model of this name will be "
+            "fetched from the hub when a run starts; if you mean a folder, correct its name",
+            soft_wrap=True,
+        )
+
+
 def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int) -> None:
     from fedprllm.federation.site.dry_run import dry_run
+    from fedprllm.federation.site.process import is_out_of_memory, lift_memory_limit, limit_resources
 
     if config is None and settings.model is None:
         raise ConfigError("no model: name the run's TOML file with --config, or a model with --model")
     plan = read_run_plan(config) if config else RunPlan(name="dry-run", model=settings.model or "")
     total = n_blocks = 0
-    with noting():
-        previews = list(dry_run(settings, plan, kit.name or "participant", blocks))
+    limit_resources(settings)
+    try:
+        with noting():
+            previews = list(dry_run(settings, plan, kit.name or "participant", blocks))
+    except (MemoryError, RuntimeError) as error:
+        lift_memory_limit()
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"not enough memory ({str(error) or 'MemoryError'}): raise --memory-gb, or keep hidden states in "
+            "files with --memory-limit"
+        ) from None
     for preview in previews:
         total, n_blocks = total + preview.message_bytes, preview.n_blocks
         table = Table(
@@ -319,144 +344,3 @@ def _show_requests(kit: Path, *, as_json: bool) -> None:
         console.print(f"{line['time'][:19].replace('T', ' ')}  {escape(sentence(line))}", soft_wrap=True)
     n_refused = sum(line["times"] for line in lines if "refused" in line)
     console.print(f"{sum(line['times'] for line in lines)} requests, {n_refused} of them refused")
-
-
-class _News:
-    """Prints the coordinator's requests and the failures of the participant's own computations."""
-
-    def __init__(self, kit: Path) -> None:
-        from fedprllm.federation.flare.request_log import REQUESTS, follow
-        from fedprllm.federation.site.site import work_folder
-
-        self._requests = follow(work_folder(kit) / REQUESTS)
-        self._complaints = _Watch(kit)
-        self._results = _Results(kit)
-
-    def __call__(self) -> None:
-        from fedprllm.federation.flare.request_log import sentence
-
-        for line in next(self._requests):
-            style = "yellow" if "refused" in line or "reason" in line else "dim"
-            errors.print(f"[{style}]{line['time'][11:19]}[/] {escape(sentence(line))}", soft_wrap=True)
-        self._complaints()
-        self._results()
-
-
-class _Results:
-    """Prints what becomes of results, each state once.
-
-    Args:
-        kit: The participant's kit.
-        awaited: Name of the run whose result is waited for; its end ends the command.
-    """
-
-    def __init__(self, kit: Path, awaited: str | None = None) -> None:
-        from fedprllm.federation.site.results import results_folder
-        from fedprllm.federation.site.site import work_folder
-
-        self._folder, self._awaited = results_folder(work_folder(kit)), awaited
-        self._begin = time.time()
-        self._shown = {path: self._state(path) for path in self._folder.glob("*/status.json")}
-        if awaited is not None:
-            self._shown = {}
-
-    def _state(self, path: Path) -> dict[str, Any]:
-        with contextlib.suppress(FileNotFoundError):
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
-        return {}
-
-    def __call__(self) -> bool:
-        """Print what is new; returns whether the awaited result has come to its end."""
-        ended = False
-        for path in sorted(self._folder.glob("*/status.json")):
-            status = self._state(path)
-            if not status or (self._awaited is not None and status["run"] != self._awaited):
-                continue
-            if status["state"] != self._shown.get(path, {}).get("state"):
-                self._print(status)
-            self._shown[path] = status
-            ended |= status["state"] not in ("fetching", "building") and self._is_new(path)
-        return self._awaited is not None and (ended or self._is_unknown())
-
-    def _is_new(self, path: Path) -> bool:
-        """A model that is there stays; a failure may be of an earlier attempt."""
-        return self._state(path)["state"] == "received" or path.stat().st_mtime >= self._begin
-
-    def _is_unknown(self) -> bool:
-        path = self._folder / "offers.json"
-        if not path.exists() or path.stat().st_mtime < self._begin:
-            return False
-        return self._awaited not in [offer["name"] for offer in json.loads(path.read_text(encoding="utf-8"))]
-
-    def _print(self, status: dict[str, Any]) -> None:
-        name, state = escape(status["run"]), status["state"]
-        if state == "received":
-            errors.print(
-                f"[green]run {name} is complete[/]: {status['sparsity']:.1%} zeros, "
-                f"{escape(status['model'])}; every tensor has the coordinator's digest",
-                soft_wrap=True,
-            )
-        elif state in ("fetching", "building"):
-            errors.print(f"run {name} is complete: {state} the model", soft_wrap=True)
-        elif state != "declined":
-            message = escape(status["message"])
-            errors.print(f"[red]run {name}[/]: no model ({state}): {message}", soft_wrap=True)
-
-    def conclude(self) -> None:
-        """Check that the awaited result is there.
-
-        Raises:
-            RunError: It is not. The message says why.
-        """
-        states = [status for status in self._shown.values() if status.get("run") == self._awaited]
-        if any(status["state"] == "received" for status in states):
-            return
-        if states:
-            raise RunError(f"the model of run {self._awaited} was not built ({states[-1]['state']})")
-        raise RunError(
-            f"the server has no result named {self._awaited} for this participant: the run has not ended, "
-            "its name is different, or its plan withholds the result from participants that were left out"
-        )
-
-
-class _Watch:
-    """Asks the participant for consent to runs, and prints each failure of its computations once."""
-
-    def __init__(self, kit: Path) -> None:
-        from fedprllm.federation.site.site import work_folder
-
-        self._runs = work_folder(kit) / "runs"
-        self._shown: set[tuple[str, float]] = set()
-
-    def __call__(self) -> None:
-        self._ask()
-        self._notes()
-        for path in self._runs.glob("*/status.json"):
-            with contextlib.suppress(FileNotFoundError):
-                key = (path.parent.name, path.stat().st_mtime)
-                status = json.loads(path.read_text(encoding="utf-8"))
-                if status.get("message") and key not in self._shown:
-                    self._shown.add(key)
-                    errors.print(f"[red]{status['code']}[/]: {escape(status['message'])}", soft_wrap=True)
-
-    def _notes(self) -> None:
-        from fedprllm.files import read_sealed
-
-        for path in self._runs.glob("*/notes.json"):
-            with contextlib.suppress(FileNotFoundError, RunError):
-                key = (path.parent.name, path.stat().st_mtime)
-                if key not in self._shown:
-                    self._shown.add(key)
-                    for note in read_sealed(path)["notes"]:
-                        errors.print(f"note     {escape(note)}", soft_wrap=True)
-
-    def _ask(self) -> None:
-        from fedprllm.federation.site.consent import answer, open_questions
-
-        for folder, question in open_questions(self._runs):
-            table = Table(title=f"request of run {question['run'][:8]}", show_header=False, box=SIMPLE)
-            for name, text in question["lines"]:
-                table.add_row(name, escape(text))
-            errors.print(table)
-            answer(folder, typer.confirm("Take part in this run?", err=True))

@@ -38,8 +38,9 @@ def study_command(bars: Any, console: Console) -> Any:
         with noting():
             results = run(config, given["out"], bars)
         _print(results, console)
-        console.print(f"page     {given['out'] / 'report.html'}", soft_wrap=True)
-        console.print(f"tables   {given['out'] / 'results.csv'}, results.json, results.md", soft_wrap=True)
+        console.print(f"page     {escape(str(given['out'] / 'report.html'))}", soft_wrap=True)
+        tables = escape(str(given["out"] / "results.csv"))
+        console.print(f"tables   {tables}, results.json, results.md", soft_wrap=True)
 
     options: dict[str, tuple[Any, Any]] = {
         "model": (str | None, typer.Argument(help="hub id, local folder or GGUF file", show_default=False)),

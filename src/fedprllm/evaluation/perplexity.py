@@ -15,7 +15,8 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
-from fedprllm.errors import DataError, ModelError
+from fedprllm.config import PruneConfig
+from fedprllm.errors import ConfigError, DataError, ModelError
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
@@ -125,9 +126,15 @@ def evaluate(
         progress: Notified of every window and block.
 
     Raises:
+        ConfigError: An option has an unknown value.
         DataError: A text cannot be used, or none is given.
         ModelError: The model cannot be used.
     """
+    window_length = PruneConfig(
+        dtype=dtype, device=device, bos=bos, window_length=window_length
+    ).window_length
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 2):
+        raise ConfigError(f"max_tokens must be an integer of at least 2, found {max_tokens!r}")
     named = named_sources(texts)
     if not named:
         raise DataError("no text to evaluate on: expected at least one text file")

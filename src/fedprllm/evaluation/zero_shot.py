@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, ModelError, did_you_mean
 from fedprllm.models.source import resolve_model
 
@@ -41,6 +42,7 @@ def zero_shot(
         ConfigError: A task is unknown.
         ModelError: lm-eval is not installed, or the model cannot be used.
     """
+    PruneConfig(dtype=dtype, device=device)
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

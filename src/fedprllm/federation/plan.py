@@ -34,6 +34,7 @@ DEFAULT_MESSAGE_MB = 1024
 FEDERATED = ("one-shot", "iterative")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_HOST = re.compile(r"([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)*[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?")
 _RESERVED = {"server", "coordinator", "admin"}
 
 
@@ -41,8 +42,8 @@ class Plan(Settings):
     """The participants and the server's address, from which ``fedprllm federation init`` writes the kits.
 
     Raises:
-        ConfigError: A name is invalid or occurs twice, the scheme is unknown, or the authority would not
-            outlive the certificates.
+        ConfigError: A name or the server's host is invalid, a name occurs twice, the scheme is unknown, or
+            the authority would not outlive the certificates.
     """
 
     name: Annotated[str, Field(description="name of the federation in its certificates")] = "fedprllm"
@@ -68,6 +69,11 @@ class Plan(Settings):
         if twice:
             raise ConfigError(
                 f"participant '{min(twice)}' is named twice: give each participant its own name"
+            )
+        if len(self.server) > 253 or not _HOST.fullmatch(self.server):
+            raise ConfigError(
+                f"server: '{self.server}' is no host name: expected a name such as server.example.org or an "
+                "IPv4 address, without https://, port or path; the port is an option of its own"
             )
         if self.server in self.participants:
             raise ConfigError(

@@ -32,7 +32,7 @@ from fedprllm.models.probe import probe_blocks
 from fedprllm.models.side_files import PATTERNS, TERMS, side_files
 from fedprllm.progress import Progress, silent
 
-__all__ = ["build_skeleton", "is_hub_id", "resolve_model"]
+__all__ = ["build_skeleton", "is_cached", "is_hub_id", "is_offline", "resolve_model"]
 
 _CONVERTER_VERSION = 2  # increment when conversions change their output
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -56,7 +56,20 @@ def resolve_model(model: str | Path, *, cache_dir: Path | None = None, progress:
             corrupted files.
         RunError: The cache cannot be written.
     """
+    if not isinstance(model, (str, Path)):
+        raise ModelError(f"the model must be a hub id or a path, found {type(model).__name__}")
+    try:
+        return _resolved(model, cache_dir, progress)
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename or model} cannot be read ({error.strerror or error}): check its permissions"
+        ) from None
+
+
+def _resolved(model: str | Path, cache_dir: Path | None, progress: Progress) -> Path:
     path = _local_path(model) or _download(str(model), progress)
+    if path.is_dir():
+        _check_links(path)
     if path.is_file() and path.suffix.lower() != ".gguf":
         raise ModelError(
             f"{path} is a file, but not a GGUF file: expected a model folder, a GGUF file or a hub id; give "
@@ -88,11 +101,41 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith(".gguf")
 
 
+def _check_links(folder: Path) -> None:
+    """Refuse a folder in which a file is a link to nothing, as in a cache that was cleared in part.
+
+    Raises:
+        ModelError: Names the link.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.exists():
+            raise ModelError(
+                f"{file} is a link to {file.readlink()}, which does not exist: the folder is a part of a "
+                "cache that was cleared or moved; download the model again"
+            )
+
+
+def is_cached(name: str) -> bool:
+    """Whether a model of the hub has been fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def is_offline() -> bool:
+    """Whether the hub may not be asked (``HF_HUB_OFFLINE``)."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return bool(HF_HUB_OFFLINE)
+
+
 def _local_path(model: str | Path) -> Path | None:
     """The existing file or folder; None if the text can only be a hub id."""
     path = Path(model).expanduser()
     if path.exists():
         return path
+    if path.is_symlink():
+        raise ModelError(f"{path} is a link to {path.readlink()}, which does not exist: correct the link")
     if isinstance(model, str) and is_hub_id(model) and (path.parent == Path() or not path.parent.is_dir()):
         return None
     raise ModelError(f"there is no model at {path}: {_neighbors(path)}")
@@ -164,6 +207,8 @@ def build_skeleton(folder: Path, dtype: Any = None) -> Any:
     if not (folder / "config.json").is_file():
         others = sorted(other.name for other in folder.glob("*.gguf"))
         hint = f"; to use a GGUF file, give the file itself: {_names(others)}" if others else ""
+        if (folder / "model" / "config.json").is_file():
+            hint = f"; the model of this run is in {folder / 'model'}"
         raise ModelError(f"{folder} is not a model folder: it has no config.json{hint}")
     # A run opens a model several times: to see whether its files fit, and to walk through it.
     return copy.deepcopy(_pristine_skeleton(folder, (folder / "config.json").read_bytes(), dtype))
@@ -241,6 +286,8 @@ def _fits(model: Any, weight_files: list[Path]) -> bool:
         try:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except PermissionError as error:
+            raise ModelError(f"{file} cannot be read ({error.strerror}): check its permissions") from error
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is corrupted: {_reason(error)}. Download it again") from error
     return _contains_all(model, shapes)
@@ -382,13 +429,25 @@ def _loaded(source: Path, folder: Path, **how: Any) -> Any:
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, output_loading_info=True, **how
+            folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **how,
         )
     except Exception as error:
         raise ModelError(
             f"{source} cannot be read: {_reason(error)}. It is corrupted, or this version of transformers "
             "does not support it; download it again or update transformers"
         ) from error
+    if report["mismatched_keys"]:
+        name, found, expected = min(report["mismatched_keys"], key=lambda entry: str(entry[0]))
+        raise ModelError(
+            f"{source}: the weights do not fit config.json: '{name}' has the shape {list(found)}, and "
+            f"config.json says {list(expected)} (a vocabulary of another size, for instance); use the "
+            "config.json that belongs to the weights"
+        )
     missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:
         raise ModelError(f"{source} is incomplete, download it again: {_names(missing)} missing")
@@ -409,6 +468,10 @@ def _save(state: dict[str, Any], folder: Path, second_names: list[str]) -> None:
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
 
+    kept = {name: tensor for name, tensor in state.items() if name not in second_names}
+    if any(_is_part(tensor) for tensor in kept.values()):
+        # A file holds whole tensors, each once.
+        state, second_names = {name: tensor.clone() for name, tensor in kept.items()}, []
     try:
         save_torch_state_dict(state, folder, shared_tensors_to_discard=second_names)
     except SafetensorError as error:
@@ -417,6 +480,11 @@ def _save(state: dict[str, Any], folder: Path, second_names: list[str]) -> None:
         folder, _SAFETENSORS
     ):  # safetensors creates files that only their owner can read
         shutil.copymode(folder / "config.json", file)
+
+
+def _is_part(tensor: Any) -> bool:
+    """Whether a tensor is a view of more than itself."""
+    return bool(tensor.untyped_storage().nbytes() != tensor.nbytes)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,14 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if (folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None:
+            raise ModelError(
+                f"{folder / 'tokenizer.model'} needs the package sentencepiece: pip install sentencepiece"
+            ) from None
+        words = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): text needs one. Add its files "
+            f"{folder} has no usable tokenizer ({words}): text needs one. Add its files "
             "to the folder, or pass token windows from Python instead of text"
         ) from None
 

@@ -77,6 +77,10 @@ class PooledData:
     def __post_init__(self) -> None:
         if self.partition not in PARTITIONS:
             raise ConfigError(f"unknown partition {did_you_mean(self.partition, PARTITIONS)}")
+        if isinstance(self.n_participants, bool) or not isinstance(self.n_participants, int):
+            raise ConfigError(f"participants must be an integer, found {self.n_participants!r}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
+            raise ConfigError(f"alpha must be a number, found {self.alpha!r}")
         if self.n_participants < 1:
             raise ConfigError(f"participants must be at least 1, found {self.n_participants}")
         if self.alpha <= 0:
@@ -111,7 +115,7 @@ def name_participants(
     if not isinstance(participants, (list, tuple, Mapping)):
         raise DataError(
             "participants must be a list with one item each, or a mapping from names to them, found "
-            f"{type(participants).__name__}"
+            f"{type(participants).__name__}: make it a list first"
         )
     if not participants:
         raise DataError("no participants: give at least one text file or token tensor")

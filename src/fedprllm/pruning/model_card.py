@@ -57,10 +57,10 @@ def write_model_card(folder: Path, record: RunRecord) -> None:
     """
     config = record.config
     participants = record.participants.values()
-    n = len(participants)
+    n, source = len(participants), _public_name(record.model.source)
     text = _CARD.format(
-        title=f"{Path(record.model.source).name}, {record.sparsity:.0%} sparse",
-        source=record.model.source,
+        title=f"{Path(source).name}, {record.sparsity:.0%} sparse",
+        source=source,
         sparsity=record.sparsity,
         participants=f"{n} participants that kept their text local" if n > 1 else "one participant",
         strategy=config.strategy,
@@ -79,6 +79,12 @@ def write_model_card(folder: Path, record: RunRecord) -> None:
         version=record.versions["fedprllm"],
     )
     write_text(folder / "README.md", text)
+
+
+def _public_name(source: str) -> str:
+    """A hub id as it is; of a path only its last part, because the rest is about the machine it is on."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else source
 
 
 def _evaluation(evaluation: Mapping[str, Sequence[Perplexity]]) -> str:

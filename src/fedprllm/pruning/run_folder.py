@@ -16,6 +16,7 @@ themselves. A run that continues checks them, and computes again what is damaged
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import time
@@ -32,10 +33,11 @@ from pydantic import ConfigDict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedprllm.errors import FedprllmWarning, RunBusy, RunError
+from fedprllm.errors import DiskFull, FedprllmWarning, RunBusy, RunError
 from fedprllm.files import (
     file_digest,
     free_bytes,
+    is_full,
     read_sealed,
     remove_temporary,
     rename,
@@ -104,9 +106,9 @@ class Run:
                 f"{self.folder} is not a run's folder: it contains {self._foreign_files()[0]!r} but no "
                 "run.json; choose another folder with --out"
             )
+        self._make()
         if not manifest.exists():
             self._check_space()
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -130,8 +132,27 @@ class Run:
     ) -> None:
         self._lock.release()
 
+    def _make(self) -> None:
+        """Make the folder, and try whether files can be written in it.
+
+        Raises:
+            RunError: They cannot. The message says why.
+        """
+        probe = self.folder / f".{os.getpid()}.probe.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            kind = DiskFull if is_full(error) else RunError
+            raise kind(
+                f"{self.folder} cannot be written ({error.strerror}): choose another folder with --out"
+            ) from None
+
     def _foreign_files(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        """What no run writes before ``run.json``; a job of a federation notes first what it was asked."""
+        names = (path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        return sorted(name for name in names if name != "federation")
 
     def _check_space(self) -> None:
         free = free_bytes(self.folder)

@@ -99,6 +99,18 @@ class StudyConfig(Settings):
                 )
         if not self.data and not self.domains:
             raise ConfigError("no text: name data to distribute, or domains with one participant each")
+        for number, grid in enumerate(self.grid, start=1):
+            empty = [axis for axis, values in grid.items() if values == []]
+            if empty or not grid:
+                what = f"{empty[0]} has no values" if empty else "it names no option"
+                raise ConfigError(f"grid {number}: {what}, so that it measures nothing")
+        if not self.asked and not self.grid:
+            raise ConfigError(
+                f"nothing to measure with {len(self.domains)} domain and no data: name a second text with "
+                "--domains, or text to distribute with --data"
+                if self.questions is None
+                else "nothing to measure: name a question, or a [[grid]] in the file"
+            )
         if self.data and not self.eval:
             raise ConfigError(
                 "no text to measure on: name texts with eval that are not in the calibration data"

@@ -5,6 +5,7 @@ A run is a sequence of jobs over one folder. Each job records how it ended in ``
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from fedprllm.federation.coordinator.rounds import Ask, Coordinator
 from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
 from fedprllm.federation.protocol.results import Manifest
-from fedprllm.files import read_sealed, write_json, write_text
+from fedprllm.files import free_bytes, is_full, read_sealed, write_json, write_text
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.fingerprints import model_digest
@@ -98,20 +99,36 @@ def conduct_run(
         revoked: Called between steps. Names participants whose part ends, also while the run goes on.
 
     Returns:
-        The recorded outcome: ``complete``, ``interrupted``, ``quorum lost`` or ``error``.
+        The recorded outcome: ``complete``, ``interrupted``, ``quorum lost``, ``disk full`` or ``error``.
     """
     folder = runs / plan.name
     try:
+        about = {"job": job, "plan": plan.model_dump(mode="json")}
+        write_json(folder / "federation" / "plan.json", about)
         _conduct(plan, names, folder, channel, stopped, max_message_mb, revoked)
         outcome, reason = "complete", ""
     except Interrupted as interruption:
         outcome, reason = "interrupted", str(interruption)
     except QuorumLost as error:
         outcome, reason = "quorum lost", str(error)
-    except FedprllmError as error:
-        outcome, reason = "error", str(error)
-    write_json(folder / "federation" / "outcome.json", {"job": job, "outcome": outcome, "reason": reason})
+    except (FedprllmError, OSError) as error:
+        outcome, reason = _failure(error, folder)
+    # If the disk has no room even for this, whoever watches the run sees that it is full.
+    with contextlib.suppress(OSError, RunError):
+        write_json(folder / "federation" / "outcome.json", {"job": job, "outcome": outcome, "reason": reason})
     return outcome
+
+
+def _failure(error: FedprllmError | OSError, folder: Path) -> tuple[str, str]:
+    """The outcome of a job that failed, and why."""
+    if is_full(error):
+        return "disk full", (
+            f"the server's disk is full: {free_bytes(folder) / 1e6:.0f} MB are free where {folder} is; free "
+            "some space, and the same command continues; what was decided is kept"
+        )
+    if isinstance(error, OSError):
+        return "error", f"{error.filename or folder}: {error.strerror or error}"
+    return "error", str(error)
 
 
 def _conduct(

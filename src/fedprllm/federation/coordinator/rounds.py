@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.owl import Outliers
@@ -28,8 +28,8 @@ from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.coordinator.decisions import BlockDecider
 from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
-from fedprllm.federation.protocol.messages import Reply, Request, pack, read_reply
-from fedprllm.files import write_bytes, write_json
+from fedprllm.federation.protocol.messages import Reason, Reply, Request, pack, read_reply
+from fedprllm.files import append_line, write_bytes, write_json
 from fedprllm.models.identity import entry_name
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.survey import sampled
@@ -41,8 +41,7 @@ _MAX_POLL_S = 5.0
 _PATIENT = 20  # pause for 1/20 of the time since the last progress: news is noticed at most 5 % late
 _ANSWER_S = 5.0  # timeout of a small request; a slower participant is asked again
 _SLOWEST_BYTES_PER_S = 250_000  # 2 Mbit/s; a slower connection counts as none
-
-Reason = Literal["absent", "deadline", "failed", "invalid updates", "revoked"]
+_FAREWELL_S = 2.0  # timeout of a message to a participant that may be gone
 
 
 @dataclass
@@ -139,15 +138,13 @@ class Coordinator:
         return (records[-1].still_in or ()) if records else names
 
     def _note(self, name: str, event: str, reason: str) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "participant": name,
             "event": event,
             "reason": reason,
         }
-        with (self._folder / "events.jsonl").open("a", encoding="utf-8") as events:
-            events.write(json.dumps(line) + "\n")
+        append_line(self._folder / "events.jsonl", json.dumps(line))
 
     def _show(self, doing: str) -> None:
         participants = {
@@ -182,6 +179,7 @@ class Coordinator:
         self._drop_damaged(blocks)
         if self._missing(blocks):
             self._start(blocks)
+            self._repeat_farewells()
         if self._follows_server:
             for block in blocks:
                 self._collect([block])
@@ -218,26 +216,39 @@ class Coordinator:
         return True
 
     def _start(self, blocks: Sequence[int]) -> None:
-        """Send all participants the request, and leave out those that do not answer in time."""
+        """Send all participants the request, and leave out those that do not answer in time.
+
+        A participant whose disk is full has as much time as it has for its first block.
+        """
         self._show("waiting for participants")
         payload = json.dumps(dict(self._ask_for.fingerprints)).encode()
         begin = self._clock()
-        waiting = set(self._missing(blocks))
-        while waiting and self._clock() - begin < self.plan.join_s:
+        waiting, full = set(self._missing(blocks)), set[str]()
+        while waiting and self._clock() - begin < self._start_patience_s(waiting & full):
             self._check_stopped()
             waiting &= set(self._dismiss_revoked())
             for name, (reply, _) in self._ask_to_start(sorted(waiting), payload).items():
                 self._heard(name, reply)
-                waiting.discard(name)
+                if reply.code == "disk full":
+                    full.add(name)
+                else:
+                    waiting.discard(name)
             if waiting:
+                self._show(f"waiting for {', '.join(sorted(waiting))}")
                 time.sleep(_POLL_S)
         for name in sorted(waiting & set(self.participants)):
-            self._leave_out(name, "absent", f"did not answer within {self.plan.join_s:.0f} s")
+            reason: Reason = "deadline" if name in full else "absent"
+            words = "its disk is full" if name in full else f"did not answer within {self.plan.join_s:.0f} s"
+            self._leave_out(name, reason, words)
         now = self._clock()
         for standing in self.participants.values():
             standing.last_answer = now
             standing.deadline = now + self.plan.start_s + self.plan.deadline_s
         self._check_quorum()
+
+    def _start_patience_s(self, full: Collection[str]) -> float:
+        """Seconds to wait for the answers to the request."""
+        return self.plan.start_s + self.plan.deadline_s if full else self.plan.join_s
 
     def _ask_to_start(self, names: Sequence[str], payload: bytes) -> dict[str, tuple[Reply, memoryview]]:
         """Ask each participant to prune its blocks. Participants with the same blocks share one request."""
@@ -394,7 +405,8 @@ class Coordinator:
         for asked in without:
             answers = self._ask([asked], request, message, self._patience_s(len(message)))
             for name, (reply, _) in answers.items():
-                self.participants[name].n_decisions = n_decided
+                if reply.code != "disk full":
+                    self.participants[name].n_decisions = n_decided
                 self._heard(name, reply)
 
     def _heard(self, name: str, reply: Reply) -> None:
@@ -450,6 +462,10 @@ class Coordinator:
         if reply.state == "failed":
             self._leave_out(name, "failed", self._words(reply))
             return
+        if reply.code == "disk full":
+            # Nothing leaves without a line in its ledger. Its deadline for this block still holds.
+            standing.n_ready = min(standing.n_ready, block)
+            return
         if reply.code == "not ready":
             self._count_invalid(name, block, "it claimed that the update was ready but does not have it")
             return
@@ -494,6 +510,25 @@ class Coordinator:
     def _leave_out(self, name: str, reason: Reason, words: str) -> None:
         self._note(name, "left out", f"{reason}: {words}")
         del self.participants[name]
+        self._tell_left_out(name, reason)
+
+    def _tell_left_out(self, name: str, reason: Reason) -> None:
+        """Tell a participant, in fixed words, that the run goes on without it. It may be gone."""
+        farewell = Request(op="left out", run=self._run_id, reason=reason)
+        self._ask([name], farewell, timeout_s=_FAREWELL_S)
+
+    def _repeat_farewells(self) -> None:
+        """Tell participants that an earlier job left out: they are there again, and are asked nothing."""
+        for name, reason in self._left_out_before().items():
+            if name in self._samples and name not in self.participants:
+                self._tell_left_out(name, reason)
+
+    def _left_out_before(self) -> dict[str, Reason]:
+        path = self._folder / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        events = [event for event in map(json.loads, lines) if event["event"] == "left out"]
+        words = {event["participant"]: event["reason"].partition(":")[0] for event in events}
+        return {name: reason for name, reason in words.items() if reason in get_args(Reason)}
 
     def _check_quorum(self) -> None:
         if len(self.participants) < self.plan.quorum:

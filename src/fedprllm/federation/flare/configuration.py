@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedprllm.errors import FedprllmError, RunError
 from fedprllm.federation.flare.orders import EXECUTOR
-from fedprllm.federation.flare.policy import Party, party
+from fedprllm.federation.flare.policy import Party, is_job_id, party
 from fedprllm.federation.plan import DEFAULT_MESSAGE_MB, SiteSettings
 from fedprllm.federation.site.site import settings_path
 from fedprllm.files import read_json, write_json, write_private
@@ -317,7 +318,13 @@ def _check_no_links(folder: Path) -> None:
 
 
 def _sweep(engine: Path) -> None:
-    """Remove everything but logs: FLARE looks for configuration and code in all of its workspace."""
+    """Remove everything but logs: FLARE looks for configuration and code in all of its workspace.
+
+    Of jobs, nothing stays: they have ended, and the ledger says what was sent.
+    """
+    for job in engine.iterdir() if engine.is_dir() else ():
+        if is_job_id(job.name):
+            shutil.rmtree(job)
     for folder, _, files in os.walk(engine, topdown=False):
         for name in files:
             if not _LOG.fullmatch(name):

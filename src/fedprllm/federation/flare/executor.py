@@ -14,12 +14,12 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.fl_context_utils import add_job_audit_event
 
-from fedprllm.errors import RunError, UpdateError
+from fedprllm.errors import DiskFull, RunError, UpdateError
 from fedprllm.federation.flare.configuration import kit_of
 from fedprllm.federation.flare.controller import MESSAGE, TOPIC
 from fedprllm.federation.flare.request_log import REQUESTS, RequestLog
-from fedprllm.federation.protocol.messages import read_request
-from fedprllm.federation.site.site import Site, settings_path, work_folder
+from fedprllm.federation.protocol.messages import pack, read_request
+from fedprllm.federation.site.site import NO_SPACE, Site, settings_path, work_folder
 
 __all__ = ["ParticipantExecutor"]
 
@@ -53,6 +53,11 @@ class ParticipantExecutor(Executor):  # type: ignore[misc]
             return make_reply(ReturnCode.BAD_REQUEST_DATA)
         try:
             self._requests.note("server", **_described(message))
+        except DiskFull as error:
+            print(error, file=sys.stderr)
+            reply = make_reply(ReturnCode.OK)
+            reply[MESSAGE] = pack(NO_SPACE)
+            return reply
         except RunError as error:
             print(error, file=sys.stderr)
             return make_reply(ReturnCode.HANDLER_EXCEPTION)
@@ -80,6 +85,8 @@ def _described(message: bytes) -> dict[str, Any]:
     described: dict[str, Any] = {"what": request.op, "run": request.run}
     if request.op in ("fetch", "refused", "decision"):
         described["block"] = request.block
+    if request.op == "left out":
+        described["why"] = request.reason
     if request.op == "start":
         described["model"] = request.model[:200]
     if len(payload):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,13 +21,16 @@ from fedprllm.federation.flare.configuration import (
     participant_name,
     prepare_engine,
 )
+from fedprllm.federation.flare.kits import FEDERATION_FILE
 from fedprllm.federation.flare.policy import GUARDED, check_version
 from fedprllm.federation.keys.certificates import check_dates, read_certificate
 from fedprllm.federation.keys.identity import check_credentials
+from fedprllm.federation.plan import Plan
 from fedprllm.files import read_json, write_json
 
 __all__ = [
     "RENEW_OWN",
+    "check_port",
     "check_server",
     "end",
     "participant_name",
@@ -49,6 +54,7 @@ def start_server(kit: Path) -> subprocess.Popen[bytes]:
             class, or FLARE is of another version than was tested.
     """
     check_server(kit)
+    check_port(kit)
     check_version()
     kit = kit.resolve()
     check_allow_list(kit / "local" / "resources.json")
@@ -67,6 +73,27 @@ def check_server(kit: Path) -> float:
         raise RunError(f"{kit} is no server's kit: startup/fed_server.json is missing")
     check_dates(read_certificate(startup / "rootCA.pem"), "the federation's authority", RENEW_AUTHORITY)
     return check_dates(read_certificate(startup / "server.crt"), "the server's certificate", RENEW_OWN)
+
+
+def check_port(kit: Path) -> None:
+    """Check that the port of a server's kit is free: the engine would wait for it without a word.
+
+    Raises:
+        RunError: It is taken, or this user may not use it.
+    """
+    port = Plan(**read_json(kit / "local" / FEDERATION_FILE)).port
+    try:
+        with socket.socket() as probe:
+            # Ports of connections that ended a moment ago are free; those that somebody listens on are not.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise RunError(
+                f"port {port} is taken: another server or program listens on it; stop that one, or name "
+                "another port in the plan and run 'fedprllm federation init' into a new folder"
+            ) from None
+        raise RunError(f"port {port} cannot be used: {error.strerror}") from None
 
 
 def _place_storage(kit: Path) -> None:

@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedprllm.errors import RunError
+from fedprllm.errors import DiskFull, RunError
+from fedprllm.files import append_line, is_full
 
 __all__ = ["REQUESTS", "Notes", "Refused", "RequestLog", "Unwritten", "follow", "read_requests", "sentence"]
 
@@ -140,11 +141,10 @@ class RequestLog:
     def _append(self, entry: dict[str, Any], times: int) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry, "times": times}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self._path, json.dumps(line))
         except OSError as error:
-            raise RunError(
+            kind = DiskFull if is_full(error) else RunError
+            raise kind(
                 f"cannot write {self._path}: {error.strerror}; no request is carried out unless it is logged"
             ) from None
 

@@ -16,6 +16,7 @@ from nvflare.fuel.f3.cellnet.utils import make_reply
 from nvflare.fuel.f3.message import Message
 
 from fedprllm.federation.coordinator.results import ResultServer
+from fedprllm.federation.flare.contact import Contact, is_connected, note_sites
 from fedprllm.federation.flare.controller import RUNS
 from fedprllm.federation.flare.policy import RESULT_CHANNEL, RESULT_TOPIC, Party, party, root
 from fedprllm.federation.site.results import Collector, Unreachable, wake_path
@@ -48,6 +49,7 @@ def exchange_results(cell: Any, kit: Path) -> None:
 
 def _serve(cell: Any, kit: Path) -> None:
     server = ResultServer(kit / RUNS)
+    threading.Thread(target=note_sites, args=(cell.core_cell, kit), name="contact", daemon=True).start()
 
     def answer(request: Message) -> Message:
         name = root(str(request.get_header(MessageHeaderKey.ORIGIN)))
@@ -75,11 +77,14 @@ def _collect(cell: Any, kit: Path) -> None:
         )
         code = reply.get_header(MessageHeaderKey.RETURN_CODE)
         if code != ReturnCode.OK or not isinstance(reply.payload, bytes | bytearray | memoryview):
+            contact.note(made=False)
             raise Unreachable(str(code))
+        contact.note(made=True)
         timeout_s = _TIMEOUT_S
         return bytes(reply.payload)
 
     home = work_folder(kit)
+    contact = Contact(home)
     collector = Collector(ask, settings_path(kit), home, kit / RUNS)
     wake = wake_path(home)
     while True:
@@ -94,6 +99,9 @@ def _collect(cell: Any, kit: Path) -> None:
             log.warning("results could not be collected: %s: %s", type(error).__name__, error)
         end = time.monotonic() + pause_s
         while time.monotonic() < end and _changed(wake) == called:
+            if contact.is_made and not is_connected(cell.core_cell):
+                contact.note(made=False)
+                end = time.monotonic() + _RETRY_S
             time.sleep(_LOOK_S)
 
 

@@ -125,6 +125,19 @@ class AdminSession:
         """The job will not go on."""
         return self.job_status(job).startswith(_ENDED)
 
+    def going(self) -> dict[str, str]:
+        """Jobs that are waiting or running, by the name of their run.
+
+        After the death of a server, FLARE lists its jobs as running; they are not among what runs.
+        """
+        running = {job.job_id for job in self._session.get_system_info().job_info}
+        found = {}
+        for job in self._session.list_jobs():
+            status = str(job["status"])
+            if not status.startswith(_ENDED) and (status != "RUNNING" or job["job_id"] in running):
+                found[str(job["job_name"])] = str(job["job_id"])
+        return found
+
     def abort(self, job: str) -> None:
         """Stop a job; harmless if it has ended."""
         with contextlib.suppress(Exception):

@@ -282,6 +282,11 @@ def check_credentials(kit: Path) -> float:
         )
     authority = read_certificate(startup / _ROOT)
     check_dates(authority, "the federation's authority", "ask the coordinator for a new federation")
+    if not is_issued_by(certificate, authority):
+        raise RunError(
+            f"{startup / _CERTIFICATE} was not signed by {startup / _ROOT}: accept the newest kit with "
+            f"'fedprllm identity accept {kit} NAME.kit'"
+        )
     if common_name(certificate.subject) != address_of(kit)["name"]:
         raise ConfigError(
             f"{startup / _CERTIFICATE} names '{common_name(certificate.subject)}', but the kit names "

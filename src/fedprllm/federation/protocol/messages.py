@@ -9,6 +9,7 @@
 | fetch a block | | the block's update, as `fedprllm.federation.protocol.update` writes it |
 | refused: an update was invalid | | a state; the participant computes the block again |
 | decision about a block | the decision, as `fedprllm.federation.protocol.update` writes it | a state |
+| left out: the run goes on without the participant | | a state |
 | finish | | a state |
 
 A reply's header holds numbers, words from a fixed list, and at most the name of a tensor or of a setting of
@@ -30,6 +31,7 @@ __all__ = [
     "Code",
     "Header",
     "Operation",
+    "Reason",
     "Reply",
     "Request",
     "pack",
@@ -43,7 +45,9 @@ MAX_HEADER_BYTES = 64 * 1024
 _LENGTH = struct.Struct("<I")
 _FINGERPRINTS = TypeAdapter(dict[str, Annotated[str, Field(min_length=1, max_length=256)]])
 
-Operation = Literal["start", "state", "fetch", "refused", "decision", "finish"]
+Operation = Literal["start", "state", "fetch", "refused", "decision", "left out", "finish"]
+# Why a run goes on without a participant.
+Reason = Literal["", "absent", "deadline", "failed", "invalid updates", "revoked"]
 State = Literal["idle", "waiting", "working", "done", "failed"]
 Code = Literal[
     "",
@@ -61,6 +65,7 @@ Code = Literal[
     "not confirmed",  # the participant declined
     "kind not allowed",  # the participant does not share this kind of update
     "not ready",  # the update does not exist yet
+    "disk full",  # nothing was done; the participant waits for space
     "other run",  # the participant is working on another run
     "bad request",
     "internal",
@@ -89,6 +94,7 @@ class Request(Header):
         blocks: Indices of the blocks that the participant prunes. It only walks through the others.
         participants: Names of all participants in the run.
         outliers: Number of outlying scores and of all scores, by block, from the survey.
+        reason: Why the participant was left out.
     """
 
     op: Operation
@@ -100,6 +106,7 @@ class Request(Header):
     blocks: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
     participants: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=10_000)] = []
     outliers: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]] = []
+    reason: Reason = ""
 
 
 class Reply(Header):

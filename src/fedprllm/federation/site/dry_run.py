@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fedprllm.errors import ConfigError
 from fedprllm.federation.plan import RunPlan, SiteSettings
 
 __all__ = ["Preview", "TensorPreview", "dry_run"]
@@ -71,6 +72,7 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
         The update of each block.
 
     Raises:
+        ConfigError: The run asks for a kind of update that may not be sent.
         DataError: The text cannot be used.
         ModelError: The model cannot be used.
     """
@@ -82,6 +84,12 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
     from fedprllm.pruning.method import pruning_method
     from fedprllm.pruning.walk import Walker
 
+    refused = [kind for kind in plan.config.kinds if kind not in settings.allow]
+    if refused:
+        raise ConfigError(
+            f"the run asks for {', '.join(refused)}, and {', '.join(settings.allow)} may be sent (--allow): "
+            "it would be refused; repeat --allow for every kind that you allow"
+        )
     alone = {"device": settings.device or "cpu", "strategy": "one-shot"}
     config = plan.config.model_copy(update=alone)
     model = BlockwiseModel(resolve_model(settings.model or plan.model), config.dtype, config.device)

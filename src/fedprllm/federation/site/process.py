@@ -7,7 +7,7 @@ import threading
 
 from fedprllm.federation.plan import SiteSettings
 
-__all__ = ["Failed", "end_with_parent", "limit_resources"]
+__all__ = ["Failed", "end_with_parent", "is_out_of_memory", "lift_memory_limit", "limit_resources"]
 
 
 class Failed(Exception):  # noqa: N818  it carries a status and is not a defect
@@ -46,4 +46,18 @@ def limit_resources(settings: SiteSettings) -> None:
 
         # This limit covers data and private mappings: all tensors, but not the mapped checkpoint.
         limit = int(settings.memory_gb * 1e9)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def lift_memory_limit() -> None:
+    """Let the process have memory again, to say that it had too little."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether a computation failed for lack of memory: on the CPU, only torch's words show it."""
+    return isinstance(error, MemoryError) or "alloc" in str(error) or "out of memory" in str(error)

@@ -30,14 +30,17 @@ from fedprllm.federation.protocol.messages import (
 )
 from fedprllm.federation.site.results import wake_path
 from fedprllm.federation.site.spool import Spool, append_ledger, write_bytes
-from fedprllm.files import read_json, write_json, write_sealed, write_text
+from fedprllm.files import is_full, read_json, write_json, write_sealed, write_text
 
-__all__ = ["LEDGER", "SETTINGS", "Site", "settings_path", "work_folder"]
+__all__ = ["CURRENT", "LEDGER", "NO_SPACE", "SETTINGS", "Site", "settings_path", "work_folder"]
 
 # Restarts of the computation without a new update before giving up.
 _MAX_CRASHES = 3
 SETTINGS = "fedprllm.json"
+# Nothing was done, because it could not be written down. The coordinator asks again.
+NO_SPACE = Reply(state="waiting", code="disk full")
 LEDGER = "ledger.jsonl"
+CURRENT = "current.json"  # the run that a job process is working on, for display
 
 
 def settings_path(kit: Path) -> Path:
@@ -86,20 +89,30 @@ class Site:
         """Answer a request. Any failure becomes an answer too, never an exception."""
         with self._lock:
             try:
-                request, payload = read_request(message)
-                reply = self._answer(request, payload)
+                reply = self._answer(*read_request(message))
             except (UpdateError, ConfigError) as error:
                 print(f"refused a request of the coordinator: {error}", file=sys.stderr)
                 reply = pack(Reply(state="failed", code="bad request"))
             except Exception as error:  # noqa: BLE001  the connection must outlive any failure here
-                traceback.print_exception(error)
-                reply = pack(Reply(state="failed", code="internal"))
-            self._record(reply)
+                reply = pack(self._failed(error))
+            try:
+                self._record(reply)
+            except Exception as error:  # noqa: BLE001  what is not recorded does not leave
+                reply = pack(self._failed(error))
             return reply
+
+    def _failed(self, error: Exception) -> Reply:
+        if is_full(error):
+            print(error, file=sys.stderr)
+            return NO_SPACE
+        traceback.print_exception(error)
+        return Reply(state="failed", code="internal")
 
     def _answer(self, request: Request, payload: memoryview) -> bytes:
         if request.op == "start":
             return pack(self._start(request, payload))
+        if request.op == "left out":
+            return pack(self._leave(request))
         if request.run != self._run:
             return pack(Reply(state="failed", code="other run"))
         if request.op == "fetch":
@@ -110,7 +123,7 @@ class Site:
         elif request.op == "decision":
             write_bytes(self.spool.decision_path(request.block), payload)
         elif request.op == "finish":
-            self._stop_worker()
+            self.close()
             self.spool.clear()
             self._run = ""
             write_text(wake_path(self.folder), request.run)
@@ -122,13 +135,18 @@ class Site:
     def _start(self, request: Request, payload: memoryview) -> Reply:
         from fedprllm.config import PruneConfig
 
-        if not set(PruneConfig(**request.config).kinds) <= set(self.settings.allow):
+        spool = Spool(self.folder / "runs" / request.run)
+        refused = [kind for kind in PruneConfig(**request.config).kinds if kind not in self.settings.allow]
+        if refused:
+            spool.set_status("failed", "kind not allowed", message=self._not_allowed(refused))
             return Reply(state="failed", code="kind not allowed")
+        spool.path("left-out.json").unlink(missing_ok=True)
         job = request.model_dump(mode="json", exclude={"op", "block"})
         fingerprints = read_fingerprints(payload)
         if self._run and self._run != request.run:
             self._stop_worker()
         self._run = request.run
+        write_json(self.folder / CURRENT, {"run": request.run, "process": os.getpid()}, durable=False)
         known = self.spool.known("job.json")
         if known is not None and known != job:
             return Reply(state="failed", code="other run")
@@ -141,6 +159,21 @@ class Site:
             self.spool.set_status("idle")
             self._crashes, self._ready_at_crash = 0, -1
         return self._state()
+
+    def _not_allowed(self, refused: Sequence[str]) -> str:
+        granted = ", ".join(self.settings.allow)
+        options = " ".join(f"--allow {kind}" for kind in (*self.settings.allow, *refused))
+        return (
+            f"the run asks for {', '.join(refused)}, and this participant sends {granted} only: to allow it, "
+            f"restart with {options} and ask the coordinator to start the run again"
+        )
+
+    def _leave(self, request: Request) -> Reply:
+        """Stop computing for a run that goes on without this participant. Finished updates are kept."""
+        if request.run == self._run:
+            self.close()
+        Spool(self.folder / "runs" / request.run).leave(request.reason)
+        return Reply(state="done")
 
     def _report_damage(self, names: Sequence[str]) -> None:
         if names:
@@ -171,7 +204,8 @@ class Site:
             if status["state"] == "done" and ended.returncode == 0:
                 return status
             if not self._may_start_again():
-                self.spool.set_status("failed", "crashed")
+                words = f"the computation ended {_MAX_CRASHES + 1} times without a new update: see worker.log"
+                self.spool.set_status("failed", "crashed", message=f"{words} in {self.spool.folder}")
                 return self.spool.status
         self._start_worker()
         return {"state": "working"}
@@ -212,6 +246,8 @@ class Site:
     def close(self) -> None:
         """Stop the computation. Finished updates are kept."""
         self._stop_worker()
+        if self._run:
+            (self.folder / CURRENT).unlink(missing_ok=True)
 
     # Sending -----------------------------------------------------------------------------------
 

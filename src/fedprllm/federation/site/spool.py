@@ -5,6 +5,7 @@ RUN/
   fingerprints.json               identity of the coordinator's model
   text.json                       fingerprint of the windows that the run began with
   notes.json                      what the participant should know about its text, such as too little of it
+  left-out.json                   why the run goes on without this participant
   question.json, answer.json      what the participant was asked, and its answer
   status.json                     state of the computation
   owner                           token of the process that may compute here
@@ -23,15 +24,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedprllm.errors import RunError
-from fedprllm.files import file_digest, read_sealed, write_bytes, write_sealed
+from fedprllm.errors import DiskFull, RunError
+from fedprllm.files import append_line, file_digest, is_full, read_sealed, write_bytes, write_sealed
 
 __all__ = ["Spool", "append_ledger", "read_ledger", "write_bytes"]
 
@@ -98,6 +98,11 @@ class Spool:
         """The last status that the computation reported."""
         status = self.known("status.json")
         return {"state": "idle"} if status is None else status
+
+    def leave(self, reason: str) -> None:
+        """Record that the run goes on without this participant."""
+        if self.known("left-out.json") != {"reason": reason}:
+            write_sealed(self.path("left-out.json"), {"reason": reason})
 
     def known(self, name: str) -> dict[str, Any] | None:
         """A sealed file directly in the folder; None if there is none or it is damaged."""
@@ -195,7 +200,7 @@ def append_ledger(
         received: It came in, as a part of a result.
 
     Raises:
-        RunError: The line could not be written, so an update must not be sent.
+        RunError: The line could not be written, so an update must not be sent (`DiskFull` if that is why).
     """
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -209,13 +214,10 @@ def append_ledger(
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as ledger:
-            ledger.write(json.dumps(line) + "\n")
-            ledger.flush()
-            os.fsync(ledger.fileno())
+        append_line(path, json.dumps(line))
     except OSError as error:
-        raise RunError(
+        kind = DiskFull if is_full(error) else RunError
+        raise kind(
             f"cannot write the ledger {path}: {error.strerror}; nothing is sent until it can be written"
         ) from None
 

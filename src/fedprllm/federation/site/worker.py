@@ -9,6 +9,7 @@ another process takes over the spool. If it is killed at any point, the next pro
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from fedprllm.errors import DataError, FedprllmError, UpdateError
+from fedprllm.errors import DataError, DiskFull, FedprllmError, UpdateError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.site.consent import (
     Refused,
@@ -31,14 +32,15 @@ from fedprllm.federation.site.consent import (
     own_seed,
     text_identity,
 )
-from fedprllm.federation.site.process import Failed, end_with_parent, limit_resources
+from fedprllm.federation.site.process import Failed, end_with_parent, is_out_of_memory, limit_resources
 from fedprllm.federation.site.spool import Spool
-from fedprllm.files import read_json, read_sealed, save_tensors, write_sealed
+from fedprllm.files import free_bytes, is_full, read_json, read_sealed, save_tensors, write_sealed
 from fedprllm.process import use_large_pages
 
 __all__ = ["main"]
 
 _DECISION_POLL_S = 0.05
+_SPACE_POLL_S = 5.0
 
 
 def main(arguments: list[str]) -> int:
@@ -56,10 +58,34 @@ def main(arguments: list[str]) -> int:
     end_with_parent()
     limit_resources(settings)
     with FileLock(spool.path(".lock")):
-        return _walk(spool, settings, name, owner)
+        while True:
+            try:
+                return _walk(spool, settings, name, owner)
+            except (DiskFull, OSError) as error:
+                _wait_for_space(spool, owner, error)
+
+
+def _wait_for_space(spool: Spool, owner: str, error: DiskFull | OSError) -> None:
+    """Tell the participant that its disk is full, and let the computation continue after a while."""
+    print(error, file=sys.stderr)
+    message = (
+        f"the disk of {spool.folder} is full ({free_bytes(spool.folder) / 1e6:.0f} MB are free): free some "
+        "space, and the computation goes on by itself"
+    )
+    with contextlib.suppress(DiskFull, OSError):
+        spool.set_status("waiting", "disk full", message=message)
+    time.sleep(_SPACE_POLL_S)
+    if spool.owner != owner:
+        os._exit(3)
 
 
 def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
+    """Walk to the end, or record why that is impossible.
+
+    Raises:
+        DiskFull: There is no space for what was computed.
+        OSError: The same, where the system says it.
+    """
     spool.set_status("working")
     try:
         _Walk(spool, settings, name, owner).run()
@@ -71,14 +97,18 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
         spool.set_status("failed", refusal.code, message=str(refusal))
     except DataError as error:
         return _fail(spool, "data", error)
+    except DiskFull:
+        raise
     except FedprllmError as error:
         return _fail(spool, "compute", error)
+    except OSError as error:
+        if is_full(error):
+            raise
+        return _fail(spool, "internal", error)
     except MemoryError as error:
         return _fail(spool, "memory", error)
     except RuntimeError as error:
-        # On the CPU, only the text of the error shows that an allocation failed.
-        out_of_memory = "alloc" in str(error) or "out of memory" in str(error)
-        return _fail(spool, "memory" if out_of_memory else "internal", error)
+        return _fail(spool, "memory" if is_out_of_memory(error) else "internal", error)
     except Exception as error:  # noqa: BLE001  the coordinator gets the code, the log the traceback
         return _fail(spool, "internal", error)
     else:
@@ -89,7 +119,11 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
 
 def _fail(spool: Spool, code: str, error: BaseException) -> int:
     traceback.print_exception(error)
-    spool.set_status("failed", code, message=f"{type(error).__name__}: {error}")
+    words = f"{type(error).__name__}: {error}"
+    if code == "memory":
+        words = f"not enough memory ({words}): raise --memory-gb, or keep hidden states in files"
+        words += " with --memory-limit"
+    spool.set_status("failed", code, message=str(error) if isinstance(error, FedprllmError) else words)
     return 1
 
 
