@@ -43,7 +43,7 @@ demo: $(VENV)/.demo
 
 # Files run in the order of collection, longest first. Tests within a file run in random order; pytest prints the seed.
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # Build the package, check it, and test it outside the checkout with the dependencies in $(VENV).
 package: install

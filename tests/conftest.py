@@ -28,8 +28,12 @@ transformers_logging.disable_progress_bar()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-LONGEST = "test_federation_flare.py"
+LONGEST = ["test_federation_flare.py", "test_federation_kills.py", "test_federation_rehearsal.py"]
 SMALL_MODEL = Path(__file__).parent / "fixtures" / "small-model"
+
+
+def _rank(name: str) -> int:
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Reference data may only add to the tests, and what it adds is marked.
     """
-    items.sort(key=lambda item: (item.get_closest_marker("federation") is None, item.path.name != LONGEST))
+    items.sort(key=lambda item: (item.get_closest_marker("federation") is None, _rank(item.path.name)))
     for item in items:
         needs = "shared" in getattr(item, "fixturenames", ())
         if needs != (item.get_closest_marker("shared") is not None):

@@ -132,7 +132,8 @@ def test_a_revocation_takes_effect_in_a_running_job(federation):
         blocks = federation.run_folder("cut") / "blocks"
         wait_until(lambda: (blocks / "block-0000.json").exists(), "the first block")
         assert "refused from now on" in revoke(federation, "west")
-        finish(running)
+        with federation.building_models():
+            finish(running)
         records = [read_json(path) for path in sorted(blocks.glob("*.json"))]
         voted = ["west" in record["n_tokens"] for record in records]
         assert voted[0]

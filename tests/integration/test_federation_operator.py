@@ -148,7 +148,13 @@ def test_a_host_that_is_unknown_or_silent_is_named(federation, tmp_path):
     assert "text" not in said.splitlines()[0]
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_a_port_that_is_taken_is_said_before_anything_starts(federation):
+    wait_until(lambda: is_open(federation.plan.port), "the server's port")
     said = finish(start(CLI, "federation", "serve", str(federation.kit("server"))), 2)
     assert f"port {federation.plan.port} is taken" in str(said)
     assert "has started" not in said
