@@ -163,7 +163,7 @@ def test_full_disk_is_a_clear_error_and_the_run_goes_on(tiny, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", _LIMITED, str(tiny("llama")), str(out), "20000"]
     child = subprocess.run(command, capture_output=True, text=True)
     assert child.returncode == 2, child.stderr
-    assert "RunError no space left while writing" in child.stdout
+    assert "DiskFull no space left while writing" in child.stdout
     assert not list(out.rglob("*.tmp"))
     generator = torch.Generator().manual_seed(2)
     result = prune(tiny("llama"), [torch.randint(4, 128, (2, 16), generator=generator)], out=out)

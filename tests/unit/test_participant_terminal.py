@@ -230,10 +230,10 @@ def test_a_dry_run_keeps_to_the_limits_of_a_run(small_model, tmp_path):
     words = ["north", "--data", tmp_path / "a.txt", "--dry-run", "--config", tmp_path / "run.toml"]
     status, said = participate(*words)
     assert (status, "the run asks for gram, and mask may be sent (--allow)" in said) == (2, True)
-    status, said = participate(*words, "--allow", "gram", "--memory-gb", "0.3", OPENBLAS_NUM_THREADS="1")
+    # The libraries alone take more, and end a process without a word where they get less.
+    status, said = participate(*words, "--allow", "gram", "--memory-gb", "0.3")
     assert status == 2
-    assert "not enough memory" in said
-    assert "raise --memory-gb" in said
+    assert "memory_gb: input should be greater than or equal to 0.5" in said
     status, said = participate(*words, "--allow", "gram", "--threads", "1")
     assert status == 0, said
 

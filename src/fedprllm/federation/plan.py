@@ -169,9 +169,10 @@ class SiteSettings(Settings):
     ] = None
     device: Annotated[str | None, Field(description="device to compute on, whatever the run says")] = None
     threads: Annotated[int | None, Field(ge=1, description="maximum number of CPU threads")] = None
-    memory_gb: Annotated[float | None, Field(gt=0, description="maximum memory of the computation, GB")] = (
-        None
-    )
+    memory_gb: Annotated[
+        # The libraries alone take about 0.4 GB, and end a process without a word where they get less.
+        float | None, Field(ge=0.5, description="maximum memory of the computation, GB")
+    ] = None
     memory_limit: Annotated[
         ByteSize | None, Field(gt=0, description="memory for hidden states; the excess goes to files")
     ] = None

@@ -106,9 +106,10 @@ class Run:
                 f"{self.folder} is not a run's folder: it contains {self._foreign_files()[0]!r} but no "
                 "run.json; choose another folder with --out"
             )
+        is_new = not self.folder.exists()
         self._make()
         if not manifest.exists():
-            self._check_space()
+            self._check_space(is_new=is_new)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -154,9 +155,11 @@ class Run:
         names = (path.name for path in self.folder.iterdir() if not path.name.startswith("."))
         return sorted(name for name in names if name != "federation")
 
-    def _check_space(self) -> None:
+    def _check_space(self, *, is_new: bool) -> None:
         free = free_bytes(self.folder)
         if free < self._needed_bytes:
+            if is_new:
+                self.folder.rmdir()
             raise RunError(
                 f"the disk of {self.folder} has {free / 1e9:.1f} GB free, but the run needs up to "
                 f"{self._needed_bytes / 1e9:.1f} GB: free some space, or choose another disk with --out"

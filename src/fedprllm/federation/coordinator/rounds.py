@@ -514,6 +514,8 @@ class Coordinator:
 
     def _tell_left_out(self, name: str, reason: Reason) -> None:
         """Tell a participant, in fixed words, that the run goes on without it. It may be gone."""
+        if reason == "revoked":
+            return  # the server has closed its connection, and told it why
         farewell = Request(op="left out", run=self._run_id, reason=reason)
         self._ask([name], farewell, timeout_s=_FAREWELL_S)
 
