@@ -127,13 +127,12 @@ def let_in_again(federation, name):
 
 
 def test_a_revocation_takes_effect_in_a_running_job(federation):
-    with let_in_again(federation, "west"):
+    with let_in_again(federation, "west"), federation.building_models():
         running = federation.begin("cut", SLOW, quorum=2)
         blocks = federation.run_folder("cut") / "blocks"
         wait_until(lambda: (blocks / "block-0000.json").exists(), "the first block")
         assert "refused from now on" in revoke(federation, "west")
-        with federation.building_models():
-            finish(running)
+        finish(running)
         records = [read_json(path) for path in sorted(blocks.glob("*.json"))]
         voted = ["west" in record["n_tokens"] for record in records]
         assert voted[0]
