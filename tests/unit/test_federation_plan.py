@@ -22,7 +22,8 @@ from fedprllm.federation.protocol.messages import (
     read_reply,
     read_request,
 )
-from fedprllm.federation.site.spool import Spool, append_ledger, read_ledger, write_bytes
+from fedprllm.federation.site.spool import Spool, append_ledger, read_ledger
+from fedprllm.files import write_bytes
 
 PLAN = {"server": "localhost", "participants": ["north", "south"]}
 RUN = {"name": "first", "model": "some/model"}

@@ -16,10 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fedprllm.core.groups import Grouping
-from fedprllm.core.masks import PruneMask
-from fedprllm.core.selection import select_lowest
+from fedprllm.core.masks import PruneMask, prune_lowest
 from fedprllm.core.solvers.sparsegpt import Reconstruction
-from fedprllm.core.ties import TIES
 from fedprllm.errors import ModelError
 
 __all__ = ["Problem", "damping_for"]
@@ -115,14 +113,9 @@ class Problem:
             values: Scaled weights.
             progress: Fraction of the final number of zeros; 1 selects exactly that number.
         """
-        grouping = self._partial(progress)
         # Weights of dead channels cost nothing and go first, in order of magnitude.
         scores = torch.where(self.dead, -1.0 / (1.0 + self.original.abs()), values.abs())
-        rule = TIES[self.ties]
-        tie_key = None if rule is None else lambda: grouping.split(rule(self.original, self.seed_parts))
-        shape = (scores.shape[0], scores.shape[1])
-        selected, n_ties = select_lowest(grouping.split(scores), grouping.n_pruned(shape), tie_key)
-        return PruneMask(grouping.join(selected, shape), n_ties)
+        return prune_lowest(scores, self.original, self._partial(progress), self.ties, self.seed_parts)
 
     def _partial(self, progress: float) -> Grouping:
         if progress >= 1:

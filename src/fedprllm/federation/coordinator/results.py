@@ -137,10 +137,10 @@ class ResultServer:
         if request.op == "list":
             offers = [offer.model_dump(mode="json") for offer, _ in self._offered(name)]
             return pack(ResultReply(), json.dumps(offers[-_MAX_OFFERS:]).encode())
-        found = [publication for offer, publication in self._offered(name) if offer.run == request.run]
-        if not found:
+        offered = self._offered(name)
+        publication = next((found for offer, found in offered if offer.run == request.run), None)
+        if publication is None:
             return _MISSING
-        publication = found[0]
         if request.op == "manifest":
             return pack(ResultReply(), publication.manifest_path.read_bytes())
         if request.op == "block":

@@ -18,7 +18,7 @@ from typing import Any
 from fedprllm.errors import FedprllmError, RunError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.results import Manifest, Measured, read_manifest
-from fedprllm.federation.site.process import Failed, end_with_parent, limit_resources
+from fedprllm.federation.site.process import Failed, end_with_parent, is_out_of_memory, limit_resources
 from fedprllm.files import free_bytes, read_json, rename, write_json, write_text
 from fedprllm.process import use_large_pages
 
@@ -48,14 +48,14 @@ def main(arguments: list[str]) -> int:
         outcome = _build(result, settings, out)
     except Failed as failure:
         outcome = {"outcome": failure.code, "message": str(failure)}
-    except MemoryError:
-        traceback.print_exc()
-        outcome = {"outcome": "failed", "message": "not enough memory: raise --memory-gb"}
     except FedprllmError as error:
         outcome = {"outcome": "failed", "message": str(error)}
     except Exception as error:  # noqa: BLE001  the log gets the traceback, the participant a sentence
         traceback.print_exception(error)
-        outcome = {"outcome": "failed", "message": f"{type(error).__name__}: {error}"}
+        words = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+            words = "not enough memory: raise --memory-gb"
+        outcome = {"outcome": "failed", "message": words}
     write_json(result / OUTCOME, outcome)
     return 0 if outcome["outcome"] == "received" else 1
 
@@ -99,8 +99,9 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
 
     digest, run = model_digest(manifest.fingerprints), bytes.fromhex(manifest.run)
     writer = CheckpointWriter(unfinished, model.checkpoint, model.n_blocks)
+    expected = _under_stored_names(manifest, model)
     for index in range(model.n_blocks):
-        if _is_right(writer.shard_path(index), _under_stored_names(manifest, model)):
+        if _is_right(writer.shard_path(index), expected):
             continue
         message = (result / f"block-{index:04d}.decision").read_bytes()
         with model.block(index) as block:

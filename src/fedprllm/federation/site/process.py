@@ -1,13 +1,24 @@
-"""What every computing process of a participant has in common: how it fails, ends and is limited."""
+"""What all computing processes of a participant have in common: how they start, fail, end and are limited."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 from fedprllm.federation.plan import SiteSettings
 
-__all__ = ["Failed", "end_with_parent", "is_out_of_memory", "lift_memory_limit", "limit_resources"]
+__all__ = [
+    "Failed",
+    "end_with_parent",
+    "is_out_of_memory",
+    "lift_memory_limit",
+    "limit_resources",
+    "start_python",
+]
 
 
 class Failed(Exception):  # noqa: N818  it carries a status and is not a defect
@@ -22,6 +33,25 @@ class Failed(Exception):  # noqa: N818  it carries a status and is not a defect
     def __init__(self, code: str, tensor: str = "", message: str = "", value: float | None = None) -> None:
         super().__init__(message or code)
         self.code, self.tensor, self.value = code, tensor, value
+
+
+def start_python(module: str, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a module in a process of its own, which ends when this process does (`end_with_parent`).
+
+    Args:
+        module: The module to run.
+        arguments: Its arguments.
+        log: File to which its output is appended.
+    """
+    with log.open("ab") as output:
+        # The standard input is a pipe, whose other end closes with this process.
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
 
 
 def end_with_parent() -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +35,9 @@ from fedprllm.federation.protocol.results import (
     read_result_reply,
 )
 from fedprllm.federation.site.build import MANIFEST, OUTCOME
-from fedprllm.federation.site.spool import append_ledger, write_bytes
-from fedprllm.files import read_json, write_json
+from fedprllm.federation.site.process import start_python
+from fedprllm.federation.site.spool import LEDGER, append_ledger
+from fedprllm.files import read_json, write_bytes, write_json
 
 __all__ = ["Collector", "Unreachable", "results_folder", "wake_path"]
 
@@ -77,6 +77,7 @@ class Collector:
     def __init__(self, ask: Callable[[bytes], bytes], settings_file: Path, home: Path, out: Path) -> None:
         self._ask_server, self._settings_file, self._home, self._out = ask, settings_file, home, out
         self._given_up: set[str] = set()
+        self._record: str | None = None
         self._numbers = itertools.count()
 
     def collect(self) -> None:
@@ -86,6 +87,7 @@ class Collector:
             Unreachable: The server did not answer.
         """
         settings = SiteSettings(**read_json(self._settings_file))
+        self._record = settings.record
         try:
             _, payload = self._ask(ResultRequest(op="list"))
             offers = read_offers(payload)
@@ -137,7 +139,7 @@ class Collector:
         report = ResultRequest(op="outcome", run=offer.run, **known)
         if report.pruned is not None:
             summary = {"kind": "perplexity", "n_tokens": report.pruned.n_tokens, "shapes": {}}
-            append_ledger(self._home / "ledger.jsonl", offer.run, None, summary, pack(report))
+            append_ledger(self._home / LEDGER, offer.run, None, summary, pack(report))
         self._ask(report)
         model = None if out is None else str(out / "model")
         self._show(offer, outcome["outcome"], manifest, message=outcome["message"], model=model)
@@ -148,9 +150,8 @@ class Collector:
     # Fetching ----------------------------------------------------------------------------------
 
     def _ask(self, request: ResultRequest) -> tuple[str, memoryview]:
-        record = SiteSettings(**read_json(self._settings_file)).record
-        if record is not None:
-            path = Path(record) / f"{os.getpid()}-{next(self._numbers):06d}.request"
+        if self._record is not None:
+            path = Path(self._record) / f"{os.getpid()}-{next(self._numbers):06d}.request"
             write_bytes(path, pack(request))
         reply, payload = read_result_reply(self._ask_server(pack(request)))
         return reply.code, payload
@@ -196,7 +197,7 @@ class Collector:
             "n_tokens": 0,
             "shapes": {},
         }
-        append_ledger(self._home / "ledger.jsonl", offer.run, block, summary, data, received=True)
+        append_ledger(self._home / LEDGER, offer.run, block, summary, data, received=True)
 
     def _place(self, offer: Offer, settings: SiteSettings) -> Path:
         """Folder for the model: the run's name, or name and id if another run has that name."""
@@ -219,19 +220,11 @@ class Collector:
         folder = self._folder(offer)
         outcome = folder / OUTCOME
         outcome.unlink(missing_ok=True)
-        module = "fedprllm.federation.site.build"
-        with (folder / "build.log").open("ab") as log:
-            # The standard input is a pipe, so that the process ends when this one does.
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, str(folder), str(self._settings_file), str(out)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-            process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
+        arguments = [str(folder), str(self._settings_file), str(out)]
+        process = start_python("fedprllm.federation.site.build", arguments, folder / "build.log")
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
         if not outcome.exists():
             raise RunError(
                 f"building the model ended with status {process.returncode}: see {folder / 'build.log'}"

@@ -28,9 +28,10 @@ from fedprllm.federation.protocol.messages import (
     read_fingerprints,
     read_request,
 )
+from fedprllm.federation.site.process import start_python
 from fedprllm.federation.site.results import wake_path
-from fedprllm.federation.site.spool import Spool, append_ledger, write_bytes
-from fedprllm.files import is_full, read_json, write_json, write_sealed, write_text
+from fedprllm.federation.site.spool import LEDGER, Spool, append_ledger
+from fedprllm.files import is_full, read_json, write_bytes, write_json, write_sealed, write_text
 
 __all__ = ["CURRENT", "LEDGER", "NO_SPACE", "SETTINGS", "Site", "settings_path", "work_folder"]
 
@@ -39,7 +40,6 @@ _MAX_CRASHES = 3
 SETTINGS = "fedprllm.json"
 # Nothing was done, because it could not be written down. The coordinator asks again.
 NO_SPACE = Reply(state="waiting", code="disk full")
-LEDGER = "ledger.jsonl"
 CURRENT = "current.json"  # the run that a job process is working on, for display
 
 
@@ -225,15 +225,7 @@ class Site:
         module = "fedprllm.federation.site.worker"
         write_text(self.spool.path("owner"), self._owner)
         arguments = [str(self.spool.folder), str(self._settings_file), self.name, self._owner]
-        with self.spool.path("worker.log").open("ab") as log:
-            # The worker's standard input is a pipe, so that the worker ends when this process does.
-            self._worker = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
+        self._worker = start_python(module, arguments, self.spool.path("worker.log"))
 
     def _stop_worker(self) -> None:
         worker, self._worker = self._worker, None

@@ -33,7 +33,9 @@ from typing import Any
 from fedprllm.errors import DiskFull, RunError
 from fedprllm.files import append_line, file_digest, is_full, read_sealed, write_bytes, write_sealed
 
-__all__ = ["Spool", "append_ledger", "read_ledger", "write_bytes"]
+__all__ = ["LEDGER", "Spool", "append_ledger", "read_ledger"]
+
+LEDGER = "ledger.jsonl"
 
 
 class Spool:
