@@ -133,6 +133,8 @@ def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     rows = [{name: "" if value is None else value for name, value in row.items()} for row in result["rows"]]
     device = result["machine"].get("gpu", result["device"])
     title = f"{len(result['participants'])} kinds of text ({', '.join(result['participants'])}), on {device}"
+    if result["device"] != "cpu":
+        title += f" (`--texts FOLDER --device {result['device']}`)"
     return {title: rows}
 
 
