@@ -12,7 +12,7 @@ _jaxtyped = jaxtyping.jaxtyped
 
 
 def names_a_shape(function: Any) -> bool:
-    """Whether an annotation of `function`, as text, contains a shape, such as `Float[Tensor, "rows inputs"]`."""
+    """Whether an annotation of `function`, as text, contains a shape: `Float[Tensor, "rows inputs"]`."""
     annotations = getattr(function, "__annotations__", {})
     return any(set("'\"") & set(str(annotation)) for annotation in annotations.values())
 
@@ -20,13 +20,15 @@ def names_a_shape(function: Any) -> bool:
 def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
     """Do as `jaxtyping.jaxtyped`, but only where a shape is named or a class may name some.
 
-    A check costs more than most of what is checked, and making one for a function inside a function, at every call
-    of the outer one, took a third of a test.
+    A check costs more than most of what is checked, and making one for a function inside a function, at every
+    call of the outer one, took a third of a test.
     """
     decorate = _jaxtyped(typechecker=typechecker)
 
     def sparingly(definition: Any) -> Any:
-        return decorate(definition) if isinstance(definition, type) or names_a_shape(definition) else definition
+        return (
+            decorate(definition) if isinstance(definition, type) or names_a_shape(definition) else definition
+        )
 
     return sparingly
 
