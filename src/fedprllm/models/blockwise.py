@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Hidden, Linear
 from fedprllm.models.checkpoint import Checkpoint
-from fedprllm.models.find import find_blocks, find_linears
+from fedprllm.models.find import beside_text, find_blocks, find_linears
 from fedprllm.models.guards import (
     coverage,
     coverage_notes,
@@ -216,11 +216,21 @@ class BlockwiseModel:
 
     @contextmanager
     def _outside_blocks(self, part: nn.Module) -> Iterator[None]:
-        """Hold in memory the tensors that a part of the model has outside the blocks."""
+        """Hold in memory the tensors that a part of the model has outside the blocks, for text alone.
+
+        What text does not reach is NaN, which takes no memory and would show wherever it did.
+        """
         used = {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
+        beside = beside_text(self.skeleton)
         state = self.skeleton.state_dict(keep_vars=True)
         names = [name for name in self.names_outside_blocks() if id(state[name]) in used]
-        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
+        text = [name for name in names if id(state[name]) not in beside]
+        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(text).items()}
+        parameters = dict(self.skeleton.named_parameters(remove_duplicate=False))
+        for name in set(names) - set(text):
+            if (parameter := parameters.get(name)) is not None:
+                nan = torch.full((), float("nan"), dtype=parameter.dtype, device=self.device)
+                tensors[name] = nan.expand(parameter.shape)
         with self._materialized(tensors):
             yield
 

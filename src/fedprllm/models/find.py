@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Linear
 
-__all__ = ["find_blocks", "find_linears", "is_linear"]
+__all__ = ["beside_text", "find_blocks", "find_linears", "is_linear"]
 
 _N_EXPERTS = ("num_experts", "moe_num_experts", "n_experts", "num_local_experts")
 _ROUTER = re.compile(r"(^|[._])(router|gate|gating|wg)($|\.)")
@@ -45,6 +45,22 @@ def find_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module]]:
         )
     name, blocks = max(found, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters()))
     return name, list(blocks)
+
+
+def beside_text(skeleton: PreTrainedModel) -> set[int]:
+    """Ids of the tensors that text alone does not reach: the towers of a multimodal model and their projectors.
+
+    These are the tensors of the model around the text decoder. The head lies outside both.
+    """
+    decoder, around = skeleton.get_decoder(), skeleton.base_model
+    if not isinstance(decoder, nn.Module) or decoder is around or decoder not in around.modules():
+        return set()
+    text = [decoder, skeleton.get_input_embeddings()]
+    return _tensor_ids(around) - {one for part in text for one in _tensor_ids(part)}
+
+
+def _tensor_ids(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
 
 
 def _lists_of_blocks(skeleton: nn.Module) -> list[tuple[str, nn.ModuleList]]:
