@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from fedprllm.core.groups import Grouping
@@ -11,7 +12,7 @@ from fedprllm.core.solvers.admm import admm
 from fedprllm.core.solvers.alps import alps
 from fedprllm.core.solvers.scaled import Problem, Solve, damping_for
 from fedprllm.core.solvers.sparsegpt import Reconstruction, sparsegpt
-from fedprllm.deciding.decision import BlockDecision
+from fedprllm.deciding.decision import UNREACHED, BlockDecision
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, GivenWeights, Linear
 from fedprllm.sharing.interface import Totals
@@ -69,6 +70,10 @@ def _by_solver(totals: Totals, block: Block, solve: _SolveLinear) -> BlockDecisi
     masks, weights, notes = {}, {}, []
     for name, linear in block.linears.items():
         gram = totals.sums[linear.source]
+        if linear.family and not gram.any():
+            # With uncorrelated channels of equal size, a solver prunes by magnitude and corrects nothing.
+            gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            notes.append(f"{name}: {UNREACHED}")
         try:
             result = solve(block.matrix(name), gram, linear, totals.n_tokens)
         except ModelError as error:

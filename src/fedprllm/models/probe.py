@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Linear
+from fedprllm.models.experts import reaching_all_experts
 from fedprllm.models.find import is_linear
 
 __all__ = [
@@ -218,7 +219,8 @@ class _Run:
             for parameter in self.skeleton.base_model.parameters()
         }
         linears = [module for block in self.blocks for module in block.modules() if is_linear(module)]
-        with _filled(self.skeleton, weights), replaced_forwards({m: self._linear(m) for m in linears}):
+        functions = {module: self._linear(module) for module in linears}
+        with _filled(self.skeleton, weights), replaced_forwards(functions), reaching_all_experts(self.skeleton):
             for index, block in enumerate(self.blocks):
                 self._owners |= dict.fromkeys(map(id, block.parameters()), index)
             self._embedding = embedding.weight

@@ -24,6 +24,7 @@ from fedprllm.sharing.interface import (
     Tensors,
     Totals,
     Wire,
+    compared_inputs,
 )
 from fedprllm.sharing.target import Target
 
@@ -56,7 +57,10 @@ def _check(ballot: Ballot, target: Target) -> None:  # noqa: ARG001
 
 
 def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:
-    return {name: update[name].cpu().to(torch.float64) / n_tokens for name in distinct_inputs(linears)}
+    return {
+        together: torch.stack([update[name].cpu().to(torch.float64) for name in names]).sum(0) / n_tokens
+        for together, names in compared_inputs(linears).items()
+    }
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:

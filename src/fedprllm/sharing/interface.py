@@ -30,6 +30,7 @@ __all__ = [
     "Tensors",
     "Totals",
     "Wire",
+    "compared_inputs",
     "update_bytes",
 ]
 
@@ -174,6 +175,18 @@ class Sharing:
     comparison: Comparison | None = None
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros
+
+
+def compared_inputs(linears: Linears) -> dict[str, list[str]]:
+    """Distinct inputs whose sums are compared between participants as one, by the name of that one.
+
+    The sums of single experts are no measure: a router may send one participant's text to an expert that
+    another's never reaches. Those of all experts together are one, because each token reaches equally many.
+    """
+    together: dict[str, list[str]] = {}
+    for name in dict.fromkeys(linear.source for linear in linears.values()):
+        together.setdefault(linears[name].family or name, []).append(name)
+    return together
 
 
 def update_bytes(shapes: Shapes) -> int:
