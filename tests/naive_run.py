@@ -74,8 +74,11 @@ class Whole:
             else:
                 fused.add(_EXPERT.fullmatch(name)[1])
         for path in fused:
-            yield path, lambda module, args, kwargs, path=path: _observe(
-                path, module, (*args, *kwargs.values()), add
+            yield (
+                path,
+                lambda module, args, kwargs, path=path: _observe(
+                    path, module, (*args, *kwargs.values()), add
+                ),
             )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from fedprllm.core.groups import Grouping
@@ -70,15 +69,13 @@ def _by_solver(totals: Totals, block: Block, solve: _SolveLinear) -> BlockDecisi
     masks, weights, notes = {}, {}, []
     for name, linear in block.linears.items():
         gram = totals.sums[linear.source]
-        if linear.family and not gram.any():
-            # With uncorrelated channels of equal size, a solver prunes by magnitude and corrects nothing.
-            gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            notes.append(f"{name}: {UNREACHED}")
         try:
             result = solve(block.matrix(name), gram, linear, totals.n_tokens)
         except ModelError as error:
             raise ModelError(f"'{name}': {error}") from None
-        notes += _notes(name, result, totals.n_tokens, len(gram))
+        # Channels that are all zero are pruned by magnitude, and there is nothing to correct.
+        unreached = linear.family and not gram.any()
+        notes += [f"{name}: {UNREACHED}"] if unreached else _notes(name, result, totals.n_tokens, len(gram))
         masks[name] = result.pruned
         weights[name] = linear.stored(result.weight).to(linear.dtype).contiguous()
     return BlockDecision(masks, GivenWeights(weights), notes)

@@ -87,7 +87,9 @@ class UnfusedExperts(nn.Module):
         own: Any = self
         if own.has_gate:
             gate, up = expert.gate_proj(inputs), expert.up_proj(inputs)
-            both = torch.cat([gate, up], -1) if own.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+            both = (
+                torch.cat([gate, up], -1) if own.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+            )
             inner = own._apply_gate(both)
         else:
             inner = own.act_fn(expert.up_proj(inputs))

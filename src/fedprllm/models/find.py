@@ -86,7 +86,10 @@ def _paths_of_experts(block: nn.Module) -> list[str]:
         path
         for path, module in block.named_modules()
         if isinstance(module, UnfusedExperts)
-        or (isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _are_experts(path.rpartition(".")[2], module))
+        or (
+            isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            and _are_experts(path.rpartition(".")[2], module)
+        )
     ]
 
 

@@ -300,7 +300,9 @@ def _contains_all(model: Any, shapes: Mapping[str, list[int]]) -> bool:
     stored = stored_tensors(model, shapes)
     state = model.state_dict(keep_vars=True)
     fitting = {
-        id(state[name]) for name, place in stored.items() if list(state[name].shape) == place.shape(shapes[place.key])
+        id(state[name])
+        for name, place in stored.items()
+        if list(state[name].shape) == place.shape(shapes[place.key])
     }
     return all(id(tensor) in fitting for tensor in state.values())
 

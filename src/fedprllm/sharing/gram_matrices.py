@@ -77,7 +77,8 @@ def _is_positive(gram: Tensor) -> bool:
 def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:
     """The diagonals: with no negative eigenvalue, no other entry is larger than its two."""
     return {
-        together: torch.stack([update[name].diagonal().cpu().to(torch.float64) for name in names]).sum(0) / n_tokens
+        together: torch.stack([update[name].diagonal().cpu().to(torch.float64) for name in names]).sum(0)
+        / n_tokens
         for together, names in compared_inputs(linears).items()
     }
 
