@@ -28,7 +28,7 @@ class Whole:
     """
 
     def __init__(self, folder: Path) -> None:
-        # Experts compute one after the other, as in the walk: matrices multiplied in one go round differently.
+        # Experts compute one after the other, as in the walk: in one go, they round differently.
         model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
         self.model: Any = model.float().eval()
         self._modules = dict(self.model.named_modules())

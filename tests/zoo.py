@@ -18,39 +18,61 @@ __all__ = ["VOCABULARY", "model_types", "tiny_config"]
 VOCABULARY = 128
 _N_LAYERS = 4
 _BY_SIZE: dict[int, str] = {
-    VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size audio_vocab_size ngram_vocab_size_base "
-    "encoder_hash_byte_group_vocab shape_vocab_size pronunciation_vocab_size shape_embed_dim pronunciation_embed_dim",
-    64: "max_position_embeddings n_positions max_seq_len n_ctx model_max_length context_length "
-    "max_target_positions max_source_positions sliding_window_size floor_scale",
-    48: "intermediate_size ffn_dim d_ff n_inner dff dim_ff ffn_hidden_size d_inner decoder_ffn_dim "
-    "encoder_ffn_dim feed_forward_size intermediate_size_mlp dense_intermediate_size ",
-    32: "hidden_size n_embd d_model emb_dim word_embed_proj_dim attention_hidden_size embedding_dim lru_width "
-    "hidden_size_global embedding_size input_embedding_size output_embedding_size output_channels "
-    "shared_intermediate_size kv_channels_of_all attention_head_dim_of_all num_position_embeddings "
-    "out_hidden_size image_size vision_output_dim projector_input_dim projector_output_dim mamba_d_ssm",
-    16: "moe_intermediate_size q_lora_rank kv_lora_rank o_lora_rank expert_ffn_hidden_size qk_head_dim "
-    "shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_experts_intermediate_size "
-    "index_head_dim router_hidden_size hc_lowrank mamba_d_state",
-    8: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim swa_head_dim global_head_dim num_experts "
-    "num_local_experts n_routed_experts moe_num_experts sliding_window attention_window_size window_size "
-    "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head mamba_head_dim ssm_state_size "
-    "hidden_size_per_layer_input attention_chunk_size chunk_size mamba_chunk_size local_attention keep_window_size "
-    "index_topk kv_channels dim_head d_kv attention_head_size rotary_dim laurel_rank query_pre_attn_scalar "
-    "d_rel rel_extent gated_norm_rank adapter_rank block_multiple_of d_head state_size time_step_rank "
-    "mamba_dt_rank patch_size",
-    _N_LAYERS: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
-    "num_encoder_layers depth num_attention_heads n_head n_heads num_heads decoder_attention_heads "
-    "encoder_attention_heads attention_heads num_encoder_attention_heads num_decoder_attention_heads "
-    "swa_num_attention_heads linear_num_heads linear_num_value_heads linear_num_key_heads mamba_n_heads "
-    "mamba_num_heads index_n_heads num_blocks",
-    2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_experts_per_tok "
-    "num_experts_per_token moe_topk moe_top_k moe_k top_k n_group topk_group n_groups mamba_n_groups "
-    "num_expert_group o_groups zero_expert_num n_mamba_heads global_attn_every_n_layers sliding_window_pattern "
-    "_sliding_window_pattern layer_group_size num_random_blocks num_global_layers num_kv_shared_layers",
-    1: "n_shared_experts num_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers "
-    "moe_layer_start_index max_window_layers mamba_ngroups hash_moe_layers ",
+    VOCABULARY: """
+        vocab_size vocab_size_per_layer_input unpadded_vocab_size audio_vocab_size
+        ngram_vocab_size_base encoder_hash_byte_group_vocab shape_vocab_size
+        pronunciation_vocab_size shape_embed_dim pronunciation_embed_dim
+    """,
+    64: """
+        max_position_embeddings n_positions max_seq_len n_ctx model_max_length context_length
+        max_target_positions max_source_positions sliding_window_size floor_scale
+    """,
+    48: """
+        intermediate_size ffn_dim d_ff n_inner dff dim_ff ffn_hidden_size d_inner decoder_ffn_dim
+        encoder_ffn_dim feed_forward_size intermediate_size_mlp dense_intermediate_size
+    """,
+    32: """
+        hidden_size n_embd d_model emb_dim word_embed_proj_dim attention_hidden_size embedding_dim
+        lru_width hidden_size_global embedding_size input_embedding_size output_embedding_size
+        output_channels shared_intermediate_size num_position_embeddings out_hidden_size image_size
+        vision_output_dim projector_input_dim projector_output_dim mamba_d_ssm
+    """,
+    16: """
+        moe_intermediate_size q_lora_rank kv_lora_rank o_lora_rank expert_ffn_hidden_size
+        qk_head_dim shared_expert_intermediate_size moe_shared_expert_intermediate_size
+        shared_experts_intermediate_size index_head_dim router_hidden_size hc_lowrank mamba_d_state
+    """,
+    8: """
+        head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim swa_head_dim global_head_dim
+        num_experts num_local_experts n_routed_experts moe_num_experts sliding_window
+        attention_window_size window_size linear_key_head_dim linear_value_head_dim linear_head_dim
+        mamba_d_head mamba_head_dim ssm_state_size hidden_size_per_layer_input attention_chunk_size
+        chunk_size mamba_chunk_size local_attention keep_window_size index_topk kv_channels dim_head
+        d_kv attention_head_size rotary_dim laurel_rank query_pre_attn_scalar d_rel rel_extent
+        gated_norm_rank adapter_rank block_multiple_of d_head state_size time_step_rank
+        mamba_dt_rank patch_size
+    """,
+    _N_LAYERS: """
+        num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
+        num_decoder_layers num_encoder_layers depth num_attention_heads n_head n_heads num_heads
+        decoder_attention_heads encoder_attention_heads attention_heads num_encoder_attention_heads
+        num_decoder_attention_heads swa_num_attention_heads linear_num_heads linear_num_value_heads
+        linear_num_key_heads mamba_n_heads mamba_num_heads index_n_heads num_blocks
+    """,
+    2: """
+        num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_experts_per_tok
+        num_experts_per_token moe_topk moe_top_k moe_k top_k n_group topk_group n_groups
+        mamba_n_groups num_expert_group o_groups zero_expert_num n_mamba_heads
+        global_attn_every_n_layers sliding_window_pattern _sliding_window_pattern layer_group_size
+        num_random_blocks num_global_layers num_kv_shared_layers
+    """,
+    1: """
+        n_shared_experts num_shared_experts moe_num_shared_experts first_k_dense_replace
+        num_dense_layers moe_layer_start_index max_window_layers mamba_ngroups hash_moe_layers
+    """,
 }
 _SIZES = {name: size for size, names in _BY_SIZE.items() for name in names.split()}
+_NUMBERS_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LEFT_OUT = {"per_layer_config", "transformers_version"}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # What the defaults' names do not say.

@@ -12,7 +12,7 @@ from fedprllm.pruning.method import pruning_method, survey_method
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.walk import Walker
 from fedprllm.sharing import SHARING, update_bytes
-from fedprllm.sharing.interface import Ballot, compared_inputs
+from fedprllm.sharing.interface import Ballot, compared_sums
 from tests.contracts.test_walk import assert_same_bits, weights_of
 
 SHARES = list(DECISIONS)
@@ -155,9 +155,15 @@ def test_each_experts_input_is_shared_once_whatever_the_router_does(tiny):
     shapes = SHARING["statistics"].shapes(model.linears[1])
     of_experts = {name.split(".mlp.experts.")[1] for name in shapes if ".mlp.experts." in name}
     assert of_experts == {f"{n}.{part}.weight" for n in range(8) for part in ("gate_proj", "down_proj")}
-    together = compared_inputs(model.linears[1])
-    assert sum("*" in name for name in together) == 2
-    assert sorted(sum(together.values(), [])) == sorted(shapes)
+    sums = {name: torch.ones(shape) for name, (shape, _) in shapes.items()}
+    compared = compared_sums(sums, model.linears[1])
+    assert {
+        name.rpartition("*")[2]: float(values.max()) for name, values in compared.items() if "*" in name
+    } == {
+        ".gate_proj.weight": 8,
+        ".down_proj.weight": 8,
+    }
+    assert len(compared) == len(shapes) - 14
 
 
 def test_each_distinct_input_is_shared_once(tiny):

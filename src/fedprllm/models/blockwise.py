@@ -66,7 +66,8 @@ class BlockwiseModel:
 
     Raises:
         ModelError: The model has no decoder blocks with Linears, or blocks that cannot be run one by one, has
-            experts that cannot be taken apart, is quantized, or lacks tensors in its checkpoint; or the device does not exist.
+            experts that cannot be taken apart, is quantized, or lacks tensors in its checkpoint; or the
+            device does not exist.
 
     Attributes:
         coverages: Share of each block's weight matrices that is prunable.

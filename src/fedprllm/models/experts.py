@@ -45,7 +45,7 @@ class FusedTensor:
 
 
 class UnfusedExperts(nn.Module):
-    """Experts with Linears of their own: ``0.gate_proj``, ``0.up_proj``, ``0.down_proj``, ``1.gate_proj``, ...
+    """Experts with Linears of their own: ``0.gate_proj``, ``0.up_proj``, ``0.down_proj``, ``1.gate_proj``.
 
     It is mixed into the class of a fused module, whose activation it calls (`unfuse`).
 
@@ -87,9 +87,7 @@ class UnfusedExperts(nn.Module):
         own: Any = self
         if own.has_gate:
             gate, up = expert.gate_proj(inputs), expert.up_proj(inputs)
-            both = (
-                torch.cat([gate, up], -1) if own.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
-            )
+            both = torch.stack([gate, up], -2 if own.is_concatenated else -1).flatten(-2)
             inner = own._apply_gate(both)
         else:
             inner = own.act_fn(expert.up_proj(inputs))
@@ -130,7 +128,7 @@ def _unfuse(module: Any, tensors: dict[str, FusedTensor]) -> None:
     dtype = module.down_proj.dtype
     for name in tensors:
         del module._parameters[name]
-    module.__class__ = _mixed(type(module))
+    module.__class__ = _mixed(module.__class__)
     module.fused, module.n_experts = tensors, tensors["down_proj"].shape[0]
     module.reaches_all = False
     with LeaveEmpty():
@@ -150,7 +148,7 @@ def _add_linears(expert: nn.Module, tensor: FusedTensor, *, bias: bool, dtype: t
 
 
 @cache
-def _mixed(original: type[nn.Module]) -> type[nn.Module]:
+def _mixed(original: Any) -> type[nn.Module]:
     """The class of a fused module with the forward pass of `UnfusedExperts`."""
     return type(f"Unfused{original.__name__}", (UnfusedExperts, original), {})
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from fedprllm.errors import ModelError, RunError, did_you_mean
+from fedprllm.models.experts import unfuse
 from fedprllm.models.find import find_blocks
 from fedprllm.models.guards import refuse_structure
-from fedprllm.models.experts import unfuse
 from fedprllm.models.names import stored_tensors
 from fedprllm.models.probe import probe_blocks
 from fedprllm.models.side_files import PATTERNS, TERMS, side_files

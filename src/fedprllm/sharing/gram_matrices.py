@@ -23,7 +23,7 @@ from fedprllm.sharing.interface import (
     Tensors,
     Totals,
     Wire,
-    compared_inputs,
+    compared_sums,
 )
 from fedprllm.sharing.target import Target
 
@@ -76,11 +76,10 @@ def _is_positive(gram: Tensor) -> bool:
 
 def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:
     """The diagonals: with no negative eigenvalue, no other entry is larger than its two."""
-    return {
-        together: torch.stack([update[name].diagonal().cpu().to(torch.float64) for name in names]).sum(0)
-        / n_tokens
-        for together, names in compared_inputs(linears).items()
+    sums = {
+        name: update[name].diagonal().cpu().to(torch.float64) / n_tokens for name in distinct_inputs(linears)
     }
+    return compared_sums(sums, linears)
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:

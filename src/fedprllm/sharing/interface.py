@@ -30,7 +30,7 @@ __all__ = [
     "Tensors",
     "Totals",
     "Wire",
-    "compared_inputs",
+    "compared_sums",
     "update_bytes",
 ]
 
@@ -177,16 +177,24 @@ class Sharing:
     observation: Observation = InputStatistics.zeros
 
 
-def compared_inputs(linears: Linears) -> dict[str, list[str]]:
-    """Distinct inputs whose sums are compared between participants as one, by the name of that one.
+def compared_sums(sums: Tensors, linears: Linears) -> Tensors:
+    """Add up what is not compared between participants by itself: the sums of a block's experts.
 
-    The sums of single experts are no measure: a router may send one participant's text to an expert that
-    another's never reaches. Those of all experts together are one, because each token reaches equally many.
+    A router may send one participant's text to an expert that another's never reaches, so the sums of a
+    single expert are no measure. Those of all experts are one, because each token reaches equally many.
+
+    Args:
+        sums: Sums over each distinct input, by the name of the first Linear that reads it.
+        linears: The Linears of the block.
+
+    Returns:
+        The sums to compare, by name; with ``*`` in place of the expert for those of all experts.
     """
-    together: dict[str, list[str]] = {}
-    for name in dict.fromkeys(linear.source for linear in linears.values()):
-        together.setdefault(linears[name].family or name, []).append(name)
-    return together
+    found: Tensors = {}
+    for name, values in sums.items():
+        together = linears[name].family or name
+        found[together] = found[together] + values if together in found else values
+    return found
 
 
 def update_bytes(shapes: Shapes) -> int:
