@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["VOCABULARY", "model_types", "tiny_config"]
+__all__ = ["VOCABULARY", "model_types", "tiny_config", "windows_of"]
 
 VOCABULARY = 128
 _N_LAYERS = 4
@@ -158,3 +159,9 @@ def _small(name: str, value: Any, n_layers: set[Any]) -> Any:
 
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def windows_of(participant: int, n: int = 2, length: int = 16) -> torch.Tensor:
+    """Random token windows of a participant, [n, length]."""
+    generator = torch.Generator().manual_seed(1000 + participant)
+    return torch.randint(4, VOCABULARY, (n, length), generator=generator)
