@@ -24,7 +24,6 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from benchmarks._page import ROOT
 from fedprllm import PruneConfig, prune
 from fedprllm.errors import FedprllmError
 from fedprllm.files import write_text
@@ -32,7 +31,7 @@ from tests.models import save_tiny
 from tests.naive_run import differences
 from tests.zoo import model_types, tiny_config, windows_of
 
-PAGE = ROOT / "docs" / "architectures.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 MOST_PARAMETERS = 8_000_000
 
 

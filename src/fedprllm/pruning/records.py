@@ -6,6 +6,7 @@ Each is stored as JSON under the names of its fields, except that a Linear's ``p
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "RunRecord",
     "SurveyRecord",
     "SurveyRun",
+    "type_of",
 ]
 
 FEW_TOKENS = 10  # for an expert; sums over fewer say little about its channels
@@ -65,6 +67,11 @@ class Record(BaseModel):
             ) from None
 
 
+def type_of(path: str) -> str:
+    """The path of a Linear with ``*`` in place of an expert's number."""
+    return re.sub(r"(?<=experts\.)\d+(?=\.)", "*", path)
+
+
 class LinearRecord(Record):
     """One Linear of a finished block.
 
@@ -96,6 +103,11 @@ class LinearRecord(Record):
     def sparsity(self) -> float:
         """Fraction of zeros."""
         return self.n_zeros / self.n_weights
+
+    @property
+    def type(self) -> str:
+        """The path with ``*`` in place of an expert's number: a report has one row for all experts."""
+        return type_of(self.path)
 
 
 class _Received(Record):
