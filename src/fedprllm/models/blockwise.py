@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Hidden, Linear
 from fedprllm.models.checkpoint import Checkpoint
+from fedprllm.models.experts import reaching_all_experts
 from fedprllm.models.find import beside_text, find_blocks, find_linears
 from fedprllm.models.guards import (
     coverage,
@@ -65,7 +66,8 @@ class BlockwiseModel:
 
     Raises:
         ModelError: The model has no decoder blocks with Linears, or blocks that cannot be run one by one, has
-            fused experts, is quantized, or lacks tensors in its checkpoint; or the device does not exist.
+            experts that cannot be taken apart, is quantized, or lacks tensors in its checkpoint; or the
+            device does not exist.
 
     Attributes:
         coverages: Share of each block's weight matrices that is prunable.
@@ -143,7 +145,7 @@ class BlockwiseModel:
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Map the path of each Linear to that of the first with the same input, and to its norm's path."""
         module = self._blocks[index]
-        with self._hollow(module), watching_norms(module, linears) as norms:
+        with self._hollow(module), reaching_all_experts(module), watching_norms(module, linears) as norms:
             first = inputs_shared(Block(index, linears, {}, self._call_block), hidden)
         paths = {id(part): path for path, part in module.named_modules()}
         return first, {linears[name].path: paths[id(norm)] for name, norm in norms.items()}
@@ -185,14 +187,18 @@ class BlockwiseModel:
         outside = [name for name in self.skeleton.state_dict() if not name.startswith(inside)]
         return [name for name in outside if name in self.checkpoint]
 
+    def names_in_block(self, index: int) -> list[str]:
+        """Names of a block's tensors."""
+        return [f"{self.block_names[index]}.{name}" for name in self._blocks[index].state_dict()]
+
     # --- Loading and releasing ---
 
     @contextmanager
     def block(self, index: int) -> Iterator[Block]:
         """Load one block, and release it when the ``with`` block ends."""
-        module, prefix = self._blocks[index], self.block_names[index]
-        names = [f"{prefix}.{name}" for name in module.state_dict()]
-        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
+        module = self._blocks[index]
+        loaded = self.checkpoint.load(self.names_in_block(index))
+        tensors = {name: t.to(self.device) for name, t in loaded.items()}
         with self._materialized(tensors):
             share = self.coverages[index]
             notes = coverage_notes(module, self.linears[index], share)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Linear
+from fedprllm.models.experts import UnfusedExperts
 
 __all__ = ["beside_text", "find_blocks", "find_linears", "is_linear"]
 
@@ -81,15 +82,36 @@ def find_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
     tokens to other experts.
     """
     linears = {}
+    experts = _paths_of_experts(block)
     for path, module in block.named_modules():
-        if is_linear(module) and not _is_router(block, path):
+        around = next((one for one in experts if path.startswith(f"{one}.")), None)
+        if is_linear(module) and (around is not None or not _is_router(block, path)):
             transposed = isinstance(module, Conv1D)
             shape = tuple(module.weight.T.shape if transposed else module.weight.shape)
             name = f"{prefix}.{path}.weight"
+            dtype, family = module.weight.dtype, "" if around is None else _family(name, f"{prefix}.{around}")
             linears[name] = Linear(
-                name, path, (shape[0], shape[1]), transposed, module.weight.dtype, name, module
+                name, path, (shape[0], shape[1]), transposed, dtype, name, module, family=family
             )
     return linears
+
+
+def _paths_of_experts(block: nn.Module) -> list[str]:
+    """Paths of the modules whose children are experts, one beside the other."""
+    return [
+        path
+        for path, module in block.named_modules()
+        if isinstance(module, UnfusedExperts)
+        or (
+            isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            and _are_experts(path.rpartition(".")[2], module)
+        )
+    ]
+
+
+def _family(name: str, experts: str) -> str:
+    """The name of an expert's weight with a star in place of the expert."""
+    return f"{experts}.*.{name.removeprefix(f'{experts}.').partition('.')[2]}"
 
 
 def _is_router(block: nn.Module, path: str) -> bool:
