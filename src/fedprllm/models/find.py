@@ -49,7 +49,7 @@ def find_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
 
 def beside_text(skeleton: PreTrainedModel) -> set[int]:
-    """Ids of the tensors that text alone does not reach: the towers of a multimodal model and their projectors.
+    """Ids of the tensors that text alone does not reach: a multimodal model's towers and their projectors.
 
     These are the tensors of the model around the text decoder. The head lies outside both.
     """

@@ -254,7 +254,7 @@ def _pristine_skeleton(folder: Path, config_json: bytes, dtype: Any) -> Any:  # 
 
 
 def _loader(config: Any) -> Any:
-    """The class that builds a configuration's model: as a language model or, failing that, as one with images."""
+    """The class that builds a configuration's model: a language model or, failing that, a multimodal one."""
     import transformers
 
     # Older versions of transformers lack the second one.
