@@ -102,6 +102,7 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
         {"block_fraction": 0.5},
         {"block_fraction": "north=0.4,west=0.2", "share": "weights", "allocation": "owl"},
         {"pattern": "2:4", "ties": "random", "seed": 3},
+        {"share": "statistics", "exclude": ["*.q_proj", "model.layers.0.mlp.down_proj"]},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "mask",
 )

@@ -9,7 +9,7 @@ one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Hidden, Linear
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.experts import reaching_all_experts
-from fedprllm.models.find import beside_text, find_blocks, find_linears
+from fedprllm.models.find import beside_text, find_blocks, find_linears, without
 from fedprllm.models.guards import (
     coverage,
     coverage_notes,
@@ -38,7 +38,6 @@ from fedprllm.models.guards import (
 from fedprllm.models.norms import InputNorm, input_norms, watching_norms
 from fedprllm.models.observe import inputs_shared
 from fedprllm.models.probe import (
-    Probe,
     Returned,
     equal,
     failed,
@@ -63,6 +62,7 @@ class BlockwiseModel:
         folder: Hugging Face folder with safetensors (see `fedprllm.models.source.resolve_model`).
         dtype: Precision of the forward passes, a key of `DTYPES`.
         device: Device of the forward passes.
+        exclude: Names and patterns of Linears that stay dense (`fedprllm.models.find.excluded`).
 
     Raises:
         ModelError: The model has no decoder blocks with Linears, or blocks that cannot be run one by one, has
@@ -73,7 +73,9 @@ class BlockwiseModel:
         coverages: Share of each block's weight matrices that is prunable.
     """
 
-    def __init__(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, dtype: str = "float32", device: str = "cpu", exclude: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.dtype = DTYPES[dtype]
         self.device = _device(device)
@@ -94,17 +96,17 @@ class BlockwiseModel:
         refuse_missing(self.skeleton, self.checkpoint)
         refuse_further_blocks(self.skeleton, self.checkpoint, self.block_names)
         refuse_different_ties(self.skeleton, self.checkpoint)
-        self.linears = self._find_linears(probe)
-        self.coverages = [coverage(*each) for each in zip(blocks, self.linears, strict=True)]
-        for name, share in zip(self.block_names, self.coverages, strict=True):
-            refuse_low_coverage(self.skeleton, name, share)
-
-    def _find_linears(self, probe: Probe) -> list[dict[str, Linear]]:
-        """The prunable weights of every block, with their stored precision and shared inputs."""
         found = [
             probe.taking_part(block, find_linears(block, name))
-            for name, block in zip(self.block_names, self._blocks, strict=True)
+            for name, block in zip(self.block_names, blocks, strict=True)
         ]
+        for name, block, linears in zip(self.block_names, blocks, found, strict=True):
+            refuse_low_coverage(self.skeleton, name, coverage(block, linears))
+        self.linears = self._described(without(found, exclude))
+        self.coverages = [coverage(*each) for each in zip(blocks, self.linears, strict=True)]
+
+    def _described(self, found: list[dict[str, Linear]]) -> list[dict[str, Linear]]:
+        """The prunable weights of every block, with their stored precision and shared inputs."""
         dtypes = self.checkpoint.dtypes(name for of_block in found for name in of_block)
         refuse_dtypes(self.skeleton, self.folder, dtypes)
         sources, norms = self._trace_inputs(found)
