@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fedprllm import ConfigError, DataError
+from fedprllm.cli.app import app
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.study.data import StudyData
 from fedprllm.study.questions import BY_DOMAIN, cells_of
 from fedprllm.study.runner import study
 from fedprllm.study.strangers import generated_windows, random_windows
+from fedprllm.study.worth import _gain
 from tests.integration.test_study import small, texts, worded  # noqa: F401  fixtures
 
 
@@ -120,3 +126,62 @@ def test_the_model_is_far_less_surprised_by_its_own_text_than_by_random_tokens(s
     written = list(generated_windows(model, 8, 64, 0, tmp_path / "own"))
     own, random = perplexities(model, {"own": written, "random": list(random_windows(model, 8, 64, 0))})
     assert own.nll < random.nll - 2
+
+
+# One participant, before it joins ----------------------------------------------------------------
+
+
+@pytest.fixture
+def words(worded, texts):  # noqa: F811
+    """The command with a participant's own text and public text."""
+
+    def get(data="north", public="pool", windows=4):
+        return [
+            *("worth-it", str(worded), "--data", texts[data], "--public", texts[public]),
+            *("--windows", str(windows), "--window-length", "16", "--eval-tokens", "256"),
+        ]
+
+    return get
+
+
+def test_what_ones_own_text_adds_is_measured_on_text_that_no_model_saw(words):
+    result = CliRunner().invoke(app, [*words(), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert list(found["perplexity"]) == ["dense", "public", "together", "own"]
+    assert len(set(found["perplexity"].values())) == 4
+    assert found["n_windows"] == 8
+    before, after = found["perplexity"]["public"], found["perplexity"]["together"]
+    gain = found["over_public"]
+    assert gain["value"] == pytest.approx(1 - after / before)
+    assert gain["low"] < gain["value"] < gain["high"]
+    assert json.loads(CliRunner().invoke(app, [*words(), "--json"]).stdout.splitlines()[-1]) == found
+
+
+def test_the_same_text_twice_adds_nothing_that_could_be_told(words):
+    result = CliRunner().invoke(app, words(data="pool"))
+    assert result.exit_code == 0, result.output
+    output = " ".join(result.output.split())
+    assert "perplexity on your held-out text" in output
+    assert output.count("95 % interval") == 2
+
+
+def test_text_that_is_too_short_is_refused_with_what_to_do(words):
+    result = CliRunner().invoke(app, words(windows=200))
+    assert isinstance(result.exception, DataError)
+    assert "the own text has" in str(result.exception)
+    assert "expected 400, twice --windows" in str(result.exception)
+
+
+@pytest.mark.parametrize("by", [0.3, 0.0, -0.2])
+def test_the_interval_covers_a_known_difference(by):
+    """Losses of known distribution: the interval of nearly all samples contains the true difference."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.full((60,), 15, dtype=torch.float64)
+    covered = 0
+    for _ in range(60):
+        before = 30 + torch.randn(60, generator=draw, dtype=torch.float64)
+        after = before - 15 * by + torch.randn(60, generator=draw, dtype=torch.float64)
+        gain = _gain(before, after, sizes)
+        covered += gain.low <= 1 - math.exp(-by) <= gain.high
+    assert 50 <= covered <= 60

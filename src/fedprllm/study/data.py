@@ -26,7 +26,7 @@ from fedprllm.study.strangers import generated_windows, random_windows
 from fedprllm.text.documents import Part, parts_of, say_left_out
 from fedprllm.text.windows import evaluation_windows
 
-__all__ = ["StudyData"]
+__all__ = ["StudyData", "split"]
 
 _RESERVED = (*RESERVED_NAMES, *STRANGERS)
 _CHARACTERS_PER_TOKEN = 8  # more than in any real text, so the held-out part has enough tokens
@@ -72,7 +72,7 @@ class StudyData:
             dealt = _Dealt.of(cell)
             self._largest[dealt] = max(self._largest.get(dealt, 0), cell.participants)
         self._domains = {
-            name: _split(source, name, folder, study.eval_tokens)
+            name: split([source], name, folder, study.eval_tokens)
             for name, source in zip(names_of(study.domains, _RESERVED), study.domains, strict=True)
         }
         held_out = {name: parts[1] for name, parts in self._domains.items()}
@@ -159,15 +159,25 @@ class StudyData:
         return member
 
 
-def _split(source: str, name: str, folder: Path, eval_tokens: int) -> tuple[Path, Path]:
-    """Split the documents of a domain into two files: one for calibration, one held out.
+def split(sources: Sequence[str], name: str, folder: Path, eval_tokens: int) -> tuple[Path, Path]:
+    """Split the documents of a text into two files: one for calibration, one held out.
 
     The text is read in pieces: only the lengths of the documents and what is held out are in memory.
+
+    Args:
+        sources: Where the text is.
+        name: Name of the text, which also chooses what is held out.
+        folder: Folder for the files.
+        eval_tokens: Number of tokens that the held-out part is to have at least, if a fifth of the documents
+            is that much.
+
+    Raises:
+        DataError: There is too little text to hold out a part of it.
     """
-    lengths = _lengths(_documents(source, paragraphs=False))
+    lengths = _lengths(_documents(sources, paragraphs=False))
     paragraphs = len(lengths) < _FEW
     if paragraphs:
-        lengths = _lengths(_documents(source, paragraphs=True))
+        lengths = _lengths(_documents(sources, paragraphs=True))
     order = torch.randperm(len(lengths), generator=generator("held out", name)).tolist()
     n_held_out, n_characters = 0, 0
     while n_held_out < _HELD_OUT_SHARE * len(order) and n_characters < _CHARACTERS_PER_TOKEN * eval_tokens:
@@ -175,15 +185,15 @@ def _split(source: str, name: str, folder: Path, eval_tokens: int) -> tuple[Path
         n_held_out += 1
     if len(order) - n_held_out < 1:
         raise DataError(
-            f"{source} has too little text to hold out a part of it: expected at least two documents or "
-            "paragraphs; provide more text"
+            f"{', '.join(sources)} has too little text to hold out a part of it: expected at least two "
+            "documents or paragraphs; provide more text"
         )
     places = {place: rank for rank, place in enumerate(order[:n_held_out])}
     calibration, held_out = folder / f"{name}-calibration.jsonl", folder / f"{name}-held-out.jsonl"
     kept: dict[int, list[str]] = {}
     with atomic_path(calibration) as path, _Lines(path) as lines:
         number = -1
-        for part in _documents(source, paragraphs=paragraphs):
+        for part in _documents(sources, paragraphs=paragraphs):
             number += part.starts
             if number in places:
                 kept.setdefault(places[number], []).append(part.text)
@@ -195,8 +205,8 @@ def _split(source: str, name: str, folder: Path, eval_tokens: int) -> tuple[Path
     return calibration, held_out
 
 
-def _documents(source: str, *, paragraphs: bool) -> Iterator[Part]:
-    parts = parts_of([source])
+def _documents(sources: Sequence[str], *, paragraphs: bool) -> Iterator[Part]:
+    parts = parts_of(list(sources))
     return _paragraphs(parts) if paragraphs else parts
 
 
