@@ -38,7 +38,12 @@ from fedprllm.pruning.inputs import (
 from fedprllm.pruning.method import pruning_method
 from fedprllm.pruning.model_card import write_model_card
 from fedprllm.pruning.participant import Participant
-from fedprllm.pruning.preflight import check_pattern_divides, check_update_size, needed_bytes
+from fedprllm.pruning.preflight import (
+    check_pattern_divides,
+    check_structure,
+    check_update_size,
+    needed_bytes,
+)
 from fedprllm.pruning.records import RunRecord
 from fedprllm.pruning.run_folder import Run, versions
 from fedprllm.pruning.stored_votes import StoredVotes
@@ -188,6 +193,7 @@ def _prune(
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, config.dtype, config.device)
     check_pattern_divides(walked, config)
+    check_structure(walked, config)
     check_update_size(walked, config)
     members, config = make_participants(walked, named, config)
     say_notes(members)

@@ -31,6 +31,7 @@ ShareName = Literal[
     "statistics",
     "gram",
     "weights",
+    "channels",
 ]
 # With share gram, names of rows of `fedprllm.deciding.DECISIONS`.
 SolverName = Literal[
@@ -38,6 +39,8 @@ SolverName = Literal[
     "sparsegpt",
     "alps",
 ]
+# What a structure removes, and what participants share for it.
+_STRUCTURES = {"mlp": "channels"}
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -92,6 +95,14 @@ class PruneConfig(Settings):
         Field(
             description="with share gram: how the remaining weights are corrected [default: admm] (alps is "
             "slower and a little better)"
+        ),
+    ] = None
+    structure: Annotated[
+        str | None,
+        BeforeValidator(_spell_fractions),
+        Field(
+            description="remove whole parts, so that a smaller dense model remains: mlp=F removes the "
+            "fraction F of the channels of every MLP (sparsity is 0 then)"
         ),
     ] = None
     max_update_mb: Annotated[
@@ -178,6 +189,16 @@ class PruneConfig(Settings):
             return values
         return {**values, "sparsity": float(_implied_sparsity(match))}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _imply_sharing(cls, values: Any) -> Any:
+        """With a structure, derive what is shared, and prune no single weights, unless something is given."""
+        if not isinstance(values, Mapping) or values.get("structure") is None:
+            return values
+        name = str(_spell_fractions(values["structure"])).partition("=")[0].strip()
+        implied = {"sparsity": 0.0, "share": _STRUCTURES.get(name, "channels")}
+        return {**implied, **values}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not 0 <= self.sparsity < 1:
@@ -187,9 +208,52 @@ class PruneConfig(Settings):
             )
         if self.pattern != "unstructured":
             self._check_pattern()
+        self._check_structure()
         self._check_sharing()
         self._check_blocks()
         return self
+
+    def _check_structure(self) -> None:
+        if self.structure is None:
+            if self.share in _STRUCTURES.values():
+                raise ConfigError(
+                    f"share {self.share} needs a structure to remove: give structure mlp=0.2, for instance"
+                )
+            return
+        for name, fraction in self.structures.items():
+            if not 0 <= fraction < 1:
+                raise ConfigError(
+                    f"structure {name} must remove a fraction in [0, 1), found {float(fraction):g}"
+                )
+            if self.share != _STRUCTURES[name]:
+                raise ConfigError(
+                    f"structure {name} is decided from {_STRUCTURES[name]}, found share {self.share}: leave "
+                    "share out"
+                )
+        for option, value in (("sparsity", 0.0), ("allocation", "uniform"), ("pattern", "unstructured")):
+            if getattr(self, option) != value:
+                raise ConfigError(
+                    f"{option} applies to single weights, which a structure does not prune: leave it out, "
+                    "and prune the smaller model in a second run"
+                )
+
+    @property
+    def structures(self) -> dict[str, Fraction]:
+        """What is removed of each structure, as a fraction; empty if none is.
+
+        Raises:
+            ConfigError: The text is not understood.
+        """
+        found: dict[str, Fraction] = {}
+        for part in (self.structure or "").split(",") if self.structure is not None else ():
+            name, _, amount = (piece.strip() for piece in part.partition("="))
+            if name not in _STRUCTURES:
+                raise ConfigError(f"structure: unknown part {did_you_mean(name, tuple(_STRUCTURES))}")
+            try:
+                found[name] = Fraction(amount)
+            except (ValueError, ZeroDivisionError):
+                raise ConfigError(f"structure must be mlp=F, found '{self.structure}'") from None
+        return found
 
     def _check_blocks(self) -> None:
         if self.allocation == "owl" and self.n_m is not None:
@@ -266,7 +330,7 @@ class PruneConfig(Settings):
             )
         if self.server_ties is not None and self.share not in ("mask", "weights"):
             raise ConfigError(f"server_ties applies to votes, but share {self.share} has none: leave it out")
-        if self.share in ("statistics", "gram") and self.criterion == "magnitude":
+        if self.share in ("statistics", "gram", *_STRUCTURES.values()) and self.criterion == "magnitude":
             raise ConfigError(
                 f"criterion magnitude uses no text, so there are no sums to share as {self.share}: use share "
                 "mask or another criterion"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedprllm.core.masks import PruneMask
-from fedprllm.models.block import Block, GivenWeights, PrunedWeights, Weights
+from fedprllm.models.block import Block, PrunedWeights, Weights
 
 __all__ = ["BlockDecision"]
 
@@ -15,7 +15,7 @@ class BlockDecision:
     """What is pruned from a block, decided by one participant or by the server.
 
     Attributes:
-        masks: Prune mask of each Linear, [out, in].
+        masks: Prune mask of each Linear, [out, in]; none of a Linear from which no single weights are pruned.
         weights: The pruned weights, in the orientation and precision of the checkpoint; they may be created
             only on access (`PrunedWeights`).
         notes: Deviations from the requested settings, one sentence each.
@@ -43,4 +43,4 @@ class BlockDecision:
         """
         for name in self.weights:
             self.weights.write(name, block.tensors[name])
-        self.weights = GivenWeights({name: block.tensors[name] for name in self.weights})
+        self.weights = self.weights.written(block)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedprllm.errors import ModelError
-from fedprllm.models.block import Block, Hidden, Linear
+from fedprllm.models.block import Block, Hidden, Linear, Producer
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.find import find_blocks, find_linears
 from fedprllm.models.guards import (
@@ -48,11 +48,27 @@ from fedprllm.models.probe import (
     replaced_forwards,
     text_dependent,
 )
+from fedprllm.models.producers import find_producers
 from fedprllm.models.source import build_skeleton
 
 __all__ = ["DTYPES", "BlockwiseModel"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """How the Linears of a block are connected, by their paths inside the block.
+
+    Attributes:
+        first: The first Linear that reads the same input.
+        norms: Path of the normalization before a Linear.
+        producers: The Linears that compute a Linear's input channels (`Producer`).
+    """
+
+    first: dict[str, str]
+    norms: dict[str, str]
+    producers: dict[str, list[tuple[str, Tensor]]]
 
 
 class BlockwiseModel:
@@ -105,25 +121,34 @@ class BlockwiseModel:
         ]
         dtypes = self.checkpoint.dtypes(name for of_block in found for name in of_block)
         refuse_dtypes(self.skeleton, self.folder, dtypes)
-        sources, norms = self._trace_inputs(found)
+        sources, norms, producers = self._trace_inputs(found)
         return [
             {
-                name: replace(linear, dtype=dtypes[name], source=sources[name], norm=norms.get(name))
+                name: replace(
+                    linear,
+                    dtype=dtypes[name],
+                    source=sources[name],
+                    norm=norms.get(name),
+                    producers=producers.get(name, ()),
+                )
                 for name, linear in of_block.items()
             }
             for of_block in found
         ]
 
-    def _trace_inputs(self, found: list[dict[str, Linear]]) -> tuple[dict[str, str], dict[str, nn.Module]]:
-        """Map every Linear to the first Linear of its block that reads the same input, and to its norm.
+    def _trace_inputs(
+        self, found: list[dict[str, Linear]]
+    ) -> tuple[dict[str, str], dict[str, nn.Module], dict[str, tuple[Producer, ...]]]:
+        """Map every Linear to the first of its block with the same input, to its norm and its producers.
 
         One block of each distinct structure is run on two tokens with zeros for weights, because only the
         code of the block determines which Linears receive the same tensor. Nothing is read from the
         checkpoint.
         """
-        by_structure: dict[tuple[Any, ...], tuple[dict[str, str], dict[str, str]]] = {}
+        by_structure: dict[tuple[Any, ...], _Traced] = {}
         sources: dict[str, str] = {}
         norms: dict[str, nn.Module] = {}
+        producers: dict[str, tuple[Producer, ...]] = {}
         with self._hollow(self.skeleton.base_model, outside_only=True):
             hidden = self._embed_one(torch.zeros(2, dtype=torch.int64))
         for index, linears in enumerate(found):
@@ -131,22 +156,36 @@ class BlockwiseModel:
             structure = (type(self._blocks[index]), shapes)
             if structure not in by_structure:
                 by_structure[structure] = self._trace_block(index, linears, hidden)
-            first, behind = by_structure[structure]
+            traced = by_structure[structure]
             names = {linear.path: name for name, linear in linears.items()}
-            sources |= {name: names[first[linear.path]] for name, linear in linears.items()}
-            norms |= {names[path]: self._blocks[index].get_submodule(norm) for path, norm in behind.items()}
+            sources |= {name: names[traced.first[linear.path]] for name, linear in linears.items()}
+            norms |= {
+                names[path]: self._blocks[index].get_submodule(norm) for path, norm in traced.norms.items()
+            }
+            producers |= {
+                names[path]: tuple(Producer(names[of], channels) for of, channels in parts)
+                for path, parts in traced.producers.items()
+            }
         self._contexts.clear()
-        return sources, norms
+        return sources, norms, producers
 
-    def _trace_block(
-        self, index: int, linears: dict[str, Linear], hidden: Hidden
-    ) -> tuple[dict[str, str], dict[str, str]]:
-        """Map the path of each Linear to that of the first with the same input, and to its norm's path."""
+    def _trace_block(self, index: int, linears: dict[str, Linear], hidden: Hidden) -> _Traced:
+        """Find out how the Linears of a block are connected."""
         module = self._blocks[index]
-        with self._hollow(module), watching_norms(module, linears) as norms:
-            first = inputs_shared(Block(index, linears, {}, self._call_block), hidden)
+        args, kwargs = self._contexts[hidden.shape[1]][index]
+        with self._hollow(module):
+            with watching_norms(module, linears) as norms:
+                first = inputs_shared(Block(index, linears, {}, self._call_block), hidden)
+            found = find_producers(linears, lambda states: module(states, *args, **kwargs), hidden)
         paths = {id(part): path for path, part in module.named_modules()}
-        return first, {linears[name].path: paths[id(norm)] for name, norm in norms.items()}
+        return _Traced(
+            first,
+            {linears[name].path: paths[id(norm)] for name, norm in norms.items()},
+            {
+                linears[name].path: [(linears[part.name].path, part.channels) for part in parts]
+                for name, parts in found.items()
+            },
+        )
 
     # --- Properties of the model ---
 

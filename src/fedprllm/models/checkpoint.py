@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -220,16 +221,28 @@ class CheckpointWriter:
         on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
         save_tensors(self.shard_path(block), on_cpu, {"format": "pt"})
 
-    def finish(self, outside: Iterable[str]) -> None:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the blocks' tensors that have been written, by their names in the files."""
+        found: dict[str, tuple[int, ...]] = {}
+        for block in range(self.n_shards - 1):
+            with safe_open(self.shard_path(block), framework="pt") as opened:
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
+        return found
+
+    def finish(self, outside: Iterable[str], changed: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write everything outside the blocks, copy the files that belong to the model, write the index.
 
         Args:
             outside: Names of the model's tensors outside all blocks.
+            changed: Contents, as JSON values, of files that differ from the source's, by name.
         """
         tensors = {self.source.stored_name(name): t for name, t in self.source.load(outside).items()}
         self._save(None, tensors | self.source.load_unknown())
         for path in side_files(self.source.folder):
             (self.folder / path.parent).mkdir(exist_ok=True)
+            if path.as_posix() in changed:
+                write_json(self.folder / path, changed[path.as_posix()])
+                continue
             shutil.copyfile(self.source.folder / path, self.folder / path)
             flush_file(self.folder / path)
         weight_map: dict[str, str] = {}

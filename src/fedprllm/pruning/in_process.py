@@ -15,6 +15,7 @@ from fedprllm.deciding import BlockDecision
 from fedprllm.models.block import Block
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.models.smaller import write_rest
 from fedprllm.progress import Progress
 from fedprllm.pruning.aggregate import Aggregate, decide_and_write
 from fedprllm.pruning.clock import Clock
@@ -70,7 +71,7 @@ def prune_in_process(
         for index in range(run.n_finished, model.n_blocks):
             walk.step(index, advance)
     for name, writer in writers.items():
-        writer.finish(model.names_outside_blocks())
+        write_rest(writer, model)
         run.publish_model(name)
 
 
@@ -148,7 +149,7 @@ class _SharedWalk:
         name = None if strategy.pools_text else walker.name
         if not strategy.server_votes and name in self.writers:
             with clock.phase("write"):
-                self.writers[name].write(block.index, {**block.tensors, **decision.weights})
+                self.writers[name].write(block.index, decision.weights.remaining(block.tensors))
 
     def _hidden(self, block: Block) -> dict[str, Tensor]:
         """The next block's input by participant and window."""

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
+from fedprllm.core.solvers.channels import kept_channels, next_width
 from fedprllm.deciding import decision_of
 from fedprllm.errors import ConfigError
 from fedprllm.models.block import Linear
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.smaller import fitting_config, shared_width
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.sharing import SHARING, update_bytes
@@ -17,6 +19,7 @@ from fedprllm.sharing import SHARING, update_bytes
 __all__ = [
     "check_message_size",
     "check_pattern_divides",
+    "check_structure",
     "check_update_size",
     "decision_bytes",
     "needed_bytes",
@@ -42,6 +45,25 @@ def check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
                     f"pattern {config.pattern} does not divide the {linear.shape[1]} inputs of "
                     f"'{linear.name}': choose M among the divisors of {linear.shape[1]}"
                 )
+
+
+def check_structure(model: BlockwiseModel, config: PruneConfig) -> None:
+    """Refuse to remove parts that the model does not have, or without which transformers cannot load it.
+
+    Raises:
+        ModelError: It has no such parts, or no configuration describes the smaller model.
+        ConfigError: Nothing would be removed.
+    """
+    for name, fraction in config.structures.items():
+        width = shared_width(model)
+        kept = kept_channels(width, fraction)
+        if kept < width:
+            fitting_config(model, kept)
+        elif fraction:
+            raise ConfigError(
+                f"structure {name}={float(fraction):g} would keep all {width} channels, because the width "
+                f"is rounded: remove more (the next smaller width is {next_width(width)}), or use another model"
+            )
 
 
 def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
@@ -91,10 +113,11 @@ def decision_bytes(model: BlockwiseModel, config: PruneConfig) -> int:
 
 def _block_decision_bytes(linears: Mapping[str, Linear], config: PruneConfig) -> int:
     """Payload of the server's decision about a block: masks if they determine it, weights otherwise."""
-    masks_tell_all = decision_of(config).only_zeroes and not config.scale_weights
+    decision = decision_of(config)
+    masks_tell_all = decision.only_zeroes and not config.scale_weights
     return sum(
         (linear.n_weights + 7) // 8 if masks_tell_all else linear.n_weights * linear.dtype.itemsize
-        for linear in linears.values()
+        for linear in decision.changes(linears).values()
     )
 
 

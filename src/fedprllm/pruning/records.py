@@ -67,7 +67,8 @@ class LinearRecord(Record):
 
     Attributes:
         path: Path of its module inside the block.
-        shape: Shape of its weight, (out, in).
+        shape: Shape of its weight in the pruned model, (out, in).
+        dense_shape: Its shape in the dense model; None if that is the same.
         n_zeros: Number of zeros in the pruned weight, including those of the dense weight.
         n_pruned: Number of weights that the mask prunes.
         n_ties: Number of prunes decided by a tie rule.
@@ -78,6 +79,7 @@ class LinearRecord(Record):
 
     path: Annotated[str, Field(alias="kind")]
     shape: tuple[int, int]
+    dense_shape: tuple[int, int] | None = None
     n_zeros: int
     n_pruned: int
     n_ties: int

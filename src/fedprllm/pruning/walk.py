@@ -12,7 +12,7 @@ site, in a dry run, in a survey or in a study.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -111,9 +111,10 @@ class Walker:
     def _observe(self, block: Block) -> BlockStatistics | None:
         if not self.method.uses_inputs:
             return None
-        walk_on = self.walks_on(block) and self.method.walks_densely
+        sharing, walk_on = self.method.sharing, self.walks_on(block) and self.method.walks_densely
+        observed = replace(block, linears=dict(sharing.observes(block.linears)))
         with self.clock.phase("observe"):
-            return self.participant.observe(block, self.method.sharing.observation, walk_on=walk_on)
+            return self.participant.observe(observed, sharing.observation, walk_on=walk_on)
 
     def _decide(self, block: Block, statistics: BlockStatistics | None) -> BlockDecision:
         return own_decision(block, statistics, self.method.target, self.participant.fingerprint)

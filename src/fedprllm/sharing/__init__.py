@@ -8,11 +8,13 @@ A way of sharing is a handful of functions plus an entry in `SHARING`.
 | statistics | the sums of squares of each distinct input |
 | gram | ``X^T X`` of each distinct input |
 | weights | its pruned weights |
+| channels | ``X^T X`` of the input of each MLP's second Linear |
 | outliers | the number of outlying scores, before pruning starts |
 """
 
 from __future__ import annotations
 
+from fedprllm.sharing.channel_inputs import CHANNELS
 from fedprllm.sharing.gram_matrices import GRAM
 from fedprllm.sharing.input_sums import STATISTICS
 from fedprllm.sharing.interface import Seen, Sharing, Totals, update_bytes
@@ -23,4 +25,6 @@ from fedprllm.sharing.target import Target
 
 __all__ = ["SHARING", "Seen", "Sharing", "Target", "Totals", "update_bytes"]
 
-SHARING: dict[str, Sharing] = {row.kind: row for row in (MASKS, STATISTICS, GRAM, WEIGHTS, OUTLIERS)}
+SHARING: dict[str, Sharing] = {
+    row.kind: row for row in (MASKS, STATISTICS, GRAM, WEIGHTS, OUTLIERS, CHANNELS)
+}

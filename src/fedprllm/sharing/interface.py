@@ -30,6 +30,7 @@ __all__ = [
     "Tensors",
     "Totals",
     "Wire",
+    "all_linears",
     "update_bytes",
 ]
 
@@ -139,6 +140,11 @@ class Comparison(NamedTuple):
     outstanding: Callable[[Mapping[str, Tensors], Norms], dict[str, str]]
 
 
+def all_linears(linears: Linears) -> Linears:
+    """The Linears themselves."""
+    return linears
+
+
 BITS = (torch.bool,)
 SUMS = (torch.float32, torch.float64)
 
@@ -161,6 +167,7 @@ class Sharing:
         comparison: How updates are compared with each other; None if `check` alone bounds what one can do.
         shares_decision: Whether an update follows from the participant's own prune masks.
         observation: Makes empty statistics of the inputs, which the participant then sums up.
+        observes: Returns the Linears whose inputs are summed up.
     """
 
     kind: str
@@ -174,6 +181,7 @@ class Sharing:
     comparison: Comparison | None = None
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros
+    observes: Callable[[Linears], Linears] = all_linears
 
 
 def update_bytes(shapes: Shapes) -> int:

@@ -13,6 +13,7 @@ from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.protocol.decision import encode_decision
 from fedprllm.files import write_bytes
 from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.models.smaller import write_rest
 from fedprllm.pruning.aggregate import decide_and_write
 from fedprllm.pruning.records import SurveyRecord
 from fedprllm.pruning.run_folder import Run
@@ -113,5 +114,5 @@ class Pruning:
 
     def finish(self) -> None:
         """Write the tensors outside the blocks and move the complete model into place."""
-        self._writer.finish(self._ballots.model.names_outside_blocks())
+        write_rest(self._writer, self._ballots.model)
         self._run.publish_model()

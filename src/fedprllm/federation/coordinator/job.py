@@ -35,6 +35,7 @@ from fedprllm.pruning.model_card import write_model_card
 from fedprllm.pruning.preflight import (
     check_message_size,
     check_pattern_divides,
+    check_structure,
     check_update_size,
     decision_bytes,
     needed_bytes,
@@ -144,6 +145,7 @@ def _conduct(
     config = plan.config
     model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device)
     check_pattern_divides(model, config)
+    check_structure(model, config)
     check_update_size(model, config)
     if max_message_mb is not None:
         check_message_size(model, config, max_message_mb)

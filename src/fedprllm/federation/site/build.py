@@ -96,6 +96,7 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
     from fedprllm.federation.protocol.decision import decided_weights
     from fedprllm.models.checkpoint import CheckpointWriter
     from fedprllm.models.fingerprints import model_digest
+    from fedprllm.models.smaller import write_rest
 
     digest, run = model_digest(manifest.fingerprints), bytes.fromhex(manifest.run)
     writer = CheckpointWriter(unfinished, model.checkpoint, model.n_blocks)
@@ -106,10 +107,8 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
         message = (result / f"block-{index:04d}.decision").read_bytes()
         with model.block(index) as block:
             weights = decided_weights(message, block, run, digest)
-            for name in weights:
-                weights.write(name, block.tensors[name])
-            writer.write(index, block.tensors)
-    writer.finish(model.names_outside_blocks())
+            writer.write(index, weights.remaining(block.tensors))
+    write_rest(writer, model)
     write_text(unfinished / "README.md", manifest.card)
 
 
