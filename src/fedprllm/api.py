@@ -45,6 +45,7 @@ from fedprllm.pruning.preflight import (
     needed_bytes,
 )
 from fedprllm.pruning.records import RunRecord
+from fedprllm.pruning.reduction import reduction
 from fedprllm.pruning.run_folder import Run, versions
 from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
@@ -269,7 +270,8 @@ def _run(
         {
             **identity,
             "models": folders,
-            "n_prunable": model.n_prunable,
+            "n_prunable": sum(block.n_weights for block in run.records()),
+            "reduction": reduction(model, next(iter(models.values()))),
             "coverage": model.coverage,
             "n_participants": len(walking),
             **_traffic(model, samples, config, identity["participants"]),

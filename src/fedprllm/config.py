@@ -196,7 +196,9 @@ class PruneConfig(Settings):
         if not isinstance(values, Mapping) or values.get("structure") is None:
             return values
         name = str(_spell_fractions(values["structure"])).partition("=")[0].strip()
-        implied = {"sparsity": 0.0, "share": _STRUCTURES.get(name, "channels")}
+        implied: dict[str, Any] = {"share": _STRUCTURES.get(name, "channels")}
+        if "pattern" not in values:
+            implied["sparsity"] = 0.0
         return {**implied, **values}
 
     @model_validator(mode="after")
@@ -206,9 +208,9 @@ class PruneConfig(Settings):
                 f"sparsity must lie in [0, 1), found {self.sparsity:g}: give the fraction of weights to set "
                 "to zero, for example 0.5"
             )
+        self._check_structure()
         if self.pattern != "unstructured":
             self._check_pattern()
-        self._check_structure()
         self._check_sharing()
         self._check_blocks()
         return self
@@ -230,7 +232,7 @@ class PruneConfig(Settings):
                     f"structure {name} is decided from {_STRUCTURES[name]}, found share {self.share}: leave "
                     "share out"
                 )
-        for option, value in (("sparsity", 0.0), ("allocation", "uniform"), ("pattern", "unstructured")):
+        for option, value in (("pattern", "unstructured"), ("sparsity", 0.0), ("allocation", "uniform")):
             if getattr(self, option) != value:
                 raise ConfigError(
                     f"{option} applies to single weights, which a structure does not prune: leave it out, "
@@ -349,6 +351,14 @@ class PruneConfig(Settings):
                 f"pattern {self.pattern} implies sparsity {float(implied):g}, found sparsity "
                 f"{self.sparsity:g}: leave sparsity out"
             )
+
+    @property
+    def goal(self) -> str:
+        """What the run prunes to, in words."""
+        if self.structures:
+            words = {"mlp": "MLPs with {:.0%} fewer channels"}
+            return " and ".join(words[name].format(float(amount)) for name, amount in self.structures.items())
+        return self.pattern if self.n_m else f"{self.sparsity:.0%} zeros"
 
     @property
     def vote_ties(self) -> str:

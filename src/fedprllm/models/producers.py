@@ -135,6 +135,5 @@ def _slopes(outputs: Tensor, leaves: list[Tensor], weights: Tensor) -> list[Tens
         return [torch.zeros_like(leaf) for leaf in leaves]
     found = torch.autograd.grad(outputs, leaves, weights, retain_graph=True, allow_unused=True)
     return [
-        torch.zeros_like(leaf) if slope is None else slope
-        for leaf, slope in zip(leaves, found, strict=True)
+        torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, found, strict=True)
     ]

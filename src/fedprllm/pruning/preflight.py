@@ -61,8 +61,9 @@ def check_structure(model: BlockwiseModel, config: PruneConfig) -> None:
             fitting_config(model, kept)
         elif fraction:
             raise ConfigError(
-                f"structure {name}={float(fraction):g} would keep all {width} channels, because the width "
-                f"is rounded: remove more (the next smaller width is {next_width(width)}), or use another model"
+                f"structure {name}={float(fraction):g} would keep all {width} channels, because the "
+                f"width is rounded: remove more (the next smaller width is {next_width(width)}), or use "
+                "another model"
             )
 
 

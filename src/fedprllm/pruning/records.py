@@ -24,6 +24,7 @@ __all__ = [
     "ModelRecord",
     "ParticipantRecord",
     "Record",
+    "Reduction",
     "RunRecord",
     "SurveyRecord",
     "SurveyRun",
@@ -146,6 +147,11 @@ class BlockRecord(_Received):
         """Number of zeros in all of its Linears."""
         return sum(linear.n_zeros for linear in self.linears.values())
 
+    @property
+    def n_weights(self) -> int:
+        """Number of weights in all of its Linears."""
+        return sum(linear.n_weights for linear in self.linears.values())
+
 
 class SurveyRecord(_Received):
     """A block of a survey.
@@ -204,6 +210,32 @@ class ParticipantRecord(Record):
         return self.n_windows * self.window_length
 
 
+class Reduction(Record):
+    """How much smaller a model became by losing whole parts; each field is a pair, before and after.
+
+    Attributes:
+        n_parameters: Number of parameters; tied ones count once.
+        n_block_parameters: The same inside the decoder blocks.
+        n_bytes: Size of the weight files.
+    """
+
+    n_parameters: tuple[int, int]
+    n_block_parameters: tuple[int, int]
+    n_bytes: tuple[int, int]
+
+    @property
+    def of_blocks(self) -> float:
+        """Fraction of the blocks' parameters that is gone."""
+        before, after = self.n_block_parameters
+        return 1 - after / before
+
+    @property
+    def of_model(self) -> float:
+        """Fraction of all parameters that is gone."""
+        before, after = self.n_parameters
+        return 1 - after / before
+
+
 class RunRecord(Record):
     """The result of a complete run: ``result.json``.
 
@@ -215,7 +247,8 @@ class RunRecord(Record):
         versions: Versions of the software that the exact bits of the result depend on.
         run_id: Identifier of a federated run in hex digits; None in one process.
         models: Folders of the pruned models by name, relative to the run's folder.
-        n_prunable: Number of prunable weights.
+        n_prunable: Number of prunable weights of the pruned model.
+        reduction: How much smaller the model became by losing whole parts; None if it lost none.
         coverage: Share of the weight matrices inside the blocks that is prunable; None in records of earlier
             versions.
         n_participants: Number of participants that walked through the model.
@@ -238,6 +271,7 @@ class RunRecord(Record):
     run_id: str | None = None
     models: dict[str, str]
     n_prunable: int
+    reduction: Reduction | None = None
     coverage: float | None = None
     n_participants: int
     rounds: int
@@ -263,6 +297,14 @@ class RunRecord(Record):
                 name, _, about = note.partition(": ")
                 counts[about if name in record.linears else note] += 1
         return [f"{about} ({n} times)" if n > 1 else about for about, n in counts.most_common()]
+
+    @property
+    def outcome(self) -> str:
+        """What became of the model, to follow its name and "was"."""
+        if self.reduction is None:
+            return f"pruned to {self.sparsity:.1%} zeros"
+        zeros = f" and pruned to {self.sparsity:.1%} zeros" if self.n_zeros else ""
+        return f"made {self.reduction.of_blocks:.1%} smaller (parameters of its decoder blocks){zeros}"
 
     @property
     def n_zeros(self) -> int:

@@ -19,7 +19,6 @@ from fedprllm.sharing.interface import (
     Shapes,
     Tensors,
     Totals,
-    Wire,
 )
 from fedprllm.sharing.target import Target
 
@@ -63,7 +62,7 @@ CHANNELS = replace(
     kind="channels",
     noun="sums of products of the MLP's channels",
     content="For the input of each block's second MLP Linear, the sum of products of every pair of channels.",
-    wire=Wire(8, GRAM.wire.dtypes, GRAM.wire.mask_dtypes),
+    wire=GRAM.wire._replace(code=7),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

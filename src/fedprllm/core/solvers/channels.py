@@ -91,9 +91,7 @@ def remove_channels(problem: Problem, n_removed: int) -> FewerChannels:
     return FewerChannels(removed, torch.where(unchanged, original, solution), int(problem.dead.sum()))
 
 
-def _ranked_out(
-    weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], n_removed: int
-) -> Tensor:
+def _ranked_out(weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], n_removed: int) -> Tensor:
     """Indices, in order, of the channels that remain after the cheapest have been removed set by set."""
     left = torch.arange(len(hessian), device=hessian.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))

@@ -47,6 +47,7 @@ from fedprllm.pruning.records import (
     SurveyRecord,
     SurveyRun,
 )
+from fedprllm.pruning.reduction import reduction
 from fedprllm.pruning.run_folder import Run, versions
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled
@@ -300,7 +301,8 @@ def _finish(
             **identity,
             "participants": participants,
             "models": {"model": str(run.model_dir().relative_to(run.folder))},
-            "n_prunable": model.n_prunable,
+            "n_prunable": sum(record.n_weights for record in records),
+            "reduction": reduction(model, run.model_dir()),
             "coverage": model.coverage,
             "n_participants": len(participants),
             "rounds": n_rounds + bool(surveyed),

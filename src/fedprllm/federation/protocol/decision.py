@@ -49,7 +49,10 @@ def _content(decision: BlockDecision, block: Block) -> tuple[str, Mapping[str, T
     """The kind of a message about a decision, and its tensors."""
     weights = decision.weights
     if isinstance(weights, NarrowedWeights):
-        return "weights", {**weights.narrow, **{mask_name(name): gone for name, gone in weights.removed.items()}}
+        return "weights", {
+            **weights.narrow,
+            **{mask_name(name): gone for name, gone in weights.removed.items()},
+        }
     masks = {name: pruned.mask for name, pruned in decision.masks.items()}
     zeroed = PrunedWeights(block, masks)
     if all(torch.equal(weight, weights[name]) for name, weight in zeroed.items()):
@@ -69,6 +72,7 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     Raises:
         UpdateError: The message is not the coordinator's decision about this block.
     """
+
     def expecting(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> wire.Expectation:
         return wire.Expectation(
             run_id=run_id,
@@ -103,7 +107,9 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     given = {name: tensor for name, tensor in tensors.items() if name in block.tensors}
     _check_types(given, block)
     if removed:
-        return NarrowedWeights(block.linears, {name: gone.to(block.device) for name, gone in removed.items()}, given)
+        return NarrowedWeights(
+            block.linears, {name: gone.to(block.device) for name, gone in removed.items()}, given
+        )
     return GivenWeights(given)
 
 
@@ -114,9 +120,7 @@ def _removed(received: Mapping[str, Tensor], block: Block) -> dict[str, Tensor]:
         for name, linear in block.linears.items()
         if linear.producers
     }
-    return {
-        name: gone for name, gone in found.items() if gone is not None and gone.dtype == torch.bool
-    }
+    return {name: gone for name, gone in found.items() if gone is not None and gone.dtype == torch.bool}
 
 
 def _narrow_shapes(removed: Mapping[str, Tensor], block: Block) -> dict[str, tuple[int, ...]]:
