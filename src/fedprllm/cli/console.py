@@ -46,11 +46,12 @@ _asked_to_end = Event()
 def print_sparsity(record: Any) -> None:
     """Print how much of the model is zero, how much of the blocks is prunable, and what deviated."""
     if (smaller := record.reduction) is not None:
-        before, after = smaller.n_parameters
         console.print(
-            f"[bold]{smaller.of_blocks:.1%}[/] fewer parameters in the blocks, {smaller.of_model:.1%} in "
-            f"all: {before:,} → {after:,}, {smaller.n_bytes[0] / 1e6:,.1f} → {smaller.n_bytes[1] / 1e6:,.1f} MB"
+            f"[bold]{smaller.of_blocks:.1%}[/] fewer parameters in the blocks, {smaller.of_model:.1%} in all"
         )
+        numbers = " → ".join(f"{n:,}" for n in smaller.n_parameters)
+        files = " → ".join(f"{n / 1e6:,.1f} MB" for n in smaller.n_bytes)
+        console.print(f"{numbers} parameters, files of {files}")
     if smaller is None or record.n_zeros:
         console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
     if record.coverage is not None:

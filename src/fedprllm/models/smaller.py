@@ -39,8 +39,8 @@ def shared_width(model: BlockwiseModel) -> int:
         if len(readers) != 1:
             raise ModelError(
                 f"'{name}' of {type(model.skeleton).__name__} has {len(readers)} Linears whose input "
-                "channels are computed one by one from other Linears: expected one, the second of its MLP. Its MLP "
-                "cannot be made narrower; use another model, or prune single weights"
+                "channels are computed one by one from other Linears: expected one, the second of its MLP. "
+                "The MLP cannot be made narrower; use another model, or prune single weights"
             )
         widths.add(readers[0].shape[1])
     if len(widths) > 1:
