@@ -32,6 +32,8 @@ ShareName = Literal[
     "gram",
     "weights",
     "channels",
+    "heads",
+    "parts",
 ]
 # With share gram, names of rows of `fedprllm.deciding.DECISIONS`.
 SolverName = Literal[
@@ -40,7 +42,8 @@ SolverName = Literal[
     "alps",
 ]
 # What a structure removes, and what participants share for it.
-_STRUCTURES = {"mlp": "channels"}
+_STRUCTURES = {("mlp",): "channels", ("heads",): "heads", ("heads", "mlp"): "parts"}
+_PARTS = {"mlp": "MLPs with {} fewer channels", "heads": "attention with {} fewer query heads"}
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -102,7 +105,8 @@ class PruneConfig(Settings):
         BeforeValidator(_spell_fractions),
         Field(
             description="remove whole parts, so that a smaller dense model remains: mlp=F removes the "
-            "fraction F of the channels of every MLP (sparsity is 0 then)"
+            "fraction F of the channels of every MLP, heads=N N query heads of every block; mlp=F,heads=N "
+            "both"
         ),
     ] = None
     max_update_mb: Annotated[
@@ -195,8 +199,9 @@ class PruneConfig(Settings):
         """With a structure, derive what is shared, and prune no single weights, unless something is given."""
         if not isinstance(values, Mapping) or values.get("structure") is None:
             return values
-        name = str(_spell_fractions(values["structure"])).partition("=")[0].strip()
-        implied: dict[str, Any] = {"share": _STRUCTURES.get(name, "channels")}
+        parts = str(_spell_fractions(values["structure"])).split(",")
+        names = tuple(sorted(part.partition("=")[0].strip() for part in parts))
+        implied: dict[str, Any] = {"share": _STRUCTURES.get(names, "parts")}
         if "pattern" not in values:
             implied["sparsity"] = 0.0
         return {**implied, **values}
@@ -222,16 +227,19 @@ class PruneConfig(Settings):
                     f"share {self.share} needs a structure to remove: give structure mlp=0.2, for instance"
                 )
             return
-        for name, fraction in self.structures.items():
-            if not 0 <= fraction < 1:
+        for name, amount in self.structures.items():
+            is_number = name == "heads" and amount >= 1 and amount.denominator == 1
+            if not (0 <= amount < 1 or is_number):
+                also = " or a whole number" if name == "heads" else ""
                 raise ConfigError(
-                    f"structure {name} must remove a fraction in [0, 1), found {float(fraction):g}"
+                    f"structure {name} must remove a fraction in [0, 1){also}, found {float(amount):g}"
                 )
-            if self.share != _STRUCTURES[name]:
-                raise ConfigError(
-                    f"structure {name} is decided from {_STRUCTURES[name]}, found share {self.share}: leave "
-                    "share out"
-                )
+        expected = _STRUCTURES[tuple(sorted(self.structures))]
+        if self.share != expected:
+            raise ConfigError(
+                f"structure {self.structure} is decided from {expected}, found share {self.share}: leave "
+                "share out"
+            )
         for option, value in (("pattern", "unstructured"), ("sparsity", 0.0), ("allocation", "uniform")):
             if getattr(self, option) != value:
                 raise ConfigError(
@@ -241,20 +249,25 @@ class PruneConfig(Settings):
 
     @property
     def structures(self) -> dict[str, Fraction]:
-        """What is removed of each structure, as a fraction; empty if none is.
+        """What is removed of each part: below 1 a fraction, otherwise a number. Empty if nothing is.
 
         Raises:
             ConfigError: The text is not understood.
         """
+        if self.structure is None:
+            return {}
         found: dict[str, Fraction] = {}
-        for part in (self.structure or "").split(",") if self.structure is not None else ():
-            name, _, amount = (piece.strip() for piece in part.partition("="))
-            if name not in _STRUCTURES:
-                raise ConfigError(f"structure: unknown part {did_you_mean(name, tuple(_STRUCTURES))}")
+        for entry in self.structure.split(","):
+            name, _, amount = (piece.strip() for piece in entry.partition("="))
+            if name not in _PARTS:
+                raise ConfigError(f"structure: unknown part {did_you_mean(name, tuple(_PARTS))}")
             try:
-                found[name] = Fraction(amount)
+                value = Fraction(amount)
             except (ValueError, ZeroDivisionError):
-                raise ConfigError(f"structure must be mlp=F, found '{self.structure}'") from None
+                value = None
+            if value is None or name in found:
+                raise ConfigError(f"structure must be mlp=F, heads=N or both, found '{self.structure}'")
+            found[name] = value
         return found
 
     def _check_blocks(self) -> None:
@@ -356,8 +369,10 @@ class PruneConfig(Settings):
     def goal(self) -> str:
         """What the run prunes to, in words."""
         if self.structures:
-            words = {"mlp": "MLPs with {:.0%} fewer channels"}
-            return " and ".join(words[name].format(float(amount)) for name, amount in self.structures.items())
+            return " and ".join(
+                _PARTS[name].format(f"{float(amount):.0%}" if amount < 1 else amount)
+                for name, amount in self.structures.items()
+            )
         return self.pattern if self.n_m else f"{self.sparsity:.0%} zeros"
 
     @property

@@ -6,14 +6,17 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Phi3Config, Qwen3Config
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
 
 from fedprllm import ConfigError, ModelError, PruneConfig, prune
+from fedprllm.models.block import NarrowedWeights
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.producers import find_producers
-from fedprllm.models.smaller import fitting_config
+from fedprllm.models.channels import find_channels
+from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.models.smaller import fitting_config, write_rest
 from fedprllm.sharing import update_bytes
+from fedprllm.sharing.channel_inputs import channel_readers
 from fedprllm.sharing.gram_matrices import GRAM
 from tests.contracts.test_walk import assert_same_bits, weights_of
 from tests.models import _COMMON, save_tiny
@@ -34,6 +37,8 @@ WIDTHS = {
 }
 FURTHER = {
     "qwen3": lambda: Qwen3Config(**_COMMON, intermediate_size=48, num_key_value_heads=2, head_dim=8),
+    # A key and value head for every query head.
+    "llama-mha": lambda: LlamaConfig(**_COMMON, intermediate_size=48),
     # One Linear for both gate and up.
     "phi3": lambda: Phi3Config(**_COMMON, intermediate_size=48, num_key_value_heads=2),
 }
@@ -89,33 +94,103 @@ def test_the_smaller_model_loads_in_transformers_and_computes_the_same(dense, wi
     assert result.record.n_prunable == BlockwiseModel(result.model_dir).n_prunable
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_what_the_walk_computes_with_is_the_model_that_it_writes(dense, windows, tmp_path, name):
+def random_loss(block, parts, generator):
+    """Weights of a block that loses random channels and heads, the same number everywhere."""
+    removed, narrow = {}, {}
+    for name, linear in channel_readers(block.linears, parts).items():
+        channels = linear.channels
+        gone = []
+        for group in range(channels.n_groups):
+            units = (channels.groups == group).nonzero().flatten()
+            n_gone = len(units) // 2
+            gone += units[torch.randperm(len(units), generator=generator)[:n_gone]].tolist()
+        removed[name] = torch.isin(channels.units, torch.tensor(gone))
+        narrow[name] = linear.stored(linear.view(block.tensors)[:, ~removed[name]] * 1.5).contiguous()
+    return NarrowedWeights(block.linears, removed, narrow)
+
+
+HEADS = ["llama", "llama-tied", "qwen2", "qwen3", "gemma3", "llama-mha"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [(name, ("mlp",)) for name in WIDTHS]
+    + [(name, ("heads",)) for name in HEADS]
+    + [(name, ("mlp", "heads")) for name in HEADS],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_what_the_walk_computes_with_is_the_model_that_it_writes(dense, windows, tmp_path, name, parts):
     # Later blocks are decided on the states behind earlier ones: these must be the smaller model's own.
-    result = prune(
-        dense(name),
-        [windows(0, 4)],
-        PruneConfig(structure="mlp=0.3", strategy="iterative"),
-        out=tmp_path / "a",
-    )
-    small, walked = BlockwiseModel(result.model_dir), BlockwiseModel(dense(name))
-    (state,), (wide,) = small.embed(windows(0, 1)), walked.embed(windows(0, 1))
-    kept = result.model_dir / "model-00002-of-00004.safetensors"
-    with small.block(0) as narrow, walked.block(0) as block:
-        (reader,) = [linear for linear in block.linears.values() if linear.producers]
-        found = load_file(kept)
-        # Every remaining row of a producer is a row of the dense one: which channels are left.
-        producer = reader.producers[0].name
-        rows = block.linears[producer].view(block.tensors)
-        left = narrow.linears[producer].view(narrow.tensors)
-        indices = [int((rows == row).all(dim=1).nonzero()[0]) for row in left]
-        assert indices == sorted(set(indices))
-        assert reader.name in found
-        full = torch.zeros(reader.shape)
-        channels = reader.producers[0].channels[indices][: narrow.linears[reader.name].shape[1]]
-        full[:, channels] = narrow.linears[reader.name].view(narrow.tensors)
-        block.linears[reader.name].view(block.tensors).copy_(full)
-        torch.testing.assert_close(block.forward(wide), narrow.forward(state))
+    model, window = BlockwiseModel(dense(name)), windows(5, 1)[0]
+    writer = CheckpointWriter(tmp_path / "model", model.checkpoint, model.n_blocks)
+    generator = torch.Generator().manual_seed(0)
+    (hidden,) = model.embed(window[None])
+    for index in range(model.n_blocks):
+        with model.block(index) as block:
+            weights = random_loss(block, parts, generator)
+            before = block.forward(hidden)
+            with block.replaced(weights):
+                hidden = block.forward(hidden)
+            assert not torch.allclose(before, hidden)
+            writer.write(index, weights.remaining(block.tensors))
+    write_rest(writer, model)
+    with model.head():
+        walked = model.token_losses(hidden, window)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        logits = loaded(window[None]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none")
+    torch.testing.assert_close(walked, expected)
+    assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in model.skeleton.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "structure", "heads"),
+    [
+        ("llama", "heads=2", {"num_attention_heads": 2}),
+        ("qwen3", "heads=0.5", {"num_attention_heads": 2}),
+        ("gemma3", "heads=2", {"num_attention_heads": 2}),
+        ("llama-mha", "heads=2", {"num_attention_heads": 2, "num_key_value_heads": 2}),
+        ("qwen2", "mlp=0.3,heads=2", {"num_attention_heads": 2, "intermediate_size": 34}),
+    ],
+)
+def test_heads_go_from_every_group(dense, windows, tmp_path, name, structure, heads):
+    config = PruneConfig(structure=structure, strategy="iterative")
+    result = prune(dense(name), [windows(0, 4), windows(1, 4)], config, out=tmp_path / "run")
+    before = AutoModelForCausalLM.from_pretrained(dense(name)).config
+    loaded, report = AutoModelForCausalLM.from_pretrained(result.model_dir, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    entries, after = before.to_dict(), loaded.config.to_dict()
+    after.pop("_name_or_path", None)
+    assert {key: value for key, value in after.items() if value != entries.get(key)} == {
+        **heads,
+        **({} if getattr(before, "head_dim", None) == 8 else {"head_dim": 8}),
+    }
+    assert result.record.reduction.of_blocks > 0.05
+    assert torch.isfinite(losses(result.model_dir, windows(5, 1)[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "structure", "error", "words"),
+    [
+        (
+            "llama",
+            "heads=1",
+            ConfigError,
+            "leave 3 of 4: expected at least 2, the same number from each of 2",
+        ),
+        ("llama", "heads=4", ConfigError, "leave 0 of 4"),
+        ("llama", "heads=0.01", ConfigError, "remove none of 4"),
+        ("opt", "heads=2", ModelError, "2 instead of 4 query heads: their number follows from another size"),
+        # transformers wants the number of heads to divide the hidden size.
+        ("gemma3", "heads=1", ModelError, "3 instead of 4 query heads.*or must divide it"),
+        ("gpt2", "heads=1", ModelError, "has 0 Linears whose input is computed head by head"),
+    ],
+)
+def test_heads_that_cannot_go_are_refused(tiny, windows, tmp_path, name, structure, error, words):
+    with pytest.raises(error, match=words):
+        prune(tiny(name), [windows(0)], PruneConfig(structure=structure), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -174,13 +249,15 @@ def test_biases_of_removed_channels_go_too(dense, windows, tmp_path):
 
 
 def test_a_width_that_follows_from_another_size_is_refused(tiny, windows, tmp_path):
-    with pytest.raises(ModelError, match=r"no entry of .*config.json.*BloomForCausalLM 88 channels"):
+    with pytest.raises(
+        ModelError, match=r"no entry of .*config.json.*BloomForCausalLM 88 instead of 128 MLP channels"
+    ):
         prune(tiny("bloom"), [windows(0)], PruneConfig(structure="mlp=0.3"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_too_little_to_remove_is_refused_before_anything_is_computed(tiny, windows, tmp_path):
-    with pytest.raises(ConfigError, match=r"would keep all 48 channels.*next smaller width is 46"):
+    with pytest.raises(ConfigError, match=r"none of 48 after rounding.*at least mlp=2"):
         prune(tiny("llama"), [windows(0)], PruneConfig(structure="mlp=0.001"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -192,7 +269,7 @@ def test_an_entry_that_is_absent_from_the_file_is_added(tiny, windows, tmp_path)
     content.pop("n_inner")
     (source / "config.json").write_text(json.dumps(content))
     save_file(weights_of(tiny("gpt2")), source / "model.safetensors", {"format": "pt"})
-    changed = fitting_config(BlockwiseModel(source), 64)
+    changed = fitting_config(BlockwiseModel(source), {"mlp": 64})
     assert changed == {**content, "n_inner": 64}
 
 
@@ -200,8 +277,8 @@ def test_attention_is_no_mlp(tiny):
     # With as many key heads as query heads, value and output projection match channel by channel, but mix
     # tokens; their width follows from the heads.
     model = BlockwiseModel(tiny("opt"))
-    readers = [linear.path for linear in model.linears[0].values() if linear.producers]
-    assert readers == ["fc2"]
+    parts = {one.path: one.channels.part for one in model.linears[0].values() if one.channels}
+    assert parts == {"self_attn.out_proj": "heads", "fc2": "mlp"}
 
 
 class Gate(torch.nn.Module):
@@ -231,7 +308,7 @@ def test_channels_that_something_else_reads_stay(leak):
 
     module = Gate(leak)
     linears = find_linears(module, "block.0")
-    found = find_producers(linears, module, torch.randn(1, 3, 4))
+    found = find_channels(linears, module, torch.randn(1, 3, 4))
     assert list(found) == ([] if leak else ["block.0.second.weight"])
 
 
@@ -263,6 +340,12 @@ def test_a_killed_run_continues_with_the_same_bits(tiny, windows, tmp_path, monk
         ({"structure": "mpl=0.2"}, "did you mean 'mlp'"),
         ({"structure": "mlp"}, "mlp=F"),
         ({"structure": "mlp=1"}, r"\[0, 1\)"),
+        ({"structure": "mlp=2"}, r"\[0, 1\)"),
+        ({"structure": "heads=1.5"}, "whole number"),
+        ({"structure": "heads=-1"}, "whole number"),
+        ({"structure": "heads=1,heads=2"}, "heads=N or both"),
+        ({"structure": ""}, "unknown part"),
+        ({"structure": "heads=1", "share": "channels"}, "leave share out"),
         ({"structure": "mlp=-0.1"}, r"\[0, 1\)"),
         ({"structure": "mlp=nan"}, "mlp=F"),
         ({"structure": "mlp=0.2", "sparsity": 0.5}, "sparsity applies to single weights"),

@@ -54,13 +54,15 @@ def test_no_two_kinds_share_a_number_on_the_wire():
         "weights": 4,
         "outliers": 5,
         "channels": 7,
+        "heads": 8,
+        "parts": 9,
     }
 
 
 @pytest.mark.parametrize("share", DECISIONS)
 @pytest.mark.parametrize("allocation", ["uniform", "owl"])
 def test_a_participant_is_asked_for_the_kinds_that_a_run_uses(share, allocation):
-    if share == "channels":
+    if share in ("channels", "heads", "parts"):
         pytest.skip("needs a structure, which OWL cannot allocate: tests/contracts/test_structure.py")
     config = PruneConfig(share=share, allocation=allocation)
     used = {pruning_method(config).sharing.kind}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedprllm.core.groups import Grouping
 from fedprllm.core.solvers import channels
-from fedprllm.core.solvers.channels import kept_channels, next_width, remove_channels
+from fedprllm.core.solvers.channels import kept_channels, next_width, remove_channels, remove_units
 from fedprllm.core.solvers.scaled import Problem
 from tests.oracles.test_sparsegpt_oracle import problem
 
@@ -53,6 +53,44 @@ def test_agrees_with_a_slow_search(monkeypatch, at_once, n_removed):
     gram = inputs.T @ inputs
     found = remove_channels(scaled(weight, gram), n_removed)
     left, columns = slow_removal(weight, gram, n_removed, at_once)
+    assert (~found.removed).nonzero().flatten().tolist() == left
+    torch.testing.assert_close(found.weight, columns, rtol=1e-6, atol=1e-8)
+
+
+def slow_units(weight, gram, units, groups, n_removed):
+    """Greedy removal of whole units, one of each group at a time, each trial refitted from the start."""
+    hessian = gram + DAMPING * gram.diagonal().diag()
+    left = list(range(len(gram)))
+
+    def loss(channels):
+        error = weight.clone()
+        error[:, channels] -= best(weight, hessian, channels)
+        return float((error @ hessian * error).sum())
+
+    n_groups = max(groups) + 1
+    for _ in range(n_removed // n_groups):
+        gone = []
+        for group in range(n_groups):
+            trials = {
+                unit: loss([channel for channel in left if units[channel] != unit])
+                for unit in {units[channel] for channel in left}
+                if groups[unit] == group
+            }
+            gone.append(min(trials, key=lambda unit: trials[unit]))
+        left = [channel for channel in left if units[channel] not in gone]
+    return left, best(weight, hessian, left)
+
+
+@pytest.mark.parametrize(
+    ("groups", "n_removed"),
+    [([0] * 8, 1), ([0] * 8, 7), ([0, 0, 0, 0, 1, 1, 1, 1], 4), ([0, 1] * 4, 6)],
+)
+def test_whole_units_agree_with_trying_every_one(groups, n_removed):
+    weight, inputs = problem(12, 40, 300)
+    gram = inputs.T @ inputs
+    units = torch.arange(40) // 5
+    found = remove_units(scaled(weight, gram), units, torch.tensor(groups), n_removed)
+    left, columns = slow_units(weight, gram, units.tolist(), groups, n_removed)
     assert (~found.removed).nonzero().flatten().tolist() == left
     torch.testing.assert_close(found.weight, columns, rtol=1e-6, atol=1e-8)
 

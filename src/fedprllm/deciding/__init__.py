@@ -13,7 +13,7 @@ another.
 | gram | sparsegpt | prune column by column, and correct the remaining weights |
 | gram | alps | as admm, until the mask stands still: slower, a little better |
 | weights | average | average the retained weights (FedSpaLLM) |
-| channels | narrow | remove channels of every MLP, and refit what reads the others |
+| channels, heads, parts | narrow | remove channels or heads of every block, and refit what reads the others |
 
 A survey runs before pruning and determines how much to prune from each block; a decision names its survey.
 """
@@ -36,7 +36,7 @@ from fedprllm.deciding.trim import by_trimmed_score, count_trimmed
 from fedprllm.deciding.vote import by_votes
 from fedprllm.models.block import Block
 from fedprllm.sharing import Target, Totals
-from fedprllm.sharing.channel_inputs import channel_readers
+from fedprllm.sharing.channel_inputs import CHANNELS, HEADS, PARTS
 from fedprllm.sharing.interface import Linears, all_linears
 
 __all__ = ["DECISIONS", "BlockDecision", "Decision", "Survey", "decision_of", "own_decision"]
@@ -119,7 +119,10 @@ DECISIONS: dict[str, tuple[Decision, ...]] = {
         Decision("alps", by_alps, _layer, survey=_SUMS),
     ),
     "weights": (Decision("average", by_average, _server),),
-    "channels": (Decision("narrow", by_channels, _layer, changes=channel_readers),),
+    **{
+        row.kind: (Decision("narrow", by_channels, _layer, changes=row.observes),)
+        for row in (CHANNELS, HEADS, PARTS)
+    },
 }
 
 

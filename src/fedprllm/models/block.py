@@ -15,6 +15,7 @@ from fedprllm.core.zeros import copy_pruned
 __all__ = [
     "UNCHANGED",
     "Block",
+    "Channels",
     "GivenWeights",
     "Hidden",
     "Linear",
@@ -29,7 +30,7 @@ Hidden = Float[Tensor, "1 tokens hidden"]
 
 @dataclass(frozen=True, eq=False)
 class Producer:
-    """A Linear whose outputs another one reads channel by channel, and nothing else reads.
+    """A Linear whose outputs serve only to compute the input channels of another one.
 
     Attributes:
         name: Name of its weight.
@@ -43,6 +44,40 @@ class Producer:
     def bias(self) -> str:
         """Name that its bias has, if it has one."""
         return f"{self.name.removesuffix('weight')}bias"
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Input channels of a Linear that can be removed, together with all that computes them.
+
+    Attributes:
+        part: What they are: ``mlp`` or ``heads``.
+        producers: The Linears that compute them.
+        units: For each channel, the number of its unit; the channels of a unit (a head) go together,
+            int64 [in].
+        groups: For each unit, the number of its group; every group loses equally many units,
+            int64 [units].
+    """
+
+    part: str
+    producers: tuple[Producer, ...]
+    units: Tensor
+    groups: Tensor
+
+    @property
+    def n_units(self) -> int:
+        """Number of units."""
+        return len(self.groups)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return int(self.groups.max()) + 1
+
+    def renamed(self, names: Mapping[str, str]) -> Channels:
+        """The same channels with other names of the producers."""
+        producers = tuple(Producer(names[each.name], each.channels) for each in self.producers)
+        return Channels(self.part, producers, self.units, self.groups)
 
 
 @dataclass(frozen=True)
@@ -59,8 +94,7 @@ class Linear:
             and value, the Linear itself if no Linear before it reads its input.
         module: The module that holds the weight.
         norm: The module whose output it reads, if that may be a normalization (`fedprllm.models.norms`).
-        producers: The Linears that compute its input channels, each channel by itself and for this Linear
-            alone (`fedprllm.models.producers`); empty if its input is computed in another way.
+        channels: How its input channels can be removed (`fedprllm.models.channels`); None if they cannot.
     """
 
     name: str
@@ -71,7 +105,7 @@ class Linear:
     source: str
     module: nn.Module = field(repr=False, compare=False)
     norm: nn.Module | None = field(default=None, repr=False, compare=False)
-    producers: tuple[Producer, ...] = field(default=(), repr=False, compare=False)
+    channels: Channels | None = field(default=None, repr=False, compare=False)
 
     @property
     def n_weights(self) -> int:
@@ -229,7 +263,8 @@ class NarrowedWeights(Weights):
         for name, gone in self.removed.items():
             linear = linears[name]
             self._kept[name] = (0 if linear.transposed else 1, _indices(~gone))
-            for producer in linear.producers:
+            assert linear.channels is not None, f"'{name}' cannot lose channels"
+            for producer in linear.channels.producers:
                 rows = _indices(~gone[producer.channels.to(gone.device)])
                 self._kept[producer.name] = (1 if linears[producer.name].transposed else 0, rows)
                 self._kept[producer.bias] = (0, rows)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedprllm.errors import ModelError
-from fedprllm.models.block import Block, Hidden, Linear, Producer
+from fedprllm.models.block import Block, Channels, Hidden, Linear
+from fedprllm.models.channels import find_channels
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.find import find_blocks, find_linears
 from fedprllm.models.guards import (
@@ -48,7 +49,6 @@ from fedprllm.models.probe import (
     replaced_forwards,
     text_dependent,
 )
-from fedprllm.models.producers import find_producers
 from fedprllm.models.source import build_skeleton
 
 __all__ = ["DTYPES", "BlockwiseModel"]
@@ -63,12 +63,12 @@ class _Traced:
     Attributes:
         first: The first Linear that reads the same input.
         norms: Path of the normalization before a Linear.
-        producers: The Linears that compute a Linear's input channels (`Producer`).
+        channels: How a Linear's input channels can be removed.
     """
 
     first: dict[str, str]
     norms: dict[str, str]
-    producers: dict[str, list[tuple[str, Tensor]]]
+    channels: dict[str, Channels]
 
 
 class BlockwiseModel:
@@ -121,7 +121,7 @@ class BlockwiseModel:
         ]
         dtypes = self.checkpoint.dtypes(name for of_block in found for name in of_block)
         refuse_dtypes(self.skeleton, self.folder, dtypes)
-        sources, norms, producers = self._trace_inputs(found)
+        sources, norms, channels = self._trace_inputs(found)
         return [
             {
                 name: replace(
@@ -129,7 +129,7 @@ class BlockwiseModel:
                     dtype=dtypes[name],
                     source=sources[name],
                     norm=norms.get(name),
-                    producers=producers.get(name, ()),
+                    channels=channels.get(name),
                 )
                 for name, linear in of_block.items()
             }
@@ -138,8 +138,8 @@ class BlockwiseModel:
 
     def _trace_inputs(
         self, found: list[dict[str, Linear]]
-    ) -> tuple[dict[str, str], dict[str, nn.Module], dict[str, tuple[Producer, ...]]]:
-        """Map every Linear to the first of its block with the same input, to its norm and its producers.
+    ) -> tuple[dict[str, str], dict[str, nn.Module], dict[str, Channels]]:
+        """Map every Linear to the first of its block with the same input, to its norm and its channels.
 
         One block of each distinct structure is run on two tokens with zeros for weights, because only the
         code of the block determines which Linears receive the same tensor. Nothing is read from the
@@ -148,7 +148,7 @@ class BlockwiseModel:
         by_structure: dict[tuple[Any, ...], _Traced] = {}
         sources: dict[str, str] = {}
         norms: dict[str, nn.Module] = {}
-        producers: dict[str, tuple[Producer, ...]] = {}
+        channels: dict[str, Channels] = {}
         with self._hollow(self.skeleton.base_model, outside_only=True):
             hidden = self._embed_one(torch.zeros(2, dtype=torch.int64))
         for index, linears in enumerate(found):
@@ -162,30 +162,36 @@ class BlockwiseModel:
             norms |= {
                 names[path]: self._blocks[index].get_submodule(norm) for path, norm in traced.norms.items()
             }
-            producers |= {
-                names[path]: tuple(Producer(names[of], channels) for of, channels in parts)
-                for path, parts in traced.producers.items()
-            }
+            channels |= {names[path]: each.renamed(names) for path, each in traced.channels.items()}
         self._contexts.clear()
-        return sources, norms, producers
+        return sources, norms, channels
 
     def _trace_block(self, index: int, linears: dict[str, Linear], hidden: Hidden) -> _Traced:
         """Find out how the Linears of a block are connected."""
         module = self._blocks[index]
         args, kwargs = self._contexts[hidden.shape[1]][index]
-        with self._hollow(module):
-            with watching_norms(module, linears) as norms:
-                first = inputs_shared(Block(index, linears, {}, self._call_block), hidden)
-            found = find_producers(linears, lambda states: module(states, *args, **kwargs), hidden)
+        with self._hollow(module), watching_norms(module, linears) as norms:
+            first = inputs_shared(Block(index, linears, {}, self._call_block), hidden)
+        # A weight of zero would silence what comes before a normalization.
+        with self._hollow(module, value=1.0):
+            found = find_channels(
+                linears, lambda states: module(states, *args, **kwargs), hidden, self._n_heads
+            )
         paths = {id(part): path for path, part in module.named_modules()}
         return _Traced(
             first,
             {linears[name].path: paths[id(norm)] for name, norm in norms.items()},
             {
-                linears[name].path: [(linears[part.name].path, part.channels) for part in parts]
-                for name, parts in found.items()
+                linears[name].path: each.renamed({other: linears[other].path for other in linears})
+                for name, each in found.items()
             },
         )
+
+    @property
+    def _n_heads(self) -> int:
+        """Number of query heads of each block; 0 if the configuration does not say."""
+        found = getattr(self.config.get_text_config(), "num_attention_heads", 0)
+        return found if isinstance(found, int) else 0
 
     # --- Properties of the model ---
 
@@ -264,12 +270,12 @@ class BlockwiseModel:
             yield
 
     @contextmanager
-    def _hollow(self, part: nn.Module, *, outside_only: bool = False) -> Iterator[None]:
-        """Let a part of the model compute with zero weights, which take no memory."""
+    def _hollow(self, part: nn.Module, *, outside_only: bool = False, value: float = 0.0) -> Iterator[None]:
+        """Let a part of the model compute with weights of one value, which take no memory."""
         used = {id(parameter) for parameter in part.parameters()}
         inside = tuple(f"{name}." for name in self.block_names)
         zeros = {
-            name: torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
+            name: torch.full((), value, dtype=parameter.dtype, device=self.device).expand(parameter.shape)
             for name, parameter in self.skeleton.named_parameters()
             if id(parameter) in used and not (outside_only and name.startswith(inside))
         }

@@ -14,63 +14,81 @@ from typing import Any
 
 from fedprllm.errors import ModelError
 from fedprllm.files import read_json, write_json
-from fedprllm.models.block import Linear
+from fedprllm.models.block import Channels, Linear
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.source import build_skeleton
 
-__all__ = ["fitting_config", "narrowed_shapes", "shared_width", "write_rest"]
+__all__ = ["fitting_config", "part_of", "write_rest"]
 
 Shapes = dict[str, tuple[int, ...]]
 _Path = tuple[str, ...]
+_EntryList = list[tuple[_Path, Any]]
+_Edit = dict[_Path, int]
+_UNITS = {"mlp": "MLP channels", "heads": "query heads"}
+_WORDS = {
+    "mlp": "channels are computed one by one from other Linears, as in an MLP",
+    "heads": "is computed head by head from separate Linears for query, key and value",
+}
 # Words in the names of entries that are tried first if they have no value of their own.
 _LIKELY = ("inner", "inter", "ffn", "mlp", "feed", "hidden", "dim", "size")
 
 
-def shared_width(model: BlockwiseModel) -> int:
-    """The number of channels that each block's second MLP Linear reads: the same in every block.
+def part_of(model: BlockwiseModel, part: str) -> Channels:
+    """The channels or heads that every block has, the same number in each.
+
+    Args:
+        model: The dense model.
+        part: A name in `Channels.part`.
 
     Raises:
-        ModelError: A block has no such Linear or several, or their widths differ.
+        ModelError: A block has none or several such parts, or their sizes differ.
     """
-    widths = set()
+    found: list[Channels] = []
     for name, linears in zip(model.block_names, model.linears, strict=True):
-        readers = [linear for linear in linears.values() if linear.producers]
+        readers = _readers(linears, part)
         if len(readers) != 1:
             raise ModelError(
                 f"'{name}' of {type(model.skeleton).__name__} has {len(readers)} Linears whose input "
-                "channels are computed one by one from other Linears: expected one, the second of its MLP. "
-                "The MLP cannot be made narrower; use another model, or prune single weights"
+                f"{_WORDS[part]}: expected one, to remove {_UNITS[part]}; use another model, or prune single "
+                "weights"
             )
-        widths.add(readers[0].shape[1])
-    if len(widths) > 1:
+        found += [channels for _, channels in readers]
+    sizes = {(each.n_units, len(each.units), each.n_groups) for each in found}
+    if len(sizes) > 1:
+        counts = ", ".join(str(size[0]) for size in sorted(sizes))
         raise ModelError(
-            f"the MLPs of {type(model.skeleton).__name__} have {len(widths)} different widths, "
-            f"{', '.join(map(str, sorted(widths)))}: expected one; use another model, or prune single weights"
+            f"the blocks of {type(model.skeleton).__name__} have different numbers of {_UNITS[part]}, "
+            f"{counts}: expected one; use another model, or prune single weights"
         )
-    return widths.pop()
+    return found[0]
 
 
-def narrowed_shapes(model: BlockwiseModel, width: int) -> Shapes:
-    """Shapes of all tensors of the model once every MLP has ``width`` channels."""
-    shapes = _shapes(model.skeleton)
+def _readers(linears: Mapping[str, Linear], part: str) -> list[tuple[Linear, Channels]]:
+    return [
+        (linear, linear.channels)
+        for linear in linears.values()
+        if linear.channels is not None and linear.channels.part == part
+    ]
+
+
+def _narrowed(model: BlockwiseModel, shapes: Shapes, part: str, n_units: int) -> Shapes:
+    """Shapes of all tensors of the model once every block has ``n_units`` of a part."""
+    shapes = dict(shapes)
     for linears in model.linears:
-        for linear in linears.values():
-            for name, axis, rows in _narrowed(linear, linears):
+        for linear, channels in _readers(linears, part):
+            tensors = [(linear.name, 0 if linear.transposed else 1)]
+            for producer in channels.producers:
+                tensors += [
+                    (producer.name, 1 if linears[producer.name].transposed else 0),
+                    (producer.bias, 0),
+                ]
+            for name, axis in tensors:
                 if name in shapes:
-                    shape = shapes[name]
-                    shapes[name] = (*shape[:axis], rows * width, *shape[axis + 1 :])
+                    shape = list(shapes[name])
+                    shape[axis] = shape[axis] // channels.n_units * n_units
+                    shapes[name] = tuple(shape)
     return shapes
-
-
-def _narrowed(linear: Linear, linears: Mapping[str, Linear]) -> Iterator[tuple[str, int, int]]:
-    """Tensors that become narrower with a Linear's input, the axis, and the number of entries a channel."""
-    if linear.producers:
-        yield linear.name, 0 if linear.transposed else 1, 1
-    for producer in linear.producers:
-        rows = len(producer.channels) // linear.shape[1]
-        yield producer.name, 1 if linears[producer.name].transposed else 0, rows
-        yield producer.bias, 0, rows
 
 
 def write_rest(writer: CheckpointWriter, model: BlockwiseModel) -> None:
@@ -83,42 +101,60 @@ def write_rest(writer: CheckpointWriter, model: BlockwiseModel) -> None:
     Raises:
         ModelError: No configuration fits.
     """
-    width = _written_width(writer, model)
-    changed = {} if width is None else {"config.json": fitting_config(model, width)}
+    kept = _written(writer, model)
+    changed = {"config.json": fitting_config(model, kept)} if kept else {}
     writer.finish(model.names_outside_blocks(), changed)
 
 
-def _written_width(writer: CheckpointWriter, model: BlockwiseModel) -> int | None:
-    """The number of channels that the MLPs have in the shards; None if they have all of them."""
-    found = writer.shapes()
-    readers = [linear for linears in model.linears for linear in linears.values() if linear.producers]
-    written = [
-        (linear.shape[1], found[model.checkpoint.stored_name(linear.name)][0 if linear.transposed else 1])
-        for linear in readers
-    ]
-    return next((narrow for dense, narrow in written if narrow != dense), None)
+def _written(writer: CheckpointWriter, model: BlockwiseModel) -> dict[str, int]:
+    """How many units of each part are in the shards; parts of which none is missing are left out."""
+    found, kept = writer.shapes(), {}
+    for linears in model.linears:
+        for part in _WORDS:
+            for linear, channels in _readers(linears, part):
+                axis = 0 if linear.transposed else 1
+                n_units = (
+                    found[model.checkpoint.stored_name(linear.name)][axis]
+                    * channels.n_units
+                    // linear.shape[1]
+                )
+                if n_units < channels.n_units:
+                    kept[part] = n_units
+    return kept
 
 
-def fitting_config(model: BlockwiseModel, width: int) -> dict[str, Any]:
-    """The content of ``config.json`` with the one changed entry that makes every MLP narrower.
+def fitting_config(model: BlockwiseModel, kept: Mapping[str, int]) -> dict[str, Any]:
+    """The content of ``config.json``, changed in as few entries as give the model the smaller shapes.
 
     Args:
         model: The dense model.
-        width: Number of channels that the MLPs of the smaller model have.
+        kept: Number of units that every block keeps, by part.
 
     Raises:
-        ModelError: There is no such entry.
+        ModelError: There are no such entries.
     """
-    dense, shapes = shared_width(model), narrowed_shapes(model, width)
-    content = read_json(model.folder / "config.json")
-    for path in _candidates(model.config.to_dict(), dense):
-        changed = _with_entry(content, path, width)
+    content: dict[str, Any] = read_json(model.folder / "config.json")
+    shapes = _shapes(model.skeleton)
+    for part, n_units in kept.items():
+        shapes = _narrowed(model, shapes, part, n_units)
+        content = _fitted(model, content, part, n_units, shapes)
+    return content
+
+
+def _fitted(
+    model: BlockwiseModel, content: dict[str, Any], part: str, n_units: int, shapes: Shapes
+) -> dict[str, Any]:
+    channels = part_of(model, part)
+    for edit in _EDITS[part](list(_entries(model.config.to_dict())), channels, n_units):
+        changed = content
+        for path, value in edit.items():
+            changed = _with_entry(changed, path, value)
         if _builds(model, changed) == shapes:
             return changed
     raise ModelError(
-        f"no entry of {model.folder / 'config.json'} makes the MLPs of {type(model.skeleton).__name__} "
-        f"{width} channels wide instead of {dense}: expected one such as intermediate_size, but the width "
-        "follows from another size. Use another model, or prune single weights"
+        f"no entry of {model.folder / 'config.json'} gives each block of {type(model.skeleton).__name__} "
+        f"{n_units} instead of {channels.n_units} {_UNITS[part]}: their number follows from another size, or "
+        "must divide it. Remove another number, use another model, or prune single weights"
     )
 
 
@@ -126,12 +162,27 @@ def _shapes(skeleton: Any) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
 
 
-def _candidates(config: Mapping[str, Any], width: int) -> list[_Path]:
-    """Entries that may hold a width: those with this value, then those without a value."""
-    entries = list(_entries(config))
+def _width_edits(entries: _EntryList, channels: Channels, n_units: int) -> Iterator[_Edit]:
+    """Changes of one entry that may hold the width: those with its value, then those without a value."""
     unset = [path for path, value in entries if value is None]
     likely = sorted(unset, key=lambda path: not any(word in path[-1] for word in _LIKELY))
-    return [path for path, value in entries if type(value) is int and value == width] + likely
+    for path in [path for path, value in entries if _is(value, channels.n_units)] + likely:
+        yield {path: n_units}
+
+
+def _head_edits(entries: _EntryList, channels: Channels, n_units: int) -> Iterator[_Edit]:
+    """Changes of entries that count heads, one or all of them; the size of a head becomes explicit."""
+    size = len(channels.units) // channels.n_units
+    paths = [path for path, value in entries if _is(value, channels.n_units) and "head" in path[-1]]
+    for chosen in [*([path] for path in paths), paths]:
+        yield {(*path[:-1], "head_dim"): size for path in chosen} | dict.fromkeys(chosen, n_units)
+
+
+def _is(value: Any, number: int) -> bool:
+    return type(value) is int and value == number
+
+
+_EDITS = {"mlp": _width_edits, "heads": _head_edits}
 
 
 def _entries(config: Mapping[str, Any], prefix: _Path = ()) -> Iterator[tuple[_Path, Any]]:

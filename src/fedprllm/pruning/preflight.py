@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
-from fedprllm.core.solvers.channels import kept_channels, next_width
+from fedprllm.core.solvers.channels import next_width
 from fedprllm.deciding import decision_of
+from fedprllm.deciding.narrow import kept_units
 from fedprllm.errors import ConfigError
 from fedprllm.models.block import Linear
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.smaller import fitting_config, shared_width
+from fedprllm.models.smaller import fitting_config, part_of
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.sharing import SHARING, update_bytes
@@ -54,17 +55,27 @@ def check_structure(model: BlockwiseModel, config: PruneConfig) -> None:
         ModelError: It has no such parts, or no configuration describes the smaller model.
         ConfigError: Nothing would be removed.
     """
-    for name, fraction in config.structures.items():
-        width = shared_width(model)
-        kept = kept_channels(width, fraction)
-        if kept < width:
-            fitting_config(model, kept)
-        elif fraction:
+    kept = {}
+    for part, amount in config.structures.items():
+        channels = part_of(model, part)
+        n, groups = channels.n_units, channels.n_groups
+        left = kept_units(channels, amount)
+        if left == n and amount:
+            least = f"{part}={n - next_width(n) if part == 'mlp' else groups}"
             raise ConfigError(
-                f"structure {name}={float(fraction):g} would keep all {width} channels, because the "
-                f"width is rounded: remove more (the next smaller width is {next_width(width)}), or use "
-                "another model"
+                f"structure {part}={float(amount):g} would remove none of {n} after rounding: remove more, "
+                f"at least {least}, or use another model"
             )
+        if left < groups or (n - left) % groups:
+            each = f", the same number from each of {groups} groups of heads" if groups > 1 else ""
+            raise ConfigError(
+                f"structure {part}={float(amount):g} would leave {left} of {n}: expected at least {groups}"
+                f"{each}; remove another number"
+            )
+        if left < n:
+            kept[part] = left
+    if kept:
+        fitting_config(model, kept)
 
 
 def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:

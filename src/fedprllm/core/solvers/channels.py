@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fedprllm.core.solvers.scaled import Problem
 
-__all__ = ["FewerChannels", "kept_channels", "next_width", "remove_channels"]
+__all__ = ["FewerChannels", "kept_channels", "next_width", "remove_channels", "remove_units"]
 
 _AT_ONCE = 16  # channels removed before the others are ranked anew
 _MULTIPLE, _FEWEST_STEPS = 32, 16
@@ -77,39 +77,93 @@ def remove_channels(problem: Problem, n_removed: int) -> FewerChannels:
     Source: Hassibi & Stork, Second order derivatives for network pruning (NeurIPS 1992), for sets of columns;
     Kurtic et al., ZipLM (NeurIPS 2023).
     """
-    hessian = problem.hessian.to(torch.float64)
-    target = problem.weight.to(torch.float64)
-    kept = _ranked_out(target, hessian, n_removed)
-    weight = target[:, kept] if not n_removed else _refitted(target @ hessian, hessian, kept)
-    dtype = problem.original.dtype
-    solution = (weight / problem.norms[kept]).to(dtype)
+    state = _State.of(problem)
+    for start in range(0, n_removed, _AT_ONCE):
+        costs = state.weight.square().sum(dim=0) / state.inverse.diagonal()
+        state.remove(costs.argsort(stable=True)[: min(_AT_ONCE, n_removed - start)])
+    return _refitted(problem, state.left)
+
+
+def remove_units(
+    problem: Problem, units: Int[Tensor, " in"], groups: Int[Tensor, " units"], n_removed: int
+) -> FewerChannels:
+    """Remove whole units of input channels (heads), from every group equally many.
+
+    Unit u with channels c costs ``tr(W_:c (H^-1_cc)^-1 W_:c^T)``. The cheapest unit of every group leaves,
+    and the rest is ranked anew, as in `remove_channels`.
+
+    Args:
+        problem: The scaled problem.
+        units: Unit of each channel.
+        groups: Group of each unit.
+        n_removed: Number of units to remove, a multiple of the number of groups.
+    """
+    units, group_of = units.to(problem.weight.device), groups.tolist()
+    n_groups = max(group_of) + 1
+    assert n_removed % n_groups == 0, f"{n_removed} units from {n_groups} groups"
+    state = _State.of(problem)
+    for _ in range(n_removed // n_groups):
+        left = units[state.left]
+        cheapest: dict[int, tuple[float, int]] = {}
+        for unit in sorted(set(left.tolist())):
+            cost = state.cost((left == unit).nonzero().flatten())
+            group = group_of[unit]
+            cheapest[group] = min(cheapest.get(group, (cost, unit)), (cost, unit))
+        gone = torch.tensor([unit for _, unit in cheapest.values()], device=left.device)
+        state.remove(torch.isin(left, gone).nonzero().flatten())
+    return _refitted(problem, state.left)
+
+
+@dataclass
+class _State:
+    """What is left of a problem; float64.
+
+    Attributes:
+        weight: Columns of the channels that are left, corrected for the loss of the others.
+        inverse: Inverse of the part of the Gram matrix that is left.
+        left: Indices of the channels, in order.
+    """
+
+    weight: Float[Tensor, "out left"]
+    inverse: Float[Tensor, "left left"]
+    left: Int[Tensor, " left"]
+
+    @classmethod
+    def of(cls, problem: Problem) -> _State:
+        hessian = problem.hessian.to(torch.float64)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        left = torch.arange(len(hessian), device=hessian.device)
+        return cls(problem.weight.to(torch.float64), inverse, left)
+
+    def cost(self, places: Tensor) -> float:
+        """Loss of accuracy if the channels at these places go together."""
+        columns = self.weight[:, places]
+        solved = torch.linalg.solve(self.inverse[places][:, places], columns.T)
+        return float((columns.T * solved).sum())
+
+    def remove(self, places: Tensor) -> None:
+        """Remove the channels at these places, and let the others make up for them."""
+        stays = torch.ones(len(self.left), dtype=torch.bool, device=self.left.device)
+        stays[places] = False
+        stay = stays.nonzero().flatten()
+        step = torch.linalg.solve(self.inverse[places][:, places], self.inverse[places][:, stay])
+        self.weight = self.weight[:, stay] - self.weight[:, places] @ step
+        self.inverse = self.inverse[stay][:, stay] - self.inverse[stay][:, places] @ step
+        self.left = self.left[stay]
+
+
+def _refitted(problem: Problem, kept: Int[Tensor, " kept"]) -> FewerChannels:
+    """The best columns of the channels that are kept, given that the others are gone."""
     original = problem.original[:, kept]
-    # Nothing is known about channels that never spoke; without a loss there is nothing to make up for.
-    unchanged = problem.dead[kept] if n_removed else torch.ones_like(kept, dtype=torch.bool)
-    removed = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
+    removed = torch.ones(len(problem.hessian), dtype=torch.bool, device=original.device)
     removed[kept] = False
-    return FewerChannels(removed, torch.where(unchanged, original, solution), int(problem.dead.sum()))
-
-
-def _ranked_out(weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], n_removed: int) -> Tensor:
-    """Indices, in order, of the channels that remain after the cheapest have been removed set by set."""
-    left = torch.arange(len(hessian), device=hessian.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    while n_removed:
-        n = min(_AT_ONCE, n_removed)
-        costs = weight.square().sum(dim=0) / inverse.diagonal()
-        order = costs.argsort(stable=True)
-        out, stay = order[:n], order[n:].sort().values
-        step = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stay])
-        weight = weight[:, stay] - weight[:, out] @ step
-        inverse = inverse[stay][:, stay] - inverse[stay][:, out] @ step
-        left, n_removed = left[stay], n_removed - n
-    return left
-
-
-def _refitted(
-    target: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], kept: Tensor
-) -> Float[Tensor, "out kept"]:
-    """The best columns, given that the others are gone."""
+    n_dead = int(problem.dead.sum())
+    if len(kept) == len(removed):
+        return FewerChannels(removed, original, n_dead)
+    hessian = problem.hessian.to(torch.float64)
+    target = (problem.weight.to(torch.float64) @ hessian)[:, kept]
     factor = torch.linalg.cholesky(hessian[kept][:, kept])
-    return torch.cholesky_solve(target[:, kept].T, factor).T
+    weight = torch.cholesky_solve(target.T, factor).T / problem.norms[kept]
+    # Nothing is known about channels that are zero on every token.
+    weight = torch.where(problem.dead[kept], original, weight.to(original.dtype))
+    return FewerChannels(removed, weight, n_dead)

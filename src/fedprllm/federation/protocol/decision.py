@@ -118,7 +118,7 @@ def _removed(received: Mapping[str, Tensor], block: Block) -> dict[str, Tensor]:
     found = {
         name: received.get(mask_name(linear.path))
         for name, linear in block.linears.items()
-        if linear.producers
+        if linear.channels
     }
     return {name: gone for name, gone in found.items() if gone is not None and gone.dtype == torch.bool}
 

@@ -1,8 +1,9 @@
 """Find the Linears of a block that lose channels together, whatever the architecture calls them.
 
 The input of an MLP's second Linear is computed channel by channel from the outputs of the first (and of its
-gate). Without such an input channel, the matching outputs serve nothing. This is found by running a block
-with random outputs of its Linears and following the graph that autograd records.
+gate), that of the output projection of attention head by head. Without such a channel or head, the matching
+outputs serve nothing. This is found by running a block with random outputs of its Linears and following the
+graph that autograd records.
 """
 
 from __future__ import annotations
@@ -14,26 +15,28 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedprllm.models.block import Linear, Producer
+from fedprllm.models.block import Channels, Linear, Producer
 from fedprllm.models.probe import Returned, replaced_forwards
 
-__all__ = ["find_producers"]
+__all__ = ["find_channels"]
 
 _TOLERANCE = 0.1  # of bfloat16 gradients; what is told apart is 1 and 2
 
 
-def find_producers(
-    linears: Mapping[str, Linear], forward: Callable[[Tensor], Any], hidden: Tensor
-) -> dict[str, tuple[Producer, ...]]:
-    """Find, for each Linear, those that compute its input channels one by one and for nothing else.
+def find_channels(
+    linears: Mapping[str, Linear], forward: Callable[[Tensor], Any], hidden: Tensor, n_heads: int = 0
+) -> dict[str, Channels]:
+    """Find the Linears whose input channels can be removed together with all that computes them.
 
     Args:
         linears: The Linears of a block.
         forward: The forward pass of the block; its weights do not matter, because Linears are replaced.
         hidden: Hidden states of at least two tokens.
+        n_heads: Number of query heads; 0 if unknown.
 
     Returns:
-        Producers by the name of the Linear that reads them; Linears without any are left out.
+        Channels by the name of the Linear that reads them; Linears whose input channels cannot be removed are
+        left out.
     """
     run = _Run(hidden)
     functions = {linear.module: run.stand_in(name, linear.module) for name, linear in linears.items()}
@@ -42,16 +45,15 @@ def find_producers(
             output = Returned.hidden(forward(run.hidden.clone()))
     except Exception:  # noqa: BLE001  a block that cannot be run in this way just loses no channels
         return {}
-    found = {
-        name: producers
-        for name, inputs in run.inputs.items()
-        if (producers := _producers(inputs, run, linears[name].shape[1]))
-    }
-    return {
-        name: producers
-        for name, producers in found.items()
-        if not any(run.is_read(producer.name, output, besides=name) for producer in producers)
-    }
+    found = {}
+    for name, inputs in run.inputs.items():
+        width = linears[name].shape[1]
+        channels = _of_mlp(inputs, run, width) or _of_heads(inputs, run, width, n_heads)
+        if channels is not None and not any(
+            run.is_read(producer.name, output, besides=name) for producer in channels.producers
+        ):
+            found[name] = channels
+    return found
 
 
 class _Run:
@@ -61,7 +63,7 @@ class _Run:
         self.hidden = hidden.detach().clone().requires_grad_()
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
-        self._random = torch.Generator().manual_seed(0)
+        self.random = torch.Generator().manual_seed(0)
 
     def stand_in(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
         """The forward pass of a Linear: remembers its input, and does not use it."""
@@ -70,7 +72,7 @@ class _Run:
 
         def forward(inputs: Tensor, *_: Any, **__: Any) -> Tensor:
             # Positive numbers, because some activations have no slope elsewhere.
-            values = torch.rand((*inputs.shape[:-1], n_out), generator=self._random) + 0.5
+            values = torch.rand((*inputs.shape[:-1], n_out), generator=self.random) + 0.5
             self.inputs[name] = inputs
             self.outputs[name] = values.to(inputs).requires_grad_()
             return self.outputs[name].clone()
@@ -83,21 +85,72 @@ class _Run:
         return any(_slopes(each, [self.outputs[name]], torch.ones_like(each))[0].any() for each in readers)
 
 
-def _producers(inputs: Tensor, run: _Run, width: int) -> tuple[Producer, ...]:
-    """The Linears that the input consists of; empty if a channel of it is not computed by itself."""
+def _of_mlp(inputs: Tensor, run: _Run, width: int) -> Channels | None:
+    """Channels that are each computed by themselves, from one or several Linears; otherwise None."""
     leaves = [run.hidden, *run.outputs.values()]
     plain = _slopes(inputs, leaves, _last_token(inputs, torch.ones(width)))
     if plain[0].any():
-        return ()
+        return None
     producers = []
     for name, slopes, leaf in zip(run.outputs, plain[1:], leaves[1:], strict=True):
         if not slopes.any():
             continue
         channels = _channels(inputs, leaf, slopes, width)
         if channels is None:
-            return ()
+            return None
         producers.append(Producer(name, channels))
-    return tuple(producers)
+    one_group = torch.zeros(width, dtype=torch.int64)
+    return Channels("mlp", tuple(producers), torch.arange(width), one_group) if producers else None
+
+
+def _of_heads(inputs: Tensor, run: _Run, width: int, n_heads: int) -> Channels | None:
+    """Channels of query heads that lie one after another; None if the input is something else.
+
+    A query head reads its own rows of the query projection, and those of the key and value head that it
+    shares with its group. Where every query head has its own, these go with it.
+    """
+    if n_heads < 2 or width % n_heads:
+        return None
+    size = width // n_heads
+    units = torch.arange(width) // size
+    values = torch.rand(width, generator=run.random) + 0.5
+    leaves = [run.hidden, *run.outputs.values()]
+    read = [_slopes(inputs, leaves, _last_token(inputs, values * (units == head))) for head in range(n_heads)]
+    if any(of_head[0].any() for of_head in read):
+        return None
+    own: list[tuple[str, list[int]]] = []
+    shared: list[tuple[str, list[int]]] = []
+    for place, (name, leaf) in enumerate(run.outputs.items(), start=1):
+        rows = torch.stack([_rows(of_head[place]) for of_head in read])
+        if rows.any():
+            n = leaf.shape[-1] // size
+            heads = _one_head_each(rows, size) if leaf.shape[-1] == n * size else None
+            if heads is None or n > n_heads:
+                return None
+            (own if n == n_heads else shared).append((name, heads))
+    own = [(name, heads) for name, heads in own if heads == list(range(n_heads))]
+    groups = shared[0][1] if shared else [0] * n_heads
+    alike = all(heads == groups for _, heads in shared)
+    if not own or not alike or len({groups.count(group) for group in groups}) > 1:
+        return None
+    producers = tuple(Producer(name, torch.arange(width)) for name, _ in own)
+    return Channels("heads", producers, units, torch.tensor(groups))
+
+
+def _rows(slopes: Tensor) -> Tensor:
+    """Outputs that have a slope at any token."""
+    return slopes.reshape(-1, slopes.shape[-1]).any(dim=0).cpu()
+
+
+def _one_head_each(rows: Tensor, size: int) -> list[int] | None:
+    """For each query head, the only head among a Linear's outputs that it reads; None if it reads several.
+
+    Args:
+        rows: Which outputs each query head reads, bool [heads, out].
+        size: Number of outputs of a head.
+    """
+    heads = rows.reshape(len(rows), -1, size).any(dim=2)
+    return heads.int().argmax(dim=1).tolist() if (heads.sum(dim=1) == 1).all() else None
 
 
 def _channels(inputs: Tensor, leaf: Tensor, plain: Tensor, width: int) -> Tensor | None:
