@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
 
-from fedprllm import ConfigError, ModelError, PruneConfig, prune
+from fedprllm import ConfigError, ModelError, PruneConfig, UpdateError, prune
+from fedprllm.federation.protocol import update as wire
+from fedprllm.federation.protocol.decision import decided_weights
 from fedprllm.models.block import NarrowedWeights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.channels import find_channels
@@ -368,3 +370,52 @@ def test_a_structure_says_what_is_shared_and_survives_the_wire():
     assert (config.share, config.sparsity, config.kinds) == ("channels", 0.0, ("channels",))
     assert PruneConfig(**config.model_dump(mode="json")) == config
     assert PruneConfig(structure={"mlp": 0.25}) == config
+
+
+def test_blocks_of_different_widths_are_never_called_a_model(tiny, tmp_path):
+    model = BlockwiseModel(tiny("llama"))
+    writer = CheckpointWriter(tmp_path / "model", model.checkpoint, model.n_blocks)
+    for index in range(model.n_blocks):
+        with model.block(index) as block:
+            (reader,) = channel_readers(block.linears, ("mlp",)).values()
+            removed = torch.arange(48) < 4 * index
+            narrow = {reader.name: reader.view(block.tensors)[:, ~removed]}
+            weights = NarrowedWeights(block.linears, {reader.name: removed}, narrow)
+            writer.write(index, weights.remaining(block.tensors))
+    with pytest.raises(ModelError, match="have 40, 44, 48 MLP channels"):
+        write_rest(writer, model)
+    assert not (tmp_path / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil", ["short mask", "nothing left", "other count", "mask of another", "no weight"]
+)
+def test_a_decision_that_does_not_fit_is_refused(tiny, spoil):
+    with BlockwiseModel(tiny("llama")).block(0) as block:
+        (reader,) = channel_readers(block.linears, ("mlp",)).values()
+        removed = torch.arange(48) < 8
+        tensors = {
+            "mlp.down_proj": reader.view(block.tensors)[:, ~removed].contiguous(),
+            "mlp.down_proj.mask": removed,
+        }
+        good = message(tensors)
+        weights = decided_weights(good, block, bytes(16), bytes(32))
+        assert torch.equal(weights[reader.name][:, 8:], tensors["mlp.down_proj"])
+        assert not weights[reader.name][:, :8].any()
+        if spoil == "short mask":
+            tensors["mlp.down_proj.mask"] = removed[1:]
+        elif spoil == "nothing left":
+            tensors["mlp.down_proj.mask"] = torch.ones(48, dtype=torch.bool)
+        elif spoil == "other count":
+            tensors["mlp.down_proj.mask"] = torch.arange(48) < 9
+        elif spoil == "no weight":
+            del tensors["mlp.down_proj"]
+        else:
+            tensors["mlp.up_proj.mask"] = torch.ones(48, dtype=torch.bool)
+        with pytest.raises(UpdateError):
+            decided_weights(message(tensors), block, bytes(16), bytes(32))
+
+
+def message(tensors):
+    """A coordinator's message about block 0."""
+    return wire.encode(wire.Update(bytes(16), "coordinator", 0, "weights", bytes(32), tensors, 0))

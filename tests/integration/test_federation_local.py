@@ -109,7 +109,8 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
 def test_the_same_bits_as_in_one_process(tmp_path, model, federation, strategy, options):
     options = {"strategy": strategy, **options}
     channel = federation(
-        allow=["mask", "statistics", "gram", "weights", "channels", "parts", "outliers"], seed=options.get("seed", 0)
+        allow=["mask", "statistics", "gram", "weights", "channels", "parts", "outliers"],
+        seed=options.get("seed", 0),
     )
     assert conduct(tmp_path, make_plan(model, prune=options), channel) == "complete", outcome(tmp_path)
     expected = in_process(tmp_path, model, federation.paths, **options)

@@ -107,19 +107,27 @@ def write_rest(writer: CheckpointWriter, model: BlockwiseModel) -> None:
 
 
 def _written(writer: CheckpointWriter, model: BlockwiseModel) -> dict[str, int]:
-    """How many units of each part are in the shards; parts of which none is missing are left out."""
+    """How many units of each part the shards have; parts of which none is missing are left out.
+
+    Raises:
+        ModelError: Blocks have different numbers, for which there is no configuration.
+    """
     found, kept = writer.shapes(), {}
-    for linears in model.linears:
-        for part in _WORDS:
+    for part in _WORDS:
+        counts = set()
+        for linears in model.linears:
             for linear, channels in _readers(linears, part):
-                axis = 0 if linear.transposed else 1
-                n_units = (
-                    found[model.checkpoint.stored_name(linear.name)][axis]
-                    * channels.n_units
-                    // linear.shape[1]
+                shape = found[model.checkpoint.stored_name(linear.name)]
+                width = shape[0 if linear.transposed else 1]
+                counts.add((width * channels.n_units // linear.shape[1], channels.n_units))
+        if any(n_units < n_dense for n_units, n_dense in counts):
+            if len(counts) > 1:
+                numbers = ", ".join(str(n_units) for n_units, _ in sorted(counts))
+                raise ModelError(
+                    f"the blocks of {writer.folder} have {numbers} {_UNITS[part]}: expected the same number "
+                    "in each. The decisions are not of one run; delete the folder and run again"
                 )
-                if n_units < channels.n_units:
-                    kept[part] = n_units
+            kept[part] = counts.pop()[0]
     return kept
 
 

@@ -80,8 +80,9 @@ def remove_channels(problem: Problem, n_removed: int) -> FewerChannels:
     state = _State.of(problem)
     for start in range(0, n_removed, _AT_ONCE):
         costs = state.weight.square().sum(dim=0) / state.inverse.diagonal()
-        state.remove(costs.argsort(stable=True)[: min(_AT_ONCE, n_removed - start)])
-    return _refitted(problem, state.left)
+        order = costs.masked_fill(state.removed, torch.inf).argsort(stable=True)
+        state.remove(order[: min(_AT_ONCE, n_removed - start)])
+    return _refitted(problem, state.removed)
 
 
 def remove_units(
@@ -103,62 +104,58 @@ def remove_units(
     assert n_removed % n_groups == 0, f"{n_removed} units from {n_groups} groups"
     state = _State.of(problem)
     for _ in range(n_removed // n_groups):
-        left = units[state.left]
         cheapest: dict[int, tuple[float, int]] = {}
-        for unit in sorted(set(left.tolist())):
-            cost = state.cost((left == unit).nonzero().flatten())
+        for unit in sorted(set(units[~state.removed].tolist())):
+            cost = state.cost((units == unit).nonzero().flatten())
             group = group_of[unit]
             cheapest[group] = min(cheapest.get(group, (cost, unit)), (cost, unit))
-        gone = torch.tensor([unit for _, unit in cheapest.values()], device=left.device)
-        state.remove(torch.isin(left, gone).nonzero().flatten())
-    return _refitted(problem, state.left)
+        gone = torch.tensor([unit for _, unit in cheapest.values()], device=units.device)
+        state.remove(torch.isin(units, gone).nonzero().flatten())
+    return _refitted(problem, state.removed)
 
 
 @dataclass
 class _State:
-    """What is left of a problem; float64.
+    """A problem from which channels have been removed; float64.
 
     Attributes:
-        weight: Columns of the channels that are left, corrected for the loss of the others.
-        inverse: Inverse of the part of the Gram matrix that is left.
-        left: Indices of the channels, in order.
+        weight: Columns, corrected for the loss of the removed ones.
+        inverse: Inverse of the Gram matrix of the channels that are left; zeros elsewhere, up to rounding.
+        removed: Which channels are gone.
     """
 
-    weight: Float[Tensor, "out left"]
-    inverse: Float[Tensor, "left left"]
-    left: Int[Tensor, " left"]
+    weight: Float[Tensor, "out in"]
+    inverse: Float[Tensor, "in in"]
+    removed: Bool[Tensor, " in"]
 
     @classmethod
     def of(cls, problem: Problem) -> _State:
         hessian = problem.hessian.to(torch.float64)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        left = torch.arange(len(hessian), device=hessian.device)
-        return cls(problem.weight.to(torch.float64), inverse, left)
+        # A copy, because it is changed in place.
+        weight = problem.weight.to(torch.float64, copy=True)
+        return cls(weight, inverse, torch.zeros_like(problem.dead))
 
-    def cost(self, places: Tensor) -> float:
-        """Loss of accuracy if the channels at these places go together."""
-        columns = self.weight[:, places]
-        solved = torch.linalg.solve(self.inverse[places][:, places], columns.T)
+    def cost(self, channels: Tensor) -> float:
+        """Loss of accuracy if the channels go together."""
+        columns = self.weight[:, channels]
+        solved = torch.linalg.solve(self.inverse[channels][:, channels], columns.T)
         return float((columns.T * solved).sum())
 
-    def remove(self, places: Tensor) -> None:
-        """Remove the channels at these places, and let the others make up for them."""
-        stays = torch.ones(len(self.left), dtype=torch.bool, device=self.left.device)
-        stays[places] = False
-        stay = stays.nonzero().flatten()
-        step = torch.linalg.solve(self.inverse[places][:, places], self.inverse[places][:, stay])
-        self.weight = self.weight[:, stay] - self.weight[:, places] @ step
-        self.inverse = self.inverse[stay][:, stay] - self.inverse[stay][:, places] @ step
-        self.left = self.left[stay]
+    def remove(self, channels: Tensor) -> None:
+        """Remove channels, and let the others make up for them."""
+        rows = self.inverse[channels]
+        step = torch.linalg.solve(rows[:, channels], rows)
+        self.weight.addmm_(self.weight[:, channels], step, alpha=-1)
+        self.inverse.addmm_(self.inverse[:, channels], step, alpha=-1)
+        self.removed[channels] = True
 
 
-def _refitted(problem: Problem, kept: Int[Tensor, " kept"]) -> FewerChannels:
+def _refitted(problem: Problem, removed: Bool[Tensor, " in"]) -> FewerChannels:
     """The best columns of the channels that are kept, given that the others are gone."""
-    original = problem.original[:, kept]
-    removed = torch.ones(len(problem.hessian), dtype=torch.bool, device=original.device)
-    removed[kept] = False
-    n_dead = int(problem.dead.sum())
-    if len(kept) == len(removed):
+    kept = (~removed).nonzero().flatten()
+    original, n_dead = problem.original[:, kept], int(problem.dead.sum())
+    if not removed.any():
         return FewerChannels(removed, original, n_dead)
     hessian = problem.hessian.to(torch.float64)
     target = (problem.weight.to(torch.float64) @ hessian)[:, kept]
