@@ -70,6 +70,7 @@ def _row(kind: str, code: int, parts: Parts, of: str) -> Sharing:
         zeros=partial(_zeros, parts),
         comparison=Comparison(partial(_figures, parts), GRAM.comparison.outstanding),
         observes=partial(channel_readers, parts=parts),
+        squares=None,  # of a dense model that the smaller one no longer is
     )
 
 

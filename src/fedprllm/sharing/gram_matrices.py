@@ -89,6 +89,10 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:
     )
 
 
+def _squares(totals: Totals, linears: Linears) -> Tensors:
+    return {name: totals.sums[name].diagonal() for name in distinct_inputs(linears)}
+
+
 GRAM = Sharing(
     kind="gram",
     noun="sums of products of the Linears' inputs",
@@ -100,4 +104,5 @@ GRAM = Sharing(
     zeros=_zeros,
     comparison=Comparison(_figures, outstanding_sums),
     observation=partial(GramStatistics.zeros, dtype=torch.float32),
+    squares=_squares,
 )

@@ -168,6 +168,8 @@ class Sharing:
         shares_decision: Whether an update follows from the participant's own prune masks.
         observation: Makes empty statistics of the inputs, which the participant then sums up.
         observes: Returns the Linears whose inputs are summed up.
+        squares: Returns the sum of squares of each channel, [in] by the name of the first Linear that reads
+            the input, if the totals contain it.
     """
 
     kind: str
@@ -182,6 +184,7 @@ class Sharing:
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros
     observes: Callable[[Linears], Linears] = all_linears
+    squares: Callable[[Totals, Linears], Tensors] | None = None
 
 
 def update_bytes(shapes: Shapes) -> int:
