@@ -65,6 +65,7 @@ STRUCTURES = {
     "channels": {"structure": "mlp=0.3"},
     "heads": {"structure": "heads=2"},
     "parts": {"structure": "mlp=0.3,heads=2"},
+    "influence": {"structure": "depth=1"},
 }
 
 

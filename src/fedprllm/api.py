@@ -46,6 +46,7 @@ from fedprllm.pruning.preflight import (
 )
 from fedprllm.pruning.records import RunRecord
 from fedprllm.pruning.reduction import reduction
+from fedprllm.pruning.result_writer import without_dropped
 from fedprllm.pruning.run_folder import Run, versions
 from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
@@ -265,19 +266,20 @@ def _run(
         for name, folder in models.items():
             pruned = BlockwiseModel(folder, config.dtype, config.device)
             evaluation[name] = perplexities(pruned, tests, progress)
+    blocks = without_dropped(run.records(), config)
     folders = {name: str(folder.relative_to(run.folder)) for name, folder in models.items()}
     record = RunRecord.model_validate(
         {
             **identity,
             "models": folders,
-            "n_prunable": sum(block.n_weights for block in run.records()),
+            "n_prunable": sum(block.n_weights for block in blocks),
             "reduction": reduction(model, next(iter(models.values()))),
             "coverage": model.coverage,
             "n_participants": len(walking),
             **_traffic(model, samples, config, identity["participants"]),
             "outlier_ratios": outlier_ratios(outliers),
             "evaluation": evaluation,
-            "blocks": run.records(),
+            "blocks": blocks,
             "files": run.model_files(folders),
             "notes": [*_files_left_out(model), *(note for member in members for note in member.notes)]
             or None,

@@ -34,6 +34,7 @@ ShareName = Literal[
     "channels",
     "heads",
     "parts",
+    "influence",
 ]
 # With share gram, names of rows of `fedprllm.deciding.DECISIONS`.
 SolverName = Literal[
@@ -42,8 +43,12 @@ SolverName = Literal[
     "alps",
 ]
 # What a structure removes, and what participants share for it.
-_STRUCTURES = {("mlp",): "channels", ("heads",): "heads", ("heads", "mlp"): "parts"}
-_PARTS = {"mlp": "MLPs with {} fewer channels", "heads": "attention with {} fewer query heads"}
+_STRUCTURES = {("mlp",): "channels", ("heads",): "heads", ("heads", "mlp"): "parts", ("depth",): "influence"}
+_PARTS = {
+    "mlp": "MLPs with {} fewer channels",
+    "heads": "attention with {} fewer query heads",
+    "depth": "{} fewer blocks",
+}
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -106,7 +111,7 @@ class PruneConfig(Settings):
         Field(
             description="remove whole parts, so that a smaller dense model remains: mlp=F removes the "
             "fraction F of the channels of every MLP, heads=N N query heads of every block; mlp=F,heads=N "
-            "both"
+            "both; depth=N drops N blocks"
         ),
     ] = None
     max_update_mb: Annotated[
@@ -228,13 +233,23 @@ class PruneConfig(Settings):
                 )
             return
         for name, amount in self.structures.items():
-            is_number = name == "heads" and amount >= 1 and amount.denominator == 1
+            is_number = name != "mlp" and amount >= 1 and amount.denominator == 1
             if not (0 <= amount < 1 or is_number):
-                also = " or a whole number" if name == "heads" else ""
+                also = " or a whole number" if name != "mlp" else ""
                 raise ConfigError(
                     f"structure {name} must remove a fraction in [0, 1){also}, found {float(amount):g}"
                 )
-        expected = _STRUCTURES[tuple(sorted(self.structures))]
+        expected = _STRUCTURES.get(tuple(sorted(self.structures)))
+        if expected is None:
+            raise ConfigError(
+                f"structure {self.structure}: blocks cannot be dropped together with another part: drop them "
+                "in one run, and make the result narrower in a second"
+            )
+        if "depth" in self.structures and self.strategy == "local-only":
+            raise ConfigError(
+                "structure depth needs one model of all participants, found strategy local-only: run every "
+                "participant by itself, or use one-shot"
+            )
         if self.share != expected:
             raise ConfigError(
                 f"structure {self.structure} is decided from {expected}, found share {self.share}: leave "
@@ -266,7 +281,9 @@ class PruneConfig(Settings):
             except (ValueError, ZeroDivisionError):
                 value = None
             if value is None or name in found:
-                raise ConfigError(f"structure must be mlp=F, heads=N or both, found '{self.structure}'")
+                raise ConfigError(
+                    f"structure must be mlp=F, heads=N, both, or depth=N, found '{self.structure}'"
+                )
             found[name] = value
         return found
 

@@ -57,6 +57,7 @@ def test_no_two_kinds_share_a_number_on_the_wire():
         "channels": 7,
         "heads": 8,
         "parts": 9,
+        "influence": 10,
     }
 
 

@@ -545,3 +545,14 @@ def test_a_smaller_model_is_called_smaller(run_once):
     assert "| structure removed | mlp=0.3,heads=2 |" in card
     assert "sparse kernels" not in card
     assert result["reduction"]["n_bytes"][1] < result["reduction"]["n_bytes"][0]
+
+
+def test_dropped_blocks_are_no_part_of_the_figures(run_once):
+    run = run_once(structure="depth=1")
+    page, result = report(run), result_of(run)
+    dropped = [record["block"] for record in result["blocks"] if record.get("dropped")]
+    assert len(dropped) == 1
+    assert "llama was made 33.3 % smaller" in page.text
+    weights = [linear["shape"] for record in result["blocks"] for linear in record["linears"].values()]
+    assert result["n_prunable"] == sum(map(math.prod, weights))
+    assert page.tables["Payload of one participant"][1][1] == "8 bytes"

@@ -14,6 +14,7 @@ another.
 | gram | alps | as admm, until the mask stands still: slower, a little better |
 | weights | average | average the retained weights (FedSpaLLM) |
 | channels, heads, parts | narrow | remove channels or heads of every block, and refit what reads the others |
+| influence | drop | drop the blocks that turn hidden states least |
 
 A survey runs before pruning and determines how much to prune from each block; a decision names its survey.
 """
@@ -29,6 +30,7 @@ from fedprllm.core.owl import Outliers
 from fedprllm.deciding.average import by_average
 from fedprllm.deciding.count import count_pooled, count_shared
 from fedprllm.deciding.decision import BlockDecision
+from fedprllm.deciding.influence import by_influence
 from fedprllm.deciding.narrow import by_channels
 from fedprllm.deciding.score import by_pooled_score, own_decision
 from fedprllm.deciding.solve import by_admm, by_alps, by_sparsegpt
@@ -36,6 +38,7 @@ from fedprllm.deciding.trim import by_trimmed_score, count_trimmed
 from fedprllm.deciding.vote import by_votes
 from fedprllm.models.block import Block
 from fedprllm.sharing import Target, Totals
+from fedprllm.sharing.block_influence import INFLUENCE
 from fedprllm.sharing.channel_inputs import CHANNELS, HEADS, PARTS
 from fedprllm.sharing.interface import Linears, all_linears
 
@@ -119,6 +122,7 @@ DECISIONS: dict[str, tuple[Decision, ...]] = {
         Decision("alps", by_alps, _layer, survey=_SUMS),
     ),
     "weights": (Decision("average", by_average, _server),),
+    "influence": (Decision("drop", by_influence, _layer, changes=INFLUENCE.observes),),
     **{
         row.kind: (Decision("narrow", by_channels, _layer, changes=row.observes),)
         for row in (CHANNELS, HEADS, PARTS)

@@ -19,11 +19,13 @@ class BlockDecision:
         weights: The pruned weights, in the orientation and precision of the checkpoint; they may be created
             only on access (`PrunedWeights`).
         notes: Deviations from the requested settings, one sentence each.
+        influence: Mean of ``1 - cos(input, output)`` over tokens, if blocks are to be dropped.
     """
 
     masks: dict[str, PruneMask]
     weights: Weights
     notes: list[str] = field(default_factory=list)
+    influence: float | None = None
 
     @classmethod
     def of_masks(cls, block: Block, masks: dict[str, PruneMask]) -> BlockDecision:

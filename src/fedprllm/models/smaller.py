@@ -19,7 +19,16 @@ from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.source import build_skeleton
 
-__all__ = ["fitting_config", "part_of", "write_rest"]
+__all__ = [
+    "Shapes",
+    "builds",
+    "entries_of",
+    "fitting_config",
+    "part_of",
+    "shapes_of",
+    "with_entry",
+    "write_rest",
+]
 
 Shapes = dict[str, tuple[int, ...]]
 _Path = tuple[str, ...]
@@ -142,7 +151,7 @@ def fitting_config(model: BlockwiseModel, kept: Mapping[str, int]) -> dict[str, 
         ModelError: There are no such entries.
     """
     content: dict[str, Any] = read_json(model.folder / "config.json")
-    shapes = _shapes(model.skeleton)
+    shapes = shapes_of(model.skeleton)
     for part, n_units in kept.items():
         shapes = _narrowed(model, shapes, part, n_units)
         content = _fitted(model, content, part, n_units, shapes)
@@ -153,11 +162,11 @@ def _fitted(
     model: BlockwiseModel, content: dict[str, Any], part: str, n_units: int, shapes: Shapes
 ) -> dict[str, Any]:
     channels = part_of(model, part)
-    for edit in _EDITS[part](list(_entries(model.config.to_dict())), channels, n_units):
+    for edit in _EDITS[part](list(entries_of(model.config.to_dict())), channels, n_units):
         changed = content
         for path, value in edit.items():
-            changed = _with_entry(changed, path, value)
-        if _builds(model, changed) == shapes:
+            changed = with_entry(changed, path, value)
+        if builds(model, changed) == shapes:
             return changed
     raise ModelError(
         f"no entry of {model.folder / 'config.json'} gives each block of {type(model.skeleton).__name__} "
@@ -166,7 +175,8 @@ def _fitted(
     )
 
 
-def _shapes(skeleton: Any) -> Shapes:
+def shapes_of(skeleton: Any) -> Shapes:
+    """Shapes of all tensors of a model."""
     return {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
 
 
@@ -193,25 +203,27 @@ def _is(value: Any, number: int) -> bool:
 _EDITS = {"mlp": _width_edits, "heads": _head_edits}
 
 
-def _entries(config: Mapping[str, Any], prefix: _Path = ()) -> Iterator[tuple[_Path, Any]]:
+def entries_of(config: Mapping[str, Any], prefix: _Path = ()) -> Iterator[tuple[_Path, Any]]:
+    """Every entry of a configuration with its path, those of nested parts too."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _entries(value, (*prefix, name))
+            yield from entries_of(value, (*prefix, name))
         else:
             yield (*prefix, name), value
 
 
-def _with_entry(content: Mapping[str, Any], path: _Path, value: int) -> dict[str, Any]:
+def with_entry(content: Mapping[str, Any], path: _Path, value: Any) -> dict[str, Any]:
+    """A configuration with another value of one entry."""
     first, *rest = path
-    inner = _with_entry(content.get(first) or {}, tuple(rest), value) if rest else value
+    inner = with_entry(content.get(first) or {}, tuple(rest), value) if rest else value
     return {**content, first: inner}
 
 
-def _builds(model: BlockwiseModel, content: Mapping[str, Any]) -> Shapes | None:
+def builds(model: BlockwiseModel, content: Mapping[str, Any]) -> Shapes | None:
     """Shapes of a model with this configuration; None if there is no such model."""
     with tempfile.TemporaryDirectory(prefix="fedprllm-") as folder:
         write_json(Path(folder) / "config.json", content, durable=False)
         try:
-            return _shapes(build_skeleton(Path(folder), model.dtype))
+            return shapes_of(build_skeleton(Path(folder), model.dtype))
         except ModelError:
             return None

@@ -17,12 +17,12 @@ from fedprllm.core.zeros import count_zeros
 from fedprllm.deciding import BlockDecision
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block, Linear
-from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.norms import input_norms
 from fedprllm.pruning.agreement import Agreement
 from fedprllm.pruning.clock import Clock
 from fedprllm.pruning.method import Method
 from fedprllm.pruning.records import BlockRecord, LinearRecord
+from fedprllm.pruning.result_writer import ResultWriter
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.stored_sums import save_sums
 from fedprllm.pruning.stored_votes import save_votes
@@ -109,6 +109,7 @@ class Aggregate(Generic[_Decided]):
             agreement=self.agreement(),
             notes=[*self.block.notes, *decision.notes],
             coverage=self.block.coverage,
+            influence=decision.influence,
             participants=list(self._n_tokens),
             **about,
         )
@@ -155,7 +156,7 @@ class Aggregate(Generic[_Decided]):
 
 def decide_and_write(
     aggregate: Aggregate[BlockDecision],
-    writer: CheckpointWriter | None,
+    writer: ResultWriter | None,
     announce: Callable[[BlockDecision], object] | None = None,
     clock: Clock | None = None,
 ) -> BlockDecision:

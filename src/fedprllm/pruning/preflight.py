@@ -8,10 +8,12 @@ from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.solvers.channels import next_width
 from fedprllm.deciding import decision_of
+from fedprllm.deciding.influence import n_dropped
 from fedprllm.deciding.narrow import kept_units
 from fedprllm.errors import ConfigError
 from fedprllm.models.block import Linear
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.shorter import shorter_config
 from fedprllm.models.smaller import fitting_config, part_of
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.strategies import STRATEGIES
@@ -57,6 +59,9 @@ def check_structure(model: BlockwiseModel, config: PruneConfig) -> None:
     """
     kept = {}
     for part, amount in config.structures.items():
+        if part == "depth":
+            _check_depth(model, n_dropped(model.n_blocks, amount))
+            continue
         channels = part_of(model, part)
         n, groups = channels.n_units, channels.n_groups
         left = kept_units(channels, amount)
@@ -76,6 +81,14 @@ def check_structure(model: BlockwiseModel, config: PruneConfig) -> None:
             kept[part] = left
     if kept:
         fitting_config(model, kept)
+
+
+def _check_depth(model: BlockwiseModel, n: int) -> None:
+    if not 0 < n < model.n_blocks:
+        raise ConfigError(
+            f"structure depth would drop {n} of {model.n_blocks} blocks: expected 1 to {model.n_blocks - 1}"
+        )
+    shorter_config(model, range(model.n_blocks - n))
 
 
 def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:

@@ -132,6 +132,8 @@ class BlockRecord(_Received):
         agreement: Share of equal mask entries, [participant, participant], by path of the Linear.
         notes: Descriptions of deviations from the requested settings.
         seconds: Time spent per phase, in seconds.
+        influence: Mean of ``1 - cos(input, output)`` over tokens, if blocks are to be dropped.
+        dropped: Whether the pruned model lacks this block; its Linears are then left out.
     """
 
     linears: dict[str, LinearRecord]
@@ -141,6 +143,8 @@ class BlockRecord(_Received):
     agreement: dict[str, list[list[float]]] = {}
     notes: list[str] = []
     seconds: dict[str, float] = {}
+    influence: float | None = None
+    dropped: bool | None = None
 
     @property
     def n_zeros(self) -> int:

@@ -11,11 +11,13 @@ A way of sharing is a handful of functions plus an entry in `SHARING`.
 | channels | ``X^T X`` of the input of each MLP's second Linear |
 | heads | ``X^T X`` of the input of each attention's output projection |
 | parts | both of these |
+| influence | how far the block turns hidden states, one number |
 | outliers | the number of outlying scores, before pruning starts |
 """
 
 from __future__ import annotations
 
+from fedprllm.sharing.block_influence import INFLUENCE
 from fedprllm.sharing.channel_inputs import CHANNELS, HEADS, PARTS
 from fedprllm.sharing.gram_matrices import GRAM
 from fedprllm.sharing.input_sums import STATISTICS
@@ -28,5 +30,5 @@ from fedprllm.sharing.target import Target
 __all__ = ["SHARING", "Seen", "Sharing", "Target", "Totals", "update_bytes"]
 
 SHARING: dict[str, Sharing] = {
-    row.kind: row for row in (MASKS, STATISTICS, GRAM, WEIGHTS, OUTLIERS, CHANNELS, HEADS, PARTS)
+    row.kind: row for row in (MASKS, STATISTICS, GRAM, WEIGHTS, OUTLIERS, CHANNELS, HEADS, PARTS, INFLUENCE)
 }

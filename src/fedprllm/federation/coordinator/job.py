@@ -48,6 +48,7 @@ from fedprllm.pruning.records import (
     SurveyRun,
 )
 from fedprllm.pruning.reduction import reduction
+from fedprllm.pruning.result_writer import without_dropped
 from fedprllm.pruning.run_folder import Run, versions
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled
@@ -266,6 +267,7 @@ class _Conducting:
             tensors=checkpoint.fingerprints(checkpoint.names),
             n_prunable=record.n_prunable,
             n_zeros=record.n_zeros,
+            dropped=[block.block for block in record.blocks if block.dropped],
             card=(run.model_dir() / "README.md").read_text(encoding="utf-8"),
         )
         publication.publish(manifest, self.names if self.plan.left_out_receive else list(still_in))
@@ -294,6 +296,7 @@ def _finish(
     records = run.records()
     surveyed = Run(run.folder / "survey", {}).survey_records()
     config = identity["config"]
+    blocks = without_dropped(records, PruneConfig(**config))
     participants = _participants_of(records, surveyed, config["window_length"])
     n_rounds = model.n_blocks if STRATEGIES[config["strategy"]].follows_server else 1
     record = RunRecord.model_validate(
@@ -301,7 +304,7 @@ def _finish(
             **identity,
             "participants": participants,
             "models": {"model": str(run.model_dir().relative_to(run.folder))},
-            "n_prunable": sum(record.n_weights for record in records),
+            "n_prunable": sum(block.n_weights for block in blocks),
             "reduction": reduction(model, run.model_dir()),
             "coverage": model.coverage,
             "n_participants": len(participants),
@@ -310,7 +313,7 @@ def _finish(
             "survey_bytes_per_block": [_longest(record) for record in surveyed] or [0] * len(records),
             "outlier_ratios": outlier_ratios({None: outliers} if outliers else {}),
             "evaluation": {},
-            "blocks": records,
+            "blocks": blocks,
             "files": run.model_files({"model": run.model_dir().name}),
         }
     )

@@ -11,12 +11,13 @@ from fedprllm.deciding import BlockDecision
 from fedprllm.errors import UpdateError
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.names import from_wire, to_wire
-from fedprllm.models.block import Block, GivenWeights, NarrowedWeights, PrunedWeights, Weights
+from fedprllm.models.block import UNCHANGED, Block, GivenWeights, NarrowedWeights, PrunedWeights, Weights
 from fedprllm.sharing.pruned_weights import mask_name
 
 __all__ = ["COORDINATOR", "decided_weights", "encode_decision"]
 
 COORDINATOR = "coordinator"
+_INFLUENCE = "influence"
 
 
 def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest: bytes) -> bytes:
@@ -24,7 +25,8 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
 
     If the decision only zeroes weights, the message holds the prune masks. If it also changes weights that
     stay (scaling), the message holds the weights themselves. If it removes channels, the message holds the
-    remaining columns of the Linears that read them, and which channels are gone.
+    remaining columns of the Linears that read them, and which channels are gone. If blocks are to be dropped,
+    it holds the block's influence, and the block stays as it is.
 
     Args:
         decision: The decision.
@@ -48,6 +50,8 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
 def _content(decision: BlockDecision, block: Block) -> tuple[str, Mapping[str, Tensor]]:
     """The kind of a message about a decision, and its tensors."""
     weights = decision.weights
+    if decision.influence is not None:
+        return _INFLUENCE, {_INFLUENCE: torch.tensor([decision.influence], dtype=torch.float64)}
     if isinstance(weights, NarrowedWeights):
         return "weights", {
             **weights.narrow,
@@ -90,7 +94,8 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     removed = _removed(received.tensors, block)
     if removed:
         weights = expecting("weights", _narrow_shapes(removed, block))
-    expect = {"mask": masks, "weights": weights}.get(received.kind)
+    unchanged = expecting(_INFLUENCE, {_INFLUENCE: (1,)})
+    expect = {"mask": masks, "weights": weights, _INFLUENCE: unchanged}.get(received.kind)
     if expect is None:
         raise UpdateError(
             f"decision about block {block.index}: expected kind mask or weights, found {received.kind}; use "
@@ -102,6 +107,8 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
             wire.decode(message, expect=expect, max_bytes=max_bytes).tensors, block.linears
         ).items()
     }
+    if received.kind == _INFLUENCE:
+        return UNCHANGED
     if received.kind == "mask":
         return PrunedWeights(block, tensors)
     given = {name: tensor for name, tensor in tensors.items() if name in block.tensors}

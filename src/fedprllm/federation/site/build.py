@@ -96,8 +96,13 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
     from fedprllm.federation.protocol.decision import decided_weights
     from fedprllm.models.checkpoint import CheckpointWriter
     from fedprllm.models.fingerprints import model_digest
+    from fedprllm.models.shorter import write_shorter
     from fedprllm.models.smaller import write_rest
 
+    if manifest.dropped:
+        write_shorter(unfinished, model, manifest.dropped)
+        write_text(unfinished / "README.md", manifest.card)
+        return
     digest, run = model_digest(manifest.fingerprints), bytes.fromhex(manifest.run)
     writer = CheckpointWriter(unfinished, model.checkpoint, model.n_blocks)
     expected = _under_stored_names(manifest, model)
