@@ -419,3 +419,15 @@ def test_a_decision_that_does_not_fit_is_refused(tiny, spoil):
 def message(tensors):
     """A coordinator's message about block 0."""
     return wire.encode(wire.Update(bytes(16), "coordinator", 0, "weights", bytes(32), tensors, 0))
+
+
+def test_the_smaller_model_can_be_pruned_like_any_other(tiny, windows, tmp_path):
+    participants = [windows(0, 4), windows(1, 4)]
+    shorter = prune(tiny("qwen2"), participants, PruneConfig(structure="depth=1"), out=tmp_path / "a")
+    config = PruneConfig(structure="mlp=0.25,heads=2", strategy="iterative")
+    narrower = prune(shorter.model_dir, participants, config, out=tmp_path / "b")
+    config = PruneConfig(pattern="2:4", share="gram", strategy="iterative")
+    sparse = prune(narrower.model_dir, participants, config, out=tmp_path / "c")
+    loaded = AutoModelForCausalLM.from_pretrained(sparse.model_dir)
+    assert (loaded.config.num_hidden_layers, loaded.config.intermediate_size) == (2, 36)
+    assert sparse.record.sparsity == 0.5
