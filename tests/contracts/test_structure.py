@@ -298,13 +298,17 @@ class Gate(torch.nn.Module):
             read = read.roll(1, dims=-1) + read
         if self.leak == "tokens":
             read = read.cumsum(dim=1)
+        if self.leak == "normalized input":
+            read = read + torch.nn.functional.layer_norm(torch.cat([hidden, hidden**2], -1), (8,))
         if self.leak == "input":
             read = read + hidden.sum(-1, keepdim=True)
         output = self.second(read)
+        if self.leak == "norm":
+            return output + torch.nn.functional.layer_norm(inner, (8,))[..., :4]
         return output + inner.sum(-1, keepdim=True) if self.leak == "output" else output
 
 
-@pytest.mark.parametrize("leak", ["", "mixed", "tokens", "input", "output"])
+@pytest.mark.parametrize("leak", ["", "mixed", "tokens", "input", "output", "norm", "normalized input"])
 def test_channels_that_something_else_reads_stay(leak):
     from fedprllm.models.find import find_linears
 
@@ -345,7 +349,7 @@ def test_a_killed_run_continues_with_the_same_bits(tiny, windows, tmp_path, monk
         ({"structure": "mlp=2"}, r"\[0, 1\)"),
         ({"structure": "heads=1.5"}, "whole number"),
         ({"structure": "heads=-1"}, "whole number"),
-        ({"structure": "heads=1,heads=2"}, "heads=N or both"),
+        ({"structure": "heads=1,heads=2"}, "heads=N, both, or depth=N"),
         ({"structure": ""}, "unknown part"),
         ({"structure": "heads=1", "share": "channels"}, "leave share out"),
         ({"structure": "mlp=-0.1"}, r"\[0, 1\)"),

@@ -8,7 +8,7 @@ graph that autograd records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,13 +45,12 @@ def find_channels(
             output = Returned.hidden(forward(run.hidden.clone()))
     except Exception:  # noqa: BLE001  a block that cannot be run in this way just loses no channels
         return {}
+    readers = run.readers(output)
     found = {}
     for name, inputs in run.inputs.items():
         width = linears[name].shape[1]
         channels = _of_mlp(inputs, run, width) or _of_heads(inputs, run, width, n_heads)
-        if channels is not None and not any(
-            run.is_read(producer.name, output, besides=name) for producer in channels.producers
-        ):
+        if channels is not None and all(readers[part.name] == {name} for part in channels.producers):
             found[name] = channels
     return found
 
@@ -63,7 +62,11 @@ class _Run:
         self.hidden = hidden.detach().clone().requires_grad_()
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
-        self.random = torch.Generator().manual_seed(0)
+        self._random = torch.Generator().manual_seed(0)
+
+    def values(self, shape: Sequence[int]) -> Tensor:
+        """Random numbers from 0.5 to 1.5."""
+        return torch.rand(tuple(shape), generator=self._random) + 0.5
 
     def stand_in(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
         """The forward pass of a Linear: remembers its input, and does not use it."""
@@ -72,30 +75,38 @@ class _Run:
 
         def forward(inputs: Tensor, *_: Any, **__: Any) -> Tensor:
             # Positive numbers, because some activations have no slope elsewhere.
-            values = torch.rand((*inputs.shape[:-1], n_out), generator=self.random) + 0.5
+            values = self.values((*inputs.shape[:-1], n_out))
             self.inputs[name] = inputs
             self.outputs[name] = values.to(inputs).requires_grad_()
             return self.outputs[name].clone()
 
         return forward
 
-    def is_read(self, name: str, output: Tensor, besides: str) -> bool:
-        """Whether a Linear's output goes anywhere else than into one other Linear."""
-        readers = [output, *(inputs for reader, inputs in self.inputs.items() if reader != besides)]
-        return any(_slopes(each, [self.outputs[name]], torch.ones_like(each))[0].any() for each in readers)
+    def readers(self, output: Tensor) -> dict[str, set[str]]:
+        """The Linears that read each Linear's output; an empty name stands for the block's own output."""
+        found: dict[str, set[str]] = {name: set() for name in self.outputs}
+        leaves = list(self.outputs.values())
+        for reader, tensor in {**self.inputs, "": output}.items():
+            # Random, because slopes of a plain sum vanish behind a normalization.
+            weights = self.values(tensor.shape).to(tensor)
+            for name, slopes in zip(found, _slopes(tensor, leaves, weights), strict=True):
+                if slopes.any():
+                    found[name].add(reader)
+        return found
 
 
 def _of_mlp(inputs: Tensor, run: _Run, width: int) -> Channels | None:
     """Channels that are each computed by themselves, from one or several Linears; otherwise None."""
     leaves = [run.hidden, *run.outputs.values()]
-    plain = _slopes(inputs, leaves, _last_token(inputs, torch.ones(width)))
+    values = run.values([width])
+    plain = _slopes(inputs, leaves, _last_token(inputs, values))
     if plain[0].any():
         return None
     producers = []
     for name, slopes, leaf in zip(run.outputs, plain[1:], leaves[1:], strict=True):
         if not slopes.any():
             continue
-        channels = _channels(inputs, leaf, slopes, width)
+        channels = _channels(inputs, leaf, slopes, values)
         if channels is None:
             return None
         producers.append(Producer(name, channels))
@@ -113,11 +124,13 @@ def _of_heads(inputs: Tensor, run: _Run, width: int, n_heads: int) -> Channels |
         return None
     size = width // n_heads
     units = torch.arange(width) // size
-    values = torch.rand(width, generator=run.random) + 0.5
+    values = run.values([width])
     leaves = [run.hidden, *run.outputs.values()]
-    read = [_slopes(inputs, leaves, _last_token(inputs, values * (units == head))) for head in range(n_heads)]
-    if any(of_head[0].any() for of_head in read):
-        return None
+    read: list[list[Tensor]] = []
+    for head in range(n_heads):
+        read.append(_slopes(inputs, leaves, _last_token(inputs, values * (units == head))))
+        if read[-1][0].any():
+            return None
     own: list[tuple[str, list[int]]] = []
     shared: list[tuple[str, list[int]]] = []
     for place, (name, leaf) in enumerate(run.outputs.items(), start=1):
@@ -153,19 +166,20 @@ def _one_head_each(rows: Tensor, size: int) -> list[int] | None:
     return heads.int().argmax(dim=1).tolist() if (heads.sum(dim=1) == 1).all() else None
 
 
-def _channels(inputs: Tensor, leaf: Tensor, plain: Tensor, width: int) -> Tensor | None:
+def _channels(inputs: Tensor, leaf: Tensor, plain: Tensor, values: Tensor) -> Tensor | None:
     """The input channel that each output affects; None if one affects several, another token or none.
 
     Channel numbers are read bit by bit: if all channels whose number has a bit count twice, the slope of an
     output doubles exactly if its channel does.
     """
+    width = len(values)
     if plain[..., :-1, :].any() or not plain[..., -1, :].all() or leaf.shape[-1] % width:
         return None
     numbers = torch.arange(width)
     channels = torch.zeros(leaf.shape[-1], dtype=torch.int64)
     for bit in range((width - 1).bit_length()):
         has_bit = (numbers >> bit) & 1
-        (slopes,) = _slopes(inputs, [leaf], _last_token(inputs, 1.0 + has_bit))
+        (slopes,) = _slopes(inputs, [leaf], _last_token(inputs, values * (1 + has_bit)))
         ratio = (slopes / plain).reshape(-1, *slopes.shape[-2:])[0, -1].cpu().double()
         found = ratio.round().clamp(1, 2)
         if (ratio - found).abs().max() > _TOLERANCE:
