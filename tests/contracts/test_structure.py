@@ -304,7 +304,8 @@ class Gate(torch.nn.Module):
             read = read + hidden.sum(-1, keepdim=True)
         output = self.second(read)
         if self.leak == "norm":
-            return output + torch.nn.functional.layer_norm(inner, (8,))[..., :4]
+            # The sum over channels is zero, whatever the channels are.
+            return output + torch.nn.functional.layer_norm(inner, (8,)).unflatten(-1, (2, 4)).sum(-2)
         return output + inner.sum(-1, keepdim=True) if self.leak == "output" else output
 
 
