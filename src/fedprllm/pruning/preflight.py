@@ -106,8 +106,14 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
         if megabytes > config.max_update_mb:
             raise ConfigError(
                 f"share {config.share} would send {megabytes:.3g} MB for block {index}, but max_update_mb "
-                f"allows {config.max_update_mb:g} MB: share statistics or mask, or raise max_update_mb"
+                f"allows {config.max_update_mb:g} MB: {_less(config, 'statistics or mask')}raise "
+                "max_update_mb"
             )
+
+
+def _less(config: PruneConfig, kinds: str) -> str:
+    """Advice to share something smaller, if there is a choice."""
+    return "" if config.structures else f"share {kinds}, or "
 
 
 def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_mb: float) -> None:
@@ -126,8 +132,8 @@ def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_m
         if n_bytes * _ENVELOPE > max_message_mb * 1e6:
             raise ConfigError(
                 f"block {index} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, but the kits of this "
-                f"federation allow {max_message_mb:g} MB: share masks, or raise the limit in every kit's "
-                "local/comm_config.json and max_message_mb in federation.json"
+                f"federation allow {max_message_mb:g} MB: {_less(config, 'masks')}raise the limit in every "
+                "kit's local/comm_config.json and max_message_mb in federation.json"
             )
 
 
