@@ -23,6 +23,7 @@ from fedprllm.sharing.interface import (
     Tensors,
     Totals,
     Wire,
+    compared_sums,
 )
 from fedprllm.sharing.target import Target
 
@@ -75,9 +76,10 @@ def _is_positive(gram: Tensor) -> bool:
 
 def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:
     """The diagonals: with no negative eigenvalue, no other entry is larger than its two."""
-    return {
+    sums = {
         name: update[name].diagonal().cpu().to(torch.float64) / n_tokens for name in distinct_inputs(linears)
     }
+    return compared_sums(sums, linears)
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:
