@@ -88,7 +88,7 @@ def _text(raw: bytes) -> str:
 def _codes_of(kind: int, name: bytes) -> set[int]:
     if kind == 4:
         return {1} if name.endswith(b".mask") else {2, 4, 5}
-    return {1: {1}, 5: {3}}.get(kind, {2, 3})
+    return {1: {1}, 5: {3}, 10: {3}}.get(kind, {2, 3})
 
 
 def is_valid(data: bytes, expect: Expectation | None) -> bool:
@@ -117,7 +117,7 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
     _require(take(8) == b"FEDPRLLM" and number(2) == 1 and number(2) == 0 and number(8) == len(data))
     run_id, fingerprint, block, n_tokens, kind = take(16), take(32), number(4), number(8), number(1)
     participant_bytes, n_tensors = number(1), number(2)
-    _require(n_tokens < 2**63 and 1 <= kind <= 5)
+    _require(n_tokens < 2**63 and kind in (1, 2, 3, 4, 5, 7, 8, 9, 10))
     _require(1 <= participant_bytes <= 128 and 1 <= n_tensors <= 4096)
     participant = _text(take(participant_bytes))
     table: list[tuple[bytes, int, tuple[int, ...]]] = []
@@ -138,11 +138,22 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
             _require(int.from_bytes(raw, "little") < 2**n_values)
         else:
             values = _values(code, raw)
-            _require(all(map(math.isfinite, values)) and (kind not in (2, 5) or min(values) >= 0))
+            _require(all(map(math.isfinite, values)) and (kind not in (2, 5, 10) or min(values) >= 0))
         tensors.append((name, code, shape, raw))
     _require(not rest)
     if expect is not None:
-        names = [None, "mask", "statistics", "gram", "weights", "outliers"]
+        names = [
+            None,
+            "mask",
+            "statistics",
+            "gram",
+            "weights",
+            "outliers",
+            None,
+            "channels",
+            "heads",
+            "parts",
+        ]
         found = (run_id, fingerprint, block, names[kind], participant)
         _require(found == (RUN_ID, FINGERPRINT, expect.block, expect.kind, expect.participant))
         _require({name.decode(): shape for name, _, shape in table} == expect.shapes)

@@ -207,6 +207,19 @@ def test_a_grid_that_cannot_be_is_refused(grid, pattern, worded, texts):
         cells_of(small(worded, texts, questions=("methods",), grid=(grid,)))
 
 
+def test_smaller_models_are_runs_of_their_own(worded, texts, tmp_path):
+    grid = {"structure": ["mlp=0.3", "depth=1"], "participants": [2]}
+    config = small(worded, texts, questions=(), grid=(grid,), seeds=(0,))
+    model = BlockwiseModel(worded)
+    data = StudyData(model, config, tmp_path / "texts")
+    lab = Lab(model, KeptWalks(model, "digest", tmp_path / "walks"), tmp_path / "runs")
+    for cell in cells_of(config):
+        assert cell.config.sparsity == 0
+        record = lab.measure(cell, data.participants(cell), data.texts(cell), 1, lambda _: None)
+        assert (record.made, record.n_pruned) == ("run", 0)
+        assert record.models["model"] != record.models.get("dense")
+
+
 def test_participants_are_no_axis_where_each_domain_is_one(worded, texts):
     domains = (texts["north"], texts["south"])
     grid = {"partition": ["domain"], "participants": [2, 3]}

@@ -14,13 +14,13 @@ from torch import Tensor
 from fedprllm.deciding import BlockDecision
 from fedprllm.models.block import Block
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.progress import Progress
 from fedprllm.pruning.aggregate import Aggregate, decide_and_write
 from fedprllm.pruning.clock import Clock
 from fedprllm.pruning.method import Method
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.records import ExpertsRecord
+from fedprllm.pruning.result_writer import ResultWriter
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.walk import Walker
 
@@ -61,8 +61,7 @@ def prune_in_process(
         run.reopen_model(name)
     run.forget_damaged(restarts=methods[None].uses_inputs)
     writers = {
-        name: CheckpointWriter(run.unfinished_model_dir(name), model.checkpoint, model.n_blocks)
-        for name in names
+        name: ResultWriter(run.unfinished_model_dir(name), model, methods[None].config) for name in names
     }
     walk = _SharedWalk(model, participants, methods, run, writers, samples)
     with progress("pruning", model.n_blocks * len(participants)) as advance:
@@ -71,7 +70,7 @@ def prune_in_process(
         for index in range(run.n_finished, model.n_blocks):
             walk.step(index, advance)
     for name, writer in writers.items():
-        writer.finish(model.names_outside_blocks())
+        writer.finish(run.records())
         run.publish_model(name)
 
 
@@ -84,7 +83,7 @@ class _SharedWalk:
         participants: Sequence[Participant],
         methods: Mapping[str | None, Method[BlockDecision]],
         run: Run,
-        writers: Mapping[str | None, CheckpointWriter],
+        writers: Mapping[str | None, ResultWriter],
         samples: Sample,
     ) -> None:
         self.model, self.run, self.writers = model, run, writers
@@ -152,7 +151,7 @@ class _SharedWalk:
         name = None if strategy.pools_text else walker.name
         if not strategy.server_votes and name in self.writers:
             with clock.phase("write"):
-                self.writers[name].write(block.index, {**block.tensors, **decision.weights})
+                self.writers[name].write(block.index, decision.weights.remaining(block.tensors))
 
     def _reached(self, block: Block) -> dict[str, ExpertsRecord]:
         """How far each participant's text reached the block's experts."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedprllm.core.bitplanes import PackedVotes, pack
-from fedprllm.core.sums import InputStatistics
+from fedprllm.core.sums import ChangeStatistics, InputStatistics
 from fedprllm.models.block import Block, Linear
 from fedprllm.models.norms import InputNorm
 from fedprllm.models.observe import BlockStatistics, Observation
@@ -30,6 +30,7 @@ __all__ = [
     "Tensors",
     "Totals",
     "Wire",
+    "all_linears",
     "compared_sums",
     "update_bytes",
 ]
@@ -49,11 +50,13 @@ class Seen:
         statistics: Sums over the inputs of its Linears; None if the criterion uses no text.
         masks: The participant's own prune masks, [out, in] by weight name; empty if the update does not
             depend on them.
+        change: How far the block turns hidden states; None if the update does not depend on it.
     """
 
     block: Block
     statistics: BlockStatistics | None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    change: ChangeStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,11 @@ class Comparison(NamedTuple):
     outstanding: Callable[[Mapping[str, Tensors], Norms], dict[str, str]]
 
 
+def all_linears(linears: Linears) -> Linears:
+    """The Linears themselves."""
+    return linears
+
+
 BITS = (torch.bool,)
 SUMS = (torch.float32, torch.float64)
 
@@ -162,6 +170,8 @@ class Sharing:
         comparison: How updates are compared with each other; None if `check` alone bounds what one can do.
         shares_decision: Whether an update follows from the participant's own prune masks.
         observation: Makes empty statistics of the inputs, which the participant then sums up.
+        observes: Returns the Linears whose inputs are summed up.
+        watches_change: Whether an update depends on how far the block turns hidden states.
         squares: Returns the sum of squares of each channel, [in] by the name of the first Linear that reads
             the input, if the totals contain it.
     """
@@ -177,6 +187,8 @@ class Sharing:
     comparison: Comparison | None = None
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros
+    observes: Callable[[Linears], Linears] = all_linears
+    watches_change: bool = False
     squares: Callable[[Totals, Linears], Tensors] | None = None
 
 

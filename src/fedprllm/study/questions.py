@@ -352,7 +352,7 @@ def _cell(study: StudyConfig, values: Mapping[str, Any], seed: int, question: st
         "device": study.device,
         "seed": seed,
     }
-    if "pattern" in values:
+    if "pattern" in values or "structure" in values:
         del base["sparsity"]
     try:
         config = PruneConfig(**(base | values))

@@ -38,11 +38,10 @@ def question_of(
     config, sharing = method.config, method.sharing
     blocks = job["blocks"]
     n_bytes = sum(update_bytes(sharing.shapes(model.linears[block])) for block in blocks)
-    pattern = config.pattern if config.n_m else f"{config.sparsity:.0%} zeros"
     purpose = (
         "count outliers, to choose how much each block loses"
         if job["survey"]
-        else f"prune to {pattern} ({config.strategy}, {config.criterion})"
+        else f"prune to {config.goal} ({config.strategy}, {config.criterion})"
     )
     return {
         "run": job["run"],
