@@ -67,6 +67,7 @@ def test_the_question_is_answered_for_every_way_to_prune(asked, tmp_path):
         ("gram", "unstructured", 0.5),
         ("gram", "unstructured", 0.6),
         ("gram", "6:8", 0.25),
+        ("channels", "unstructured", 0.0),
     }
     for way in ways:
         these = [

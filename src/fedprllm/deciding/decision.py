@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedprllm.core.masks import PruneMask
-from fedprllm.models.block import Block, PrunedWeights, Weights
+from fedprllm.core.masks import MaskViews, PruneMask
+from fedprllm.models.block import Block, Linear, PrunedWeights, Weights
 
 __all__ = ["UNREACHED", "BlockDecision"]
 
@@ -32,7 +32,12 @@ class BlockDecision:
     @classmethod
     def of_masks(cls, block: Block, masks: dict[str, PruneMask]) -> BlockDecision:
         """The decision that zeroes the weights the masks prune and changes no others."""
-        return cls(masks, PrunedWeights(block, {name: pruned.mask for name, pruned in masks.items()}))
+        return cls(masks, PrunedWeights(block, MaskViews(masks)))
+
+    @staticmethod
+    def kept(linear: Linear, pruned: PruneMask) -> PruneMask:
+        """A mask in the form in which it is kept: those of experts, which are most of a block, packed."""
+        return pruned.packed() if linear.family else pruned
 
     @property
     def n_ties(self) -> int:

@@ -165,7 +165,9 @@ class Block:
             for name in weights:
                 parameter: nn.Parameter = self.linears[name].module.weight  # type: ignore[assignment]
                 own = self.tensors[name]
-                if own.dtype == parameter.dtype:
+                if own.dtype == parameter.dtype and self.linears[name].family:
+                    stack.enter_context(_replaced_while_called(self.linears[name].module, weights, name))
+                elif own.dtype == parameter.dtype:
                     # The parameter may share memory with the block's tensor, so it must not be overwritten.
                     stack.callback(setattr, parameter, "data", parameter.data)
                     parameter.data = weights[name].to(own.dtype)
@@ -173,6 +175,28 @@ class Block:
                     stack.callback(parameter.data.copy_, own)
                     weights.write(name, parameter.data)
             yield
+
+
+@contextmanager
+def _replaced_while_called(module: nn.Module, weights: Weights, name: str) -> Iterator[None]:
+    """Compute with another weight inside the ``with`` block, which exists only during a call.
+
+    The weights of all experts are most of a block, and one expert computes after the other.
+    """
+    parameter: nn.Parameter = module.weight  # type: ignore[assignment]
+    own = parameter.data
+
+    def before(*_: object) -> None:
+        parameter.data = weights[name].to(own.dtype)
+
+    def after(*_: object) -> None:
+        parameter.data = own
+
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(before).remove)
+        stack.callback(module.register_forward_hook(after).remove)
+        stack.callback(after)
+        yield
 
 
 class Weights(Mapping[str, Tensor]):

@@ -55,6 +55,11 @@ def part_of(model: BlockwiseModel, part: str) -> Channels:
     """
     found: list[Channels] = []
     for name, linears in zip(model.block_names, model.linears, strict=True):
+        if part == "mlp" and any(linear.family for linear in linears.values()):
+            raise ModelError(
+                f"'{name}' of {type(model.skeleton).__name__} is a mixture of experts, whose experts cannot "
+                f"lose {_UNITS[part]} yet: remove whole experts (experts=N), or prune single weights"
+            )
         readers = _readers(linears, part)
         if len(readers) != 1:
             raise ModelError(

@@ -127,10 +127,11 @@ class _SharedWalk:
                 with clock.phase("vote"):
                     aggregate.add(walker.name, contribution.update, walker.participant.n_tokens)
             if contribution.decision is not None:
-                decision = contribution.decision
-                own_ties[walker.name] = decision.n_ties
-                self._write_own(walker, block, decision, clock)
+                own_ties[walker.name] = contribution.decision.n_ties
+                self._write_own(walker, block, contribution.decision, clock)
+                decision = None if self.method.strategy.server_votes else contribution.decision
             walker.advance(block, contribution.weights)
+            del contribution  # its masks take a byte for each weight
             advance(1)
         if self.method.strategy.server_votes:
             decision = decide_and_write(aggregate, self.writers.get(None), clock=clock)

@@ -356,9 +356,10 @@ class RunRecord(Record):
                 name, _, about = note.partition(": ")
                 counts[about if name in record.linears else note] += 1
         found = [f"{about} ({n} times)" if n > 1 else about for about, n in counts.most_common()]
-        return [*found, *self._unreached()]
+        return [*found, *self.reach()]
 
-    def _unreached(self) -> list[str]:
+    def reach(self) -> list[str]:
+        """A sentence for each participant whose text reached some experts hardly or not at all."""
         reached: dict[str, list[ExpertsRecord]] = {}
         for record in self.blocks:
             for name, experts in record.experts.items():

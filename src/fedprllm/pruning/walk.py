@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedprllm.core.masks import MaskViews
 from fedprllm.core.sums import ChangeStatistics
 from fedprllm.deciding import BlockDecision, own_decision
 from fedprllm.models.block import UNCHANGED, Block, Weights
@@ -42,7 +43,7 @@ class Contribution:
             already computed the next block's input or waits for the server's decision.
     """
 
-    update: dict[str, Tensor] | None = None
+    update: Mapping[str, Tensor] | None = None
     decision: BlockDecision | None = None
     weights: Weights | None = None
 
@@ -103,7 +104,7 @@ class Walker:
         statistics = self._observe(block, change)
         with self.clock.phase("select"):
             own = self._decide(block, statistics) if method.sharing.shares_decision else None
-            masks = {} if own is None else {name: pruned.mask for name, pruned in own.masks.items()}
+            masks = MaskViews({} if own is None else own.masks)
             update = method.sharing.contribute(Seen(block, statistics, masks, change), method.target)
         if own is None and not strategy.server_votes:
             own = self._decide_from(block, update)

@@ -37,7 +37,7 @@ def _shapes(parts: Parts, linears: Linears) -> Shapes:
     return GRAM.shapes(channel_readers(linears, parts))
 
 
-def _contribute(parts: Parts, seen: Seen, target: Target) -> Tensors:
+def _contribute(parts: Parts, seen: Seen, target: Target) -> Mapping[str, Tensor]:
     block = replace(seen.block, linears=channel_readers(seen.block.linears, parts))
     return GRAM.contribute(replace(seen, block=block), target)
 

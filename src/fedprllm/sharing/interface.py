@@ -181,7 +181,7 @@ class Sharing:
     content: str
     wire: Wire
     shapes: Callable[[Linears], Shapes]
-    contribute: Callable[[Seen, Target], Tensors]
+    contribute: Callable[[Seen, Target], Mapping[str, Tensor]]
     check: Callable[[Ballot, Target], None]
     zeros: Callable[[Linears, torch.device], Totals]
     comparison: Comparison | None = None

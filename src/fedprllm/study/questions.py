@@ -173,6 +173,7 @@ def _no_sharing(study: StudyConfig) -> list[_Values]:
         {"sparsity": study.sparsity, "share": ["mask"], "strategy": ["one-shot"]},
         {"sparsity": study.sparsity, "share": ["gram"], "strategy": ["iterative"]},
         {"pattern": ["6:8"], "share": ["gram"], "strategy": ["iterative"]},
+        {"structure": ["mlp=0.2"], "strategy": ["iterative"]},
     ]
     return [
         grid
