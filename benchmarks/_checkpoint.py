@@ -11,10 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fedprllm.files import write_json
 
-__all__ = ["Split", "write_random"]
+__all__ = ["Split", "as_it_is", "write_random"]
 
 # Maps a tensor of the transformers model to those that are stored, by their names in the files.
 Split = Callable[[str, torch.Tensor], Iterator[tuple[str, torch.Tensor]]]
+
+
+def as_it_is(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor as transformers holds it."""
+    yield name, tensor
 
 
 def write_random(folder: Path, config: PreTrainedConfig, split: Split) -> int:
@@ -28,7 +33,7 @@ def write_random(folder: Path, config: PreTrainedConfig, split: Split) -> int:
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    prefixes = [f"model.layers.{block}." for block in range(config.num_hidden_layers)]
+    prefixes = [f"{model.base_model_prefix}.layers.{block}." for block in range(config.num_hidden_layers)]
     weight_map: dict[str, str] = {}
     for shard, prefix in enumerate([*prefixes, ""]):
         generator = torch.Generator().manual_seed(shard)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import MixtralConfig
 
-from benchmarks._checkpoint import write_random
+from benchmarks._checkpoint import as_it_is, write_random
 from benchmarks._harness import SEED, machine
 from benchmarks.large import Watch
 from fedprllm import PruneConfig, prune
@@ -52,11 +52,6 @@ def as_published(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.T
             yield f"{experts}.{number}.{part}.weight", matrix
 
 
-def as_fused(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor as transformers holds it."""
-    yield name, tensor
-
-
 def prune_here(model: Path, out: Path) -> None:
     """Prune with two participants of one window each."""
     generator = torch.Generator().manual_seed(SEED)
@@ -67,7 +62,7 @@ def prune_here(model: Path, out: Path) -> None:
 def measured(folder: Path, form: str, shape: dict[str, int]) -> dict[str, Any]:
     """Prune a checkpoint of one form in a process of its own, and watch its memory."""
     config = MixtralConfig(**shape, num_hidden_layers=N_BLOCKS, num_local_experts=8, vocab_size=32000)
-    split = as_published if form == "one by one" else as_fused
+    split = as_published if form == "one by one" else as_it_is
     n_bytes = write_random(folder / "model", config, split)
     block = (folder / "model" / f"model-00001-of-{N_BLOCKS + 1:05d}.safetensors").stat().st_size
     command = [

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.pytorch_utils import Conv1D
 
 Add = Callable[[str, Tensor], None]
@@ -29,7 +29,10 @@ class Whole:
 
     def __init__(self, folder: Path) -> None:
         # Experts compute one after the other, as in the walk: in one go, they round differently.
-        model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+        config = AutoConfig.from_pretrained(folder)
+        is_text = type(config) in AutoModelForCausalLM._model_mapping
+        family = AutoModelForCausalLM if is_text else AutoModelForMultimodalLM
+        model = family.from_pretrained(folder, experts_implementation="eager")
         self.model: Any = model.float().eval()
         self._modules = dict(self.model.named_modules())
 

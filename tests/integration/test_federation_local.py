@@ -105,6 +105,7 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
         {"structure": "mlp=0.3"},
         {"structure": "mlp=0.3,heads=4", "block_fraction": 0.7},
         {"structure": "depth=2"},
+        {"share": "statistics", "exclude": ["*.q_proj", "model.layers.0.mlp.down_proj"]},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "mask",
 )

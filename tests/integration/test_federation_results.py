@@ -87,6 +87,13 @@ def test_everything_that_came_in_is_in_the_ledger(tmp_path, complete):
     assert not list(work_folder(tmp_path / "north").glob("results/*/*.decision")), "no longer needed"
 
 
+def test_what_the_plan_excludes_stays_dense_at_every_participant(tmp_path, complete, small_model):
+    run = complete(prune={"exclude": ["*.o_proj"]})
+    collector(tmp_path, "north").collect()
+    assert outcomes(run)["north"]["outcome"] == "received"
+    same_model(run / "model", tmp_path / "north" / "runs" / "run" / "model")
+
+
 def test_a_participant_keeps_the_names_of_its_own_copy(tmp_path, complete, small_model):
     run = complete()
     copy = tmp_path / "copy"

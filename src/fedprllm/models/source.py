@@ -219,7 +219,7 @@ def build_skeleton(folder: Path, dtype: Any = None) -> Any:
 def _pristine_skeleton(folder: Path, config_json: bytes, dtype: Any) -> Any:  # noqa: ARG001  part of the key
     """Build a skeleton that nothing changes afterwards."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from fedprllm.models.empty import LeaveEmpty
 
@@ -241,14 +241,8 @@ def _pristine_skeleton(folder: Path, config_json: bytes, dtype: Any) -> Any:  # 
         raise ModelError(f"{folder} is quantized: give the unquantized checkpoint, or a GGUF file")
     try:
         with init_empty_weights(include_buffers=False), LeaveEmpty():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+            model = _loader(config).from_config(config, trust_remote_code=False, dtype=dtype)
     except Exception as error:
-        if hasattr(config, "text_config"):
-            raise ModelError(
-                f"{folder} ({config.model_type}) is a multimodal model that this version of transformers "
-                "does not load as a language model: its text model cannot be pruned yet; use a text-only "
-                "checkpoint, or a model such as Gemma 3"
-            ) from error
         raise ModelError(
             f"{folder} ({config.model_type}) is not a decoder-only language model that this version of "
             f"transformers supports: {_reason(error)}. Use another model or update transformers"
@@ -257,6 +251,16 @@ def _pristine_skeleton(folder: Path, config_json: bytes, dtype: Any) -> Any:  # 
     model.tie_weights()
     unfuse(model)
     return model
+
+
+def _loader(config: Any) -> Any:
+    """The class that builds a configuration's model: a language model or, failing that, a multimodal one."""
+    import transformers
+
+    # Older versions of transformers lack the second one.
+    names = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
+    loaders = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    return next((one for one in loaders if type(config) in one._model_mapping), loaders[0])
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:

@@ -145,7 +145,7 @@ def _conduct(
 ) -> None:
     taking_part = _taking_part(plan, names)
     config = plan.config
-    model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device)
+    model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device, config.exclude)
     check_pattern_divides(model, config)
     check_structure(model, config)
     check_update_size(model, config)
@@ -269,6 +269,7 @@ class _Conducting:
             n_zeros=record.n_zeros,
             dropped=[block.block for block in record.blocks if block.dropped],
             card=(run.model_dir() / "README.md").read_text(encoding="utf-8"),
+            exclude=list(self.config.exclude),
         )
         publication.publish(manifest, self.names if self.plan.left_out_receive else list(still_in))
 

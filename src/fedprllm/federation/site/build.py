@@ -65,7 +65,7 @@ def _build(result: Path, settings: SiteSettings, out: Path) -> dict[str, Any]:
 
     manifest = read_manifest((result / MANIFEST).read_bytes())
     device = settings.device or "cpu"
-    model = open_model(settings, manifest.model, manifest.fingerprints, _DTYPE, device)
+    model = open_model(settings, manifest.model, manifest.fingerprints, _DTYPE, device, manifest.exclude)
     if len(manifest.blocks) != model.n_blocks:
         raise Failed(
             "result differs",

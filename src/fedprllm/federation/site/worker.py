@@ -219,7 +219,12 @@ class _Walk:
 
         expected = read_json(self.spool.path("fingerprints.json"))
         self.model = open_model(
-            self.settings, self.job["model"], expected, self.config.dtype, self.config.device
+            self.settings,
+            self.job["model"],
+            expected,
+            self.config.dtype,
+            self.config.device,
+            self.config.exclude,
         )
         self._check_blocks(self.model.n_blocks)
         self.digest = model_digest(expected)
