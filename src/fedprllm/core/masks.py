@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
 from functools import cache
 from threading import Lock
 
@@ -60,7 +59,7 @@ class PruneMask:
 
     def packed(self) -> PruneMask:
         """The same at one bit for each weight, an eighth of the memory."""
-        packed = copy(self)
+        packed = PruneMask(self.mask, self.n_ties, self.n_close)
         packed._bits = np.packbits(self.mask.cpu().contiguous().numpy(), bitorder="little")
         packed._mask = None
         return packed
