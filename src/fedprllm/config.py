@@ -263,7 +263,8 @@ class PruneConfig(Settings):
                 f"structure {self.structure} is decided from {expected}, found share {self.share}: leave "
                 "share out"
             )
-        for option, value in (("pattern", "unstructured"), ("sparsity", 0.0), ("allocation", "uniform")):
+        single = {"pattern": "unstructured", "sparsity": 0.0, "allocation": "uniform", "exclude": ()}
+        for option, value in single.items():
             if getattr(self, option) != value:
                 raise ConfigError(
                     f"{option} applies to single weights, which a structure does not prune: leave it out, "

@@ -184,8 +184,8 @@ def test_each_distinct_input_is_shared_once(tiny):
 
 @pytest.mark.parametrize(
     ("share", "architecture"),
-    [*((share, "qwen2" if share in STRUCTURES else "gpt2") for share in DECISIONS)]
-    + [(share, "qwen3-moe") for share in SHARES],
+    [(share, name) for share in SHARES for name in ("gpt2", "qwen3-moe")]
+    + [(one, "qwen2") for one in STRUCTURES],
 )
 def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, windows, share, architecture):
     model = BlockwiseModel(tiny(architecture))

@@ -436,3 +436,10 @@ def test_the_smaller_model_can_be_pruned_like_any_other(tiny, windows, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(sparse.model_dir)
     assert (loaded.config.num_hidden_layers, loaded.config.intermediate_size) == (2, 36)
     assert sparse.record.sparsity == 0.5
+
+
+def test_experts_keep_their_width_and_lose_heads(tiny, windows, tmp_path):
+    with pytest.raises(ModelError, match="has 0 Linears whose input channels are computed one by one"):
+        prune(tiny("qwen3-moe"), [windows(0)], PruneConfig(structure="mlp=0.3"), out=tmp_path / "run")
+    model = BlockwiseModel(tiny("qwen3-moe"))
+    assert not any(one.channels for block in model.linears for one in block.values() if one.family)

@@ -48,6 +48,8 @@ def find_channels(
     readers = run.readers(output)
     found = {}
     for name, inputs in run.inputs.items():
+        if linears[name].family:
+            continue  # experts have one width for all, and several share a tensor
         width = linears[name].shape[1]
         channels = _of_mlp(inputs, run, width) or _of_heads(inputs, run, width, n_heads)
         if channels is not None and all(readers[part.name] == {name} for part in channels.producers):
