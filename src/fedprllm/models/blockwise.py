@@ -179,10 +179,7 @@ class BlockwiseModel:
         # A weight of zero would silence what comes before a normalization.
         with self._hollow(module, value=1.0):
             found = find_channels(
-                {name: linear for name, linear in linears.items() if not linear.family},
-                lambda states: module(states, *args, **kwargs),
-                hidden,
-                self._n_heads,
+                linears, lambda states: module(states, *args, **kwargs), hidden, self._n_heads
             )
         paths = {id(part): path for path, part in module.named_modules()}
         return _Traced(

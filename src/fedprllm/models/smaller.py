@@ -58,7 +58,7 @@ def part_of(model: BlockwiseModel, part: str) -> Channels:
         if part == "mlp" and any(linear.family for linear in linears.values()):
             raise ModelError(
                 f"'{name}' of {type(model.skeleton).__name__} is a mixture of experts, whose experts cannot "
-                f"lose {_UNITS[part]} yet: remove whole experts (experts=N), or prune single weights"
+                f"lose {_UNITS[part]} yet: remove heads or blocks, or prune single weights"
             )
         readers = _readers(linears, part)
         if len(readers) != 1:
