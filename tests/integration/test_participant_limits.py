@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprllm import ConfigError
+from fedprllm import ConfigError, PruneConfig
 from fedprllm.federation.coordinator import rounds as coordinator_module
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.messages import read_reply
@@ -256,3 +256,10 @@ def test_a_request_without_participants_counts_as_too_few():
     job = {"participants": ["a", "a", "a"], "config": {"windows": 16, "window_length": 2048}, "model": "m"}
     with pytest.raises(Refused, match="names 1 participants"):
         check_request(settings, job)
+
+
+def test_a_run_under_masks_is_refused_rather_than_sent_in_the_clear():
+    """A plan with it is refused too, but a participant does not rely on the coordinator's version."""
+    job = {"participants": ["a", "b", "c"], "config": PruneConfig(secure=True).model_dump(), "model": "m"}
+    with pytest.raises(Refused, match="nothing is sent in the clear instead"):
+        check_request(SiteSettings(data=["x"]), job)

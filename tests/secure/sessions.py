@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedprllm.secure.journal import Journal, MemoryJournal
 from fedprllm.secure.participant import SecureParticipant
 from fedprllm.secure.server import SecureServer
-from fedprllm.secure.streams import Words
 from fedprllm.secure.terms import Limits, Roster, Terms
+from fedprllm.secure.words import Words
 
 
 @dataclass

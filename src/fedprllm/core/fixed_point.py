@@ -5,7 +5,7 @@ exactly, so a sum over participants depends neither on their order nor on how th
 same whether it was added up in the clear or under masks (`fedprllm.secure`).
 
 An integer is stored as one or two int64 words. The lower of two words holds 56 bits, so that the words of up
-to 256 numbers can be added up separately, without carrying from one into the other.
+to 128 numbers can be added up separately, without carrying from one into the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["MAX_SUMMANDS", "FixedPointSum", "Grid"]
 
 _LOW_BITS = 56
 _SUM_BITS = 62  # one more addition of a number below 2^62 cannot overflow a word
-MAX_SUMMANDS = 2 ** (64 - _LOW_BITS)
+MAX_SUMMANDS = 2 ** (63 - _LOW_BITS)
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,11 @@ class RunPlan(Settings):
                 f"strategy '{config.strategy}' cannot run in a federation: expected one of "
                 f"{', '.join(FEDERATED)}; 'fedprllm prune' runs the others"
             )
+        if config.secure:
+            raise ConfigError(
+                "secure is not available in a federation yet: updates would be sent in the clear; "
+                "'fedprllm prune --secure' shows it in one process"
+            )
         if self.participants and self.quorum > len(self.participants):
             raise ConfigError(
                 f"a quorum of {self.quorum} cannot be reached by {len(self.participants)} participants: "

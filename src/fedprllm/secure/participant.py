@@ -28,8 +28,9 @@ from fedprllm.errors import SecureError
 from fedprllm.secure import keys
 from fedprllm.secure.journal import Entry, Journal, once
 from fedprllm.secure.shamir import SECRET_BYTES, SHARE_BYTES, split
-from fedprllm.secure.streams import Words, apply_streams
+from fedprllm.secure.streams import apply_streams
 from fedprllm.secure.terms import Limits, Roster, Terms
+from fedprllm.secure.words import Words
 
 __all__ = ["SIGNATURE_BYTES", "SecureParticipant", "pair_key", "self_key", "statement"]
 
@@ -395,6 +396,10 @@ class SecureParticipant:
             }
             for name, names in survivors.items()
         }
+
+    def settle(self, name: str) -> None:
+        """Forget the masked update of a sum that is known; it is not given again."""
+        self._journal.write(f"mask {name}", Entry(b"settled", b""))
 
     def finish(self) -> None:
         """Forget the session and its keys."""

@@ -10,8 +10,9 @@ from fedprllm.errors import SecureError, UpdateError
 from fedprllm.secure import keys
 from fedprllm.secure.participant import SESSION_BYTES, SIGNATURE_BYTES, pair_key, self_key
 from fedprllm.secure.shamir import combine
-from fedprllm.secure.streams import Words, apply_streams
+from fedprllm.secure.streams import apply_streams
 from fedprllm.secure.terms import Terms
+from fedprllm.secure.words import Words
 
 __all__ = ["SecureServer"]
 

@@ -46,14 +46,14 @@ def combine(shares: Mapping[int, int]) -> bytes:
     With wrong shares the result is another number; its holder must compare it with what was announced.
     """
     basis = _at_zero(tuple(sorted(shares)))
-    secret: int = sum(share * basis[x] for x, share in shares.items()) % PRIME
-    return (secret % 2 ** (8 * SECRET_BYTES)).to_bytes(SECRET_BYTES, "little")
+    secret = int(sum(share * basis[x] for x, share in shares.items()) % PRIME)
+    return (secret % (1 << 8 * SECRET_BYTES)).to_bytes(SECRET_BYTES, "little")
 
 
 @lru_cache(maxsize=64)
 def _at_zero(points: tuple[int, ...]) -> dict[int, int]:
     """The value at 0 of each Lagrange polynomial on the given points."""
-    basis = {}
+    basis: dict[int, int] = {}
     for x in points:
         numerator = denominator = 1
         for other in points:

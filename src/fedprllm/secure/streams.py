@@ -9,11 +9,10 @@ from collections.abc import Iterable
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from numpy.typing import NDArray
 
-__all__ = ["Words", "apply_streams"]
+from fedprllm.secure.words import Words
 
-Words = NDArray[np.uint64]
+__all__ = ["apply_streams"]
 
 _CHUNK = 2**17  # words: 1 MiB, which stays in the cache for all streams
 _ZEROS = bytes(8 * _CHUNK)

@@ -11,7 +11,7 @@ from fedprllm.secure.keys import canonical, digest
 
 __all__ = ["MAX_PARTICIPANTS", "Limits", "Roster", "Terms", "threshold"]
 
-MAX_PARTICIPANTS = 256  # the lower words of this many numbers add up without overflow
+MAX_PARTICIPANTS = 128  # the lower words of as many numbers add up without overflow
 _GROUPS, _DIGITS = 12, 5
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprllm.secure.streams import Words
+__all__ = ["Words", "n_words", "pack_counts", "unpack_counts"]
 
-__all__ = ["n_words", "pack_counts", "unpack_counts"]
+Words = NDArray[np.uint64]
 
 _WORD_BITS = 64
 

@@ -99,6 +99,10 @@ class ExactSums(Mapping[str, Tensor]):
             except UpdateError as error:
                 raise UpdateError(f"'{name}': {error}") from None
 
+    def holding(self, parts: Mapping[str, FixedPointSum]) -> ExactSums:
+        """Other sums that are read alike."""
+        return ExactSums(parts, self._read)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._read(self.parts[name].value)
 

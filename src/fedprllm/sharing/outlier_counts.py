@@ -30,7 +30,7 @@ from fedprllm.sharing.interface import (
 )
 from fedprllm.sharing.target import Target
 
-__all__ = ["OUTLIERS", "block_outliers", "n_weights", "outlier_total"]
+__all__ = ["OUTLIERS", "block_outliers", "check_count", "n_weights", "outlier_total"]
 
 _COUNT = "outliers"
 _WHOLE = Grid(fraction_bits=0, magnitude_bits=53, n_words=2)
@@ -66,8 +66,18 @@ def _contribute(seen: Seen, target: Target) -> Tensors:
 
 
 def _check(ballot: Ballot, target: Target) -> None:
+    check_count(ballot, target, 1)
+
+
+def check_count(ballot: Ballot, target: Target, n_participants: int) -> None:
+    """Refuse a number of outliers that so many participants cannot have counted.
+
+    Raises:
+        UpdateError: It is negative or too large.
+    """
     # At most 1 / m of all scores can exceed m times their mean.
-    count, most = int(ballot.update[_COUNT][0]), int(n_weights(ballot.linears) / target.config.owl_m)
+    most = n_participants * int(n_weights(ballot.linears) / target.config.owl_m)
+    count = int(ballot.update[_COUNT][0])
     if not 0 <= count <= most:
         raise UpdateError(f"the number of outliers in a block must lie in 0 to {most}, found {count}")
 

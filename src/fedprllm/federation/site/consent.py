@@ -63,8 +63,15 @@ def check_request(settings: SiteSettings, job: Mapping[str, Any]) -> None:
         job: The coordinator's request, with ``config``, ``model`` and ``participants``.
 
     Raises:
-        Refused: Too few participants, windows or tokens, or not the run that the participant pinned.
+        Refused: Masks over the network, too few participants, windows or tokens, or not the run that the
+            participant pinned.
     """
+    if job["config"].get("secure"):
+        raise Refused(
+            "kind not allowed",
+            "the run asks for sums under masks, which this version cannot send over the network; nothing is "
+            "sent in the clear instead",
+        )
     n_participants = len(set(job["participants"]))
     if n_participants < settings.min_participants:
         raise Refused(
