@@ -12,11 +12,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Shapes written in annotations are checked while testing, and only then.
-from jaxtyping import install_import_hook
+import tests.shape_checks
 
-import tests.shape_checks  # noqa: F401  the hook looks it up by name
-
-_hook = install_import_hook("fedprllm.core", "tests.shape_checks.check")
+tests.shape_checks.install()
 
 import torch  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402

@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Mapping
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def normal(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
+def distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()
+
+
+@pytest.fixture(scope="module")
 def declared() -> dict[str, set[str]]:
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
     groups = {"": project["dependencies"], **project["optional-dependencies"]}
@@ -50,11 +56,10 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_import_is_declared(path, declared):
+def test_every_import_is_declared(path, declared, distributions):
     where = path.relative_to(ROOT).with_suffix("").as_posix()
     extras = {extra for folder, needed in EXTRAS.items() if where.startswith(folder) for extra in needed}
     allowed = declared[""].union(*(declared[extra] for extra in extras))
-    distributions = packages_distributions()
     for module in imported(path):
         names = {normal(name) for name in distributions.get(module, [module])}
         assert names & allowed, f"{where} imports {module}: declare it in pyproject.toml"

@@ -24,7 +24,7 @@ FLOORS = [
     ["deciding"],
     ["pruning"],
     ["api", "federation"],
-    ["report"],
+    ["report", "export"],
     ["study", "demo"],
     ["cli"],
     ["__main__"],

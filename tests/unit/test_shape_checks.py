@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jaxtyping import Float, TypeCheckError, jaxtyped
+from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
 from fedprllm.core.zeros import copy_pruned
-from tests.shape_checks import check
+from tests.shape_checks import check, jaxtyped
 
 
 def test_a_mask_of_another_shape_is_refused():
@@ -24,3 +24,10 @@ def test_functions_inside_functions_are_checked_where_they_name_a_shape():
     assert total(torch.ones(2), torch.ones(2)) == 4
     with pytest.raises(TypeCheckError):
         total(torch.ones(2), torch.ones(1))
+
+
+def test_functions_without_shapes_are_left_as_they_are():
+    def double(number: int) -> int:
+        return 2 * number
+
+    assert jaxtyped(typechecker=check)(double) is double

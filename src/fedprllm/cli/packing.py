@@ -1,4 +1,4 @@
-"""Packing a model into one file, and unpacking it."""
+"""Packing a model into one file, unpacking it, and what a run gives other tools."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedprllm.cli.console import console
 if TYPE_CHECKING:
     from fedprllm.packing.archive import Packed
 
-__all__ = ["pack_command", "unpack_command"]
+__all__ = ["export_command", "pack_command", "unpack_command"]
 
 
 def pack_command(
@@ -36,6 +36,28 @@ def unpack_command(
     from fedprllm.packing.archive import unpack
 
     _show("unpacked", out, unpack(packed, out))
+
+
+def export_command(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run in which participants shared sums")],
+    imatrix: Annotated[Path, typer.Option(help="importance matrix to write, a GGUF file for llama-quantize")],
+    architecture: Annotated[
+        str | None,
+        typer.Option(help=escape("the model's architecture in GGUF files [default: by the model's type]")),
+    ] = None,
+) -> None:
+    """Export the participants' sums, so that a quantizer follows everybody's text."""
+    from fedprllm.export.imatrix import export_importance_matrix
+
+    found = export_importance_matrix(run, imatrix, architecture)
+    console.print(f"exported  {escape(str(found.path))}", soft_wrap=True)
+    console.print(f"{found.n_weights} weights, {found.n_tokens:,} tokens or more behind each")
+    for name in found.left_out:
+        console.print(f"left out, since llama.cpp has no name for it: {escape(name)}", soft_wrap=True)
+    console.print(
+        f"use it with: llama-quantize --imatrix {escape(str(found.path))} MODEL.gguf OUT.gguf Q4_K_M",
+        soft_wrap=True,
+    )
 
 
 def _show(done: str, path: Path, found: Packed) -> None:

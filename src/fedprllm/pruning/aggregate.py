@@ -24,6 +24,7 @@ from fedprllm.pruning.clock import Clock
 from fedprllm.pruning.method import Method
 from fedprllm.pruning.records import BlockRecord, LinearRecord
 from fedprllm.pruning.run_folder import Run
+from fedprllm.pruning.stored_sums import save_sums
 from fedprllm.pruning.stored_votes import save_votes
 from fedprllm.sharing import Totals
 from fedprllm.sharing.interface import Tensors
@@ -143,7 +144,7 @@ class Aggregate(Generic[_Decided]):
         hidden: Mapping[str, Tensor] | None = None,
         files: Sequence[Path] = (),
     ) -> None:
-        """Write the votes, the hidden states and finally the record, which marks the block as finished.
+        """Write votes, sums, hidden states and finally the record, which marks the block as finished.
 
         Args:
             run: The run, open.
@@ -151,7 +152,10 @@ class Aggregate(Generic[_Decided]):
             hidden: Hidden states after the block.
             files: Further files that belong to the block.
         """
-        save_votes(run.votes_path(self.block.index), self.totals.votes, self.block.linears)
+        index, linears = self.block.index, self.block.linears
+        save_votes(run.votes_path(index), self.totals.votes, linears)
+        if squares := self.method.sharing.squares:
+            save_sums(run.sums_path(index), squares(self.totals, linears), linears, self.totals.n_tokens)
         run.finish_block(self.block.index, record, hidden, files)
 
 

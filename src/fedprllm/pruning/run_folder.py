@@ -4,6 +4,7 @@ RUN/
   run.json                  identity of the run: configuration, model, participants, versions
   blocks/block-0007.json    record of a block (written last: its existence marks the block as finished)
   votes/block-0007.safetensors
+  sums/block-0007.safetensors    sums of squares of its inputs, where participants share sums
   state/hidden-0007.safetensors   hidden states after that block; only the newest are kept
   state/spilled/            hidden states beyond the memory limit, while a process is running
   model/                    the pruned model, moved here as a whole once it is complete
@@ -192,6 +193,10 @@ class Run:
         """File with the votes on a block."""
         return self.folder / "votes" / f"block-{block:04d}.safetensors"
 
+    def sums_path(self, block: int) -> Path:
+        """File with the sums of squares of a block's inputs."""
+        return self.folder / "sums" / f"block-{block:04d}.safetensors"
+
     @property
     def n_finished(self) -> int:
         """Number of finished blocks."""
@@ -210,7 +215,7 @@ class Run:
         """Save the hidden states and the record, which is written last and marks the block as finished.
 
         Args:
-            block: Block index, whose shard and votes must have been written before.
+            block: Block index, whose shard, votes and sums must have been written before.
             record: Its record, to which the digests of its files are added.
             hidden: Hidden states after the block.
             files: Further files that belong to the block.
@@ -241,9 +246,9 @@ class Run:
     # Damage ------------------------------------------------------------------------------------
 
     def _files_of(self, block: int) -> list[Path]:
-        """The files of a block that belong to the result: its votes and its shard in every model."""
+        """The files of a block that belong to the result: its votes or sums, and its shard in every model."""
         shards = self.folder.glob(f"**/model.unfinished/model-{block + 2:05d}-of-*.safetensors")
-        return [self.votes_path(block), *sorted(shards)]
+        return [self.votes_path(block), self.sums_path(block), *sorted(shards)]
 
     def _digests(self, paths: Sequence[Path]) -> dict[str, str]:
         """Digests by the path that each file has in the complete run."""

@@ -136,6 +136,10 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:
     return Totals(ExactSums(sums, square))
 
 
+def _squares(totals: Totals, linears: Linears) -> Tensors:
+    return {name: totals.sums[name].diagonal() for name in distinct_inputs(linears)}
+
+
 GRAM = Sharing(
     kind="gram",
     noun="sums of products of the Linears' inputs",
@@ -147,4 +151,5 @@ GRAM = Sharing(
     zeros=_zeros,
     comparison=Comparison(_figures, outstanding_sums),
     observation=partial(GramStatistics.zeros, dtype=torch.float32),
+    squares=_squares,
 )

@@ -88,6 +88,10 @@ def pooled_norms(totals: Totals, linears: Linears) -> dict[str, Tensor]:
     return {name: totals.sums[linear.source].sqrt().to(torch.float32) for name, linear in linears.items()}
 
 
+def _squares(totals: Totals, linears: Linears) -> Tensors:
+    return {name: totals.sums[name] for name in distinct_inputs(linears)}
+
+
 STATISTICS = Sharing(
     kind="statistics",
     noun="sums over the Linears' inputs",
@@ -98,4 +102,5 @@ STATISTICS = Sharing(
     check=_check,
     zeros=_zeros,
     comparison=Comparison(_figures, outstanding_sums),
+    squares=_squares,
 )

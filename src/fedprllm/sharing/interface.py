@@ -207,6 +207,8 @@ class Sharing:
         comparison: How updates are compared with each other; None if `check` alone bounds what one can do.
         shares_decision: Whether an update follows from the participant's own prune masks.
         observation: Makes empty statistics of the inputs, which the participant then sums up.
+        squares: Returns the sum of squares of each channel, [in] by the name of the first Linear that reads
+            the input, if the totals contain it.
     """
 
     kind: str
@@ -220,6 +222,7 @@ class Sharing:
     comparison: Comparison | None = None
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros
+    squares: Callable[[Totals, Linears], Tensors] | None = None
 
 
 def update_bytes(shapes: Shapes) -> int:
