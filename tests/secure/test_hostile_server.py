@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import random
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedprllm.errors import SecureError
+from fedprllm.errors import SecureError, UpdateError
 from fedprllm.secure import keys
+from fedprllm.secure.advert import Advert
 from fedprllm.secure.journal import FileJournal, MemoryJournal
 from fedprllm.secure.participant import SecureParticipant
 from fedprllm.secure.terms import Limits, Roster, Terms
@@ -98,17 +99,16 @@ def test_a_participant_that_was_asked_for_something_else_is_noticed(session: Ses
 def test_a_key_that_occurs_twice_is_refused(session: Session) -> None:
     """A participant that copies another's keys would be the other's double in every mask."""
     adverts = advertised(session)
-    copied = json.loads(adverts["p01"][64:]) | {"name": "p02"}
-    body = keys.canonical(copied)
-    adverts["p02"] = keys.sign(session.identities["p02"], b"advert", body) + body
+    copied = replace(Advert.read(adverts["p01"]), name="p02")
+    adverts["p02"] = copied.signed(session.identities["p02"])
     with pytest.raises(SecureError, match="a key of 'p02' occurs twice"):
         session.participants["p00"].share(adverts)
 
 
 def test_a_key_with_which_everybody_agrees_on_the_same_secret_is_refused(session: Session) -> None:
     adverts = advertised(session)
-    body = keys.canonical(json.loads(adverts["p01"][64:]) | {"box": bytes(32).hex()})
-    adverts["p01"] = keys.sign(session.identities["p01"], b"advert", body) + body
+    degenerate = replace(Advert.read(adverts["p01"]), box=bytes(32))
+    adverts["p01"] = degenerate.signed(session.identities["p01"])
     with pytest.raises(SecureError, match="public key for key agreement is not valid"):
         session.participants["p00"].share(adverts)
 
@@ -119,6 +119,55 @@ def test_too_few_participants_get_no_shares(session: Session) -> None:
         session.participants["p00"].share({name: adverts[name] for name in ("p00", "p01")})
     with pytest.raises(SecureError, match="lacks 'p00' itself"):
         session.participants["p00"].share({name: adverts[name] for name in ("p01", "p02", "p03")})
+
+
+BODIES = [
+    b"",
+    b"[]",
+    b"{}",
+    b"\xff",
+    b"[" * 100_000,
+    b'{"box":1,"context":1,"name":"p01","session":1,"sums":1}',
+    b'{"box":"","context":"","name":"p01","session":"","sums":{}}',
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: str(body[:20]))
+def test_an_advert_that_its_participant_signed_may_still_be_anything(session: Session, body: bytes) -> None:
+    """A participant that conspires with the server signs whatever it likes."""
+    adverts = advertised(session)
+    adverts["p01"] = keys.sign(session.identities["p01"], b"advert", body) + body
+    with pytest.raises(SecureError, match="an advert of keys"):
+        session.participants["p00"].share(adverts)
+    with pytest.raises(UpdateError, match="participant 'p01': an advert of keys"):
+        session.server.take_advert("p01", adverts["p01"])
+
+
+def test_an_advert_has_one_spelling(session: Session) -> None:
+    body, rng = advertised(session)["p01"][64:], random.Random(0)
+    n_read = 0
+    for _ in range(3000):
+        start = rng.randrange(len(body))
+        new = rng.choice([b"", b" ", rng.randbytes(1), b"0", b'"', body[start : start + 2]])
+        broken = body[:start] + new + body[start + rng.randint(0, 2) :]
+        try:
+            advert = Advert.read(bytes(64) + broken)
+        except SecureError:
+            continue
+        n_read += 1
+        assert advert._body == broken
+    assert 10 < n_read < 2000
+
+
+def test_a_server_takes_only_what_a_participant_may_send(session: Session) -> None:
+    adverts = advertised(session)
+    with pytest.raises(UpdateError, match="participant 'p02' has sent keys of another participant"):
+        session.server.take_advert("p02", adverts["p01"])
+    session.server.adverts = adverts
+    boxes = session.participants["p00"].share(adverts)
+    del boxes["p03"]
+    with pytest.raises(UpdateError, match="participant 'p00' has not made a box of shares for each"):
+        session.server.take_boxes("p00", boxes)
 
 
 # ---- boxes -------------------------------------------------------------------------------------------

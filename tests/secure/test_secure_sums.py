@@ -107,8 +107,9 @@ def test_the_same_chi_squared_finds_an_update_without_masks() -> None:
     assert float(((counts - counts.mean()) ** 2 / counts.mean()).sum()) > 10_000
 
 
-def test_one_wrong_share_is_found() -> None:
-    session = new_session(3)
+@pytest.mark.parametrize("m", [3, 4])
+def test_a_wrong_share_is_found_and_does_no_harm_if_there_is_one_to_spare(m: int) -> None:
+    session = new_session(m)
     updates = random_words(session)
     session.exchange()
     session.collect("block 0", updates)
@@ -119,6 +120,10 @@ def test_one_wrong_share_is_found() -> None:
     }
     answers["p01"]["p02"] = bytes(66)
     total = plain_sum(session.sent["block 0"], list(updates))
+    if m > session.server.limit:
+        session.server.unmask("block 0", total, survivors["block 0"], answers)
+        assert np.array_equal(total, plain_sum(updates, list(updates)))
+        return
     with pytest.raises(UpdateError, match="the shares of participant 'p02' do not restore its secret"):
         session.server.unmask("block 0", total, survivors["block 0"], answers)
 

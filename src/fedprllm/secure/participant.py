@@ -19,22 +19,22 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedprllm.errors import SecureError
 from fedprllm.secure import keys
+from fedprllm.secure.advert import Advert
 from fedprllm.secure.journal import Entry, Journal, once
 from fedprllm.secure.shamir import SECRET_BYTES, SHARE_BYTES, split
-from fedprllm.secure.streams import apply_streams
 from fedprllm.secure.terms import Limits, Roster, Terms
-from fedprllm.secure.words import Words
 
-__all__ = ["SIGNATURE_BYTES", "SecureParticipant", "pair_key", "self_key", "statement"]
+if TYPE_CHECKING:
+    from fedprllm.secure.words import Words
 
-SIGNATURE_BYTES = 64
+__all__ = ["SESSION_BYTES", "SecureParticipant", "pair_key", "self_key", "statement"]
+
 SESSION_BYTES = 16
 
 # The shares that one participant holds of another's secrets for a sum: of its mask key, and of its self seed.
@@ -137,19 +137,15 @@ class SecureParticipant:
         def make() -> tuple[bytes, bytes]:
             secret = [keys.new_private() for _ in range(1 + len(mine))]
             seeds = [secrets.token_bytes(SECRET_BYTES) for _ in mine]
-            body = keys.canonical(
-                {
-                    "session": session.hex(),
-                    "context": terms.context(limit).hex(),
-                    "name": self.name,
-                    "box": keys.public_of(secret[0]).hex(),
-                    "sums": {
-                        name: {"mask": keys.public_of(key).hex(), "self": keys.digest(b"seed", seed).hex()}
-                        for name, key, seed in zip(mine, secret[1:], seeds, strict=True)
-                    },
-                }
+            advert = Advert(
+                self.name,
+                session,
+                terms.context(limit),
+                keys.public_of(secret[0]),
+                {name: keys.public_of(key) for name, key in zip(mine, secret[1:], strict=True)},
+                {name: keys.digest(b"seed", seed) for name, seed in zip(mine, seeds, strict=True)},
             )
-            return keys.sign(self._identity, b"advert", body) + body, b"".join([*secret, *seeds])
+            return advert.signed(self._identity), b"".join([*secret, *seeds])
 
         entry = once(self._journal, "advertise", question, make)
         self._remember_keys(entry)
@@ -210,32 +206,31 @@ class SecureParticipant:
             raise SecureError(f"{len(adverts)} participants advertised keys: expected at least {self._least}")
         if self.name not in adverts:
             raise SecureError(f"the list of adverts lacks '{self.name}' itself")
-        seen: set[str] = set()
-        for name, advert in adverts.items():
-            signature, body = advert[:SIGNATURE_BYTES], advert[SIGNATURE_BYTES:]
-            if not keys.is_signed(self._roster.key_of(name), signature, b"advert", body):
+        seen: set[bytes] = set()
+        for name, message in adverts.items():
+            if not Advert.is_signed(message, self._roster.key_of(name)):
                 raise SecureError(f"the advert of '{name}' is not signed by the key in the pinned roster")
-            self._check_advert(name, json.loads(body), seen)
+            self._check_advert(name, Advert.read(message), seen)
 
-    def _check_advert(self, name: str, advert: Mapping[str, Any], seen: set[str]) -> None:
-        if advert["name"] != name or advert["session"] != self._session.hex():
+    def _check_advert(self, name: str, advert: Advert, seen: set[bytes]) -> None:
+        if advert.name != name or advert.session != self._session:
             raise SecureError(f"the advert of '{name}' is of another participant or session")
-        if advert["context"] != self._context.hex():
+        if advert.context != self._context:
             raise SecureError(
                 f"'{name}' was asked for something else: the model, the configuration, the participants or "
                 "their limits differ"
             )
         expected = [sum_ for sum_ in self._terms.sums if name in self._terms.contributors[sum_]]
-        if sorted(advert["sums"]) != expected:
+        if sorted(advert.masks) != expected:
             raise SecureError(f"the advert of '{name}' has keys for other sums than the terms name")
-        for key in (advert["box"], *(one["mask"] for one in advert["sums"].values())):
+        for key in (advert.box, *advert.masks.values()):
             if key in seen:
                 raise SecureError(f"a key of '{name}' occurs twice")
             seen.add(key)
 
     def _read_adverts(self, adverts: Mapping[str, bytes]) -> None:
         self._order = sorted(adverts)
-        self._peers = {name: json.loads(adverts[name][SIGNATURE_BYTES:]) for name in self._order}
+        self._peers = {name: Advert.read(adverts[name]) for name in self._order}
         self._adverts_digest = keys.digest(*(adverts[name] for name in self._order))
 
     def _remember_adverts(self, entry: Entry) -> None:
@@ -245,14 +240,14 @@ class SecureParticipant:
 
     def _shares(self, dealer: str, content: bytes) -> dict[str, _Pair]:
         """The shares of a dealer's secrets, by name of the sum."""
-        names = sorted(self._peers[dealer]["sums"])
+        names = sorted(self._peers[dealer].masks)
         if len(content) != 2 * SHARE_BYTES * len(names):
             raise SecureError(f"the box of '{dealer}' holds another number of shares than it has secrets")
         parts = [content[i : i + SHARE_BYTES] for i in range(0, len(content), SHARE_BYTES)]
         return {name: (parts[2 * i], parts[2 * i + 1]) for i, name in enumerate(names)}
 
     def _box_key(self, other: str, dealer: str, holder: str) -> bytes:
-        secret = keys.agreed(self._box_private, bytes.fromhex(self._peers[other]["box"]))
+        secret = keys.agreed(self._box_private, self._peers[other].box)
         return keys.derive(secret, b"box", self._session, dealer.encode(), holder.encode())
 
     # ---- 3: boxes ------------------------------------------------------------------------------------
@@ -304,6 +299,11 @@ class SecureParticipant:
             raise SecureError(
                 f"'{name}' has {len(others)} contributors left: expected at least {self._least}"
             )
+        # Processes that only pass messages on never need these.
+        import numpy as np
+
+        from fedprllm.secure.streams import apply_streams
+
         question = keys.digest(b"words", words.astype("<u8", copy=False).tobytes())
 
         def make() -> tuple[bytes, bytes]:
@@ -325,8 +325,8 @@ class SecureParticipant:
         return [member for member in self._members if member in self._terms.contributors[name]]
 
     def _pair(self, name: str, other: str) -> bytes:
-        public = bytes.fromhex(self._peers[other]["sums"][name]["mask"])
-        return pair_key(keys.agreed(self._mask_private[name], public), self._session, name, self.name, other)
+        secret = keys.agreed(self._mask_private[name], self._peers[other].masks[name])
+        return pair_key(secret, self._session, name, self.name, other)
 
     # ---- 5 and 6: agreement, and shares of the masks ---------------------------------------------------
 

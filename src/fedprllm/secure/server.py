@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from fedprllm.errors import SecureError, UpdateError
 from fedprllm.secure import keys
-from fedprllm.secure.participant import SESSION_BYTES, SIGNATURE_BYTES, pair_key, self_key
+from fedprllm.secure.advert import Advert
+from fedprllm.secure.participant import SESSION_BYTES, pair_key, self_key
 from fedprllm.secure.shamir import combine
 from fedprllm.secure.streams import apply_streams
 from fedprllm.secure.terms import Terms
@@ -31,9 +31,20 @@ class SecureServer:
         self.session = session or secrets.token_bytes(SESSION_BYTES)
         self.adverts: dict[str, bytes] = {}
         self._boxes: dict[str, Mapping[str, bytes]] = {}
+        self._read: dict[str, Advert] = {}
 
     def take_advert(self, name: str, advert: bytes) -> None:
-        """Keep a participant's public keys for the others."""
+        """Keep a participant's public keys for the others.
+
+        Raises:
+            UpdateError: They are not the keys of this participant for this session.
+        """
+        try:
+            read = Advert.read(advert)
+        except SecureError as error:
+            raise UpdateError(f"participant '{name}': {error}") from None
+        if (read.name, read.session) != (name, self.session):
+            raise UpdateError(f"participant '{name}' has sent keys of another participant or session")
         self.adverts[name] = advert
 
     def take_boxes(self, name: str, boxes: Mapping[str, bytes]) -> None:
@@ -83,41 +94,62 @@ class SecureServer:
                 f"{len(answers)} participants gave shares: expected at least {self.limit}; the sum of "
                 f"'{name}' stays masked"
             )
-        order = sorted(self.adverts)
-        holders = sorted(answers)[: self.limit]
         streams = []
         for dealer in self.contributors(name):
-            shares = {
-                order.index(holder) + 1: int.from_bytes(answers[holder][dealer], "little")
-                for holder in holders
-            }
-            streams += self._streams_of(name, dealer, combine(shares), survivors)
+            shares = {holder: self._share(answers, holder, dealer) for holder in answers}
+            streams += self._streams_of(name, dealer, shares, survivors)
         apply_streams(total, streams)
 
+    @staticmethod
+    def _share(answers: Mapping[str, Mapping[str, bytes]], holder: str, dealer: str) -> int:
+        if dealer not in answers[holder]:
+            raise UpdateError(f"participant '{holder}' gave no share of the secrets of '{dealer}'")
+        return int.from_bytes(answers[holder][dealer], "little")
+
     def _streams_of(
-        self, name: str, dealer: str, secret: bytes, survivors: Collection[str]
+        self, name: str, dealer: str, shares: Mapping[str, int], survivors: Collection[str]
     ) -> list[tuple[bytes, bool]]:
         """The masks that a contributor's secret takes off the sum, each with whether to add it."""
-        advert = self._advert(dealer)["sums"][name]
+        advert = self._advert(dealer)
         if dealer in survivors:
-            if keys.digest(b"seed", secret).hex() != advert["self"]:
-                raise self._wrong(dealer)
-            return [(self_key(secret, self.session, name, dealer), False)]
-        if keys.public_of(secret).hex() != advert["mask"]:
-            raise self._wrong(dealer)
+            seed = self._restored(
+                dealer, shares, lambda secret: keys.digest(b"seed", secret) == advert.seeds[name]
+            )
+            return [(self_key(seed, self.session, name, dealer), False)]
+        private = self._restored(dealer, shares, lambda secret: keys.public_of(secret) == advert.masks[name])
         return [
-            (pair_key(keys.agreed(secret, public), self.session, name, dealer, survivor), dealer < survivor)
+            (
+                pair_key(
+                    keys.agreed(private, self._advert(survivor).masks[name]),
+                    self.session,
+                    name,
+                    dealer,
+                    survivor,
+                ),
+                dealer < survivor,
+            )
             for survivor in survivors
-            for public in [bytes.fromhex(self._advert(survivor)["sums"][name]["mask"])]
         ]
 
-    def _advert(self, name: str) -> dict[str, dict[str, dict[str, str]]]:
-        advert: dict[str, dict[str, dict[str, str]]] = json.loads(self.adverts[name][SIGNATURE_BYTES:])
-        return advert
-
-    @staticmethod
-    def _wrong(dealer: str) -> UpdateError:
-        return UpdateError(
+    def _restored(self, dealer: str, shares: Mapping[str, int], is_right: Callable[[bytes], bool]) -> bytes:
+        """A secret from any shares that restore it; one wrong share does no harm if there is one to spare."""
+        order = sorted(self.adverts)
+        for holders in self._holders(sorted(shares)):
+            secret = combine({order.index(holder) + 1: shares[holder] for holder in holders})
+            if is_right(secret):
+                return secret
+        raise UpdateError(
             f"the shares of participant '{dealer}' do not restore its secret: a participant has given wrong "
             "ones; begin the run again"
         )
+
+    def _holders(self, names: list[str]) -> Iterator[list[str]]:
+        yield names[: self.limit]
+        if len(names) > self.limit:
+            for left_out in names[: self.limit]:
+                yield [name for name in names if name != left_out][: self.limit]
+
+    def _advert(self, name: str) -> Advert:
+        if name not in self._read:
+            self._read[name] = Advert.read(self.adverts[name])
+        return self._read[name]
