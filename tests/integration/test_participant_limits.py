@@ -258,8 +258,11 @@ def test_a_request_without_participants_counts_as_too_few():
         check_request(settings, job)
 
 
-def test_a_run_under_masks_is_refused_rather_than_sent_in_the_clear():
-    """A plan with it is refused too, but a participant does not rely on the coordinator's version."""
-    job = {"participants": ["a", "b", "c"], "config": PruneConfig(secure=True).model_dump(), "model": "m"}
-    with pytest.raises(Refused, match="nothing is sent in the clear instead"):
-        check_request(SiteSettings(data=["x"]), job)
+def test_a_participant_that_requires_masks_refuses_a_run_in_the_clear():
+    settings = SiteSettings(data=["x"], require_secure=True)
+    job = {"participants": ["a", "b", "c"], "config": PruneConfig().model_dump(), "model": "m"}
+    with pytest.raises(Refused, match="shares sums only") as refusal:
+        check_request(settings, job)
+    assert refusal.value.code == "not secure"
+    job["config"] = PruneConfig(secure=True, window_length=2048).model_dump()
+    check_request(settings, job)

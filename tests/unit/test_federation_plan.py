@@ -55,7 +55,6 @@ def test_a_plan_names_what_is_wrong(change, words):
         ({"quorum": 3, "participants": ["a", "b"]}, "cannot be reached by 2"),
         ({"deadline_s": 0}, "deadline_s"),
         ({"prune": {"strategy": "centralized"}}, "cannot run in a federation"),
-        ({"prune": {"secure": True}}, "secure is not available in a federation yet: .* in the clear"),
         ({"prune": {"sparsty": 0.5}}, "did you mean 'sparsity'"),
         ({"modell": "x"}, "did you mean 'model'"),
     ],

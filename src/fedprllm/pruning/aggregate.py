@@ -76,6 +76,16 @@ class Aggregate(Generic[_Decided]):
         if comparison := self.method.sharing.comparison:
             self._figures[name] = comparison.figures(update, self.block.linears, n_tokens)
 
+    def take(self, totals: Totals, names: Sequence[str]) -> None:
+        """Take sums that were added up under masks.
+
+        Args:
+            totals: The sums.
+            names: Participants whose updates are in them.
+        """
+        self.totals = totals
+        self._n_tokens = dict.fromkeys(names, 0)
+
     def decide(self) -> _Decided:
         """Decide from the current sums.
 

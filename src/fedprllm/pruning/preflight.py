@@ -92,7 +92,9 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig, n_participants
             )
 
 
-def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_mb: float) -> None:
+def check_message_size(
+    model: BlockwiseModel, config: PruneConfig, max_message_mb: float, n_participants: int = 1
+) -> None:
     """Refuse a run whose messages exceed the kits' limit and could never arrive.
 
     Messages are updates, and decisions, from which participants build the result.
@@ -101,10 +103,9 @@ def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_m
         ConfigError: A message would be too large; the message names the first such block, the size and the
             limit.
     """
+    updates = payloads(model, config, config.share, n_participants)
     for index, linears in enumerate(model.linears):
-        n_bytes = max(
-            update_bytes(SHARING[config.share].shapes(linears)), _block_decision_bytes(linears, config)
-        )
+        n_bytes = max(updates[index], _block_decision_bytes(linears, config))
         if n_bytes * _ENVELOPE > max_message_mb * 1e6:
             raise ConfigError(
                 f"block {index} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, but the kits of this "

@@ -15,9 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from fedprllm.config import PruneConfig
-from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block
-from fedprllm.models.norms import input_norms
+from fedprllm.pruning.masked_totals import layout_of, totals_of
 from fedprllm.pruning.method import Method
 from fedprllm.secure.journal import MemoryJournal
 from fedprllm.secure.participant import SecureParticipant
@@ -25,11 +24,6 @@ from fedprllm.secure.server import SecureServer
 from fedprllm.secure.terms import Limits, Roster, Terms
 from fedprllm.secure.words import Words
 from fedprllm.sharing import Totals
-from fedprllm.sharing.as_words import Layout
-from fedprllm.sharing.interface import Ballot, ExactSums
-from fedprllm.sharing.outlier_counts import OUTLIERS, check_count
-from fedprllm.sharing.prune_masks import check_votes
-from fedprllm.sharing.pruned_weights import mask_name
 
 __all__ = ["SecureSums", "check_contributors", "terms_of"]
 
@@ -102,16 +96,6 @@ class SecureSums:
         for name, one in self._participants.items():
             one.receive(server.boxes_for(name))
 
-    def _layout(self, block: Block, method: Method[Any]) -> Layout:
-        config = method.config
-        assert config.window_length is not None, "the configuration is resolved"
-        return Layout(
-            method.empty(block),
-            len(self._participants),
-            config.window_length,
-            config.windows if config.weighting == "tokens" else 0,
-        )
-
     def add(
         self, block: Block, method: Method[Any], name: str, update: Mapping[str, Tensor], n_tokens: int
     ) -> None:
@@ -121,7 +105,7 @@ class SecureSums:
             UpdateError: The update holds numbers that are too large for sums under masks.
         """
         sum_ = _name(block.index)
-        words = self._layout(block, method).pack(update, n_tokens)
+        words = layout_of(block, method, len(self._participants)).pack(update, n_tokens)
         masked = self._participants[name].mask(sum_, words)
         self._participants[name].settle(sum_)
         if sum_ in self._sums:
@@ -142,39 +126,4 @@ class SecureSums:
         signatures = {name: one.agree(survivors) for name, one in self._participants.items()}
         answers = {name: one.unmask(survivors, signatures)[sum_] for name, one in self._participants.items()}
         self._server.unmask(sum_, words, names, answers)
-        try:
-            totals = self._layout(block, method).unpack(words, len(names))
-            _check(totals, block, method)
-        except UpdateError as error:
-            raise UpdateError(
-                f"block {block.index}: the sum over {len(names)} participants cannot come from honest "
-                f"updates: {error}. Under masks nobody can say whose update it is: run without secure"
-            ) from None
-        return totals
-
-
-def _check(totals: Totals, block: Block, method: Method[Any]) -> None:
-    """Check sums as far as they can be checked without the updates behind them."""
-    config = method.config
-    assert config.window_length is not None, "the configuration is resolved"
-    most = totals.n_participants * config.windows * config.window_length
-    if totals.n_tokens < totals.n_participants or (config.windows and totals.n_tokens > most):
-        raise UpdateError(f"{totals.n_tokens} tokens, expected at most {most}")
-    for name, linear in block.linears.items():
-        votes = totals.votes.get(name) or totals.votes.get(mask_name(name))
-        if votes is not None:
-            check_votes(linear, votes, totals.weight, method.target)
-    if isinstance(totals.sums, ExactSums):
-        values = {name: part.value for name, part in totals.sums.parts.items()}
-        _check_sums(Ballot(block.linears, values, block.tensors.__getitem__), totals, method)
-
-
-def _check_sums(ballot: Ballot, totals: Totals, method: Method[Any]) -> None:
-    if method.sharing is OUTLIERS:
-        check_count(ballot, method.target, totals.n_participants)
-        return
-    method.sharing.check(ballot, method.target)
-    if (comparison := method.sharing.comparison) is not None:
-        figures = {"the sum": comparison.figures(ballot.update, ballot.linears, totals.n_tokens)}
-        for reason in comparison.outstanding(figures, input_norms(ballot.linears)).values():
-            raise UpdateError(reason)
+        return totals_of(words, len(names), block, method, len(self._participants))

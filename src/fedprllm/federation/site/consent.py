@@ -63,14 +63,14 @@ def check_request(settings: SiteSettings, job: Mapping[str, Any]) -> None:
         job: The coordinator's request, with ``config``, ``model`` and ``participants``.
 
     Raises:
-        Refused: Masks over the network, too few participants, windows or tokens, or not the run that the
+        Refused: Updates in the clear, too few participants, windows or tokens, or not the run that the
             participant pinned.
     """
-    if job["config"].get("secure"):
+    if settings.require_secure and not job["config"].get("secure"):
         raise Refused(
-            "kind not allowed",
-            "the run asks for sums under masks, which this version cannot send over the network; nothing is "
-            "sent in the clear instead",
+            "not secure",
+            "the run asks for updates in the clear, and this participant shares sums only "
+            "(--require-secure): ask the coordinator to run it with secure",
         )
     n_participants = len(set(job["participants"]))
     if n_participants < settings.min_participants:
