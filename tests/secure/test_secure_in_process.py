@@ -230,3 +230,12 @@ def test_a_participant_gives_no_masked_update_twice_once_the_sum_is_known(tiny, 
     one.settle("block 0000")
     with pytest.raises(SecureError, match="asked a second time"):
         one.mask("block 0000", np.zeros(4, np.uint64))
+
+
+def test_the_example_of_the_specification() -> None:
+    from fedprllm.core.bitplanes import PackedVotes
+    from fedprllm.sharing.interface import Totals
+
+    layout = Layout(Totals(votes={"w": PackedVotes(3)}), 4, 16)
+    words = layout.pack({"w": torch.tensor([[True, False, True]])}, 2 * 16)
+    assert words.tolist() == [2, 65]

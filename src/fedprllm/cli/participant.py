@@ -278,6 +278,8 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
             f"not enough memory ({str(error) or 'MemoryError'}): raise --memory-gb, or keep hidden states in "
             "files with --memory-limit"
         ) from None
+    if plan.config.secure:
+        console.print("the run adds updates up under masks: what is shown here is hidden before it is sent")
     for preview in previews:
         total, n_blocks = total + preview.message_bytes, preview.n_blocks
         table = Table(
