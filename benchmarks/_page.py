@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import hostile, leakage, llm_compressor, selection, solvers, sweeps, text, votes
+from benchmarks import hostile, leakage, llm_compressor, renamed, selection, solvers, sweeps, text, votes
 from benchmarks._harness import shown
 from benchmarks._plots import plots
 from fedprllm.files import read_json, write_text
@@ -270,6 +270,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         "(SmolLM2-135M, updates of 3 of 30 blocks)",
         ("benchmarks.leakage",),
         leakage.tables,
+    ),
+    "renamed": Benchmark(
+        "One block in memory where transformers renames tensors: GPT-NeoX beside a Llama of the same size",
+        ("benchmarks.renamed",),
+        lambda r: {"": r["rows"]},
+        (Goal("peak anonymous memory of GPT-NeoX / the Llama's", renamed.ratio, 1.05),),
     ),
     "solvers": Benchmark(
         "What sums can do better than votes: SmolLM2-135M at 50 %, 16 windows of 512 tokens per participant",

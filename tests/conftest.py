@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from tests.isolation import process_state  # noqa: E402
-from tests.models import ARCHITECTURES, save_tiny  # noqa: E402
+from tests.models import ARCHITECTURES, MIXTURES, save_tiny  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -100,7 +100,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
             folder = tmp_path_factory.mktemp("tiny") / name
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                save_tiny(ARCHITECTURES[name], folder)
+                save_tiny((ARCHITECTURES | MIXTURES)[name], folder)
             made[name] = folder
         return made[name]
 

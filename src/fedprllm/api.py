@@ -191,7 +191,7 @@ def _prune(
     named = name_participants(participants)
     check_outside(out, _sources(named, eval_texts))
     folder = resolve_model(model, progress=progress)
-    walked = BlockwiseModel(folder, config.dtype, config.device)
+    walked = BlockwiseModel(folder, config.dtype, config.device, config.exclude)
     check_pattern_divides(walked, config)
     check_update_size(walked, config)
     members, config = make_participants(walked, named, config)

@@ -64,6 +64,14 @@ class PruneConfig(Settings):
     pattern: Annotated[
         str, Field(description="unstructured, or N:M like 2:4 (at most N nonzeros in M consecutive inputs)")
     ] = "unstructured"
+    exclude: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=200)], ...],
+        Field(
+            max_length=100,
+            description="Linears that stay dense: a name, or a pattern such as *.o_proj or model.layers.3.* "
+            "(repeat for several)",
+        ),
+    ] = ()
     criterion: Annotated[
         CriterionName,
         Field(description="score that ranks weights (lowest pruned first; magnitude needs no text)"),

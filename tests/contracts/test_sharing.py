@@ -12,7 +12,7 @@ from fedprllm.pruning.method import pruning_method, survey_method
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.walk import Walker
 from fedprllm.sharing import SHARING, update_bytes
-from fedprllm.sharing.interface import Ballot
+from fedprllm.sharing.interface import Ballot, compared_sums
 from tests.contracts.test_walk import assert_same_bits, weights_of
 
 SHARES = list(DECISIONS)
@@ -149,6 +149,22 @@ def test_one_shot_statistics_are_taken_from_the_unpruned_model(tiny, windows, tm
         assert torch.equal(pruned[f"{name}.weight"] == 0, mask), name
 
 
+def test_each_experts_input_is_shared_once_whatever_the_router_does(tiny):
+    model = BlockwiseModel(tiny("qwen3-moe"))
+    shapes = SHARING["statistics"].shapes(model.linears[1])
+    of_experts = {name.split(".mlp.experts.")[1] for name in shapes if ".mlp.experts." in name}
+    assert of_experts == {f"{n}.{part}.weight" for n in range(8) for part in ("gate_proj", "down_proj")}
+    sums = {name: torch.ones(shape) for name, (shape, _) in shapes.items()}
+    compared = compared_sums(sums, model.linears[1])
+    assert {
+        name.rpartition("*")[2]: float(values.max()) for name, values in compared.items() if "*" in name
+    } == {
+        ".gate_proj.weight": 8,
+        ".down_proj.weight": 8,
+    }
+    assert len(compared) == len(shapes) - 14
+
+
 def test_each_distinct_input_is_shared_once(tiny):
     model = BlockwiseModel(tiny("llama"))
     shapes = SHARING["statistics"].shapes(model.linears[1])
@@ -164,9 +180,10 @@ def test_each_distinct_input_is_shared_once(tiny):
     )
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3-moe"])
 @pytest.mark.parametrize("share", SHARES)
-def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, windows, share):
-    model = BlockwiseModel(tiny("gpt2"))
+def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, windows, share, architecture):
+    model = BlockwiseModel(tiny(architecture))
     sharing, method = SHARING[share], pruning_method(PruneConfig(share=share))
     participant = Participant("one", windows(0))
     participant.enter(model)
@@ -213,10 +230,13 @@ def refusals(sharing, model, block, updates, n_tokens, target) -> dict[str, str]
     return refused
 
 
-@pytest.mark.parametrize("n", [3, 4])
-@pytest.mark.parametrize("kind", SHARING)
-def test_honest_updates_pass_and_a_hostile_one_is_refused(tiny, windows, kind, n):
-    model, sharing = BlockwiseModel(tiny("llama")), SHARING[kind]
+# With experts, counts of outliers are as before: a block of several thousand scores, whatever they belong to.
+@pytest.mark.parametrize(
+    ("kind", "n", "architecture"),
+    [(kind, n, "llama") for kind in SHARING for n in (3, 4)] + [(kind, 3, "qwen3-moe") for kind in SHARES],
+)
+def test_honest_updates_pass_and_a_hostile_one_is_refused(tiny, windows, kind, n, architecture):
+    model, sharing = BlockwiseModel(tiny(architecture)), SHARING[kind]
     config = PruneConfig(share="mask" if kind == "outliers" else kind, allocation="owl")
     method = survey_method(config) if kind == "outliers" else pruning_method(config)
     people = [Participant(f"p{index}", windows(index, 1 + index)) for index in range(n)]

@@ -17,7 +17,7 @@ from fedprllm.federation.coordinator.job import conduct_run
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.messages import Reply, Request, pack, read_reply, read_request
 from fedprllm.federation.site.spool import read_ledger
-from fedprllm.files import read_json
+from fedprllm.files import read_json, read_sealed
 from fedprllm.sharing.gram_matrices import square, triangle
 from tests.federation_helpers import (
     NAMES,
@@ -31,6 +31,7 @@ from tests.federation_helpers import (
     threads,  # noqa: F401  a fixture
 )
 from tests.isolation import torch_threads
+from tests.models import MIXTURES, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("threads")]
 # The computation runs in a thread of this process, and its output is the worker's log.
@@ -102,6 +103,7 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
         {"block_fraction": 0.5},
         {"block_fraction": "north=0.4,west=0.2", "share": "weights", "allocation": "owl"},
         {"pattern": "2:4", "ties": "random", "seed": 3},
+        {"share": "statistics", "exclude": ["*.q_proj", "model.layers.0.mlp.down_proj"]},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "mask",
 )
@@ -128,6 +130,48 @@ def test_the_same_bits_as_in_one_process(tmp_path, model, federation, strategy, 
     assert not (tmp_path / "runs" / "run" / "federation" / "updates").exists()
     collector(tmp_path, "north").collect()
     same_model(tmp_path / "north" / "runs" / "run" / "model", expected.model_dir)
+
+
+@pytest.fixture
+def mixture(model, tmp_path):
+    """``mixture(name)``: a tiny random mixture of experts that reads the small model's tokens."""
+
+    def get(name):
+        def config():
+            found = MIXTURES[name]()
+            found.vocab_size = 512
+            return found
+
+        folder = tmp_path / name
+        save_tiny(config, folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(model / file, folder / file)
+        return folder
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt-oss", {}),
+        ("gpt-oss", {"share": "statistics", "strategy": "iterative"}),
+        ("deepseek-v3", {"share": "gram", "strategy": "iterative"}),
+        ("deepseek-v3", {"share": "weights", "allocation": "owl"}),
+    ],
+)
+def test_experts_get_the_same_bits_as_in_one_process(tmp_path, mixture, federation, name, options):
+    folder = mixture(name)
+    channel = federation(model=folder, allow=["mask", "statistics", "gram", "weights", "outliers"], seed=0)
+    assert conduct(tmp_path, make_plan(folder, prune=options), channel) == "complete", outcome(tmp_path)
+    expected = in_process(tmp_path, folder, federation.paths, **options)
+    same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
+    record = read_json(tmp_path / "runs" / "run" / "result.json")
+    assert not any("experts" in block for block in record["blocks"] if block.get("experts")), "stays local"
+    collector(tmp_path, "north").collect()
+    same_model(tmp_path / "north" / "runs" / "run" / "model", expected.model_dir)
+    notes = [read_sealed(path)["notes"] for path in (tmp_path / "north").rglob("notes.json")]
+    assert any("the text of 'north' reached " in note for found in notes for note in found)
 
 
 def test_only_updates_and_states_leave(tmp_path, model, federation):

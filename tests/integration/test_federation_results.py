@@ -87,6 +87,13 @@ def test_everything_that_came_in_is_in_the_ledger(tmp_path, complete):
     assert not list(work_folder(tmp_path / "north").glob("results/*/*.decision")), "no longer needed"
 
 
+def test_what_the_plan_excludes_stays_dense_at_every_participant(tmp_path, complete, small_model):
+    run = complete(prune={"exclude": ["*.o_proj"]})
+    collector(tmp_path, "north").collect()
+    assert outcomes(run)["north"]["outcome"] == "received"
+    same_model(run / "model", tmp_path / "north" / "runs" / "run" / "model")
+
+
 def test_a_participant_keeps_the_names_of_its_own_copy(tmp_path, complete, small_model):
     run = complete()
     copy = tmp_path / "copy"
@@ -148,8 +155,8 @@ def test_a_build_that_is_killed_continues(tmp_path, complete, monkeypatch):
     built = []
     original = build._is_right
 
-    def dies(shard, expected):
-        built.append((shard.name, right := original(shard, expected)))
+    def dies(shard, *rest):
+        built.append((shard.name, right := original(shard, *rest)))
         if len(built) == 3:
             raise SystemExit(9)
         return right

@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
-    LlavaConfig,
     Qwen3_5Config,
 )
 
@@ -21,7 +20,6 @@ from fedprllm import prune
 from fedprllm.errors import ModelError
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.side_files import left_out, side_files
-from fedprllm.models.source import resolve_model
 
 BELONGING = [
     "LICENSE",
@@ -264,9 +262,3 @@ def test_further_blocks_are_noticed_under_names_that_transformers_changes(tmp_pa
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"holds weights of 3 blocks .*its config\.json says 2"):
         BlockwiseModel(tmp_path)
-
-
-def test_other_multimodal_models_are_refused_as_such(tmp_path) -> None:
-    LlavaConfig(text_config=_TEXT | {"model_type": "llama"}).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"\(llava\) is a multimodal model"):
-        resolve_model(tmp_path)

@@ -289,6 +289,17 @@ def test_two_participants_have_one_pair(run_once):
     assert re.search(r"On average, two participants agree on [\d.]+ % of the weights\. ", page.text)
 
 
+def test_experts_have_a_row_for_all_of_them(run_once):
+    run = run_once(2, "qwen3-moe")
+    page = report(run)
+    assert "mlp.experts.*.down_proj" in page.html
+    assert not re.search(r"experts\.\d", page.html)
+    linears = [one for block in result_of(run)["blocks"] for one in block["linears"].values()]
+    n_pruned = sum(one["n_pruned"] for one in linears if one["kind"].endswith(".down_proj"))
+    assert f"{n_pruned:,}" in page.html
+    assert "the text of " in page.html, "how far each text reached"
+
+
 def test_gpt2_and_patterns(run_once):
     page = report(run_once(2, "gpt2", pattern="2:4"))
     assert "attn.c_attn" in page.text

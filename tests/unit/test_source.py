@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from fedprllm.errors import ModelError, RunError
 from fedprllm.models import source
@@ -149,10 +149,10 @@ def test_precision_of_the_file_is_kept(tiny, cache, tmp_path) -> None:
         assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
-def test_fused_experts_are_refused_before_a_conversion(cache, tmp_path) -> None:
-    config = MixtralConfig(**_SMALL, intermediate_size=32, num_key_value_heads=2, num_local_experts=2)
+def test_unmarked_fused_experts_are_refused_before_a_conversion(cache, tmp_path) -> None:
+    config = Llama4TextConfig(**_SMALL, intermediate_size=32, intermediate_size_mlp=32, num_local_experts=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ModelError, match=r"experts\.\w+' of MixtralForCausalLM .*use a dense model"):
+    with pytest.raises(ModelError, match=r"experts\.\w+' of Llama4ForCausalLM .*use another model"):
         resolve_model(tmp_path / "model")
     assert not cache.exists()
 

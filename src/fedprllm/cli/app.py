@@ -165,7 +165,7 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
 
 
 # Command-line types of fields whose own type the command line cannot parse.
-_PLAIN = {"window_length": int, "memory_limit": str}
+_PLAIN = {"window_length": int, "memory_limit": str, "exclude": list[str]}
 
 
 def _field_option(name: str) -> tuple[Any, Any]:
@@ -176,7 +176,7 @@ def _field_option(name: str) -> tuple[Any, Any]:
     help_text = field.description or ""
     if choices:
         help_text += f": {', '.join(choices)}"
-    if field.default is not None:
+    if field.default not in (None, ()):
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         help_text += f" [default: {default}]"
     plain: Any = str if choices else _PLAIN.get(name, annotation)

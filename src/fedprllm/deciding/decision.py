@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from fedprllm.core.masks import PruneMask
 from fedprllm.models.block import Block, GivenWeights, PrunedWeights, Weights
 
-__all__ = ["BlockDecision"]
+__all__ = ["UNREACHED", "BlockDecision"]
+
+UNREACHED = "no text reached this expert, so its weights were compared by magnitude"
 
 
 @dataclass

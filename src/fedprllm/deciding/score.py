@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedprllm.core.criteria import CRITERIA, Criterion
 from fedprllm.core.masks import prune_by_score
-from fedprllm.deciding.decision import BlockDecision
-from fedprllm.models.block import Block
+from fedprllm.deciding.decision import UNREACHED, BlockDecision
+from fedprllm.models.block import Block, Linear
 from fedprllm.models.observe import BlockStatistics
 from fedprllm.sharing.input_sums import pooled_norms
 from fedprllm.sharing.interface import Totals
@@ -61,10 +61,14 @@ def _by_score(
     """
     config = target.config
     criterion = CRITERIA[config.criterion]
-    masks = {}
+    masks, notes = {}, []
     for name, linear in block.linears.items():
         weight = linear.view(block.tensors)
         norm = torch.ones(linear.shape[1]) if norms is None else norms[name]
+        if _is_unreached(linear, norm):
+            # Zeros would make all scores equal, and the order of the weights would decide.
+            norm = torch.ones_like(norm)
+            notes.append(f"{name}: {UNREACHED}")
         masks[name] = prune_by_score(
             partial(_scores, criterion, norm.to(weight.device)),
             weight,
@@ -74,7 +78,14 @@ def _by_score(
             scores_rows=criterion.scores_rows,
             counts_close=counts_close,
         )
-    return BlockDecision.of_masks(block, masks)
+    decision = BlockDecision.of_masks(block, masks)
+    decision.notes += notes
+    return decision
+
+
+def _is_unreached(linear: Linear, norm: Tensor) -> bool:
+    """Whether a Linear belongs to an expert to which a router sent no token."""
+    return bool(linear.family) and not norm.any()
 
 
 def _scores(criterion: Criterion, norm: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fedprllm.core.solvers.admm import admm
 from fedprllm.core.solvers.alps import alps
 from fedprllm.core.solvers.scaled import Problem, Solve, damping_for
 from fedprllm.core.solvers.sparsegpt import Reconstruction, sparsegpt
-from fedprllm.deciding.decision import BlockDecision
+from fedprllm.deciding.decision import UNREACHED, BlockDecision
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, GivenWeights, Linear
 from fedprllm.sharing.interface import Totals
@@ -76,7 +76,9 @@ def _by_solver(totals: Totals, block: Block, solve: _SolveLinear) -> BlockDecisi
             result = solve(block.matrix(name), gram, linear, totals.n_tokens)
         except ModelError as error:
             raise ModelError(f"'{name}': {error}") from None
-        notes += _notes(name, result, totals.n_tokens, len(gram))
+        # Channels that are all zero are pruned by magnitude, and there is nothing to correct.
+        unreached = linear.family and not gram.any()
+        notes += [f"{name}: {UNREACHED}"] if unreached else _notes(name, result, totals.n_tokens, len(gram))
         masks[name] = result.pruned
         weights[name] = linear.stored(result.weight).to(linear.dtype).contiguous()
     return BlockDecision(masks, GivenWeights(weights), notes)

@@ -31,6 +31,9 @@ class Linear:
             and value, the Linear itself if no Linear before it reads its input.
         module: The module that holds the weight.
         norm: The module whose output it reads, if that may be a normalization (`fedprllm.models.norms`).
+        family: For a Linear of an expert, the name that all experts' weights of its kind have in common, with
+            ``*`` in place of the expert; empty for other Linears. Only those tokens reach an expert that a
+            router sends to it, which may be none.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Linear:
     source: str
     module: nn.Module = field(repr=False, compare=False)
     norm: nn.Module | None = field(default=None, repr=False, compare=False)
+    family: str = ""
 
     @property
     def n_weights(self) -> int:

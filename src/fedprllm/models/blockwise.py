@@ -9,7 +9,7 @@ one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Hidden, Linear
 from fedprllm.models.checkpoint import Checkpoint
-from fedprllm.models.find import find_blocks, find_linears
+from fedprllm.models.experts import reaching_all_experts
+from fedprllm.models.find import beside_text, find_blocks, find_linears, without
 from fedprllm.models.guards import (
     coverage,
     coverage_notes,
@@ -37,7 +38,6 @@ from fedprllm.models.guards import (
 from fedprllm.models.norms import InputNorm, input_norms, watching_norms
 from fedprllm.models.observe import inputs_shared
 from fedprllm.models.probe import (
-    Probe,
     Returned,
     equal,
     failed,
@@ -62,16 +62,20 @@ class BlockwiseModel:
         folder: Hugging Face folder with safetensors (see `fedprllm.models.source.resolve_model`).
         dtype: Precision of the forward passes, a key of `DTYPES`.
         device: Device of the forward passes.
+        exclude: Names and patterns of Linears that stay dense (`fedprllm.models.find.excluded`).
 
     Raises:
         ModelError: The model has no decoder blocks with Linears, or blocks that cannot be run one by one, has
-            fused experts, is quantized, or lacks tensors in its checkpoint; or the device does not exist.
+            experts that cannot be taken apart, is quantized, or lacks tensors in its checkpoint; or the
+            device does not exist.
 
     Attributes:
         coverages: Share of each block's weight matrices that is prunable.
     """
 
-    def __init__(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, dtype: str = "float32", device: str = "cpu", exclude: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.dtype = DTYPES[dtype]
         self.device = _device(device)
@@ -92,17 +96,17 @@ class BlockwiseModel:
         refuse_missing(self.skeleton, self.checkpoint)
         refuse_further_blocks(self.skeleton, self.checkpoint, self.block_names)
         refuse_different_ties(self.skeleton, self.checkpoint)
-        self.linears = self._find_linears(probe)
-        self.coverages = [coverage(*each) for each in zip(blocks, self.linears, strict=True)]
-        for name, share in zip(self.block_names, self.coverages, strict=True):
-            refuse_low_coverage(self.skeleton, name, share)
-
-    def _find_linears(self, probe: Probe) -> list[dict[str, Linear]]:
-        """The prunable weights of every block, with their stored precision and shared inputs."""
         found = [
             probe.taking_part(block, find_linears(block, name))
-            for name, block in zip(self.block_names, self._blocks, strict=True)
+            for name, block in zip(self.block_names, blocks, strict=True)
         ]
+        for name, block, linears in zip(self.block_names, blocks, found, strict=True):
+            refuse_low_coverage(self.skeleton, name, coverage(block, linears))
+        self.linears = self._described(without(found, exclude))
+        self.coverages = [coverage(*each) for each in zip(blocks, self.linears, strict=True)]
+
+    def _described(self, found: list[dict[str, Linear]]) -> list[dict[str, Linear]]:
+        """The prunable weights of every block, with their stored precision and shared inputs."""
         dtypes = self.checkpoint.dtypes(name for of_block in found for name in of_block)
         refuse_dtypes(self.skeleton, self.folder, dtypes)
         sources, norms = self._trace_inputs(found)
@@ -143,7 +147,7 @@ class BlockwiseModel:
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Map the path of each Linear to that of the first with the same input, and to its norm's path."""
         module = self._blocks[index]
-        with self._hollow(module), watching_norms(module, linears) as norms:
+        with self._hollow(module), reaching_all_experts(module), watching_norms(module, linears) as norms:
             first = inputs_shared(Block(index, linears, {}, self._call_block), hidden)
         paths = {id(part): path for path, part in module.named_modules()}
         return first, {linears[name].path: paths[id(norm)] for name, norm in norms.items()}
@@ -185,14 +189,18 @@ class BlockwiseModel:
         outside = [name for name in self.skeleton.state_dict() if not name.startswith(inside)]
         return [name for name in outside if name in self.checkpoint]
 
+    def names_in_block(self, index: int) -> list[str]:
+        """Names of a block's tensors."""
+        return [f"{self.block_names[index]}.{name}" for name in self._blocks[index].state_dict()]
+
     # --- Loading and releasing ---
 
     @contextmanager
     def block(self, index: int) -> Iterator[Block]:
         """Load one block, and release it when the ``with`` block ends."""
-        module, prefix = self._blocks[index], self.block_names[index]
-        names = [f"{prefix}.{name}" for name in module.state_dict()]
-        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
+        module = self._blocks[index]
+        loaded = self.checkpoint.load(self.names_in_block(index))
+        tensors = {name: t.to(self.device) for name, t in loaded.items()}
         with self._materialized(tensors):
             share = self.coverages[index]
             notes = coverage_notes(module, self.linears[index], share)
@@ -216,11 +224,21 @@ class BlockwiseModel:
 
     @contextmanager
     def _outside_blocks(self, part: nn.Module) -> Iterator[None]:
-        """Hold in memory the tensors that a part of the model has outside the blocks."""
+        """Hold in memory the tensors that a part of the model has outside the blocks, for text alone.
+
+        What text does not reach is NaN, which takes no memory and would show wherever it did.
+        """
         used = {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
+        beside = beside_text(self.skeleton)
         state = self.skeleton.state_dict(keep_vars=True)
         names = [name for name in self.names_outside_blocks() if id(state[name]) in used]
-        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(names).items()}
+        text = [name for name in names if id(state[name]) not in beside]
+        tensors = {name: t.to(self.device) for name, t in self.checkpoint.load(text).items()}
+        parameters = dict(self.skeleton.named_parameters(remove_duplicate=False))
+        for name in set(names) - set(text):
+            if (parameter := parameters.get(name)) is not None:
+                nan = torch.full((), float("nan"), dtype=parameter.dtype, device=self.device)
+                tensors[name] = nan.expand(parameter.shape)
         with self._materialized(tensors):
             yield
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedprllm.core.threads import in_threads
 from fedprllm.errors import ModelError
 from fedprllm.files import flush_file, read_json, save_tensors, write_json
-from fedprllm.models.names import stored_names
+from fedprllm.models.names import Stored, stored_tensors
 from fedprllm.models.side_files import side_files
 
 __all__ = ["Checkpoint", "CheckpointWriter", "tensor_fingerprint"]
@@ -59,9 +59,9 @@ class Checkpoint:
         for file in files:
             with self._open(file) as opened:
                 self._file_of |= dict.fromkeys(opened.keys(), file)
-        self._stored = stored_names(skeleton, self._file_of)
+        self._stored = stored_tensors(skeleton, self._file_of)
 
-    def _open(self, file: str) -> safe_open:
+    def _open(self, file: str | Path) -> safe_open:
         try:
             return safe_open(self.folder / file, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -71,8 +71,8 @@ class Checkpoint:
             ) from None
 
     def stored_name(self, name: str) -> str:
-        """The name that a tensor of the model has in the files."""
-        return self._stored[name]
+        """The name that a tensor of the model has in the files, or that of the tensor it is a part of."""
+        return self._stored[name].key
 
     @property
     def names(self) -> list[str]:
@@ -82,19 +82,19 @@ class Checkpoint:
     @property
     def unknown(self) -> list[str]:
         """Names, as the files have them, of tensors that the transformers model does not have."""
-        return sorted(self._file_of.keys() - set(self._stored.values()))
+        return sorted(self._file_of.keys() - {stored.key for stored in self._stored.values()})
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
-    def _by_file(self, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
-        """Group tensors by file, as pairs of a tensor's name and its name in the file."""
-        by_file: dict[str, list[tuple[str, str]]] = {}
+    def _by_file(self, names: Iterable[str]) -> dict[str, list[tuple[str, Stored]]]:
+        """Group tensors by file, as pairs of a tensor's name and its place in the file."""
+        by_file: dict[str, list[tuple[str, Stored]]] = {}
         for name in names:
             stored = self._stored.get(name)
             if stored is None:
                 raise ModelError(f"{self.folder} has no tensor '{name}': download the model again")
-            by_file.setdefault(self._file_of[stored], []).append((name, stored))
+            by_file.setdefault(self._file_of[stored.key], []).append((name, stored))
         return by_file
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -108,9 +108,21 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         for file, wanted in self._by_file(names).items():
             with self._open(file) as opened:
-                mapped = [opened.get_tensor(stored) for _, stored in wanted]
-                tensors |= zip((name for name, _ in wanted), in_threads(Tensor.clone, mapped), strict=True)
+                mapped = [stored.read(opened) for _, stored in wanted]
+                tensors |= zip((name for name, _ in wanted), in_threads(_copied, mapped), strict=True)
         return tensors
+
+    def load_from(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+        """Load tensors from a shard that `CheckpointWriter` wrote.
+
+        Raises:
+            ModelError: The shard cannot be read, or lacks one of them.
+        """
+        opened = self._open(path)
+        try:
+            return {name: _copied(self._stored[name].read(opened)) for name in names}
+        except SafetensorError as error:
+            raise ModelError(f"{path} cannot be read: {error}. Delete it") from None
 
     def load_unknown(self) -> dict[str, Tensor]:
         """Load the tensors that the transformers model does not have, by their names in the files."""
@@ -134,7 +146,7 @@ class Checkpoint:
         found = []
         for file, wanted in self._by_file(names).items():
             opened: Any = self._open(file)
-            found += [opened.get_slice(stored) for _, stored in wanted]
+            found += [opened.get_slice(stored.key) for _, stored in wanted]
         return found
 
     def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
@@ -153,13 +165,39 @@ class Checkpoint:
         for file, wanted in self._by_file(names).items():
             with self._open(file) as opened:
                 # An empty slice has the type but loads nothing.
-                found |= {name: opened.get_slice(stored)[:0].dtype for name, stored in wanted}
+                found |= {name: opened.get_slice(stored.key)[:0].dtype for name, stored in wanted}
         return found
+
+    def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the model under the names and in the form of the files.
+
+        Args:
+            tensors: Tensors by name; of a fused tensor, all parts.
+        """
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            stored = self._stored[name]
+            if stored.expert is None:
+                found[stored.key] = tensor
+                continue
+            if stored.key not in found:
+                found[stored.key] = torch.empty(self._shape(stored.key), dtype=tensor.dtype)
+            stored.view(found[stored.key]).copy_(tensor)
+        return found
+
+    def _shape(self, key: str) -> list[int]:
+        opened: Any = self._open(self._file_of[key])
+        shape: list[int] = opened.get_slice(key).get_shape()
+        return shape
 
     @property
     def n_bytes(self) -> int:
         """Total size of all weight files in bytes."""
         return sum((self.folder / file).stat().st_size for file in set(self._file_of.values()))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def tensor_fingerprint(name: str, tensor: Tensor) -> str:
@@ -214,7 +252,7 @@ class CheckpointWriter:
 
     def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a block's shard, given its tensors by their names in the transformers model."""
-        self._save(block, {self.source.stored_name(name): tensor for name, tensor in tensors.items()})
+        self._save(block, self.source.as_stored(tensors))
 
     def _save(self, block: int | None, tensors: Mapping[str, Tensor]) -> None:
         on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -226,7 +264,7 @@ class CheckpointWriter:
         Args:
             outside: Names of the model's tensors outside all blocks.
         """
-        tensors = {self.source.stored_name(name): t for name, t in self.source.load(outside).items()}
+        tensors = self.source.as_stored(self.source.load(outside))
         self._save(None, tensors | self.source.load_unknown())
         for path in side_files(self.source.folder):
             (self.folder / path.parent).mkdir(exist_ok=True)

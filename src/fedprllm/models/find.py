@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -11,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Linear
+from fedprllm.models.experts import UnfusedExperts
 
-__all__ = ["find_blocks", "find_linears", "is_linear"]
+__all__ = ["beside_text", "find_blocks", "find_linears", "is_linear", "without"]
 
 _N_EXPERTS = ("num_experts", "moe_num_experts", "n_experts", "num_local_experts")
 _ROUTER = re.compile(r"(^|[._])(router|gate|gating|wg)($|\.)")
@@ -47,6 +50,22 @@ def find_blocks(skeleton: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     return name, list(blocks)
 
 
+def beside_text(skeleton: PreTrainedModel) -> set[int]:
+    """Ids of the tensors that text alone does not reach: a multimodal model's towers and their projectors.
+
+    These are the tensors of the model around the text decoder. The head lies outside both.
+    """
+    decoder, around = skeleton.get_decoder(), skeleton.base_model
+    if not isinstance(decoder, nn.Module) or decoder is around or decoder not in around.modules():
+        return set()
+    text = [decoder, skeleton.get_input_embeddings()]
+    return _tensor_ids(around) - {one for part in text for one in _tensor_ids(part)}
+
+
+def _tensor_ids(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+
+
 def _lists_of_blocks(skeleton: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The module lists in which every module contains Linears, and that lie in no other such list."""
     found: list[tuple[str, nn.ModuleList]] = []
@@ -65,15 +84,74 @@ def find_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
     tokens to other experts.
     """
     linears = {}
+    experts = _paths_of_experts(block)
     for path, module in block.named_modules():
-        if is_linear(module) and not _is_router(block, path):
+        around = next((one for one in experts if path.startswith(f"{one}.")), None)
+        if is_linear(module) and (around is not None or not _is_router(block, path)):
             transposed = isinstance(module, Conv1D)
             shape = tuple(module.weight.T.shape if transposed else module.weight.shape)
             name = f"{prefix}.{path}.weight"
+            dtype, family = module.weight.dtype, "" if around is None else _family(name, f"{prefix}.{around}")
             linears[name] = Linear(
-                name, path, (shape[0], shape[1]), transposed, module.weight.dtype, name, module
+                name, path, (shape[0], shape[1]), transposed, dtype, name, module, family=family
             )
     return linears
+
+
+def without(found: Sequence[dict[str, Linear]], patterns: Sequence[str]) -> list[dict[str, Linear]]:
+    """Leave out the Linears that are to stay dense.
+
+    Args:
+        found: The Linears of every block, by the name of the weight.
+        patterns: Names of Linears, or patterns in which ``*`` stands for anything, as in file names. Each is
+            compared with the name in the model (``model.layers.3.mlp.down_proj``) and with that inside the
+            block (``mlp.down_proj``).
+
+    Raises:
+        ModelError: A pattern matches no Linear, or a block would keep none to prune.
+    """
+    unused = set(patterns)
+    kept: list[dict[str, Linear]] = []
+    for linears in found:
+        kept.append({})
+        for name, linear in linears.items():
+            names = (name, name.removesuffix(".weight"), linear.path)
+            matching = {p for p in patterns if any(fnmatchcase(each, p) for each in names)}
+            unused -= matching
+            if not matching:
+                kept[-1][name] = linear
+    example = next(iter(found[0].values())).path
+    for pattern in patterns:
+        if pattern in unused:
+            raise ModelError(
+                f"exclude '{pattern}' matches no Linear of the blocks: expected a name or a pattern such as "
+                f"'{example}' or '*.{example.rpartition('.')[2]}'"
+            )
+    for index, linears in enumerate(kept):
+        if not linears:
+            raise ModelError(
+                f"exclude leaves nothing to prune in block {index}: expected at least one Linear in every "
+                "block"
+            )
+    return kept
+
+
+def _paths_of_experts(block: nn.Module) -> list[str]:
+    """Paths of the modules whose children are experts, one beside the other."""
+    return [
+        path
+        for path, module in block.named_modules()
+        if isinstance(module, UnfusedExperts)
+        or (
+            isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            and _are_experts(path.rpartition(".")[2], module)
+        )
+    ]
+
+
+def _family(name: str, experts: str) -> str:
+    """The name of an expert's weight with a star in place of the expert."""
+    return f"{experts}.*.{name.removeprefix(f'{experts}.').partition('.')[2]}"
 
 
 def _is_router(block: nn.Module, path: str) -> bool:

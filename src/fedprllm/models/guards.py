@@ -54,8 +54,8 @@ def _refuse_fused_experts(skeleton: nn.Module, prefix: str, blocks: Sequence[nn.
             if parameter.ndim >= 3 and experts and not isinstance(owner, nn.Conv1d):
                 raise ModelError(
                     f"'{prefix}.{index}.{path}' of {type(skeleton).__name__} has shape "
-                    f"{tuple(parameter.shape)}: fused mixture-of-experts weights cannot be pruned yet; use a "
-                    "dense model"
+                    f"{tuple(parameter.shape)}: fused mixture-of-experts weights of this form cannot be "
+                    "pruned yet; use another model"
                 )
 
 
@@ -158,10 +158,13 @@ def refuse_further_blocks(
 
 def _stored_prefix(checkpoint: Checkpoint, first_block: str) -> str:
     """What the names of all blocks' tensors begin with in the files."""
-    name = next(name for name in checkpoint.names if name.startswith(f"{first_block}."))
-    inside = name.removeprefix(first_block)
     number = first_block.rpartition(".")[2]
-    return checkpoint.stored_name(name).removesuffix(inside).removesuffix(f".{number}")
+    for name in checkpoint.names:
+        inside = name.removeprefix(first_block)
+        ending = f".{number}{inside}"
+        if name.startswith(f"{first_block}.") and checkpoint.stored_name(name).endswith(ending):
+            return checkpoint.stored_name(name).removesuffix(ending)
+    return first_block.rpartition(".")[0]
 
 
 def refuse_dtypes(skeleton: PreTrainedModel, folder: Path, dtypes: Mapping[str, torch.dtype]) -> None:

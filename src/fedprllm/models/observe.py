@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedprllm.core.sums import GramStatistics, InputStatistics
 from fedprllm.models.block import Block, Hidden
 
-__all__ = ["BlockStatistics", "Observation", "inputs_shared", "observing"]
+__all__ = ["BlockStatistics", "Observation", "inputs_shared", "observing", "tokens_of_experts"]
 
 # Statistics of the input of each Linear of a block, by weight name. Linears that read the same tensor (query,
 # key and value; gate and up) share one object.
@@ -48,6 +48,17 @@ def observing(
             hook: Any = linear.module.register_forward_pre_hook(watch(name))
             stack.callback(hook.remove)
         yield
+
+
+def tokens_of_experts(block: Block, statistics: BlockStatistics) -> list[int]:
+    """Number of tokens that reached each expert of a block; empty if it has none."""
+    tokens: dict[str, int] = {}
+    for name, linear in block.linears.items():
+        if linear.family:
+            experts, _, matrix = linear.family.partition("*")
+            expert = name.removeprefix(experts).removesuffix(matrix)
+            tokens[f"{experts}{expert}"] = statistics[name].n_tokens
+    return list(tokens.values())
 
 
 def inputs_shared(block: Block, hidden: Hidden) -> dict[str, str]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Linear
+from fedprllm.models.experts import reaching_all_experts
 from fedprllm.models.find import is_linear
 
 __all__ = [
@@ -218,7 +219,12 @@ class _Run:
             for parameter in self.skeleton.base_model.parameters()
         }
         linears = [module for block in self.blocks for module in block.modules() if is_linear(module)]
-        with _filled(self.skeleton, weights), replaced_forwards({m: self._linear(m) for m in linears}):
+        functions = {module: self._linear(module) for module in linears}
+        with (
+            _filled(self.skeleton, weights),
+            replaced_forwards(functions),
+            reaching_all_experts(self.skeleton),
+        ):
             for index, block in enumerate(self.blocks):
                 self._owners |= dict.fromkeys(map(id, block.parameters()), index)
             self._embedding = embedding.weight
@@ -226,9 +232,13 @@ class _Run:
 
     def _linear(self, module: Any) -> Callable[..., Tensor]:
         n_out = module.weight.shape[1 if not isinstance(module, nn.Linear) else 0]
+        original = module.forward
 
-        def forward(inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+        def forward(inputs: Tensor, *rest: Any, **more: Any) -> Any:
             self.found.called.add(id(module))
+            if type(module).forward is not nn.Linear.forward and isinstance(module, nn.Linear):
+                # A router may be a Linear that returns its choice.
+                return original(inputs, *rest, **more)
             # A copy, because some blocks go on in place.
             return inputs.sum(-1, keepdim=True).expand(*inputs.shape[:-1], n_out).clone()
 

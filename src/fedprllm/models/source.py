@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from fedprllm.errors import ModelError, RunError, did_you_mean
+from fedprllm.models.experts import unfuse
 from fedprllm.models.find import find_blocks
 from fedprllm.models.guards import refuse_structure
-from fedprllm.models.names import stored_names
+from fedprllm.models.names import stored_tensors
 from fedprllm.models.probe import probe_blocks
 from fedprllm.models.side_files import PATTERNS, TERMS, side_files
 from fedprllm.progress import Progress, silent
@@ -218,7 +219,7 @@ def build_skeleton(folder: Path, dtype: Any = None) -> Any:
 def _pristine_skeleton(folder: Path, config_json: bytes, dtype: Any) -> Any:  # noqa: ARG001  part of the key
     """Build a skeleton that nothing changes afterwards."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from fedprllm.models.empty import LeaveEmpty
 
@@ -240,21 +241,26 @@ def _pristine_skeleton(folder: Path, config_json: bytes, dtype: Any) -> Any:  # 
         raise ModelError(f"{folder} is quantized: give the unquantized checkpoint, or a GGUF file")
     try:
         with init_empty_weights(include_buffers=False), LeaveEmpty():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+            model = _loader(config).from_config(config, trust_remote_code=False, dtype=dtype)
     except Exception as error:
-        if hasattr(config, "text_config"):
-            raise ModelError(
-                f"{folder} ({config.model_type}) is a multimodal model that this version of transformers "
-                "does not load as a language model: its text model cannot be pruned yet; use a text-only "
-                "checkpoint, or a model such as Gemma 3"
-            ) from error
         raise ModelError(
             f"{folder} ({config.model_type}) is not a decoder-only language model that this version of "
             f"transformers supports: {_reason(error)}. Use another model or update transformers"
         ) from error
     # Ties made during construction are lost if there are no weights.
     model.tie_weights()
+    unfuse(model)
     return model
+
+
+def _loader(config: Any) -> Any:
+    """The class that builds a configuration's model: a language model or, failing that, a multimodal one."""
+    import transformers
+
+    # Older versions of transformers lack the second one.
+    names = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
+    loaders = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    return next((one for one in loaders if type(config) in one._model_mapping), loaders[0])
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
@@ -295,10 +301,12 @@ def _fits(model: Any, weight_files: list[Path]) -> bool:
 
 def _contains_all(model: Any, shapes: Mapping[str, list[int]]) -> bool:
     """Whether stored tensors, given by name and shape, are all that the model has; tied ones count once."""
-    stored = stored_names(model, shapes)
+    stored = stored_tensors(model, shapes)
     state = model.state_dict(keep_vars=True)
     fitting = {
-        id(tensor) for name, tensor in state.items() if list(tensor.shape) == shapes.get(stored.get(name, ""))
+        id(state[name])
+        for name, place in stored.items()
+        if list(state[name].shape) == place.shape(shapes[place.key])
     }
     return all(id(tensor) in fitting for tensor in state.values())
 
@@ -398,8 +406,9 @@ def _keep_names(source: Path, folder: Path) -> bool:
     skeleton = build_skeleton(source)
     if not _contains_all(skeleton, {name: list(tensor.shape) for name, tensor in state.items()}):
         return False
-    stored = stored_names(skeleton, state)
-    _save(state, folder, [stored[name] for name in stored if name not in _own_tensors(skeleton)])
+    own = _own_tensors(skeleton)
+    stored = stored_tensors(skeleton, state)
+    _save(state, folder, [place.key for name, place in stored.items() if name not in own])
     return True
 
 
@@ -459,7 +468,7 @@ def _write(model: Any, folder: Path) -> None:
     model.config.save_pretrained(folder)
     skeleton = build_skeleton(folder)
     state = model.state_dict()
-    _save(state, folder, sorted(state.keys() - _own_tensors(skeleton).keys()))
+    _save(state, folder, sorted(state.keys() - _own_tensors(model).keys()))
     assert _fits(skeleton, _weight_files(folder, _SAFETENSORS))
 
 

@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:  # of a missing file too
         if (folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None:
             raise ModelError(
                 f"{folder / 'tokenizer.model'} needs the package sentencepiece: pip install sentencepiece"

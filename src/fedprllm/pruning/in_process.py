@@ -22,6 +22,7 @@ from fedprllm.pruning.clock import Clock
 from fedprllm.pruning.method import Method
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.preflight import secure_sums
+from fedprllm.pruning.records import ExpertsRecord
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.walk import Walker
 
@@ -146,7 +147,9 @@ class _SharedWalk:
             for walker in self.walkers:
                 walker.advance(block, decision.weights)
         with clock.phase("record"):
-            record = aggregate.record(decision, participant_ties=own_ties, seconds=clock)
+            record = aggregate.record(
+                decision, participant_ties=own_ties, experts=self._reached(block), seconds=clock
+            )
             aggregate.keep(self.run, record, self._hidden(block))
 
     def _write_own(self, walker: Walker, block: Block, decision: BlockDecision, clock: Clock) -> None:
@@ -156,6 +159,14 @@ class _SharedWalk:
         if not strategy.server_votes and name in self.writers:
             with clock.phase("write"):
                 self.writers[name].write(block.index, {**block.tensors, **decision.weights})
+
+    def _reached(self, block: Block) -> dict[str, ExpertsRecord]:
+        """How far each participant's text reached the block's experts."""
+        return {
+            walker.name: walker.participant.reached[block.index]
+            for walker in self.walkers
+            if block.index in walker.participant.reached
+        }
 
     def _hidden(self, block: Block) -> dict[str, Tensor]:
         """The next block's input by participant and window."""

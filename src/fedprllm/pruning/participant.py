@@ -16,9 +16,9 @@ from fedprllm.core.sums import InputStatistics
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.observe import BlockStatistics, Observation, observing
+from fedprllm.models.observe import BlockStatistics, Observation, observing, tokens_of_experts
 from fedprllm.pruning.hidden_states import HiddenStates
-from fedprllm.pruning.records import ParticipantRecord
+from fedprllm.pruning.records import ExpertsRecord, ParticipantRecord
 from fedprllm.text.windows import fingerprint
 
 __all__ = ["Participant"]
@@ -33,6 +33,8 @@ class Participant:
         fingerprint: SHA-256 of the windows.
         sources: Where the text came from, for the record.
         notes: Sentences about its text that its owner should read.
+        reached: How far its text reached the experts of each block that it has observed; without experts,
+            empty.
         hidden: The next block's input, one tensor [1, window_length, hidden_size] per window. All of them are
             in memory unless replaced by `HiddenStates` with a memory limit.
     """
@@ -48,6 +50,7 @@ class Participant:
         self.fingerprint = fingerprint(windows)
         self.sources = list(sources)
         self.notes: list[str] = []
+        self.reached: dict[int, ExpertsRecord] = {}
         self.hidden = HiddenStates()
 
     @property
@@ -89,6 +92,10 @@ class Participant:
                 if walk_on:
                     self.hidden[number] = output
         for name in block.linears:
+            linear = block.linears[name]
+            if name not in statistics and linear.family:
+                # The text reached other experts only.
+                statistics[name] = observation(linear.shape[1])
             if name not in statistics:
                 raise ModelError(
                     f"'{name}' took no part in the forward pass of its block, so it cannot be scored"
@@ -98,6 +105,8 @@ class Participant:
                     f"the inputs of '{name}' contain NaN or infinity on the text of participant "
                     f"'{self.name}': if the precision is float16, try bfloat16 or float32"
                 )
+        if n_tokens := tokens_of_experts(block, statistics):
+            self.reached[block.index] = ExpertsRecord.of(n_tokens)
         return statistics
 
     def advance(self, block: Block, weights: Weights) -> None:

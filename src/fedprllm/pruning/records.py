@@ -6,8 +6,9 @@ Each is stored as JSON under the names of its fields, except that a Linear's ``p
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -20,6 +21,7 @@ from fedprllm.files import unsealed
 
 __all__ = [
     "BlockRecord",
+    "ExpertsRecord",
     "LinearRecord",
     "ModelRecord",
     "ParticipantRecord",
@@ -27,7 +29,10 @@ __all__ = [
     "RunRecord",
     "SurveyRecord",
     "SurveyRun",
+    "type_of",
 ]
+
+FEW_TOKENS = 10  # for an expert; sums over fewer say little about its channels
 
 
 class Record(BaseModel):
@@ -62,6 +67,11 @@ class Record(BaseModel):
             ) from None
 
 
+def type_of(path: str) -> str:
+    """The path of a Linear with ``*`` in place of an expert's number."""
+    return re.sub(r"(?<=experts\.)\d+(?=\.)", "*", path)
+
+
 class LinearRecord(Record):
     """One Linear of a finished block.
 
@@ -94,6 +104,11 @@ class LinearRecord(Record):
         """Fraction of zeros."""
         return self.n_zeros / self.n_weights
 
+    @property
+    def type(self) -> str:
+        """The path with ``*`` in place of an expert's number: a report has one row for all experts."""
+        return type_of(self.path)
+
 
 class _Received(Record):
     """Fields of every block's record. What only the coordinator of a federation knows is None in one process.
@@ -118,6 +133,43 @@ class _Received(Record):
     n_tokens: dict[str, int] | None = None
 
 
+class ExpertsRecord(Record):
+    """How far one participant's text reached the experts of a block, or of several blocks together.
+
+    Attributes:
+        n_experts: Number of experts.
+        n_unreached: Number of experts to which the router sent none of its tokens.
+        n_few: Number of experts to which it sent some, but fewer than `FEW_TOKENS`.
+    """
+
+    n_experts: int
+    n_unreached: int
+    n_few: int
+
+    @classmethod
+    def of(cls, n_tokens: Sequence[int]) -> Self:
+        """The record of experts, given the number of tokens that reached each."""
+        n_few = sum(0 < n < FEW_TOKENS for n in n_tokens)
+        return cls(n_experts=len(n_tokens), n_unreached=sum(n == 0 for n in n_tokens), n_few=n_few)
+
+    @classmethod
+    def total(cls, records: Iterable[Self]) -> Self:
+        """The record of several blocks together."""
+        counts = [(one.n_experts, one.n_unreached, one.n_few) for one in records]
+        n_experts, n_unreached, n_few = (sum(column) for column in zip(*counts, strict=True))
+        return cls(n_experts=n_experts, n_unreached=n_unreached, n_few=n_few)
+
+    def sentence(self, name: str) -> str:
+        """What the participant of that name should know; empty if its text reached all experts well."""
+        if not self.n_unreached and not self.n_few:
+            return ""
+        return (
+            f"the text of '{name}' reached {self.n_experts - self.n_unreached} of {self.n_experts} experts, "
+            f"{self.n_few} of them with fewer than {FEW_TOKENS} tokens (an expert that it does not reach is "
+            "pruned by magnitude): more windows reach more experts"
+        )
+
+
 class BlockRecord(_Received):
     """A finished block.
 
@@ -129,12 +181,15 @@ class BlockRecord(_Received):
         agreement: Share of equal mask entries, [participant, participant], by path of the Linear.
         notes: Descriptions of deviations from the requested settings.
         total_tokens: Number of calibration tokens behind all updates, where only their sum is known.
+        experts: How far each participant's text reached the block's experts; empty if it has none, or in a
+            federation, where only the participant knows.
         seconds: Time spent per phase, in seconds.
     """
 
     linears: dict[str, LinearRecord]
     sparsity: float
     coverage: float | None = None
+    experts: dict[str, ExpertsRecord] = {}
     participant_ties: dict[str, int] = {}
     agreement: dict[str, list[list[float]]] = {}
     notes: list[str] = []
@@ -270,7 +325,16 @@ class RunRecord(Record):
             for note in record.notes:
                 name, _, about = note.partition(": ")
                 counts[about if name in record.linears else note] += 1
-        return [f"{about} ({n} times)" if n > 1 else about for about, n in counts.most_common()]
+        found = [f"{about} ({n} times)" if n > 1 else about for about, n in counts.most_common()]
+        return [*found, *self._unreached()]
+
+    def _unreached(self) -> list[str]:
+        reached: dict[str, list[ExpertsRecord]] = {}
+        for record in self.blocks:
+            for name, experts in record.experts.items():
+                reached.setdefault(name, []).append(experts)
+        sentences = (ExpertsRecord.total(records).sentence(name) for name, records in reached.items())
+        return [sentence for sentence in sentences if sentence]
 
     @property
     def n_zeros(self) -> int:

@@ -115,7 +115,7 @@ class Facts:
         # Only a run over the network has an id; its record holds the number of bytes actually sent.
         self.networked = self.record.run_id is not None
         self.dropouts = any(len(self.voters(record)) < len(self.voting) for record in self.blocks)
-        self.paths = list(dict.fromkeys(linear.path for _, linear in self.linears()))
+        self.types = list(dict.fromkeys(linear.type for _, linear in self.linears()))
 
     def voters(self, record: BlockRecord) -> list[str]:
         """Participants that took part in a block, in the order of its agreement matrix."""
@@ -125,9 +125,9 @@ class Facts:
         """Each Linear's record with the index of its block."""
         return self.record.linears()
 
-    def total(self, key: str, path: str | None = None) -> int:
-        """Sum of a field over all Linears or over those with one path."""
-        return sum(getattr(linear, key) for _, linear in self.linears() if path in (None, linear.path))
+    def total(self, key: str, of_type: str | None = None) -> int:
+        """Sum of a field over all Linears or over those of one type."""
+        return sum(getattr(linear, key) for _, linear in self.linears() if of_type in (None, linear.type))
 
     @property
     def sparsity(self) -> float:
@@ -152,12 +152,12 @@ class Facts:
         """Whether the number of votes is known: not if sums are shared or votes are weighted by tokens."""
         return all(linear.vote_histogram is not None for _, linear in self.linears())
 
-    def votes(self, path: str | None = None) -> np.ndarray:
+    def votes(self, of_type: str | None = None) -> np.ndarray:
         """Number of weights by number of votes, [n_participants + 1]."""
         # If participants dropped out, a block's histogram is shorter.
         votes = np.zeros(len(self.voting) + 1, dtype=np.int64)
         for _, linear in self.linears():
-            if path in (None, linear.path) and linear.vote_histogram is not None:
+            if of_type in (None, linear.type) and linear.vote_histogram is not None:
                 votes[: len(linear.vote_histogram)] += np.array(linear.vote_histogram, dtype=np.int64)
         return votes
 

@@ -8,6 +8,7 @@ from math import comb
 
 import numpy as np
 
+from fedprllm.pruning.records import type_of
 from fedprllm.report import plots
 from fedprllm.report.facts import (
     Cell,
@@ -47,12 +48,14 @@ _COMPUTED = "This run took place in one process; over a network, framing and che
 
 
 def zeros(facts: Facts) -> Section:
-    """Fraction of zeros by block and path of the Linear."""
-    values = np.full((len(facts.paths), len(facts.blocks)), np.nan)
+    """Fraction of zeros by block and type of Linear."""
+    n_zeros, n_weights = np.zeros((2, len(facts.types), len(facts.blocks)))
     numbers = [record.block for record in facts.blocks]
     for block, linear in facts.linears():
-        share = linear.sparsity
-        values[facts.paths.index(linear.path), numbers.index(block)] = share
+        place = facts.types.index(linear.type), numbers.index(block)
+        n_zeros[place] += linear.n_zeros
+        n_weights[place] += linear.n_weights
+    values = np.divide(n_zeros, n_weights, out=np.full(n_zeros.shape, np.nan), where=n_weights > 0)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     uniform = high - low < 0.01
     limits = (0.0, 1.0) if uniform else (np.floor(low * 10) / 10, np.ceil(high * 10) / 10)
@@ -64,7 +67,7 @@ def zeros(facts: Facts) -> Section:
     )
     figure = plots.heatmap(
         values,
-        facts.paths,
+        facts.types,
         [str(number) for number in numbers],
         f"Heatmap of the sparsity of each Linear of each block. {spread}.",
         limits=limits,
@@ -120,7 +123,7 @@ def _votes(facts: Facts) -> list[str | Plot]:
     own = facts.pruned_share
     if not facts.has_votes:
         return ["There is no histogram of votes: this run did not count them individually."]
-    histograms = {path: facts.votes(path) for path in facts.paths}
+    histograms = {one: facts.votes(one) for one in facts.types}
     rows = {"all Linears": facts.votes(), **histograms}
     shares = {path: list(counts / counts.sum()) for path, counts in rows.items()}
     shares["random masks"] = [comb(n, v) * own**v * (1 - own) ** (n - v) for v in range(n + 1)]
@@ -199,12 +202,12 @@ def _pairs(facts: Facts) -> list[str | Plot]:
 
 
 def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:
-    """Agreement [participant, participant] weighted by size, and its mean over pairs by path and block."""
+    """Agreement [participant, participant] weighted by size, and its mean over pairs by type and block."""
     numbers = {name: number for number, name in enumerate(facts.voting)}
     seen = (facts.voters(r)[: len(m)] for r in facts.blocks for m in r.agreement.values())
     n = 1 + max(numbers.get(name, 0) for names in seen for name in names)
     total, n_weights = np.zeros((n, n)), np.zeros((n, n))
-    lines = {path: [float("nan")] * len(facts.blocks) for path in facts.paths}
+    pairs: dict[str, list[list[float]]] = {one: [[] for _ in facts.blocks] for one in facts.types}
     places = {name: place for place, name in enumerate(facts.voting[:n])}
     for number, record in enumerate(facts.blocks):
         sizes = {linear.path: linear.n_weights for linear in record.linears.values()}
@@ -215,8 +218,11 @@ def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:
             rows = [places[voters[place]] for place in known]
             total[np.ix_(rows, rows)] += sizes[path] * matrix[np.ix_(known, known)]
             n_weights[np.ix_(rows, rows)] += sizes[path]
-            pairs = matrix[~np.eye(len(matrix), dtype=bool)]
-            lines[path][number] = float(pairs.mean()) if len(pairs) else float("nan")
+            pairs[type_of(path)][number] += matrix[~np.eye(len(matrix), dtype=bool)].tolist()
+    lines = {
+        one: [float(np.mean(values)) if values else float("nan") for values in by_block]
+        for one, by_block in pairs.items()
+    }
     return np.divide(total, n_weights, out=np.full((n, n), np.nan), where=n_weights > 0), lines
 
 
@@ -230,7 +236,7 @@ def ties(facts: Facts) -> Section:
         rule += f" For equal votes, the rule is {facts.config.vote_ties}."
     section = Section("ties", "Prunes decided by a tie", [rule])
     if facts.strategy.server_votes:
-        rows = [_tie_row(facts, path, path) for path in facts.paths]
+        rows = [_tie_row(facts, one, one) for one in facts.types]
         rows.append(_tie_row(facts, "all Linears", None))
         columns = ("type of Linear", "prunes", "decided by a tie", "share of prunes")
         strong = frozenset({len(rows) - 1})
@@ -258,8 +264,8 @@ def ties(facts: Facts) -> Section:
     return section
 
 
-def _tie_row(facts: Facts, name: str, path: str | None) -> list[str | Cell]:
-    n_pruned, n_ties = facts.total("n_pruned", path), facts.total("n_ties", path)
+def _tie_row(facts: Facts, name: str, of_type: str | None) -> list[str | Cell]:
+    n_pruned, n_ties = facts.total("n_pruned", of_type), facts.total("n_ties", of_type)
     share = n_ties / n_pruned if n_pruned else 0.0
     return [name, f"{n_pruned:,}", f"{n_ties:,}", percent(share)]
 

@@ -29,6 +29,7 @@ from fedprllm.sharing.interface import (
     Tensors,
     Totals,
     Wire,
+    compared_sums,
 )
 from fedprllm.sharing.target import Target
 
@@ -125,7 +126,8 @@ def _is_positive(gram: Tensor) -> bool:
 def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:
     """The diagonals: with no negative eigenvalue, no other entry is larger than its two."""
     widths = distinct_inputs(linears).items()
-    return {name: _diagonal(update[name], width) / n_tokens for name, width in widths}
+    sums = {name: _diagonal(update[name], width) / n_tokens for name, width in widths}
+    return compared_sums(sums, linears)
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:

@@ -26,6 +26,7 @@ from fedprllm.sharing.interface import (
     Tensors,
     Totals,
     Wire,
+    compared_sums,
 )
 from fedprllm.sharing.target import Target
 
@@ -75,7 +76,8 @@ def _check(ballot: Ballot, target: Target) -> None:  # noqa: ARG001
 
 
 def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:
-    return {name: update[name].cpu().to(torch.float64) / n_tokens for name in distinct_inputs(linears)}
+    sums = {name: update[name].cpu().to(torch.float64) / n_tokens for name in distinct_inputs(linears)}
+    return compared_sums(sums, linears)
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001  added up on the CPU

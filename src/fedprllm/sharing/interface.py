@@ -34,6 +34,7 @@ __all__ = [
     "Tensors",
     "Totals",
     "Wire",
+    "compared_sums",
     "update_bytes",
 ]
 
@@ -223,6 +224,26 @@ class Sharing:
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros
     squares: Callable[[Totals, Linears], Tensors] | None = None
+
+
+def compared_sums(sums: Tensors, linears: Linears) -> Tensors:
+    """Add up what is not compared between participants by itself: the sums of a block's experts.
+
+    A router may send one participant's text to an expert that another's never reaches, so the sums of a
+    single expert are no measure. Those of all experts are one, because each token reaches equally many.
+
+    Args:
+        sums: Sums over each distinct input, by the name of the first Linear that reads it.
+        linears: The Linears of the block.
+
+    Returns:
+        The sums to compare, by name; with ``*`` in place of the expert for those of all experts.
+    """
+    found: Tensors = {}
+    for name, values in sums.items():
+        together = linears[name].family or name
+        found[together] = found[together] + values if together in found else values
+    return found
 
 
 def update_bytes(shapes: Shapes) -> int:

@@ -31,6 +31,7 @@ _FIXED = {
     "seed": "name the seeds with the study's own list, seeds",
     "dtype": "it is the same for a whole study: set it outside the grid, and make one study for each",
     "device": "it is the same for a whole study: set it outside the grid",
+    "exclude": "a study prunes all Linears of the blocks",
     "memory_limit": "it does not affect a result",
     "max_update_mb": "it does not affect a result",
 }

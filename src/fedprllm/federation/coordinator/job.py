@@ -143,7 +143,7 @@ def _conduct(
 ) -> None:
     taking_part = _taking_part(plan, names)
     config = plan.config
-    model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device)
+    model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device, config.exclude)
     check_pattern_divides(model, config)
     check_update_size(model, config, len(taking_part))
     if max_message_mb is not None:
@@ -273,6 +273,7 @@ class _Conducting:
             n_prunable=record.n_prunable,
             n_zeros=record.n_zeros,
             card=(run.model_dir() / "README.md").read_text(encoding="utf-8"),
+            exclude=list(self.config.exclude),
         )
         publication.publish(manifest, self.names if self.plan.left_out_receive else list(still_in))
 

@@ -65,7 +65,7 @@ def _build(result: Path, settings: SiteSettings, out: Path) -> dict[str, Any]:
 
     manifest = read_manifest((result / MANIFEST).read_bytes())
     device = settings.device or "cpu"
-    model = open_model(settings, manifest.model, manifest.fingerprints, _DTYPE, device)
+    model = open_model(settings, manifest.model, manifest.fingerprints, _DTYPE, device, manifest.exclude)
     if len(manifest.blocks) != model.n_blocks:
         raise Failed(
             "result differs",
@@ -99,9 +99,8 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
 
     digest, run = model_digest(manifest.fingerprints), bytes.fromhex(manifest.run)
     writer = CheckpointWriter(unfinished, model.checkpoint, model.n_blocks)
-    expected = _under_stored_names(manifest, model)
     for index in range(model.n_blocks):
-        if _is_right(writer.shard_path(index), expected):
+        if _is_right(writer.shard_path(index), model, index, manifest.tensors):
             continue
         message = (result / f"block-{index:04d}.decision").read_bytes()
         with model.block(index) as block:
@@ -113,28 +112,16 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
     write_text(unfinished / "README.md", manifest.card)
 
 
-def _under_stored_names(manifest: Manifest, model: Any) -> dict[str, str]:
-    """The digests of the result's tensors, by the names in this participant's own files."""
-    return {
-        model.checkpoint.stored_name(name): digest
-        for name, digest in manifest.tensors.items()
-        if name in model.checkpoint
-    }
-
-
-def _is_right(shard: Path, expected: Mapping[str, str]) -> bool:
+def _is_right(shard: Path, model: Any, block: int, expected: Mapping[str, str]) -> bool:
     """Whether a shard of an earlier process holds what belongs there."""
-    from safetensors import SafetensorError, safe_open
-
     from fedprllm.models.checkpoint import tensor_fingerprint
 
     if not shard.exists():
         return False
     try:
-        with safe_open(shard, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
+        tensors = model.checkpoint.load_from(shard, model.names_in_block(block))
         return all(tensor_fingerprint(name, each) == expected.get(name) for name, each in tensors.items())
-    except (SafetensorError, FedprllmError):
+    except FedprllmError:
         return False
 
 

@@ -92,7 +92,9 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
         )
     alone = {"device": settings.device or "cpu", "strategy": "one-shot"}
     config = plan.config.model_copy(update=alone)
-    model = BlockwiseModel(resolve_model(settings.model or plan.model), config.dtype, config.device)
+    model = BlockwiseModel(
+        resolve_model(settings.model or plan.model), config.dtype, config.device, config.exclude
+    )
     (participant,), config = make_participants(model, {name: list(settings.data)}, config)
     say_notes([participant])
     walker = Walker(participant, pruning_method(config), model.n_blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedprllm.errors import ModelError
 from fedprllm.federation.plan import SiteSettings
@@ -16,7 +16,12 @@ __all__ = ["open_model"]
 
 
 def open_model(
-    settings: SiteSettings, named: str, expected: Mapping[str, str], dtype: str, device: str
+    settings: SiteSettings,
+    named: str,
+    expected: Mapping[str, str],
+    dtype: str,
+    device: str,
+    exclude: Sequence[str] = (),
 ) -> BlockwiseModel:
     """Open the participant's copy of the coordinator's model.
 
@@ -26,6 +31,7 @@ def open_model(
         expected: Identity of the coordinator's model.
         dtype: Precision of the forward pass.
         device: Device to compute on.
+        exclude: Names and patterns of the Linears that stay dense.
 
     Raises:
         Failed: There is no copy, or it is not the same model.
@@ -42,7 +48,7 @@ def open_model(
         folder = resolve_model(source)
     except ModelError as error:
         raise Failed("model missing", message=str(error)) from None
-    model = BlockwiseModel(folder, dtype, device)
+    model = BlockwiseModel(folder, dtype, device, exclude)
     found = model_identity(model)
     different = first_difference(expected, found)
     if different is not None:

@@ -159,6 +159,17 @@ class _Walk:
             self._check_owner()
             self._step(index)
         self._memory.clear()
+        self._say_what_was_reached()
+
+    def _say_what_was_reached(self) -> None:
+        """Tell the participant, and nobody else, how far its text reached a mixture's experts."""
+        from fedprllm.pruning.records import ExpertsRecord
+
+        reached = list(self.participant.reached.values())
+        sentence = ExpertsRecord.total(reached).sentence(self.name) if reached else ""
+        if sentence:
+            print(sentence, file=sys.stderr)
+            write_sealed(self.spool.path("notes.json"), {"notes": [*self.participant.notes, sentence]})
 
     def _outliers(self) -> list[Any]:
         from fedprllm.core.owl import Outliers
@@ -212,7 +223,12 @@ class _Walk:
 
         expected = read_json(self.spool.path("fingerprints.json"))
         self.model = open_model(
-            self.settings, self.job["model"], expected, self.config.dtype, self.config.device
+            self.settings,
+            self.job["model"],
+            expected,
+            self.config.dtype,
+            self.config.device,
+            self.config.exclude,
         )
         self._check_blocks(self.model.n_blocks)
         self.digest = model_digest(expected)
