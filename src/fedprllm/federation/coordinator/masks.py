@@ -12,6 +12,7 @@ RUN/federation/secure/
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,10 @@ class Masks:
         return list(
             read_sealed(self._folder / f"agreed-{self._round_of(block)}.json")["survivors"][str(block)]
         )
+
+    def forget(self) -> None:
+        """Delete the session, once the run is complete."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def unmask(self, block: int, total: Words) -> None:
         """Take the masks off the sum of a block's updates, in place.

@@ -202,6 +202,8 @@ class Coordinator:
         """Tell all participants that the run is complete. One that misses this keeps its spool longer."""
         self._ask(list(self.participants), Request(op="finish", run=self._run_id))
         shutil.rmtree(self._folder / "updates", ignore_errors=True)
+        if self.ballots.masks is not None:
+            self.ballots.masks.forget()
 
     def _drop_damaged(self, blocks: Sequence[int]) -> None:
         """Delete updates that an earlier job received and that the disk has damaged: they are sent again."""

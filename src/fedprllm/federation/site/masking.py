@@ -163,8 +163,9 @@ class Masking:
             return b""
         agreement: Agreement = Agreement.read(payload)
         if op == "agree":
-            self._check_ledger(agreement)
-            return one.agree(agreement.by_sum, self._decisions(agreement))
+            signature = one.agree(agreement.by_sum, self._decisions(agreement))
+            self._check_ledger(agreement)  # only lists that could be signed are remembered
+            return signature
         signatures = {name: bytes.fromhex(digits) for name, digits in agreement.signatures.items()}
         shares = one.unmask(agreement.by_sum, signatures, self._decisions(agreement))
         found: Shares = {block: shares[sum_name(block)] for block in agreement.survivors}
@@ -186,7 +187,7 @@ class Masking:
         )
         mine = sorted(block for block, names in opening.contributors.items() if self._name in names)
         named = {name for names in opening.contributors.values() for name in names}
-        if mine != sorted(job["blocks"]) or not named <= set(job["participants"]):
+        if mine != sorted(job["blocks"]) or named != set(job["participants"]):
             raise SecureError("the contributors to the sums are not those of the run's request")
         terms = terms_of(opening.contributors, job, fingerprints)
         return self._participant.advertise(bytes.fromhex(opening.session), terms)
