@@ -163,6 +163,8 @@ def prune(
         ConfigError, DataError, ModelError: Bad input, found before the long computation.
         RunError: The folder belongs to another run or is in use, the disk is full, or a file of a complete
             run is missing or damaged.
+        SecureError: With ``secure``, a sum would consist of too few updates.
+        UpdateError: A participant's sums are out of proportion, or, with ``secure``, the sum is.
 
     Warns:
         FedprllmWarning: A participant has too little text, files of its folder were left out, or a file of an
