@@ -239,3 +239,8 @@ def test_the_example_of_the_specification() -> None:
     layout = Layout(Totals(votes={"w": PackedVotes(3)}), 4, 16)
     words = layout.pack({"w": torch.tensor([[True, False, True]])}, 2 * 16)
     assert words.tolist() == [2, 65]
+
+
+@pytest.mark.parametrize("share", ["mask", "statistics", "gram"])
+def test_a_mixture_of_experts(tiny, windows, tmp_path, share) -> None:
+    both(tiny("mixtral"), tmp_path, people(windows), share=share)
