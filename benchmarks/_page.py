@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import hostile, leakage, llm_compressor, renamed, selection, solvers, sweeps, text, votes
+from benchmarks import (
+    hostile,
+    leakage,
+    llm_compressor,
+    renamed,
+    selection,
+    solvers,
+    structure,
+    sweeps,
+    text,
+    votes,
+)
 from benchmarks._harness import shown
 from benchmarks._plots import plots
 from fedprllm.files import read_json, write_text
@@ -287,6 +298,16 @@ BENCHMARKS: dict[str, Benchmark] = {
             Goal(
                 "admm's time in the server / SparseGPT's", lambda r: solvers.server_time(r, "gram, admm"), 4
             ),
+        ),
+    ),
+    "structure": Benchmark(
+        "Smaller dense models: SmolLM2-135M without a tenth and a fifth of its block parameters, and their "
+        "speed in transformers",
+        ("benchmarks.structure",),
+        structure.tables,
+        (
+            Goal("time of a prompt, a fifth smaller / dense", lambda r: structure.time(r, "prefill"), 0.87),
+            Goal("time of a token, a fifth smaller / dense", lambda r: structure.time(r, "decode"), 0.87),
         ),
     ),
     "text": Benchmark(

@@ -134,6 +134,15 @@ MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+# Options of the ways of sharing by which whole parts are removed instead of single weights.
+STRUCTURES = {
+    "channels": {"structure": "mlp=0.3"},
+    "heads": {"structure": "heads=2"},
+    "parts": {"structure": "mlp=0.3,heads=2"},
+    "influence": {"structure": "depth=1"},
+}
+
+
 def save_tiny(make_config: Callable[[], PreTrainedConfig], folder: Path) -> None:
     """Save a model with random weights, biases included, so that nothing is zero by accident."""
     torch.manual_seed(0)

@@ -41,11 +41,14 @@ from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.preflight import (
     check_pattern_divides,
     check_secure,
+    check_structure,
     check_update_size,
     needed_bytes,
     payloads,
 )
 from fedprllm.pruning.records import RunRecord
+from fedprllm.pruning.reduction import reduction
+from fedprllm.pruning.result_writer import without_dropped
 from fedprllm.pruning.run_folder import Run, versions
 from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
@@ -195,6 +198,7 @@ def _prune(
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, config.dtype, config.device, config.exclude)
     check_pattern_divides(walked, config)
+    check_structure(walked, config)
     check_update_size(walked, config)
     members, config = make_participants(walked, named, config)
     say_notes(members)
@@ -266,18 +270,20 @@ def _run(
         for name, folder in models.items():
             pruned = BlockwiseModel(folder, config.dtype, config.device)
             evaluation[name] = perplexities(pruned, tests, progress)
+    blocks = without_dropped(run.records(), config)
     folders = {name: str(folder.relative_to(run.folder)) for name, folder in models.items()}
     record = RunRecord.model_validate(
         {
             **identity,
             "models": folders,
-            "n_prunable": model.n_prunable,
+            "n_prunable": sum(block.n_weights for block in blocks),
+            "reduction": reduction(model, next(iter(models.values()))),
             "coverage": model.coverage,
             "n_participants": len(walking),
             **_traffic(model, samples, config, identity["participants"]),
             "outlier_ratios": outlier_ratios(outliers),
             "evaluation": evaluation,
-            "blocks": run.records(),
+            "blocks": blocks,
             "files": run.model_files(folders),
             "notes": [*_files_left_out(model), *(note for member in members for note in member.notes)]
             or None,

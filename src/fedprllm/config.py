@@ -31,6 +31,10 @@ ShareName = Literal[
     "statistics",
     "gram",
     "weights",
+    "channels",
+    "heads",
+    "parts",
+    "influence",
 ]
 # With share gram, names of rows of `fedprllm.deciding.DECISIONS`.
 SolverName = Literal[
@@ -38,6 +42,13 @@ SolverName = Literal[
     "sparsegpt",
     "alps",
 ]
+# What a structure removes, and what participants share for it.
+_STRUCTURES = {("mlp",): "channels", ("heads",): "heads", ("heads", "mlp"): "parts", ("depth",): "influence"}
+_PARTS = {
+    "mlp": "MLPs with {} fewer channels",
+    "heads": "attention with {} fewer query heads",
+    "depth": "{} fewer blocks",
+}
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -100,6 +111,15 @@ class PruneConfig(Settings):
         Field(
             description="with share gram: how the remaining weights are corrected [default: admm] (alps is "
             "slower and a little better)"
+        ),
+    ] = None
+    structure: Annotated[
+        str | None,
+        BeforeValidator(_spell_fractions),
+        Field(
+            description="remove whole parts, so that a smaller dense model remains: mlp=F removes the "
+            "fraction F of the channels of every MLP, heads=N N query heads of every block; mlp=F,heads=N "
+            "both; depth=N drops N blocks"
         ),
     ] = None
     max_update_mb: Annotated[
@@ -190,6 +210,19 @@ class PruneConfig(Settings):
             return values
         return {**values, "sparsity": float(_implied_sparsity(match))}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _imply_sharing(cls, values: Any) -> Any:
+        """With a structure, derive what is shared, and prune no single weights, unless something is given."""
+        if not isinstance(values, Mapping) or values.get("structure") is None:
+            return values
+        parts = str(_spell_fractions(values["structure"])).split(",")
+        names = tuple(sorted(part.partition("=")[0].strip() for part in parts))
+        implied: dict[str, Any] = {"share": _STRUCTURES.get(names, "parts")}
+        if "pattern" not in values:
+            implied["sparsity"] = 0.0
+        return {**implied, **values}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not 0 <= self.sparsity < 1:
@@ -197,12 +230,76 @@ class PruneConfig(Settings):
                 f"sparsity must lie in [0, 1), found {self.sparsity:g}: give the fraction of weights to set "
                 "to zero, for example 0.5"
             )
+        self._check_structure()
         if self.pattern != "unstructured":
             self._check_pattern()
         self._check_sharing()
         self._check_blocks()
         self._check_secure()
         return self
+
+    def _check_structure(self) -> None:
+        if self.structure is None:
+            if self.share in _STRUCTURES.values():
+                raise ConfigError(
+                    f"share {self.share} needs a structure to remove: give structure mlp=0.2, for instance"
+                )
+            return
+        for name, amount in self.structures.items():
+            is_number = name != "mlp" and amount >= 1 and amount.denominator == 1
+            if not (0 <= amount < 1 or is_number):
+                also = " or a whole number" if name != "mlp" else ""
+                raise ConfigError(
+                    f"structure {name} must remove a fraction in [0, 1){also}, found {float(amount):g}"
+                )
+        expected = _STRUCTURES.get(tuple(sorted(self.structures)))
+        if expected is None:
+            raise ConfigError(
+                f"structure {self.structure}: blocks cannot be dropped together with another part: drop them "
+                "in one run, and make the result narrower in a second"
+            )
+        if "depth" in self.structures and self.strategy == "local-only":
+            raise ConfigError(
+                "structure depth needs one model of all participants, found strategy local-only: run every "
+                "participant by itself, or use one-shot"
+            )
+        if self.share != expected:
+            raise ConfigError(
+                f"structure {self.structure} is decided from {expected}, found share {self.share}: leave "
+                "share out"
+            )
+        single = {"pattern": "unstructured", "sparsity": 0.0, "allocation": "uniform", "exclude": ()}
+        for option, value in single.items():
+            if getattr(self, option) != value:
+                raise ConfigError(
+                    f"{option} applies to single weights, which a structure does not prune: leave it out, "
+                    "and prune the smaller model in a second run"
+                )
+
+    @property
+    def structures(self) -> dict[str, Fraction]:
+        """What is removed of each part: below 1 a fraction, otherwise a number. Empty if nothing is.
+
+        Raises:
+            ConfigError: The text is not understood.
+        """
+        if self.structure is None:
+            return {}
+        found: dict[str, Fraction] = {}
+        for entry in self.structure.split(","):
+            name, _, amount = (piece.strip() for piece in entry.partition("="))
+            if name not in _PARTS:
+                raise ConfigError(f"structure: unknown part {did_you_mean(name, tuple(_PARTS))}")
+            try:
+                value = Fraction(amount)
+            except (ValueError, ZeroDivisionError):
+                value = None
+            if value is None or name in found:
+                raise ConfigError(
+                    f"structure must be mlp=F, heads=N, both, or depth=N, found '{self.structure}'"
+                )
+            found[name] = value
+        return found
 
     def _check_blocks(self) -> None:
         if self.allocation == "owl" and self.n_m is not None:
@@ -279,7 +376,7 @@ class PruneConfig(Settings):
             )
         if self.server_ties is not None and self.share not in ("mask", "weights"):
             raise ConfigError(f"server_ties applies to votes, but share {self.share} has none: leave it out")
-        if self.share in ("statistics", "gram") and self.criterion == "magnitude":
+        if self.share in ("statistics", "gram", *_STRUCTURES.values()) and self.criterion == "magnitude":
             raise ConfigError(
                 f"criterion magnitude uses no text, so there are no sums to share as {self.share}: use share "
                 "mask or another criterion"
@@ -317,6 +414,16 @@ class PruneConfig(Settings):
                 f"pattern {self.pattern} implies sparsity {float(implied):g}, found sparsity "
                 f"{self.sparsity:g}: leave sparsity out"
             )
+
+    @property
+    def goal(self) -> str:
+        """What the run prunes to, in words."""
+        if self.structures:
+            return " and ".join(
+                _PARTS[name].format(f"{float(amount):.0%}" if amount < 1 else amount)
+                for name, amount in self.structures.items()
+            )
+        return self.pattern if self.n_m else f"{self.sparsity:.0%} zeros"
 
     @property
     def vote_ties(self) -> str:

@@ -80,7 +80,7 @@ def _values(code: int, raw: bytes) -> list[Fraction]:
 
 
 # kind -> (b, e): values are multiples of 2^-b and below 2^e
-GRIDS = {2: (64, 48), 3: (22, 34), 5: (0, 53)}
+GRIDS = {2: (64, 48), 3: (22, 34), 5: (0, 53), 7: (22, 34), 8: (22, 34), 9: (22, 34), 10: (64, 48)}
 
 
 def _numbers(code: int, raw: bytes) -> list[float]:
@@ -131,7 +131,7 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
     _require(take(8) == b"FEDPRLLM" and number(2) == 2 and number(2) == 0 and number(8) == len(data))
     run_id, fingerprint, block, n_tokens, kind = take(16), take(32), number(4), number(8), number(1)
     participant_bytes, n_tensors = number(1), number(2)
-    _require(1 <= kind <= 6 and n_tokens < (1 if kind == 6 else 2**63))
+    _require(1 <= kind <= 10 and n_tokens < (1 if kind == 6 else 2**63))
     _require(1 <= participant_bytes <= 128 and 1 <= n_tensors <= 4096)
     participant = _text(take(participant_bytes))
     table: list[tuple[bytes, int, tuple[int, ...]]] = []
@@ -152,7 +152,7 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
             _require(int.from_bytes(raw, "little") < 2**n_values)
         else:
             values = _values(code, raw)
-            _require(kind not in (2, 5) or min(values) >= 0)
+            _require(kind not in (2, 5, 10) or min(values) >= 0)
             if kind in GRIDS:
                 bits, limit = GRIDS[kind]
                 _require(all((v * 2**bits).denominator == 1 and abs(v) < 2**limit for v in values))
@@ -160,6 +160,7 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
     _require(not rest)
     if expect is not None:
         names = [None, "mask", "statistics", "gram", "weights", "outliers", "masked"]
+        names += ["channels", "heads", "parts", "influence"]
         found = (run_id, fingerprint, block, names[kind], participant)
         _require(found == (RUN_ID, FINGERPRINT, expect.block, expect.kind, expect.participant))
         _require({name.decode(): shape for name, _, shape in table} == expect.shapes)

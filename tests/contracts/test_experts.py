@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from fedprllm import PruneConfig, prune
 from fedprllm.deciding.decision import UNREACHED
+from fedprllm.errors import ModelError
 from fedprllm.models import source
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.experts import UnfusedExperts, fused_shapes
+from fedprllm.models.fingerprints import tensor_fingerprints
 from fedprllm.models.source import resolve_model
 from fedprllm.pruning.records import FEW_TOKENS
 from tests.contracts.test_walk import assert_same_bits, weights_of
@@ -211,3 +214,34 @@ def test_only_the_experts_asked_for_are_read(tiny, monkeypatch) -> None:
     for expert, name in zip((0, 3), names, strict=True):
         assert torch.equal(found[name], stored[expert].T)
         assert found[name].is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
+@pytest.mark.parametrize("n_experts", [4, 8])
+def test_another_number_of_experts_than_stored_is_refused(name, n_experts, tiny, tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny(name), folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_local_experts"] == 6
+    (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": n_experts}))
+    with pytest.raises(ModelError, match=r"config\.json|missing"):
+        resolve_model(folder, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_an_expert_that_is_missing_or_not_finite_is_named(name, tiny, windows, tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny(name), folder)
+    tensors = load_file(folder / "model.safetensors")
+    key = next(key for key in sorted(tensors) if "experts" in key and "down" in key and "bias" not in key)
+    tensors[key].view(-1)[-1] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.0\..*experts\.\d+\.down_proj\.weight.* contains NaN"):
+        tensor_fingerprints(BlockwiseModel(folder))
+    del tensors[key]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"incomplete, download it again|down_proj' has the shape \[7, 32, 16\]"
+    ):
+        resolve_model(folder, cache_dir=tmp_path / "cache")

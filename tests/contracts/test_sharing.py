@@ -14,8 +14,9 @@ from fedprllm.pruning.walk import Walker
 from fedprllm.sharing import SHARING, update_bytes
 from fedprllm.sharing.interface import Ballot, compared_sums
 from tests.contracts.test_walk import assert_same_bits, weights_of
+from tests.models import STRUCTURES
 
-SHARES = list(DECISIONS)
+SHARES = [share for share in DECISIONS if share not in STRUCTURES]
 STATISTICS_LIKE = ["statistics", "gram"]
 
 
@@ -180,11 +181,14 @@ def test_each_distinct_input_is_shared_once(tiny):
     )
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen3-moe"])
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    ("share", "architecture"),
+    [(share, name) for share in SHARES for name in ("gpt2", "qwen3-moe")]
+    + [(one, "qwen2") for one in STRUCTURES],
+)
 def test_a_contribution_has_the_shapes_it_declares_and_passes_its_check(tiny, windows, share, architecture):
     model = BlockwiseModel(tiny(architecture))
-    sharing, method = SHARING[share], pruning_method(PruneConfig(share=share))
+    sharing, method = SHARING[share], pruning_method(PruneConfig(share=share, **STRUCTURES.get(share, {})))
     participant = Participant("one", windows(0))
     participant.enter(model)
     with model.block(0) as block:
@@ -210,6 +214,7 @@ HOSTILE = {
     "gram": (lambda tensor: 1e30 * tensor, "expected at most"),
     "weights": (lambda tensor: tensor if tensor.dtype == torch.bool else 1000 * tensor, "not the model's"),
     "outliers": (lambda tensor: tensor + 800, "of the block's scores are outliers"),
+    **{kind: (lambda tensor: 1e30 * tensor, "expected at most") for kind in STRUCTURES},
 }
 
 
@@ -237,7 +242,8 @@ def refusals(sharing, model, block, updates, n_tokens, target) -> dict[str, str]
 )
 def test_honest_updates_pass_and_a_hostile_one_is_refused(tiny, windows, kind, n, architecture):
     model, sharing = BlockwiseModel(tiny(architecture)), SHARING[kind]
-    config = PruneConfig(share="mask" if kind == "outliers" else kind, allocation="owl")
+    options = STRUCTURES.get(kind, {"allocation": "owl"})
+    config = PruneConfig(share="mask" if kind == "outliers" else kind, **options)
     method = survey_method(config) if kind == "outliers" else pruning_method(config)
     people = [Participant(f"p{index}", windows(index, 1 + index)) for index in range(n)]
     for participant in people:

@@ -15,6 +15,7 @@ from fedprllm.pruning.method import pruning_method, survey_method
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.settings import choices_of
 from fedprllm.sharing import SHARING
+from tests.models import STRUCTURES
 
 
 def test_every_option_value_has_a_row_and_every_row_an_option_value():
@@ -53,13 +54,19 @@ def test_no_two_kinds_share_a_number_on_the_wire():
         "gram": 3,
         "weights": 4,
         "outliers": 5,
+        "channels": 7,
+        "heads": 8,
+        "parts": 9,
+        "influence": 10,
     }
 
 
 @pytest.mark.parametrize("share", DECISIONS)
 @pytest.mark.parametrize("allocation", ["uniform", "owl"])
 def test_a_participant_is_asked_for_the_kinds_that_a_run_uses(share, allocation):
-    config = PruneConfig(share=share, allocation=allocation)
+    if share in STRUCTURES:
+        allocation = "uniform"  # OWL allocates zeros only
+    config = PruneConfig(share=share, allocation=allocation, **STRUCTURES.get(share, {}))
     used = {pruning_method(config).sharing.kind}
     if allocation == "owl":
         used.add(survey_method(config).sharing.kind)

@@ -103,6 +103,9 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
         {"block_fraction": 0.5},
         {"block_fraction": "north=0.4,west=0.2", "share": "weights", "allocation": "owl"},
         {"pattern": "2:4", "ties": "random", "seed": 3},
+        {"structure": "mlp=0.3"},
+        {"structure": "mlp=0.3,heads=4", "block_fraction": 0.7},
+        {"structure": "depth=2"},
         {"share": "statistics", "exclude": ["*.q_proj", "model.layers.0.mlp.down_proj"]},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "mask",
@@ -110,7 +113,8 @@ def test_a_participant_with_little_memory_makes_no_difference(tmp_path, model, f
 def test_the_same_bits_as_in_one_process(tmp_path, model, federation, strategy, options):
     options = {"strategy": strategy, **options}
     channel = federation(
-        allow=["mask", "statistics", "gram", "weights", "outliers"], seed=options.get("seed", 0)
+        allow=["mask", "statistics", "gram", "weights", "channels", "parts", "influence", "outliers"],
+        seed=options.get("seed", 0),
     )
     assert conduct(tmp_path, make_plan(model, prune=options), channel) == "complete", outcome(tmp_path)
     expected = in_process(tmp_path, model, federation.paths, **options)

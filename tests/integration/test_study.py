@@ -17,7 +17,7 @@ from fedprllm.cli.app import app
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.pruning.participant import Participant
 from fedprllm.study import runner
-from fedprllm.study.data import StudyData, _split
+from fedprllm.study.data import StudyData, split
 from fedprllm.study.kept_updates import KeptWalks, is_served
 from fedprllm.study.measure import Lab, passes
 from fedprllm.study.questions import Cell, StudyConfig, cells_of
@@ -207,6 +207,19 @@ def test_a_grid_that_cannot_be_is_refused(grid, pattern, worded, texts):
         cells_of(small(worded, texts, questions=("methods",), grid=(grid,)))
 
 
+def test_smaller_models_are_runs_of_their_own(worded, texts, tmp_path):
+    grid = {"structure": ["mlp=0.3", "depth=1"], "participants": [2]}
+    config = small(worded, texts, questions=(), grid=(grid,), seeds=(0,))
+    model = BlockwiseModel(worded)
+    data = StudyData(model, config, tmp_path / "texts")
+    lab = Lab(model, KeptWalks(model, "digest", tmp_path / "walks"), tmp_path / "runs")
+    for cell in cells_of(config):
+        assert cell.config.sparsity == 0
+        record = lab.measure(cell, data.participants(cell), data.texts(cell), 1, lambda _: None)
+        assert (record.made, record.n_pruned) == ("run", 0)
+        assert record.models["model"] != record.models.get("dense")
+
+
 def test_participants_are_no_axis_where_each_domain_is_one(worded, texts):
     domains = (texts["north"], texts["south"])
     grid = {"partition": ["domain"], "participants": [2, 3]}
@@ -254,7 +267,7 @@ def test_a_domain_is_split_without_loss(tmp_path, long):
     path.write_text("\n\n".join(documents) if long else "\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedprllm.text.decoding._BLOCK", 37)
-        calibration, held_out = _split(str(path), "a", tmp_path / "parts", 10_000)
+        calibration, held_out = split([str(path)], "a", tmp_path / "parts", 10_000)
     parts = read_documents(calibration), read_documents(held_out)
     assert sorted([*parts[0], *parts[1]]) == sorted(documents)
     assert len(parts[1]) == 60
@@ -268,7 +281,7 @@ def test_a_domain_is_split_in_pieces(tmp_path):
         file.writelines(json.dumps({"text": f"{n} " + "word " * 500}) + "\n" for n in range(4000))
     tracemalloc.start()
     try:
-        _split(str(path), "a", tmp_path / "parts", 1000)
+        split([str(path)], "a", tmp_path / "parts", 1000)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

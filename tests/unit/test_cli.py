@@ -154,3 +154,19 @@ def test_a_mistake_is_one_message_without_a_traceback(tmp_path):
     assert done.returncode == 2
     assert "error:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_prune_says_how_much_smaller_the_model_became(given, tmp_path):
+    out = tmp_path / "run"
+    output = run(
+        "prune", given["model"], "--participant", given["a"], "--participant", given["b"], "--windows 4",
+        "--window-length 128 --structure mlp=0.25 --strategy iterative --out", out,
+    )  # fmt: skip
+    found = json.loads((out / "result.json").read_text())["reduction"]
+    before, after = found["n_block_parameters"]
+    assert f"{1 - after / before:.1%} fewer parameters in the blocks" in output
+    assert "{:,} → {:,} parameters".format(*found["n_parameters"]) in output
+    assert "are zero" not in output
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (
+        given["model"], out / "model")]  # fmt: skip
+    assert found["n_bytes"] == sizes

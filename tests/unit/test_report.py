@@ -531,3 +531,39 @@ def test_bytes_are_said_for_every_way_of_sharing(run_once, share):
         sum(per_block)
     }
     assert ("float rounding may have decided" in page.text) == (share == "statistics")
+
+
+def test_a_smaller_model_is_called_smaller(run_once):
+    run = run_once(structure="mlp=0.3,heads=2", strategy="iterative")
+    page, result = report(run), result_of(run)
+    (before, after), (dense, small) = (
+        result["reduction"][key] for key in ("n_parameters", "n_block_parameters")
+    )
+    share = f"{(1 - small / dense) * 100:.1f} %"
+    assert f"llama was made {share} smaller (parameters of its decoder blocks) by 3 participants" in page.text
+    assert f"{(1 - after / before) * 100:.1f} %" in page.text
+    assert f"of all {before:,}, {share} of the blocks'" in page.text
+    linears = {linear["kind"]: linear for linear in result["blocks"][0]["linears"].values()}
+    assert linears["mlp.down_proj"]["shape"] == [32, 34]
+    assert linears["mlp.down_proj"]["dense_shape"] == [32, 48]
+    assert linears["self_attn.q_proj"]["shape"] == [16, 32]
+    assert "dense_shape" not in linears["self_attn.k_proj"]
+    weights = {path: linear["shape"] for path, linear in linears.items()}
+    assert result["n_prunable"] == 3 * sum(math.prod(shape) for shape in weights.values())
+    card = (run / "model" / "README.md").read_text()
+    assert "tags: [pruned, smaller, fedprllm]" in card
+    assert f"| parameters | {after:,} of {before:,} |" in card
+    assert "| structure removed | mlp=0.3,heads=2 |" in card
+    assert "sparse kernels" not in card
+    assert result["reduction"]["n_bytes"][1] < result["reduction"]["n_bytes"][0]
+
+
+def test_dropped_blocks_are_no_part_of_the_figures(run_once):
+    run = run_once(structure="depth=1")
+    page, result = report(run), result_of(run)
+    dropped = [record["block"] for record in result["blocks"] if record.get("dropped")]
+    assert len(dropped) == 1
+    assert "llama was made 33.3 % smaller" in page.text
+    weights = [linear["shape"] for record in result["blocks"] for linear in record["linears"].values()]
+    assert result["n_prunable"] == sum(map(math.prod, weights))
+    assert page.tables["Payload of one participant"][1][1] == "8 bytes"

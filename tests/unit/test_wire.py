@@ -412,7 +412,7 @@ UNREADABLE = {
     "tokens": (edited(72, b"\0" * 7 + b"\x80"), "n_tokens: expected"),
     "tokens under masks": (edited(72, b"\1", MASKED), "n_tokens: expected an integer from 0 to 0, found"),
     "kind 0": (edited(80, b"\0"), r"kind: expected 1 \(mask\) or .*, found 0"),
-    "kind 7": (edited(80, b"\7"), "kind: expected .*, found 7"),
+    "kind 99": (edited(80, b"\x63"), "kind: expected .*, found 99"),
     "no participant": (edited(81, b"\0"), "length of participant: .* from 1 to 128, found 0"),
     "long participant": (edited(81, b"\x81"), "length of participant: .*found 129"),
     "participant beyond the end": (edited(81, b"\x50"), "participant: expected 80 bytes, found 39"),

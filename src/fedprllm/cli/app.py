@@ -35,6 +35,7 @@ from fedprllm.cli.packing import export_command, pack_command, unpack_command
 from fedprllm.cli.participant import ledger, participate
 from fedprllm.cli.roster import app as roster_app
 from fedprllm.cli.study import study_command
+from fedprllm.cli.worth import worth_command
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
 from fedprllm.process import use_large_pages
@@ -434,6 +435,7 @@ def _report(
 # study -----------------------------------------------------------------------------------------
 
 app.command("study")(study_command(bars, console))
+app.command("worth-it")(worth_command(_field_option, bars, console))
 
 
 # federation ------------------------------------------------------------------------------------

@@ -45,7 +45,15 @@ _asked_to_end = Event()
 
 def print_sparsity(record: Any) -> None:
     """Print how much of the model is zero, how much of the blocks is prunable, and what deviated."""
-    console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
+    if (smaller := record.reduction) is not None:
+        console.print(
+            f"[bold]{smaller.of_blocks:.1%}[/] fewer parameters in the blocks, {smaller.of_model:.1%} in all"
+        )
+        numbers = " → ".join(f"{n:,}" for n in smaller.n_parameters)
+        files = " → ".join(f"{n / 1e6:,.1f} MB" for n in smaller.n_bytes)
+        console.print(f"{numbers} parameters, files of {files}")
+    if smaller is None or record.n_zeros:
+        console.print(f"[bold]{record.sparsity:.2%}[/] of {record.n_prunable:,} weights are zero")
     if record.coverage is not None:
         console.print(f"{record.coverage:.1%} of the blocks' weight matrices are prunable")
     for deviation in record.deviations():

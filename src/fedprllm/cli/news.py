@@ -185,8 +185,9 @@ class Results:
     def _print(self, status: dict[str, Any]) -> None:
         name, state = escape(status["run"]), status["state"]
         if state == "received":
+            zeros = f"{status['sparsity']:.1%} zeros, " if status["sparsity"] else ""
             errors.print(
-                f"[green]run {name} is complete[/]: {status['sparsity']:.1%} zeros, "
+                f"[green]run {name} is complete[/]: {zeros}"
                 f"{escape(status['model'])}; every tensor has the coordinator's digest",
                 soft_wrap=True,
             )

@@ -17,7 +17,7 @@ from fedprllm.study.questions import QUESTIONS, StudyConfig
 
 __all__ = ["study_command"]
 
-_TEXTS = ("data", "domains", "eval")
+_TEXTS = ("data", "domains", "public", "eval")
 _NOT_HERE = ("model", "grid")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from threading import Lock
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Integer, Num, Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprllm.core.groups import Grouping
@@ -17,6 +18,7 @@ from fedprllm.core.threads import in_threads, row_slices
 from fedprllm.core.ties import TIES
 
 __all__ = [
+    "MaskViews",
     "PruneMask",
     "count_close",
     "exact_float",
@@ -31,19 +33,52 @@ __all__ = [
 _INFINITY = 0x7F800000  # bit pattern of infinity in float32
 
 
-@dataclass(frozen=True)
 class PruneMask:
     """The weights to prune.
 
-    Attributes:
+    Args:
         mask: True where a weight is pruned.
         n_ties: Number of pruned weights that the tie rule chose.
         n_close: Number of pruned weights that rounding may have decided (`count_close`); None if not counted.
     """
 
-    mask: Bool[Tensor, "out in"]
-    n_ties: int
-    n_close: int | None = None
+    def __init__(self, mask: Bool[Tensor, "out in"], n_ties: int, n_close: int | None = None) -> None:
+        self._mask: Tensor | None = mask
+        self._bits: NDArray[np.uint8] | None = None
+        self._shape, self._device = mask.shape, mask.device
+        self.n_ties, self.n_close = n_ties, n_close
+
+    @property
+    def mask(self) -> Bool[Tensor, "out in"]:
+        """True where a weight is pruned; unpacked on each access if it is packed."""
+        if self._bits is None:
+            assert self._mask is not None
+            return self._mask
+        bits = np.unpackbits(self._bits, count=self._shape.numel(), bitorder="little")
+        return torch.from_numpy(bits).view(torch.bool).view(self._shape).to(self._device)
+
+    def packed(self) -> PruneMask:
+        """The same at one bit for each weight, an eighth of the memory."""
+        packed = PruneMask(self.mask, self.n_ties, self.n_close)
+        packed._bits = np.packbits(self.mask.cpu().contiguous().numpy(), bitorder="little")
+        packed._mask = None
+        return packed
+
+
+class MaskViews(Mapping[str, Tensor]):
+    """Masks by weight name, each taken from its `PruneMask` on access."""
+
+    def __init__(self, masks: Mapping[str, PruneMask]) -> None:
+        self._masks = masks
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name].mask
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
 
 
 def prune_lowest(

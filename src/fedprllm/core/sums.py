@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["GramStatistics", "InputStatistics"]
+__all__ = ["ChangeStatistics", "GramStatistics", "InputStatistics"]
 
 
 @dataclass
@@ -88,3 +88,24 @@ class GramStatistics:
     def norm(self) -> Float[Tensor, " in"]:
         """``||X_j||_2`` of each input channel, float32."""
         return self.sum_of_squares.sqrt().to(torch.float32)
+
+
+@dataclass
+class ChangeStatistics:
+    """Running sum over tokens of how far a block turns their hidden states (block influence).
+
+    Attributes:
+        total: ``sum_x 1 - cos(x, block(x))``, from 0 to 2 for each token.
+        n_tokens: Number of tokens summed over.
+
+    Source: Men et al., ShortGPT (arXiv 2403.03853), equation 2.
+    """
+
+    total: float = 0.0
+    n_tokens: int = 0
+
+    def add(self, before: Float[Tensor, "... hidden"], after: Float[Tensor, "... hidden"]) -> None:
+        """Add the tokens of one forward pass, compared in float32."""
+        cosines = torch.cosine_similarity(before.to(torch.float32), after.to(torch.float32), dim=-1)
+        self.total += float((1.0 - cosines).clamp_min(0.0).to(torch.float64).sum())
+        self.n_tokens += cosines.numel()

@@ -13,6 +13,8 @@ another.
 | gram | sparsegpt | prune column by column, and correct the remaining weights |
 | gram | alps | as admm, until the mask stands still: slower, a little better |
 | weights | average | average the retained weights (FedSpaLLM) |
+| channels, heads, parts | narrow | remove channels or heads of every block, and refit what reads the others |
+| influence | drop | drop the blocks that turn hidden states least |
 
 A survey runs before pruning and determines how much to prune from each block; a decision names its survey.
 """
@@ -28,12 +30,17 @@ from fedprllm.core.owl import Outliers
 from fedprllm.deciding.average import by_average
 from fedprllm.deciding.count import count_pooled, count_shared
 from fedprllm.deciding.decision import BlockDecision
+from fedprllm.deciding.influence import by_influence
+from fedprllm.deciding.narrow import by_channels
 from fedprllm.deciding.score import by_pooled_score, own_decision
 from fedprllm.deciding.solve import by_admm, by_alps, by_sparsegpt
 from fedprllm.deciding.trim import by_trimmed_score, count_trimmed
 from fedprllm.deciding.vote import by_votes
 from fedprllm.models.block import Block
 from fedprllm.sharing import Target, Totals
+from fedprllm.sharing.block_influence import INFLUENCE
+from fedprllm.sharing.channel_inputs import CHANNELS, HEADS, PARTS
+from fedprllm.sharing.interface import Linears, all_linears
 
 __all__ = ["DECISIONS", "BlockDecision", "Decision", "Survey", "decision_of", "own_decision"]
 
@@ -69,6 +76,7 @@ class Decision:
         survey: Survey that counts outliers before pruning if sparsity is allocated by OWL.
         aggregation: Value of the option `aggregation` that selects the decision.
         keeps_apart: Whether the decision and its survey need each update, not only their sums.
+        changes: Returns the Linears whose remaining weights the decision changes.
     """
 
     name: str
@@ -78,6 +86,7 @@ class Decision:
     survey: Survey = _COUNTS
     aggregation: str = "sum"
     keeps_apart: bool = False
+    changes: Callable[[Linears], Linears] = all_linears
 
 
 def _local(config: PruneConfig) -> GroupName:
@@ -113,6 +122,11 @@ DECISIONS: dict[str, tuple[Decision, ...]] = {
         Decision("alps", by_alps, _layer, survey=_SUMS),
     ),
     "weights": (Decision("average", by_average, _server),),
+    "influence": (Decision("drop", by_influence, _layer, changes=INFLUENCE.observes),),
+    **{
+        row.kind: (Decision("narrow", by_channels, _layer, changes=row.observes),)
+        for row in (CHANNELS, HEADS, PARTS)
+    },
 }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedprllm.core.masks import PruneMask
-from fedprllm.models.block import Block, GivenWeights, PrunedWeights, Weights
+from fedprllm.core.masks import MaskViews, PruneMask
+from fedprllm.models.block import Block, Linear, PrunedWeights, Weights
 
 __all__ = ["UNREACHED", "BlockDecision"]
 
@@ -17,20 +17,27 @@ class BlockDecision:
     """What is pruned from a block, decided by one participant or by the server.
 
     Attributes:
-        masks: Prune mask of each Linear, [out, in].
+        masks: Prune mask of each Linear, [out, in]; none of a Linear from which no single weights are pruned.
         weights: The pruned weights, in the orientation and precision of the checkpoint; they may be created
             only on access (`PrunedWeights`).
         notes: Deviations from the requested settings, one sentence each.
+        influence: Mean of ``1 - cos(input, output)`` over tokens, if blocks are to be dropped.
     """
 
     masks: dict[str, PruneMask]
     weights: Weights
     notes: list[str] = field(default_factory=list)
+    influence: float | None = None
 
     @classmethod
     def of_masks(cls, block: Block, masks: dict[str, PruneMask]) -> BlockDecision:
         """The decision that zeroes the weights the masks prune and changes no others."""
-        return cls(masks, PrunedWeights(block, {name: pruned.mask for name, pruned in masks.items()}))
+        return cls(masks, PrunedWeights(block, MaskViews(masks)))
+
+    @staticmethod
+    def kept(linear: Linear, pruned: PruneMask) -> PruneMask:
+        """A mask in the form in which it is kept: those of experts, which are most of a block, packed."""
+        return pruned.packed() if linear.family else pruned
 
     @property
     def n_ties(self) -> int:
@@ -45,4 +52,4 @@ class BlockDecision:
         """
         for name in self.weights:
             self.weights.write(name, block.tensors[name])
-        self.weights = GivenWeights({name: block.tensors[name] for name in self.weights})
+        self.weights = self.weights.written(block)

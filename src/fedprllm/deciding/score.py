@@ -69,7 +69,7 @@ def _by_score(
             # Zeros would make all scores equal, and the order of the weights would decide.
             norm = torch.ones_like(norm)
             notes.append(f"{name}: {UNREACHED}")
-        masks[name] = prune_by_score(
+        pruned = prune_by_score(
             partial(_scores, criterion, norm.to(weight.device)),
             weight,
             target.local_grouping(linear),
@@ -78,6 +78,7 @@ def _by_score(
             scores_rows=criterion.scores_rows,
             counts_close=counts_close,
         )
+        masks[name] = BlockDecision.kept(linear, pruned)
     decision = BlockDecision.of_masks(block, masks)
     decision.notes += notes
     return decision

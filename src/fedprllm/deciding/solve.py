@@ -18,7 +18,7 @@ from fedprllm.models.block import Block, GivenWeights, Linear
 from fedprllm.sharing.interface import Totals
 from fedprllm.sharing.target import Target
 
-__all__ = ["by_admm", "by_alps", "by_sparsegpt"]
+__all__ = ["by_admm", "by_alps", "by_sparsegpt", "few_tokens"]
 
 # Fewer tokens per input channel than this give Gram matrices that a solver fits too closely.
 _FEW_TOKENS = 4
@@ -90,11 +90,22 @@ def _notes(name: str, result: Reconstruction, n_tokens: int, width: int) -> list
         notes.append(f"{name}: damping raised to {result.damping:g} times the mean diagonal")
     if result.n_dead:
         notes.append(f"{name}: {result.n_dead} input channels were zero on every token")
+    return notes + few_tokens(name, n_tokens, width)
+
+
+def few_tokens(name: str, n_tokens: int, width: int) -> list[str]:
+    """A note if there are too few tokens for a Linear's Gram matrix.
+
+    Args:
+        name: Name of the weight.
+        n_tokens: Number of tokens behind the Gram matrix.
+        width: Number of inputs.
+    """
     if n_tokens < width:
-        notes.append(
+        return [
             f"{name}: {n_tokens} tokens are fewer than its {width} inputs, too few for a solver: share "
             "statistics, or use more text"
-        )
-    elif n_tokens < _FEW_TOKENS * width:
-        notes.append(f"{name}: {n_tokens} tokens are few for a solver with {width} inputs")
-    return notes
+        ]
+    if n_tokens < _FEW_TOKENS * width:
+        return [f"{name}: {n_tokens} tokens are few for a solver with {width} inputs"]
+    return []

@@ -21,11 +21,14 @@ def by_votes(totals: Totals, block: Block, target: Target) -> BlockDecision:
     """Prune the most-voted weights of every server comparison group; scale the others if configured."""
     config = target.config
     masks = {
-        name: totals.votes[name].most_voted(
-            linear.view(block.tensors),
-            target.server_grouping(linear),
-            config.vote_ties,
-            (config.seed, "server", name),
+        name: BlockDecision.kept(
+            linear,
+            totals.votes[name].most_voted(
+                linear.view(block.tensors),
+                target.server_grouping(linear),
+                config.vote_ties,
+                (config.seed, "server", name),
+            ),
         )
         for name, linear in block.linears.items()
     }

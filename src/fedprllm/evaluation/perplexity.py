@@ -27,7 +27,7 @@ from fedprllm.text.documents import say_left_out
 from fedprllm.text.sources import Source, named_sources
 from fedprllm.text.windows import Bos, evaluation_windows
 
-__all__ = ["Perplexity", "evaluate", "perplexities", "window_length_for"]
+__all__ = ["Perplexity", "evaluate", "perplexities", "window_length_for", "window_losses"]
 
 DEFAULT_WINDOW_LENGTH = 2048
 
@@ -52,6 +52,35 @@ def window_length_for(model: BlockwiseModel, asked: int | None) -> int:
     return asked
 
 
+def window_losses(
+    model: BlockwiseModel,
+    windows: Sequence[Int[Tensor, " tokens"]],
+    progress: Progress = silent,
+    weights_of: Callable[[Block], Weights] = lambda _: UNCHANGED,
+) -> list[float]:
+    """Negative log-likelihood of each window in nats: the sum over its tokens but the first.
+
+    Args:
+        model: The model.
+        windows: Token windows.
+        progress: Notified of every window and block.
+        weights_of: As in `perplexities`.
+    """
+    with progress("evaluating", model.n_blocks * len(windows) + len(windows)) as advance:
+        hidden = list(model.embed(windows))
+        for index in range(model.n_blocks):
+            with model.block(index) as block, block.replaced(weights_of(block)):
+                for number, state in enumerate(hidden):
+                    hidden[number] = block.forward(state)
+                    advance(1)
+        losses = []
+        with model.head():
+            for state, window in zip(hidden, windows, strict=True):
+                losses.append(model.token_losses(state, window).double().sum().item())
+                advance(1)
+    return losses
+
+
 def perplexities(
     model: BlockwiseModel,
     texts: Mapping[str, Sequence[Int[Tensor, " tokens"]]],
@@ -71,18 +100,7 @@ def perplexities(
         ModelError: A loss is not finite.
     """
     windows = [window for text in texts.values() for window in text]
-    with progress("evaluating", model.n_blocks * len(windows) + len(windows)) as advance:
-        hidden = list(model.embed(windows))
-        for index in range(model.n_blocks):
-            with model.block(index) as block, block.replaced(weights_of(block)):
-                for number, state in enumerate(hidden):
-                    hidden[number] = block.forward(state)
-                    advance(1)
-        losses = []
-        with model.head():
-            for state, window in zip(hidden, windows, strict=True):
-                losses.append(model.token_losses(state, window).double().sum().item())
-                advance(1)
+    losses = window_losses(model, windows, progress, weights_of)
     results, first = [], 0
     for name, text in texts.items():
         n_tokens = sum(len(window) - 1 for window in text)

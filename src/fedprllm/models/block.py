@@ -12,9 +12,72 @@ from torch import Tensor, nn
 
 from fedprllm.core.zeros import copy_pruned
 
-__all__ = ["UNCHANGED", "Block", "GivenWeights", "Hidden", "Linear", "PrunedWeights", "Weights"]
+__all__ = [
+    "UNCHANGED",
+    "Block",
+    "Channels",
+    "GivenWeights",
+    "Hidden",
+    "Linear",
+    "NarrowedWeights",
+    "Producer",
+    "PrunedWeights",
+    "Weights",
+]
 
 Hidden = Float[Tensor, "1 tokens hidden"]
+
+
+@dataclass(frozen=True, eq=False)
+class Producer:
+    """A Linear whose outputs serve only to compute the input channels of another one.
+
+    Attributes:
+        name: Name of its weight.
+        channels: For each of its outputs, the input channel of the other Linear that it affects, int64 [out].
+    """
+
+    name: str
+    channels: Tensor
+
+    @property
+    def bias(self) -> str:
+        """Name that its bias has, if it has one."""
+        return f"{self.name.removesuffix('weight')}bias"
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Input channels of a Linear that can be removed, together with all that computes them.
+
+    Attributes:
+        part: What they are: ``mlp`` or ``heads``.
+        producers: The Linears that compute them.
+        units: For each channel, the number of its unit; the channels of a unit (a head) go together,
+            int64 [in].
+        groups: For each unit, the number of its group; every group loses equally many units,
+            int64 [units].
+    """
+
+    part: str
+    producers: tuple[Producer, ...]
+    units: Tensor
+    groups: Tensor
+
+    @property
+    def n_units(self) -> int:
+        """Number of units."""
+        return len(self.groups)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return int(self.groups.max()) + 1
+
+    def renamed(self, names: Mapping[str, str]) -> Channels:
+        """The same channels with other names of the producers."""
+        producers = tuple(Producer(names[each.name], each.channels) for each in self.producers)
+        return Channels(self.part, producers, self.units, self.groups)
 
 
 @dataclass(frozen=True)
@@ -31,6 +94,7 @@ class Linear:
             and value, the Linear itself if no Linear before it reads its input.
         module: The module that holds the weight.
         norm: The module whose output it reads, if that may be a normalization (`fedprllm.models.norms`).
+        channels: How its input channels can be removed (`fedprllm.models.channels`); None if they cannot.
         family: For a Linear of an expert, the name that all experts' weights of its kind have in common, with
             ``*`` in place of the expert; empty for other Linears. Only those tokens reach an expert that a
             router sends to it, which may be none.
@@ -44,6 +108,7 @@ class Linear:
     source: str
     module: nn.Module = field(repr=False, compare=False)
     norm: nn.Module | None = field(default=None, repr=False, compare=False)
+    channels: Channels | None = field(default=None, repr=False, compare=False)
     family: str = ""
 
     @property
@@ -100,7 +165,9 @@ class Block:
             for name in weights:
                 parameter: nn.Parameter = self.linears[name].module.weight  # type: ignore[assignment]
                 own = self.tensors[name]
-                if own.dtype == parameter.dtype:
+                if own.dtype == parameter.dtype and self.linears[name].family:
+                    stack.enter_context(_replaced_while_called(self.linears[name].module, weights, name))
+                elif own.dtype == parameter.dtype:
                     # The parameter may share memory with the block's tensor, so it must not be overwritten.
                     stack.callback(setattr, parameter, "data", parameter.data)
                     parameter.data = weights[name].to(own.dtype)
@@ -110,12 +177,46 @@ class Block:
             yield
 
 
+@contextmanager
+def _replaced_while_called(module: nn.Module, weights: Weights, name: str) -> Iterator[None]:
+    """Compute with another weight inside the ``with`` block, which exists only during a call.
+
+    The weights of all experts are most of a block, and one expert computes after the other.
+    """
+    parameter: nn.Parameter = module.weight  # type: ignore[assignment]
+    own = parameter.data
+
+    def before(*_: object) -> None:
+        parameter.data = weights[name].to(own.dtype)
+
+    def after(*_: object) -> None:
+        parameter.data = own
+
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(before).remove)
+        stack.callback(module.register_forward_hook(after).remove)
+        stack.callback(after)
+        yield
+
+
 class Weights(Mapping[str, Tensor]):
     """Weights that replace a block's original ones, by name, in the orientation of the checkpoint."""
 
     def write(self, name: str, target: Tensor) -> None:
         """Write a weight to a tensor of the same shape, converting it to that tensor's precision."""
         target.copy_(self[name])
+
+    def written(self, block: Block) -> Weights:
+        """The same weights after the block's tensors have been overwritten with them."""
+        return GivenWeights({name: block.tensors[name] for name in self})
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:  # noqa: ARG002  a smaller model overrides it
+        """What remains of a tensor of the block once its removed rows and columns are cut off."""
+        return tensor
+
+    def remaining(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the block with these weights, as the pruned model stores them."""
+        return {name: self.cut(name, self.get(name, tensor)) for name, tensor in tensors.items()}
 
 
 class GivenWeights(Weights):
@@ -167,6 +268,62 @@ class PrunedWeights(Weights):
 
     def __len__(self) -> int:
         return len(self._masks)
+
+
+class NarrowedWeights(Weights):
+    """Weights of a block that loses channels: zeros in their columns, until they are cut off.
+
+    A channel with a column of zeros has no effect, so a participant computes with the block as it is. The
+    pruned model stores the block without these columns and without the rows and biases that produce them.
+
+    Args:
+        linears: The Linears of the block.
+        removed: The removed input channels of each Linear that loses some, bool [in] by weight name.
+        narrow: Their remaining columns, in the orientation and precision of the checkpoint.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, Linear], removed: Mapping[str, Tensor], narrow: Mapping[str, Tensor]
+    ) -> None:
+        self.removed, self.narrow = dict(removed), dict(narrow)
+        self._linears = linears
+        self._kept: dict[str, tuple[int, Tensor]] = {}  # axis and indices
+        for name, gone in self.removed.items():
+            linear = linears[name]
+            self._kept[name] = (0 if linear.transposed else 1, _indices(~gone))
+            assert linear.channels is not None, f"'{name}' cannot lose channels"
+            for producer in linear.channels.producers:
+                rows = _indices(~gone[producer.channels.to(gone.device)])
+                self._kept[producer.name] = (1 if linears[producer.name].transposed else 0, rows)
+                self._kept[producer.bias] = (0, rows)
+
+    def __getitem__(self, name: str) -> Tensor:
+        axis, kept = self._kept[name]
+        narrow = self.narrow[name]
+        shape = list(narrow.shape)
+        shape[axis] = len(self.removed[name])
+        return narrow.new_zeros(shape).index_copy_(axis, kept.to(narrow.device), narrow)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.narrow)
+
+    def __len__(self) -> int:
+        return len(self.narrow)
+
+    def written(self, block: Block) -> Weights:  # noqa: ARG002
+        """Itself: the columns to cut off must stay known."""
+        return self
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """What remains of a tensor of the block once its removed rows and columns are cut off."""
+        if name not in self._kept:
+            return tensor
+        axis, kept = self._kept[name]
+        return tensor.index_select(axis, kept.to(tensor.device))
+
+
+def _indices(kept: Tensor) -> Tensor:
+    return kept.nonzero().flatten()
 
 
 UNCHANGED = GivenWeights({})

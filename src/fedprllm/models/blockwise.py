@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedprllm.errors import ModelError
-from fedprllm.models.block import Block, Hidden, Linear
+from fedprllm.models.block import Block, Channels, Hidden, Linear
+from fedprllm.models.channels import find_channels
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.experts import reaching_all_experts
 from fedprllm.models.find import beside_text, find_blocks, find_linears, without
@@ -53,6 +54,21 @@ from fedprllm.models.source import build_skeleton
 __all__ = ["DTYPES", "BlockwiseModel"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """How the Linears of a block are connected, by their paths inside the block.
+
+    Attributes:
+        first: The first Linear that reads the same input.
+        norms: Path of the normalization before a Linear.
+        channels: How a Linear's input channels can be removed.
+    """
+
+    first: dict[str, str]
+    norms: dict[str, str]
+    channels: dict[str, Channels]
 
 
 class BlockwiseModel:
@@ -109,25 +125,34 @@ class BlockwiseModel:
         """The prunable weights of every block, with their stored precision and shared inputs."""
         dtypes = self.checkpoint.dtypes(name for of_block in found for name in of_block)
         refuse_dtypes(self.skeleton, self.folder, dtypes)
-        sources, norms = self._trace_inputs(found)
+        sources, norms, channels = self._trace_inputs(found)
         return [
             {
-                name: replace(linear, dtype=dtypes[name], source=sources[name], norm=norms.get(name))
+                name: replace(
+                    linear,
+                    dtype=dtypes[name],
+                    source=sources[name],
+                    norm=norms.get(name),
+                    channels=channels.get(name),
+                )
                 for name, linear in of_block.items()
             }
             for of_block in found
         ]
 
-    def _trace_inputs(self, found: list[dict[str, Linear]]) -> tuple[dict[str, str], dict[str, nn.Module]]:
-        """Map every Linear to the first Linear of its block that reads the same input, and to its norm.
+    def _trace_inputs(
+        self, found: list[dict[str, Linear]]
+    ) -> tuple[dict[str, str], dict[str, nn.Module], dict[str, Channels]]:
+        """Map every Linear to the first of its block with the same input, to its norm and its channels.
 
         One block of each distinct structure is run on two tokens with zeros for weights, because only the
         code of the block determines which Linears receive the same tensor. Nothing is read from the
         checkpoint.
         """
-        by_structure: dict[tuple[Any, ...], tuple[dict[str, str], dict[str, str]]] = {}
+        by_structure: dict[tuple[Any, ...], _Traced] = {}
         sources: dict[str, str] = {}
         norms: dict[str, nn.Module] = {}
+        channels: dict[str, Channels] = {}
         with self._hollow(self.skeleton.base_model, outside_only=True):
             hidden = self._embed_one(torch.zeros(2, dtype=torch.int64))
         for index, linears in enumerate(found):
@@ -135,22 +160,45 @@ class BlockwiseModel:
             structure = (type(self._blocks[index]), shapes)
             if structure not in by_structure:
                 by_structure[structure] = self._trace_block(index, linears, hidden)
-            first, behind = by_structure[structure]
+            traced = by_structure[structure]
             names = {linear.path: name for name, linear in linears.items()}
-            sources |= {name: names[first[linear.path]] for name, linear in linears.items()}
-            norms |= {names[path]: self._blocks[index].get_submodule(norm) for path, norm in behind.items()}
+            sources |= {name: names[traced.first[linear.path]] for name, linear in linears.items()}
+            norms |= {
+                names[path]: self._blocks[index].get_submodule(norm) for path, norm in traced.norms.items()
+            }
+            channels |= {names[path]: each.renamed(names) for path, each in traced.channels.items()}
         self._contexts.clear()
-        return sources, norms
+        return sources, norms, channels
 
-    def _trace_block(
-        self, index: int, linears: dict[str, Linear], hidden: Hidden
-    ) -> tuple[dict[str, str], dict[str, str]]:
-        """Map the path of each Linear to that of the first with the same input, and to its norm's path."""
+    def _trace_block(self, index: int, linears: dict[str, Linear], hidden: Hidden) -> _Traced:
+        """Find out how the Linears of a block are connected."""
         module = self._blocks[index]
+        args, kwargs = self._contexts[hidden.shape[1]][index]
         with self._hollow(module), reaching_all_experts(module), watching_norms(module, linears) as norms:
             first = inputs_shared(Block(index, linears, {}, self._call_block), hidden)
+        # A weight of zero would silence what comes before a normalization.
+        with self._hollow(module, value=1.0):
+            found = find_channels(
+                {name: linear for name, linear in linears.items() if not linear.family},
+                lambda states: module(states, *args, **kwargs),
+                hidden,
+                self._n_heads,
+            )
         paths = {id(part): path for path, part in module.named_modules()}
-        return first, {linears[name].path: paths[id(norm)] for name, norm in norms.items()}
+        return _Traced(
+            first,
+            {linears[name].path: paths[id(norm)] for name, norm in norms.items()},
+            {
+                linears[name].path: each.renamed({other: linears[other].path for other in linears})
+                for name, each in found.items()
+            },
+        )
+
+    @property
+    def _n_heads(self) -> int:
+        """Number of query heads of each block; 0 if the configuration does not say."""
+        found = getattr(self.config.get_text_config(), "num_attention_heads", 0)
+        return found if isinstance(found, int) else 0
 
     # --- Properties of the model ---
 
@@ -243,12 +291,12 @@ class BlockwiseModel:
             yield
 
     @contextmanager
-    def _hollow(self, part: nn.Module, *, outside_only: bool = False) -> Iterator[None]:
-        """Let a part of the model compute with zero weights, which take no memory."""
+    def _hollow(self, part: nn.Module, *, outside_only: bool = False, value: float = 0.0) -> Iterator[None]:
+        """Let a part of the model compute with weights of one value, which take no memory."""
         used = {id(parameter) for parameter in part.parameters()}
         inside = tuple(f"{name}." for name in self.block_names)
         zeros = {
-            name: torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
+            name: torch.full((), value, dtype=parameter.dtype, device=self.device).expand(parameter.shape)
             for name, parameter in self.skeleton.named_parameters()
             if id(parameter) in used and not (outside_only and name.startswith(inside))
         }

@@ -7,9 +7,11 @@ are written as a shard of their own when pruning moves on.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -239,40 +241,74 @@ class CheckpointWriter:
         folder: Folder to write to.
         source: The checkpoint that is pruned.
         n_blocks: Number of blocks in the model.
+        kept: Indices of the blocks that the pruned model has, in order; all by default.
+        prefix: What comes before a block's number in the source's names; needed if blocks are left out.
     """
 
-    def __init__(self, folder: Path, source: Checkpoint, n_blocks: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: Checkpoint,
+        n_blocks: int,
+        kept: Sequence[int] | None = None,
+        prefix: str = "",
+    ) -> None:
         self.folder, self.source = folder, source
-        self.n_shards = n_blocks + 1
+        self._number = {
+            index: number for number, index in enumerate(range(n_blocks) if kept is None else kept)
+        }
+        self._block = re.compile(rf"({re.escape(prefix)}\.)(\d+)(\..*)") if kept is not None else None
+        self.n_shards = len(self._number) + 1
 
     def shard_path(self, block: int | None) -> Path:
         """Path of a block's shard; None gives the shard that holds everything else."""
-        number = 1 if block is None else block + 2
+        number = 1 if block is None else self._number[block] + 2
         return self.folder / f"model-{number:05d}-of-{self.n_shards:05d}.safetensors"
 
     def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a block's shard, given its tensors by their names in the transformers model."""
         self._save(block, self.source.as_stored(tensors))
 
+    def _renumbered(self, name: str) -> str | None:
+        """The name of a tensor of the source in the pruned model; None if its block is left out."""
+        found = self._block.fullmatch(name) if self._block is not None else None
+        if found is None:
+            return name
+        number = self._number.get(int(found[2]))
+        return None if number is None else f"{found[1]}{number}{found[3]}"
+
     def _save(self, block: int | None, tensors: Mapping[str, Tensor]) -> None:
-        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        names = {name: self._renumbered(name) for name in tensors}
+        on_cpu = {new: tensors[name].cpu() for name, new in names.items() if new is not None}
         save_tensors(self.shard_path(block), on_cpu, {"format": "pt"})
 
-    def finish(self, outside: Iterable[str]) -> None:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the blocks' tensors that have been written, by their names in the files."""
+        found: dict[str, tuple[int, ...]] = {}
+        for block in self._number:
+            with safe_open(self.shard_path(block), framework="pt") as opened:
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
+        return found
+
+    def finish(self, outside: Iterable[str], changed: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write everything outside the blocks, copy the files that belong to the model, write the index.
 
         Args:
             outside: Names of the model's tensors outside all blocks.
+            changed: Contents, as JSON values, of files that differ from the source's, by name.
         """
         tensors = self.source.as_stored(self.source.load(outside))
         self._save(None, tensors | self.source.load_unknown())
         for path in side_files(self.source.folder):
             (self.folder / path.parent).mkdir(exist_ok=True)
+            if path.as_posix() in changed:
+                write_json(self.folder / path, changed[path.as_posix()])
+                continue
             shutil.copyfile(self.source.folder / path, self.folder / path)
             flush_file(self.folder / path)
         weight_map: dict[str, str] = {}
         total = 0
-        for block in (None, *range(self.n_shards - 1)):
+        for block in (None, *self._number):
             path = self.shard_path(block)
             with safe_open(path, framework="pt") as opened:
                 names = list(opened.keys())

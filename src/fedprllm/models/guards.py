@@ -24,6 +24,7 @@ __all__ = [
     "refuse_low_coverage",
     "refuse_missing",
     "refuse_structure",
+    "stored_prefix",
 ]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -140,7 +141,7 @@ def refuse_further_blocks(
         ModelError: It has more, and transformers does not leave them out on purpose.
     """
     n_blocks = len(block_names)
-    prefix = _stored_prefix(checkpoint, block_names[0])
+    prefix = stored_prefix(checkpoint, block_names[0])
     ignored = skeleton._keys_to_ignore_on_load_unexpected or ()
     further = {
         int(found[1])
@@ -156,7 +157,7 @@ def refuse_further_blocks(
         )
 
 
-def _stored_prefix(checkpoint: Checkpoint, first_block: str) -> str:
+def stored_prefix(checkpoint: Checkpoint, first_block: str) -> str:
     """What the names of all blocks' tensors begin with in the files."""
     number = first_block.rpartition(".")[2]
     for name in checkpoint.names:

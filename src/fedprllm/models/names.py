@@ -80,7 +80,8 @@ def stored_tensors(skeleton: Any, keys: Iterable[str]) -> dict[str, Stored]:
         keys: Names in the files.
 
     Raises:
-        ModelError: Two stored tensors belong to the same tensor of the model.
+        ModelError: Two stored tensors belong to the same tensor of the model, or one to an expert that the
+            configuration does not have.
     """
     find = _Finder(skeleton)
     found: dict[str, Stored] = {}
@@ -145,6 +146,11 @@ class _Finder:
             for expert in range(tensor.shape[0]):
                 yield f"{path}.{expert}.{part}", Stored(key, expert)
         elif (number := _number(key)) is not None:
+            if number >= tensor.shape[0]:
+                raise ModelError(
+                    f"the checkpoint stores '{key}', and its config.json says {tensor.shape[0]} experts: "
+                    "correct config.json, or download the model again"
+                )
             yield f"{path}.{number}.{part}", Stored(key)
 
 

@@ -17,12 +17,12 @@ from fedprllm.core.zeros import count_zeros
 from fedprllm.deciding import BlockDecision
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block, Linear
-from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.norms import input_norms
 from fedprllm.pruning.agreement import Agreement
 from fedprllm.pruning.clock import Clock
 from fedprllm.pruning.method import Method
 from fedprllm.pruning.records import BlockRecord, LinearRecord
+from fedprllm.pruning.result_writer import ResultWriter
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.stored_sums import save_sums
 from fedprllm.pruning.stored_votes import save_votes
@@ -129,21 +129,26 @@ class Aggregate(Generic[_Decided]):
             agreement=self.agreement(),
             notes=[*self.block.notes, *decision.notes],
             coverage=self.block.coverage,
+            influence=decision.influence,
             participants=list(self._n_tokens),
             **about,
         )
 
     def _linear(self, linear: Linear, decision: BlockDecision) -> LinearRecord:
-        pruned, votes = decision.masks[linear.name], self.totals.votes.get(linear.name)
+        pruned, votes = decision.masks.get(linear.name), self.totals.votes.get(linear.name)
         # Votes weighted by tokens take too many values for a histogram.
         counted = votes is not None and self.totals.weight == self.totals.n_participants
+        weight = decision.weights.get(linear.name, self.block.tensors[linear.name])
+        weight = linear.stored(decision.weights.cut(linear.name, weight))
+        shape = (weight.shape[0], weight.shape[1])
         return LinearRecord(
             path=linear.path,
-            shape=linear.shape,
-            n_zeros=count_zeros(decision.weights[linear.name]),
-            n_pruned=int(pruned.mask.count_nonzero()),
-            n_ties=pruned.n_ties,
-            n_close=pruned.n_close,
+            shape=shape,
+            dense_shape=linear.shape if shape != linear.shape else None,
+            n_zeros=count_zeros(weight),
+            n_pruned=int(pruned.mask.count_nonzero()) if pruned else 0,
+            n_ties=pruned.n_ties if pruned else 0,
+            n_close=pruned.n_close if pruned else None,
             vote_histogram=votes.histogram().tolist() if counted and votes is not None else None,
         )
 
@@ -171,7 +176,7 @@ class Aggregate(Generic[_Decided]):
 
 def decide_and_write(
     aggregate: Aggregate[BlockDecision],
-    writer: CheckpointWriter | None,
+    writer: ResultWriter | None,
     announce: Callable[[BlockDecision], object] | None = None,
     clock: Clock | None = None,
 ) -> BlockDecision:
@@ -190,5 +195,5 @@ def decide_and_write(
         decision.take_effect(aggregate.block)
     with clock.phase("write") if clock else nullcontext():
         if writer is not None:
-            writer.write(aggregate.block.index, aggregate.block.tensors)
+            writer.write(aggregate.block.index, decision.weights.remaining(aggregate.block.tensors))
     return decision

@@ -15,7 +15,6 @@ from torch import Tensor
 from fedprllm.deciding import BlockDecision
 from fedprllm.models.block import Block
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.progress import Progress
 from fedprllm.pruning.aggregate import Aggregate, decide_and_write
 from fedprllm.pruning.clock import Clock
@@ -23,6 +22,7 @@ from fedprllm.pruning.method import Method
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.preflight import secure_sums
 from fedprllm.pruning.records import ExpertsRecord
+from fedprllm.pruning.result_writer import ResultWriter
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.walk import Walker
 
@@ -66,8 +66,7 @@ def prune_in_process(
         run.reopen_model(name)
     run.forget_damaged(restarts=methods[None].uses_inputs)
     writers = {
-        name: CheckpointWriter(run.unfinished_model_dir(name), model.checkpoint, model.n_blocks)
-        for name in names
+        name: ResultWriter(run.unfinished_model_dir(name), model, methods[None].config) for name in names
     }
     secure = secure_sums(samples, model.n_blocks, methods[None].config, survey=False)
     walk = _SharedWalk(model, participants, methods, run, writers, samples, secure)
@@ -77,7 +76,7 @@ def prune_in_process(
         for index in range(run.n_finished, model.n_blocks):
             walk.step(index, advance)
     for name, writer in writers.items():
-        writer.finish(model.names_outside_blocks())
+        writer.finish(run.records())
         run.publish_model(name)
 
 
@@ -90,7 +89,7 @@ class _SharedWalk:
         participants: Sequence[Participant],
         methods: Mapping[str | None, Method[BlockDecision]],
         run: Run,
-        writers: Mapping[str | None, CheckpointWriter],
+        writers: Mapping[str | None, ResultWriter],
         samples: Sample,
         secure: SecureSums | None,
     ) -> None:
@@ -135,10 +134,11 @@ class _SharedWalk:
                 with clock.phase("vote"):
                     aggregate.add(walker.name, contribution.update, walker.participant.n_tokens)
             if contribution.decision is not None:
-                decision = contribution.decision
-                own_ties[walker.name] = decision.n_ties
-                self._write_own(walker, block, decision, clock)
+                own_ties[walker.name] = contribution.decision.n_ties
+                self._write_own(walker, block, contribution.decision, clock)
+                decision = None if self.method.strategy.server_votes else contribution.decision
             walker.advance(block, contribution.weights)
+            del contribution  # its masks take a byte for each weight
             advance(1)
         if self.method.strategy.server_votes:
             decision = decide_and_write(aggregate, self.writers.get(None), clock=clock)
@@ -158,7 +158,7 @@ class _SharedWalk:
         name = None if strategy.pools_text else walker.name
         if not strategy.server_votes and name in self.writers:
             with clock.phase("write"):
-                self.writers[name].write(block.index, {**block.tensors, **decision.weights})
+                self.writers[name].write(block.index, decision.weights.remaining(block.tensors))
 
     def _reached(self, block: Block) -> dict[str, ExpertsRecord]:
         """How far each participant's text reached the block's experts."""

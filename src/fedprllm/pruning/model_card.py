@@ -7,31 +7,31 @@ from pathlib import Path
 
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import write_text
-from fedprllm.pruning.records import RunRecord
+from fedprllm.pruning.records import Reduction, RunRecord
 
 __all__ = ["write_model_card"]
 
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [pruned, sparse, fedprllm]
+tags: [pruned, {tag}, fedprllm]
 ---
 # {title}
 
-{source}, pruned to {sparsity:.1%} zeros in the Linear layers of its decoder blocks by {participants}.
-Embedding and head are unchanged; pruned weights are exact zeros in a standard Hugging Face checkpoint.
+{source}, {outcome} by {participants}.
+{unchanged}
 
 | | |
 |---|---|
 | base model | {source} |
 | strategy | {strategy} |
 | criterion | {criterion} |
-| pattern | {pattern} |
+| {goal} |
 | comparison groups | local {local_group}, server {server_group} |
 | weight scaling | {scaled} |
 | tie rule | {ties} |
 | calibration | {windows} windows, {tokens:,} tokens |
-| prunable weights | {n_prunable:,} |
+{size}| prunable weights | {n_prunable:,} |
 | zeros among them | {n_zeros:,} |
 
 {evaluation}## Use
@@ -43,9 +43,24 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
-The zeros save memory and time only in software that exploits them (sparse kernels, sparse file formats).
+{saving}
 Method: FedPrLLM (arXiv 2505.13547). Created with fedprllm {version}.
 """
+
+
+_ZEROS = {
+    "tag": "sparse",
+    "unchanged": "Embedding and head are unchanged; pruned weights are exact zeros in a standard Hugging "
+    "Face checkpoint.",
+    "saving": "The zeros save memory and time only in software that exploits them (sparse kernels, sparse "
+    "file formats).",
+}
+_SMALLER = {
+    "tag": "smaller",
+    "unchanged": "Embedding and head are unchanged. It is a smaller dense model in a standard Hugging Face "
+    "checkpoint.",
+    "saving": "Whatever runs the dense model runs this one, faster and in less memory.",
+}
 
 
 def write_model_card(folder: Path, record: RunRecord) -> None:
@@ -58,20 +73,26 @@ def write_model_card(folder: Path, record: RunRecord) -> None:
     config = record.config
     participants = record.participants.values()
     n, source = len(participants), _public_name(record.model.source)
+    smaller = record.reduction
     text = _CARD.format(
-        title=f"{Path(source).name}, {record.sparsity:.0%} sparse",
+        **(_ZEROS if smaller is None else _SMALLER),
+        title=f"{Path(source).name}, "
+        + (f"{record.sparsity:.0%} sparse" if smaller is None else f"{smaller.of_blocks:.0%} smaller"),
         source=source,
-        sparsity=record.sparsity,
+        outcome=f"pruned to {record.sparsity:.1%} zeros in the Linear layers of its decoder blocks"
+        if smaller is None
+        else record.outcome,
         participants=f"{n} participants that kept their text local" if n > 1 else "one participant",
         strategy=config.strategy,
         criterion=config.criterion,
-        pattern=config.pattern,
+        goal=f"pattern | {config.pattern}" if smaller is None else f"structure removed | {config.structure}",
         local_group=config.local_group,
         server_group=config.server_group,
         scaled="(m - votes) / m" if config.scale_weights else "none",
         ties=config.ties,
         windows=record.n_windows,
         tokens=record.n_windows * max((one.window_length for one in participants), default=0),
+        size=_size(smaller),
         n_prunable=record.n_prunable,
         n_zeros=record.n_zeros,
         evaluation=_evaluation(record.evaluation),
@@ -79,6 +100,17 @@ def write_model_card(folder: Path, record: RunRecord) -> None:
         version=record.versions["fedprllm"],
     )
     write_text(folder / "README.md", text)
+
+
+def _size(smaller: Reduction | None) -> str:
+    """Rows with the number of parameters and bytes before and after; empty if no part was removed."""
+    if smaller is None:
+        return ""
+    (before, after), (bytes_before, bytes_after) = smaller.n_parameters, smaller.n_bytes
+    return (
+        f"| parameters | {after:,} of {before:,} |\n"
+        f"| weight files | {bytes_after / 1e6:,.1f} of {bytes_before / 1e6:,.1f} MB |\n"
+    )
 
 
 def _public_name(source: str) -> str:

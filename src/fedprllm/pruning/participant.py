@@ -6,13 +6,14 @@ The same class represents one of several participants in a process, the single p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedprllm.core.sums import InputStatistics
+from fedprllm.core.sums import ChangeStatistics, InputStatistics
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
@@ -72,7 +73,12 @@ class Participant:
         self.hidden.fill(model.embed(self.windows))
 
     def observe(
-        self, block: Block, observation: Observation = InputStatistics.zeros, *, walk_on: bool = False
+        self,
+        block: Block,
+        observation: Observation = InputStatistics.zeros,
+        *,
+        walk_on: bool = False,
+        change: ChangeStatistics | None = None,
     ) -> BlockStatistics:
         """Sum statistics of the Linears' inputs over this participant's windows.
 
@@ -80,6 +86,7 @@ class Participant:
             block: The unpruned block.
             observation: Creates the statistics to sum.
             walk_on: Use the output of this pass, through the unpruned block, as the next block's input.
+            change: Statistics to which how far the block turns hidden states is added.
 
         Raises:
             ModelError: An activation is NaN or infinite, or a Linear was never used; the message names the
@@ -89,8 +96,15 @@ class Participant:
         with observing(block, statistics, observation):
             for number, hidden in enumerate(self.hidden):
                 output = block.forward(hidden)
+                if change is not None:
+                    change.add(hidden, output)
                 if walk_on:
                     self.hidden[number] = output
+        if change is not None and not math.isfinite(change.total):
+            raise ModelError(
+                f"the output of block {block.index} contains NaN or infinity on the text of participant "
+                f"'{self.name}': if the precision is float16, try bfloat16 or float32"
+            )
         for name in block.linears:
             linear = block.linears[name]
             if name not in statistics and linear.family:

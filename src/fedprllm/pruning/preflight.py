@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
+from fedprllm.core.solvers.channels import next_width
 from fedprllm.deciding import decision_of
+from fedprllm.deciding.influence import n_dropped
+from fedprllm.deciding.narrow import kept_units
 from fedprllm.errors import ConfigError
 from fedprllm.models.block import Linear
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.shorter import shorter_config
+from fedprllm.models.smaller import fitting_config, part_of
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.sharing import SHARING, update_bytes
@@ -24,6 +29,7 @@ __all__ = [
     "check_message_size",
     "check_pattern_divides",
     "check_secure",
+    "check_structure",
     "check_update_size",
     "decision_bytes",
     "needed_bytes",
@@ -51,6 +57,47 @@ def check_pattern_divides(model: BlockwiseModel, config: PruneConfig) -> None:
                     f"pattern {config.pattern} does not divide the {linear.shape[1]} inputs of "
                     f"'{linear.name}': choose M among the divisors of {linear.shape[1]}"
                 )
+
+
+def check_structure(model: BlockwiseModel, config: PruneConfig) -> None:
+    """Refuse to remove parts that the model does not have, or without which transformers cannot load it.
+
+    Raises:
+        ModelError: It has no such parts, or no configuration describes the smaller model.
+        ConfigError: Nothing would be removed.
+    """
+    kept = {}
+    for part, amount in config.structures.items():
+        if part == "depth":
+            _check_depth(model, n_dropped(model.n_blocks, amount))
+            continue
+        channels = part_of(model, part)
+        n, groups = channels.n_units, channels.n_groups
+        left = kept_units(channels, amount)
+        if left == n and amount:
+            least = f"{part}={n - next_width(n) if part == 'mlp' else groups}"
+            raise ConfigError(
+                f"structure {part}={float(amount):g} would remove none of {n} after rounding: remove more, "
+                f"at least {least}, or use another model"
+            )
+        if left < groups or (n - left) % groups:
+            each = f", the same number from each of {groups} groups of heads" if groups > 1 else ""
+            raise ConfigError(
+                f"structure {part}={float(amount):g} would leave {left} of {n}: expected at least {groups}"
+                f"{each}; remove another number"
+            )
+        if left < n:
+            kept[part] = left
+    if kept:
+        fitting_config(model, kept)
+
+
+def _check_depth(model: BlockwiseModel, n: int) -> None:
+    if not 0 < n < model.n_blocks:
+        raise ConfigError(
+            f"structure depth would drop {n} of {model.n_blocks} blocks: expected 1 to {model.n_blocks - 1}"
+        )
+    shorter_config(model, range(model.n_blocks - n))
 
 
 def payloads(model: BlockwiseModel, config: PruneConfig, kind: str, n_participants: int) -> list[int]:
@@ -88,8 +135,14 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig, n_participants
         if megabytes > config.max_update_mb:
             raise ConfigError(
                 f"share {config.share} would send {megabytes:.3g} MB for block {index}, but max_update_mb "
-                f"allows {config.max_update_mb:g} MB: share statistics or mask, or raise max_update_mb"
+                f"allows {config.max_update_mb:g} MB: {_less(config, 'statistics or mask')}raise "
+                "max_update_mb"
             )
+
+
+def _less(config: PruneConfig, kinds: str) -> str:
+    """Advice to share something smaller, if there is a choice."""
+    return "" if config.structures else f"share {kinds}, or "
 
 
 def check_message_size(
@@ -109,8 +162,8 @@ def check_message_size(
         if n_bytes * _ENVELOPE > max_message_mb * 1e6:
             raise ConfigError(
                 f"block {index} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, but the kits of this "
-                f"federation allow {max_message_mb:g} MB: share masks, or raise the limit in every kit's "
-                "local/comm_config.json and max_message_mb in federation.json"
+                f"federation allow {max_message_mb:g} MB: {_less(config, 'masks')}raise the limit in every "
+                "kit's local/comm_config.json and max_message_mb in federation.json"
             )
 
 
@@ -151,10 +204,11 @@ def decision_bytes(model: BlockwiseModel, config: PruneConfig) -> int:
 
 def _block_decision_bytes(linears: Mapping[str, Linear], config: PruneConfig) -> int:
     """Payload of the server's decision about a block: masks if they determine it, weights otherwise."""
-    masks_tell_all = decision_of(config).only_zeroes and not config.scale_weights
+    decision = decision_of(config)
+    masks_tell_all = decision.only_zeroes and not config.scale_weights
     return sum(
         (linear.n_weights + 7) // 8 if masks_tell_all else linear.n_weights * linear.dtype.itemsize
-        for linear in linears.values()
+        for linear in decision.changes(linears).values()
     )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "ModelRecord",
     "ParticipantRecord",
     "Record",
+    "Reduction",
     "RunRecord",
     "SurveyRecord",
     "SurveyRun",
@@ -77,7 +78,8 @@ class LinearRecord(Record):
 
     Attributes:
         path: Path of its module inside the block.
-        shape: Shape of its weight, (out, in).
+        shape: Shape of its weight in the pruned model, (out, in).
+        dense_shape: Its shape in the dense model; None if that is the same.
         n_zeros: Number of zeros in the pruned weight, including those of the dense weight.
         n_pruned: Number of weights that the mask prunes.
         n_ties: Number of prunes decided by a tie rule.
@@ -88,6 +90,7 @@ class LinearRecord(Record):
 
     path: Annotated[str, Field(alias="kind")]
     shape: tuple[int, int]
+    dense_shape: tuple[int, int] | None = None
     n_zeros: int
     n_pruned: int
     n_ties: int
@@ -184,6 +187,8 @@ class BlockRecord(_Received):
         experts: How far each participant's text reached the block's experts; empty if it has none, or in a
             federation, where only the participant knows.
         seconds: Time spent per phase, in seconds.
+        influence: Mean of ``1 - cos(input, output)`` over tokens, if blocks are to be dropped.
+        dropped: Whether the pruned model lacks this block; its Linears are then left out.
     """
 
     linears: dict[str, LinearRecord]
@@ -195,11 +200,18 @@ class BlockRecord(_Received):
     notes: list[str] = []
     total_tokens: int | None = None
     seconds: dict[str, float] = {}
+    influence: float | None = None
+    dropped: bool | None = None
 
     @property
     def n_zeros(self) -> int:
         """Number of zeros in all of its Linears."""
         return sum(linear.n_zeros for linear in self.linears.values())
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights in all of its Linears."""
+        return sum(linear.n_weights for linear in self.linears.values())
 
 
 class SurveyRecord(_Received):
@@ -259,6 +271,32 @@ class ParticipantRecord(Record):
         return (self.n_windows or 0) * self.window_length
 
 
+class Reduction(Record):
+    """How much smaller a model became by losing whole parts; each field is a pair, before and after.
+
+    Attributes:
+        n_parameters: Number of parameters; tied ones count once.
+        n_block_parameters: The same inside the decoder blocks.
+        n_bytes: Size of the weight files.
+    """
+
+    n_parameters: tuple[int, int]
+    n_block_parameters: tuple[int, int]
+    n_bytes: tuple[int, int]
+
+    @property
+    def of_blocks(self) -> float:
+        """Fraction of the blocks' parameters that is gone."""
+        before, after = self.n_block_parameters
+        return 1 - after / before
+
+    @property
+    def of_model(self) -> float:
+        """Fraction of all parameters that is gone."""
+        before, after = self.n_parameters
+        return 1 - after / before
+
+
 class RunRecord(Record):
     """The result of a complete run: ``result.json``.
 
@@ -270,7 +308,8 @@ class RunRecord(Record):
         versions: Versions of the software that the exact bits of the result depend on.
         run_id: Identifier of a federated run in hex digits; None in one process.
         models: Folders of the pruned models by name, relative to the run's folder.
-        n_prunable: Number of prunable weights.
+        n_prunable: Number of prunable weights of the pruned model.
+        reduction: How much smaller the model became by losing whole parts; None if it lost none.
         coverage: Share of the weight matrices inside the blocks that is prunable; None in records of earlier
             versions.
         n_participants: Number of participants that walked through the model.
@@ -293,6 +332,7 @@ class RunRecord(Record):
     run_id: str | None = None
     models: dict[str, str]
     n_prunable: int
+    reduction: Reduction | None = None
     coverage: float | None = None
     n_participants: int
     rounds: int
@@ -326,15 +366,24 @@ class RunRecord(Record):
                 name, _, about = note.partition(": ")
                 counts[about if name in record.linears else note] += 1
         found = [f"{about} ({n} times)" if n > 1 else about for about, n in counts.most_common()]
-        return [*found, *self._unreached()]
+        return [*found, *self.reach()]
 
-    def _unreached(self) -> list[str]:
+    def reach(self) -> list[str]:
+        """A sentence for each participant whose text reached some experts hardly or not at all."""
         reached: dict[str, list[ExpertsRecord]] = {}
         for record in self.blocks:
             for name, experts in record.experts.items():
                 reached.setdefault(name, []).append(experts)
         sentences = (ExpertsRecord.total(records).sentence(name) for name, records in reached.items())
         return [sentence for sentence in sentences if sentence]
+
+    @property
+    def outcome(self) -> str:
+        """What became of the model, to follow its name and "was"."""
+        if self.reduction is None:
+            return f"pruned to {self.sparsity:.1%} zeros"
+        zeros = f" and pruned to {self.sparsity:.1%} zeros" if self.n_zeros else ""
+        return f"made {self.reduction.of_blocks:.1%} smaller (parameters of its decoder blocks){zeros}"
 
     @property
     def n_zeros(self) -> int:

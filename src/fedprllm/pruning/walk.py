@@ -12,11 +12,13 @@ site, in a dry run, in a survey or in a study.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from fedprllm.core.masks import MaskViews
+from fedprllm.core.sums import ChangeStatistics
 from fedprllm.deciding import BlockDecision, own_decision
 from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
@@ -41,7 +43,7 @@ class Contribution:
             already computed the next block's input or waits for the server's decision.
     """
 
-    update: dict[str, Tensor] | None = None
+    update: Mapping[str, Tensor] | None = None
     decision: BlockDecision | None = None
     weights: Weights | None = None
 
@@ -98,22 +100,24 @@ class Walker:
         method, strategy = self.method, self.method.strategy
         if block.index not in self._blocks:
             return Contribution(weights=None if strategy.follows_server else UNCHANGED)
-        statistics = self._observe(block)
+        change = ChangeStatistics() if method.sharing.watches_change else None
+        statistics = self._observe(block, change)
         with self.clock.phase("select"):
             own = self._decide(block, statistics) if method.sharing.shares_decision else None
-            masks = {} if own is None else {name: pruned.mask for name, pruned in own.masks.items()}
-            update = method.sharing.contribute(Seen(block, statistics, masks), method.target)
+            masks = MaskViews({} if own is None else own.masks)
+            update = method.sharing.contribute(Seen(block, statistics, masks, change), method.target)
         if own is None and not strategy.server_votes:
             own = self._decide_from(block, update)
         weights = None if own is None or strategy.follows_server else own.weights
         return Contribution(update, own, weights)
 
-    def _observe(self, block: Block) -> BlockStatistics | None:
+    def _observe(self, block: Block, change: ChangeStatistics | None) -> BlockStatistics | None:
         if not self.method.uses_inputs:
             return None
-        walk_on = self.walks_on(block) and self.method.walks_densely
+        sharing, walk_on = self.method.sharing, self.walks_on(block) and self.method.walks_densely
+        observed = replace(block, linears=dict(sharing.observes(block.linears)))
         with self.clock.phase("observe"):
-            return self.participant.observe(block, self.method.sharing.observation, walk_on=walk_on)
+            return self.participant.observe(observed, sharing.observation, walk_on=walk_on, change=change)
 
     def _decide(self, block: Block, statistics: BlockStatistics | None) -> BlockDecision:
         return own_decision(block, statistics, self.method.target, self.participant.fingerprint)

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from fedprllm.api import PruneResult
 from fedprllm.errors import RunError
 from fedprllm.files import write_text
+from fedprllm.pruning.records import Reduction
 from fedprllm.pruning.run_folder import Run
 from fedprllm.report.facts import (
     Facts,
@@ -23,6 +24,7 @@ from fedprllm.report.facts import (
     percent,
     perplexity,
     seconds,
+    size,
     size_range,
 )
 from fedprllm.report.perplexity import compared, evaluated
@@ -114,7 +116,8 @@ def _summary(facts: Facts) -> str:
         if facts.strategy.server_votes
         else f"by {participants}, each alone"
     )
-    text = f"{facts.model} was pruned to {percent(facts.sparsity)} zeros {how}."
+    what = facts.record.outcome.replace("%", " %")
+    text = f"{facts.model} was {what} {how}."
     quoted = _quoted_perplexity(facts)
     if quoted:
         text += f" Perplexity: {quoted[0]} dense, {quoted[1]} pruned ({quoted[2].lstrip(', ')})."
@@ -125,9 +128,19 @@ def _summary(facts: Facts) -> str:
     return text
 
 
+def _smaller(found: Reduction | None) -> list[tuple[str, str, str]]:
+    """How much smaller the model became; nothing if it lost no whole parts."""
+    if found is None:
+        return []
+    files = " → ".join(size(n_bytes) for n_bytes in found.n_bytes)
+    note = f"of all {found.n_parameters[0]:,}, {percent(found.of_blocks)} of the blocks'; files {files}"
+    return [("fewer parameters", percent(found.of_model), note)]
+
+
 def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
     """Key figures, each with its name, value and note."""
     tiles = [
+        *_smaller(facts.record.reduction),
         (
             "zeros",
             percent(facts.sparsity),

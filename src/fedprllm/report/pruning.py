@@ -78,6 +78,7 @@ def zeros(facts: Facts) -> Section:
         caption += f" The figure shows the model of the last participant, {facts.voting[-1]}."
     section = Section("sparsity", "Sparsity", [f"{spread}.", Plot(figure, caption), *_allocation(facts)])
     notes = [[str(record.block), note] for record in facts.blocks for note in record.notes]
+    notes += [["all", note] for note in facts.record.reach()]
     if notes:
         section.parts.append(Table("Deviations from the requested settings", ("block", "note"), "ll", notes))
     return section

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedprllm.core.bitplanes import PackedVotes, pack
 from fedprllm.core.fixed_point import FixedPointSum, Grid
-from fedprllm.core.sums import InputStatistics
+from fedprllm.core.sums import ChangeStatistics, InputStatistics
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block, Linear
 from fedprllm.models.norms import InputNorm
@@ -34,6 +34,7 @@ __all__ = [
     "Tensors",
     "Totals",
     "Wire",
+    "all_linears",
     "compared_sums",
     "update_bytes",
 ]
@@ -53,11 +54,13 @@ class Seen:
         statistics: Sums over the inputs of its Linears; None if the criterion uses no text.
         masks: The participant's own prune masks, [out, in] by weight name; empty if the update does not
             depend on them.
+        change: How far the block turns hidden states; None if the update does not depend on it.
     """
 
     block: Block
     statistics: BlockStatistics | None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    change: ChangeStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,11 @@ class Comparison(NamedTuple):
     outstanding: Callable[[Mapping[str, Tensors], Norms], dict[str, str]]
 
 
+def all_linears(linears: Linears) -> Linears:
+    """The Linears themselves."""
+    return linears
+
+
 BITS = (torch.bool,)
 SINGLE = (torch.float32,)
 COUNTS = (torch.int64,)
@@ -208,6 +216,8 @@ class Sharing:
         comparison: How updates are compared with each other; None if `check` alone bounds what one can do.
         shares_decision: Whether an update follows from the participant's own prune masks.
         observation: Makes empty statistics of the inputs, which the participant then sums up.
+        observes: Returns the Linears whose inputs are summed up.
+        watches_change: Whether an update depends on how far the block turns hidden states.
         squares: Returns the sum of squares of each channel, [in] by the name of the first Linear that reads
             the input, if the totals contain it.
     """
@@ -217,12 +227,14 @@ class Sharing:
     content: str
     wire: Wire
     shapes: Callable[[Linears], Shapes]
-    contribute: Callable[[Seen, Target], Tensors]
+    contribute: Callable[[Seen, Target], Mapping[str, Tensor]]
     check: Callable[[Ballot, Target], None]
     zeros: Callable[[Linears, torch.device], Totals]
     comparison: Comparison | None = None
     shares_decision: bool = False
     observation: Observation = InputStatistics.zeros
+    observes: Callable[[Linears], Linears] = all_linears
+    watches_change: bool = False
     squares: Callable[[Totals, Linears], Tensors] | None = None
 
 

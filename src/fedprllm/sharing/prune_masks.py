@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from fedprllm.core.bitplanes import PackedVotes
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Linear
-from fedprllm.sharing.interface import BITS, Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
+from fedprllm.sharing.interface import BITS, Ballot, Linears, Seen, Shapes, Sharing, Totals, Wire
 from fedprllm.sharing.target import Target
 
 __all__ = ["MASKS", "check_mask", "check_votes", "zero_votes"]
@@ -18,8 +20,8 @@ def _shapes(linears: Linears) -> Shapes:
     return {name: (linear.shape, torch.bool) for name, linear in linears.items()}
 
 
-def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one signature for all ways of sharing
-    return dict(seen.masks)
+def _contribute(seen: Seen, target: Target) -> Mapping[str, Tensor]:  # noqa: ARG001  one signature
+    return seen.masks
 
 
 def _check(ballot: Ballot, target: Target) -> None:

@@ -20,9 +20,12 @@ from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, did_you_mean
 from fedprllm.settings import Settings
 
-__all__ = ["PARTITIONS", "QUESTIONS", "Cell", "StudyConfig", "cells_of"]
+__all__ = ["BY_DOMAIN", "PARTITIONS", "QUESTIONS", "STRANGERS", "Cell", "StudyConfig", "cells_of"]
 
-PARTITIONS = ("iid", "domain", "dirichlet")
+# One participant per domain, or instead of them one with text that nobody has to share, or both.
+STRANGERS = ("public", "generated", "random")
+BY_DOMAIN = ("domain", *STRANGERS, "with-public")
+PARTITIONS = ("iid", "dirichlet", *BY_DOMAIN)
 _Values = dict[str, Sequence[Any]]
 # Axes of a grid besides the fields of `PruneConfig`.
 _OWN_AXES = ("participants", "partition")
@@ -56,6 +59,9 @@ class StudyConfig(Settings):
     domains: Annotated[
         tuple[str, ...],
         Field(description="one text per participant, for participants that differ; a part is held out"),
+    ] = ()
+    public: Annotated[
+        tuple[str, ...], Field(description="text that anyone has, to compare what participants share with")
     ] = ()
     eval: Annotated[
         tuple[str, ...], Field(description="text to measure on, except in questions about domains")
@@ -98,6 +104,10 @@ class StudyConfig(Settings):
                     f"question {question} needs at least two domains, found {len(self.domains)}: name one "
                     "text for each with --domains"
                 )
+            if QUESTIONS[question].needs_public and not self.public:
+                raise ConfigError(
+                    f"question {question} compares with public text, found none: name it with --public"
+                )
         if not self.data and not self.domains:
             raise ConfigError("no text: name data to distribute, or domains with one participant each")
         for number, grid in enumerate(self.grid, start=1):
@@ -128,6 +138,7 @@ class StudyConfig(Settings):
             name
             for name, question in QUESTIONS.items()
             if (have_domains if _needs_domains(question.grids(self)) else have_data)
+            and (self.public or not question.needs_public)
         ]
 
 
@@ -141,6 +152,7 @@ class Question:
         grids: Function that makes the grids from the study's lists of values.
         pairs: Comparisons that answer the question, ``(axis, value, other value)`` with all else equal.
         by: Axis for each of whose values the comparisons are made separately.
+        needs_public: Whether it compares with public text.
     """
 
     title: str
@@ -148,13 +160,41 @@ class Question:
     grids: Any
     pairs: tuple[tuple[str, Any, Any], ...] = ()
     by: str = ""
+    needs_public: bool = False
 
 
 def _domains(**values: Sequence[Any]) -> _Values:
     return {"partition": ["domain"], **values}
 
 
+def _no_sharing(study: StudyConfig) -> list[_Values]:
+    """Together, alone, and with text that nobody has to share, for each of several ways to prune."""
+    ways: list[_Values] = [
+        {"sparsity": study.sparsity, "share": ["mask"], "strategy": ["one-shot"]},
+        {"sparsity": study.sparsity, "share": ["gram"], "strategy": ["iterative"]},
+        {"pattern": ["6:8"], "share": ["gram"], "strategy": ["iterative"]},
+        {"structure": ["mlp=0.2"], "strategy": ["iterative"]},
+    ]
+    return [
+        grid
+        for way in ways
+        for grid in (
+            {**way, "partition": list(BY_DOMAIN)},
+            _domains(**{**way, "strategy": ["local-only"]}),
+        )
+    ]
+
+
 QUESTIONS: dict[str, Question] = {
+    "no-sharing": Question(
+        "Is anyone's private text needed?",
+        "Not asked in the paper. Public text, text that the model writes itself and random tokens cost "
+        "no one anything; each is used in the amount that all participants have together.",
+        _no_sharing,
+        tuple(("partition", other, "domain") for other in (*STRANGERS, "with-public")),
+        "share",
+        needs_public=True,
+    ),
     "methods": Question(
         "Together, alone, or with pooled text",
         "Finding 4: pruning together beats pruning alone and comes close to pooled text.",
@@ -334,11 +374,13 @@ def _cell(study: StudyConfig, values: Mapping[str, Any], seed: int, question: st
         raise ConfigError(f"{question}: unknown partition {did_you_mean(partition, PARTITIONS)}")
     if partition != "iid" and not study.domains:
         raise ConfigError(f"{question}: partition {partition} needs domains, found none: name their texts")
+    if partition in ("public", "with-public") and not study.public:
+        raise ConfigError(f"{question}: partition {partition} needs public text, found none: name it")
     if partition == "iid" and not study.data:
         raise ConfigError(f"{question}: partition iid needs data, found none: name texts to distribute")
-    if partition == "domain" and "participants" in values:
+    if partition in BY_DOMAIN and "participants" in values:
         raise ConfigError(
-            f"{question}: participants cannot be an axis with partition domain, where each of the "
+            f"{question}: participants cannot be an axis with partition {partition}, where each of the "
             f"{len(study.domains)} domains is one participant: leave it out, or use partition dirichlet"
         )
     n = values.pop("participants", study.participants[0])
@@ -353,7 +395,7 @@ def _cell(study: StudyConfig, values: Mapping[str, Any], seed: int, question: st
         "device": study.device,
         "seed": seed,
     }
-    if "pattern" in values:
+    if "pattern" in values or "structure" in values:
         del base["sparsity"]
     try:
         config = PruneConfig(**(base | values))
@@ -362,7 +404,14 @@ def _cell(study: StudyConfig, values: Mapping[str, Any], seed: int, question: st
     # Naming the participants' rule explicitly is the same setting as the default.
     if config.server_ties == config.ties:
         config = config.model_copy(update={"server_ties": None})
-    return Cell(config, len(study.domains) if partition == "domain" else n, partition)
+    return Cell(config, _n_participants(study, partition, n), partition)
+
+
+def _n_participants(study: StudyConfig, partition: str, asked: int) -> int:
+    if partition in STRANGERS:
+        return 1
+    by_domain = {"domain": len(study.domains), "with-public": len(study.domains) + 1}
+    return by_domain.get(partition, asked)
 
 
 def _needs_domains(grids: Sequence[_Values]) -> bool:

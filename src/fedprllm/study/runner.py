@@ -73,7 +73,7 @@ def study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> 
         RunError: Another process is working on the folder, or the disk has too little free space.
     """
     out = Path(out)
-    check_outside(out, [*config.data, *config.domains, *config.eval])
+    check_outside(out, [*config.data, *config.domains, *config.public, *config.eval])
     cells = cells_of(config)
     model = BlockwiseModel(resolve_model(config.model, progress=progress), config.dtype, config.device)
     for cell in cells:

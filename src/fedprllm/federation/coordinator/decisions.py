@@ -12,9 +12,9 @@ from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.protocol.decision import encode_decision
 from fedprllm.files import write_bytes
-from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.pruning.aggregate import decide_and_write
 from fedprllm.pruning.records import SurveyRecord
+from fedprllm.pruning.result_writer import ResultWriter
 from fedprllm.pruning.run_folder import Run
 
 __all__ = ["BlockDecider", "Pruning", "Surveying"]
@@ -81,9 +81,7 @@ class Pruning:
         self._ballots, self._run = ballots, run
         self._run_id, self._digest = run_id, digest
         self._publication = Publication(run.folder)
-        self._writer = CheckpointWriter(
-            run.unfinished_model_dir(), ballots.model.checkpoint, ballots.model.n_blocks
-        )
+        self._writer = ResultWriter(run.unfinished_model_dir(), ballots.model, ballots.method.config)
         method = ballots.method
         self._is_followed = method.strategy.follows_server and method.uses_inputs
 
@@ -114,5 +112,5 @@ class Pruning:
 
     def finish(self) -> None:
         """Write the tensors outside the blocks and move the complete model into place."""
-        self._writer.finish(self._ballots.model.names_outside_blocks())
+        self._writer.finish(self._run.records())
         self._run.publish_model()

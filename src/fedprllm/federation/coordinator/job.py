@@ -36,6 +36,7 @@ from fedprllm.pruning.model_card import write_model_card
 from fedprllm.pruning.preflight import (
     check_message_size,
     check_pattern_divides,
+    check_structure,
     check_update_size,
     decision_bytes,
     needed_bytes,
@@ -47,6 +48,8 @@ from fedprllm.pruning.records import (
     SurveyRecord,
     SurveyRun,
 )
+from fedprllm.pruning.reduction import reduction
+from fedprllm.pruning.result_writer import without_dropped
 from fedprllm.pruning.run_folder import Run, versions
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled
@@ -145,6 +148,7 @@ def _conduct(
     config = plan.config
     model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device, config.exclude)
     check_pattern_divides(model, config)
+    check_structure(model, config)
     check_update_size(model, config, len(taking_part))
     if max_message_mb is not None:
         check_message_size(model, config, max_message_mb, len(taking_part))
@@ -272,6 +276,7 @@ class _Conducting:
             tensors=checkpoint.fingerprints(checkpoint.names),
             n_prunable=record.n_prunable,
             n_zeros=record.n_zeros,
+            dropped=[block.block for block in record.blocks if block.dropped],
             card=(run.model_dir() / "README.md").read_text(encoding="utf-8"),
             exclude=list(self.config.exclude),
         )
@@ -301,6 +306,7 @@ def _finish(
     records = run.records()
     surveyed = Run(run.folder / "survey", {}).survey_records()
     config = identity["config"]
+    blocks = without_dropped(records, PruneConfig(**config))
     participants = _participants_of(records, surveyed, config["window_length"])
     n_rounds = model.n_blocks if STRATEGIES[config["strategy"]].follows_server else 1
     record = RunRecord.model_validate(
@@ -308,7 +314,8 @@ def _finish(
             **identity,
             "participants": participants,
             "models": {"model": str(run.model_dir().relative_to(run.folder))},
-            "n_prunable": model.n_prunable,
+            "n_prunable": sum(block.n_weights for block in blocks),
+            "reduction": reduction(model, run.model_dir()),
             "coverage": model.coverage,
             "n_participants": len(participants),
             "rounds": n_rounds + bool(surveyed),
@@ -316,7 +323,7 @@ def _finish(
             "survey_bytes_per_block": [_longest(record) for record in surveyed] or [0] * len(records),
             "outlier_ratios": outlier_ratios({None: outliers} if outliers else {}),
             "evaluation": {},
-            "blocks": records,
+            "blocks": blocks,
             "files": run.model_files({"model": run.model_dir().name}),
         }
     )

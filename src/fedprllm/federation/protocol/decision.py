@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from fedprllm.deciding import BlockDecision
 from fedprllm.errors import UpdateError
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.names import from_wire, to_wire
-from fedprllm.models.block import Block, GivenWeights, PrunedWeights, Weights
+from fedprllm.models.block import UNCHANGED, Block, GivenWeights, NarrowedWeights, PrunedWeights, Weights
+from fedprllm.sharing.input_sums import SQUARES
+from fedprllm.sharing.pruned_weights import mask_name
 
 __all__ = ["COORDINATOR", "decided_weights", "encode_decision"]
 
 COORDINATOR = "coordinator"
+_INFLUENCE = "influence"
 
 
 def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest: bytes) -> bytes:
     """Encode a decision so that `decided_weights` restores ``decision.weights`` bit for bit.
 
     If the decision only zeroes weights, the message holds the prune masks. If it also changes weights that
-    stay (scaling), the message holds the weights themselves.
+    stay (scaling), the message holds the weights themselves. If it removes channels, the message holds the
+    remaining columns of the Linears that read them, and which channels are gone. If blocks are to be dropped,
+    it holds the block's influence, and the block stays as it is.
 
     Args:
         decision: The decision.
@@ -27,19 +35,34 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
         run_id: Id of the run, 16 bytes.
         digest: Digest of the model's weights, 32 bytes.
     """
-    masks = {name: pruned.mask for name, pruned in decision.masks.items()}
-    zeroed = PrunedWeights(block, masks)
-    only_zeroes = all(torch.equal(weight, decision.weights[name]) for name, weight in zeroed.items())
+    kind, tensors = _content(decision, block)
     update = wire.Update(
         run_id=run_id,
         participant=COORDINATOR,
         block=block.index,
-        kind="mask" if only_zeroes else "weights",
+        kind=kind,
         model_fingerprint=digest,
-        tensors=to_wire(masks if only_zeroes else decision.weights, block.linears),
+        tensors=to_wire(tensors, block.linears),
         n_tokens=0,
     )
     return wire.encode(update)
+
+
+def _content(decision: BlockDecision, block: Block) -> tuple[str, Mapping[str, Tensor]]:
+    """The kind of a message about a decision, and its tensors."""
+    weights = decision.weights
+    if decision.influence is not None:
+        return _INFLUENCE, {_INFLUENCE: SQUARES.rounded(torch.tensor([decision.influence]))}
+    if isinstance(weights, NarrowedWeights):
+        return "weights", {
+            **weights.narrow,
+            **{mask_name(name): gone for name, gone in weights.removed.items()},
+        }
+    masks = {name: pruned.mask for name, pruned in decision.masks.items()}
+    zeroed = PrunedWeights(block, masks)
+    if all(torch.equal(weight, weights[name]) for name, weight in zeroed.items()):
+        return "mask", masks
+    return "weights", weights
 
 
 def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) -> Weights:
@@ -54,37 +77,75 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     Raises:
         UpdateError: The message is not the coordinator's decision about this block.
     """
-    masks = wire.Expectation(
-        run_id=run_id,
-        model_fingerprint=digest,
-        block=block.index,
-        kind="mask",
-        shapes={linear.path: linear.shape for linear in block.linears.values()},
-        participant=COORDINATOR,
-    )
-    weights = wire.Expectation(
-        run_id=run_id,
-        model_fingerprint=digest,
-        block=block.index,
-        kind="weights",
-        shapes={linear.path: tuple(block.tensors[name].shape) for name, linear in block.linears.items()},
-        participant=COORDINATOR,
-    )
+
+    def expecting(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> wire.Expectation:
+        return wire.Expectation(
+            run_id=run_id,
+            model_fingerprint=digest,
+            block=block.index,
+            kind=kind,
+            shapes=to_wire(shapes, block.linears),
+            participant=COORDINATOR,
+        )
+
+    masks = expecting("mask", {name: linear.shape for name, linear in block.linears.items()})
+    weights = expecting("weights", {name: tuple(block.tensors[name].shape) for name in block.linears})
     max_bytes = wire.max_message_bytes(weights)
-    kind = wire.decode(message, expect=None, max_bytes=max_bytes).kind
-    expect = {"mask": masks, "weights": weights}.get(kind)
+    received = wire.decode(message, expect=None, max_bytes=max_bytes)
+    removed = _removed(received.tensors, block)
+    if removed:
+        weights = expecting("weights", _narrow_shapes(removed, block))
+    unchanged = expecting(_INFLUENCE, {_INFLUENCE: (1,)})
+    expect = {"mask": masks, "weights": weights, _INFLUENCE: unchanged}.get(received.kind)
     if expect is None:
         raise UpdateError(
-            f"decision about block {block.index}: expected kind mask or weights, found {kind}; use the same "
-            "version of fedprllm on both sides"
+            f"decision about block {block.index}: expected kind mask or weights, found {received.kind}; use "
+            "the same version of fedprllm on both sides"
         )
-    tensors = from_wire(wire.decode(message, expect=expect, max_bytes=max_bytes).tensors, block.linears)
-    if kind == "mask":
-        return PrunedWeights(block, {name: mask.to(block.device) for name, mask in tensors.items()})
-    for name, tensor in tensors.items():
+    tensors = {
+        name: tensor.to(block.device)
+        for name, tensor in from_wire(
+            wire.decode(message, expect=expect, max_bytes=max_bytes).tensors, block.linears
+        ).items()
+    }
+    if received.kind == _INFLUENCE:
+        return UNCHANGED
+    if received.kind == "mask":
+        return PrunedWeights(block, tensors)
+    given = {name: tensor for name, tensor in tensors.items() if name in block.tensors}
+    _check_types(given, block)
+    if removed:
+        return NarrowedWeights(
+            block.linears, {name: gone.to(block.device) for name, gone in removed.items()}, given
+        )
+    return GivenWeights(given)
+
+
+def _removed(received: Mapping[str, Tensor], block: Block) -> dict[str, Tensor]:
+    """The removed input channels of the Linears that lose some, by weight name."""
+    found = {
+        name: received.get(mask_name(linear.path))
+        for name, linear in block.linears.items()
+        if linear.channels
+    }
+    return {name: gone for name, gone in found.items() if gone is not None and gone.dtype == torch.bool}
+
+
+def _narrow_shapes(removed: Mapping[str, Tensor], block: Block) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a message about Linears that lose channels."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, gone in removed.items():
+        linear = block.linears[name]
+        n_out, n_kept = linear.shape[0], int((~gone).count_nonzero())
+        shapes[name] = (n_kept, n_out) if linear.transposed else (n_out, n_kept)
+        shapes[mask_name(name)] = (linear.shape[1],)
+    return shapes
+
+
+def _check_types(given: Mapping[str, Tensor], block: Block) -> None:
+    for name, tensor in given.items():
         if tensor.dtype != block.tensors[name].dtype:
             raise UpdateError(
                 f"decision about '{name}': expected type {block.tensors[name].dtype}, found {tensor.dtype}; "
                 "use the same version of fedprllm on both sides"
             )
-    return GivenWeights({name: tensor.to(block.device) for name, tensor in tensors.items()})

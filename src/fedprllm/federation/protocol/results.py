@@ -137,6 +137,7 @@ class Manifest(BaseModel):
         n_prunable: Number of prunable weights.
         n_zeros: Number of zeros among them.
         card: Text of the model card.
+        dropped: Indices of the blocks that the pruned model lacks.
         exclude: Names and patterns of the Linears that stayed dense.
     """
 
@@ -151,6 +152,7 @@ class Manifest(BaseModel):
     n_prunable: Annotated[int, Field(ge=1)]
     n_zeros: Annotated[int, Field(ge=0)]
     card: Annotated[str, Field(max_length=65_536)]
+    dropped: Annotated[list[Annotated[int, Field(ge=0, lt=100_000)]], Field(max_length=100_000)] = []
     exclude: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=100)] = []
 
     @property

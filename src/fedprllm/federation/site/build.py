@@ -96,7 +96,13 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
     from fedprllm.federation.protocol.decision import decided_weights
     from fedprllm.models.checkpoint import CheckpointWriter
     from fedprllm.models.fingerprints import model_digest
+    from fedprllm.models.shorter import write_shorter
+    from fedprllm.models.smaller import write_rest
 
+    if manifest.dropped:
+        write_shorter(unfinished, model, manifest.dropped)
+        write_text(unfinished / "README.md", manifest.card)
+        return
     digest, run = model_digest(manifest.fingerprints), bytes.fromhex(manifest.run)
     writer = CheckpointWriter(unfinished, model.checkpoint, model.n_blocks)
     for index in range(model.n_blocks):
@@ -105,10 +111,8 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
         message = (result / f"block-{index:04d}.decision").read_bytes()
         with model.block(index) as block:
             weights = decided_weights(message, block, run, digest)
-            for name in weights:
-                weights.write(name, block.tensors[name])
-            writer.write(index, block.tensors)
-    writer.finish(model.names_outside_blocks())
+            writer.write(index, weights.remaining(block.tensors))
+    write_rest(writer, model)
     write_text(unfinished / "README.md", manifest.card)
 
 

@@ -39,11 +39,10 @@ def question_of(
     blocks = job["blocks"]
     per_block = payloads(model, config, sharing.kind, len(job["participants"]))
     n_bytes = sum(per_block[block] for block in blocks)
-    pattern = config.pattern if config.n_m else f"{config.sparsity:.0%} zeros"
     purpose = (
         "count outliers, to choose how much each block loses"
         if job["survey"]
-        else f"prune to {pattern} ({config.strategy}, {config.criterion})"
+        else f"prune to {config.goal} ({config.strategy}, {config.criterion})"
     )
     return {
         "run": job["run"],

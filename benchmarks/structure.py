@@ -1,0 +1,218 @@
+"""Smaller dense models: what they cost in perplexity, and how much faster they are.
+
+Every participant has one kind of text (see `benchmarks.solvers`). The perplexity is the geometric mean over
+held-out text of all kinds; with ``--alone``, every participant also makes a smaller model from its own text
+only, which is measured on its own and on the others' kinds. Speed is measured in transformers with random
+weights, because it depends on the shapes only: a prompt of 256 tokens, and 8 tokens one by one.
+
+    python -m benchmarks.structure [--texts FOLDER] [--windows 16] [--length 512] [--alone] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._harness import alternate, machine
+from benchmarks.solvers import _N_EVALUATION_TOKENS, _texts
+from fedprllm import PruneConfig, evaluate, prune
+from fedprllm.demo.compare import demo_model
+from fedprllm.models.source import resolve_model
+
+# A tenth and a fifth of the block parameters of SmolLM2-135M, of which three quarters are in the MLPs.
+_STRUCTURES = ("mlp=0.125", "mlp=0.27")
+_SHAPES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49_152,
+    },
+    "1B (Llama 3.2)": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+}
+_PROMPT, _GENERATED = 256, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default=None, help="folder, hub id or GGUF file [SmolLM2-135M]")
+    parser.add_argument("--texts", type=Path, default=None, help="folder of texts")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--structures", nargs="*", default=list(_STRUCTURES))
+    parser.add_argument("--alone", action="store_true", help="compare with each participant's own text")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of the timings; 0 leaves them out")
+    parser.add_argument("--shapes", nargs="*", default=list(_SHAPES), choices=list(_SHAPES))
+    parser.add_argument("--speed-only", action="store_true", help="measure no perplexity")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="few windows, to check that it runs")
+    options = parser.parse_args()
+    if options.quick:
+        options.windows, options.length, options.repeats = 1, 64, min(options.repeats, 1)
+    result = {
+        "benchmark": "structure",
+        "quick": options.quick,
+        "windows": options.windows,
+        "window_length": options.length,
+        "device": options.device,
+        "rows": [] if options.speed_only else _quality(options),
+        "speed": _speed(options) if options.repeats else [],
+        "machine": machine(),
+    }
+    print(json.dumps(result))
+
+
+# Quality -------------------------------------------------------------------------------------------------
+
+
+def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
+    model = resolve_model(options.model or demo_model())
+    with tempfile.TemporaryDirectory() as temporary:
+        texts, held_out = _texts(options.texts, Path(temporary))
+        dense = _losses(model, held_out, options)
+        rows: list[dict[str, Any]] = [{"structure": "none", "fewer parameters": 0.0, **_means(dense, dense)}]
+        for structure in options.structures:
+            for strategy in ("iterative", "local-only") if options.alone else ("iterative",):
+                config = PruneConfig(
+                    structure=structure,
+                    strategy=strategy,
+                    windows=options.windows,
+                    window_length=options.length,
+                    device=options.device,
+                )
+                found = prune(model, texts, config, out=Path(temporary) / f"{structure}-{strategy}")
+                assert found.record.reduction is not None
+                fewer = {"fewer parameters": round(found.record.reduction.of_blocks, 3)}
+                for name, folder in found.model_dirs.items():
+                    losses = _losses(folder, held_out, options)
+                    own = name if strategy == "local-only" else None
+                    about = {"structure": structure, "text of": own or "all", **fewer}
+                    rows.append(about | _means(losses, dense, own))
+                    print(rows[-1], file=sys.stderr)
+        return rows
+
+
+def _losses(model: Path, held_out: Mapping[str, Path], options: argparse.Namespace) -> dict[str, float]:
+    """Mean negative log-likelihood on each kind of text."""
+    found = evaluate(
+        model,
+        held_out,
+        window_length=options.length,
+        max_tokens=_N_EVALUATION_TOKENS,
+        device=options.device,
+    )
+    return {text.text: text.nll for text in found}
+
+
+def _means(losses: Mapping[str, float], dense: Mapping[str, float], own: str | None = None) -> dict[str, Any]:
+    """Geometric means of perplexities: over all kinds of text, on one's own and on the others'."""
+
+    def mean(values: Mapping[str, float], kinds: Callable[[str], bool]) -> float:
+        chosen = [value for kind, value in values.items() if kinds(kind)]
+        return round(math.exp(sum(chosen) / len(chosen)), 2)
+
+    found = {"perplexity": mean(losses, lambda _: True), "dense": mean(dense, lambda _: True)}
+    if own is not None:
+        found |= {"own text": mean(losses, lambda kind: kind == own)}
+        found |= {"others' text": mean(losses, lambda kind: kind != own)}
+    return found
+
+
+# Speed ---------------------------------------------------------------------------------------------------
+
+
+def _speed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    shapes = options.shapes[:1] if options.quick else options.shapes
+    return [_ratios(name, options) for name in shapes]
+
+
+def _ratios(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """How many times faster the smaller models are, from alternating runs."""
+    shape = _SHAPES[name]
+    prompt = torch.randint(0, shape["vocab_size"], (1, _PROMPT), device=options.device)
+    dense = _random(shape, options.device)
+    row: dict[str, Any] = {"shape": name}
+    for words, part in (("10 %", 0.1), ("20 %", 0.2)):
+        models = {
+            "dense": dense,
+            "small": _random({**shape, "intermediate_size": _width(shape, part)}, options.device),
+        }
+        for work, function in (("prefill", _prefill), ("decode", _decode)):
+            timings = alternate(
+                {key: _bound(function, model, prompt) for key, model in models.items()}, options.repeats
+            )
+            # CPU seconds hold on a busy machine too.
+            dense_s, small_s = (timings[key].cpu_seconds for key in ("dense", "small"))
+            row[f"{work}, {words} smaller"] = round(dense_s / small_s, 3)
+            row[f"{work}, dense: CPU seconds"] = round(dense_s, 3)
+    print(row, file=sys.stderr)
+    return row
+
+
+def _bound(function: Callable[[Any, Any], object], model: Any, prompt: Any) -> Callable[[], object]:
+    return lambda: function(model, prompt)
+
+
+def _width(shape: Mapping[str, Any], part: float) -> int:
+    """Width of the MLPs with which the blocks have this much fewer parameters, a multiple of 32."""
+    hidden, wide = shape["hidden_size"], shape["intermediate_size"]
+    key_width = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    block = hidden * (2 * hidden + 2 * key_width + 3 * wide)
+    return int((wide - part * block / (3 * hidden)) / 32) * 32
+
+
+def _random(shape: Mapping[str, Any], device: str) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+
+
+@torch.no_grad()
+def _prefill(model: Any, prompt: torch.Tensor) -> object:
+    return model(prompt, use_cache=False, logits_to_keep=1)
+
+
+@torch.no_grad()
+def _decode(model: Any, prompt: torch.Tensor) -> object:
+    return model.generate(
+        prompt[:, :8], max_new_tokens=_GENERATED, min_new_tokens=_GENERATED, do_sample=False, pad_token_id=0
+    )
+
+
+def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The section's tables."""
+    columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
+    rows = [{name: row.get(name, "") for name in columns} for row in result["rows"]]
+    title = f"{result['windows']} windows of {result['window_length']} tokens, on {result['device']}"
+    return {
+        title: rows,
+        "times as fast as the dense model, in CPU seconds, in transformers, float32": result["speed"],
+    }
+
+
+def time(result: dict[str, Any], work: str) -> float:
+    """Longest time of a model that is a fifth smaller, relative to the dense one of the same shape."""
+    return max(1 / row[f"{work}, 20 % smaller"] for row in result["speed"])
+
+
+if __name__ == "__main__":
+    main()
