@@ -6,7 +6,7 @@ An attacker knows everything: the model, the bounds, and what all others send.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from fedprllm.models.norms import InputNorm
 from fedprllm.sharing import Target
 from fedprllm.sharing.bounds import FACTOR
+from fedprllm.sharing.gram_matrices import PRODUCTS, square, triangle
 from fedprllm.sharing.interface import Linears, Norms, Tensors
 from fedprllm.sharing.outlier_counts import n_weights
 from fedprllm.sharing.pruned_weights import mask_name
@@ -200,6 +201,21 @@ def _negative_eigenvalue(scene: Scene) -> Tensors:
     return update
 
 
+def _with_squares(attack: Attack) -> Attack:
+    """The attack with upper triangles unfolded to matrices before it, and folded again after it."""
+
+    def folded(scene: Scene) -> Tensors:
+        others = [(_squares(update), n_tokens) for update, n_tokens in scene.others]
+        update = attack(replace(scene, own=_squares(scene.own), others=others))
+        return {source: PRODUCTS.rounded(triangle(matrix)) for source, matrix in update.items()}
+
+    return folded
+
+
+def _squares(update: Tensors) -> Tensors:
+    return {source: square(upper) for source, upper in update.items()}
+
+
 # ---- weights and counts ------------------------------------------------------------------------------
 
 
@@ -218,7 +234,7 @@ def _count(share: Callable[[Scene], float]) -> Attack:
 
     def attack(scene: Scene) -> Tensors:
         count = share(scene) * n_weights(scene.linears) if scene.seed % 2 else 0
-        return {"outliers": torch.tensor([float(int(count))], dtype=torch.float64)}
+        return {"outliers": torch.tensor([int(count)])}
 
     return attack
 
@@ -259,10 +275,13 @@ ATTACKS: dict[str, dict[str, Attack]] = {
     },
     "statistics": _SUM_ATTACKS,
     "gram": {
-        **_SUM_ATTACKS,
-        "all channels correlated, just under the bound": _rank_one,
-        "negative diagonal": _not_positive,
-        "negative eigenvalue": _negative_eigenvalue,
+        name: _with_squares(attack)
+        for name, attack in {
+            **_SUM_ATTACKS,
+            "all channels correlated, just under the bound": _rank_one,
+            "negative diagonal": _not_positive,
+            "negative eigenvalue": _negative_eigenvalue,
+        }.items()
     },
     "weights": {
         **_MASK_ATTACKS,

@@ -18,6 +18,7 @@ from fedprllm.errors import (
     ModelError,
     RunBusy,
     RunError,
+    SecureError,
     UpdateError,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "RunBusy",
     "RunError",
     "RunRecord",
+    "SecureError",
     "UpdateError",
     "evaluate",
     "prune",

@@ -40,9 +40,11 @@ from fedprllm.pruning.model_card import write_model_card
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.preflight import (
     check_pattern_divides,
+    check_secure,
     check_structure,
     check_update_size,
     needed_bytes,
+    payloads,
 )
 from fedprllm.pruning.records import RunRecord
 from fedprllm.pruning.reduction import reduction
@@ -51,7 +53,6 @@ from fedprllm.pruning.run_folder import Run, versions
 from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled, survey_in_process
-from fedprllm.sharing import SHARING, update_bytes
 from fedprllm.text.sources import as_sources, named_sources
 from fedprllm.text.windows import fingerprint
 
@@ -165,6 +166,8 @@ def prune(
         ConfigError, DataError, ModelError: Bad input, found before the long computation.
         RunError: The folder belongs to another run or is in use, the disk is full, or a file of a complete
             run is missing or damaged.
+        SecureError: With ``secure``, a sum would consist of too few updates.
+        UpdateError: A participant's sums are out of proportion, or, with ``secure``, the sum is.
 
     Warns:
         FedprllmWarning: A participant has too little text, files of its folder were left out, or a file of an
@@ -200,6 +203,7 @@ def _prune(
     members, config = make_participants(walked, named, config)
     say_notes(members)
     samples = sampled(config, [member.name for member in members], walked.n_blocks)
+    check_secure(walked, config, samples)
     tests = evaluation_texts(walked, eval_texts, config)
     identity = {
         "config": config.model_dump(mode="json"),
@@ -308,9 +312,10 @@ def _traffic(
     """The payload of what each participant shares, block by block and in total."""
     strategy = STRATEGIES[config.strategy]
     surveyed = config.allocation != "uniform"
-    per_block = _payloads(model, config.share) if strategy.server_votes else [0] * model.n_blocks
+    n = len(samples)
+    per_block = payloads(model, config, config.share, n) if strategy.server_votes else [0] * model.n_blocks
     survey = (
-        _payloads(model, decision_of(config).survey.kind)
+        payloads(model, config, decision_of(config).survey.kind, n)
         if surveyed and strategy.server_votes
         else [0] * model.n_blocks
     )
@@ -331,8 +336,3 @@ def _traffic(
         "update_bytes_per_block": per_block,
         "survey_bytes_per_block": survey,
     }
-
-
-def _payloads(model: BlockwiseModel, kind: str) -> list[int]:
-    """Payload of one update of each block."""
-    return [update_bytes(SHARING[kind].shapes(linears)) for linears in model.linears]

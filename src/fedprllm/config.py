@@ -195,6 +195,10 @@ class PruneConfig(Settings):
             description="most memory for hidden states, such as 2GiB; the rest is kept in files",
         ),
     ] = None
+    secure: Annotated[
+        bool,
+        Field(description="add updates up under masks, so that only sums over participants are seen"),
+    ] = False
     seed: Annotated[int, Field(ge=0, description="seed for choosing windows and for random ties")] = 0
 
     @model_validator(mode="before")
@@ -231,6 +235,7 @@ class PruneConfig(Settings):
             self._check_pattern()
         self._check_sharing()
         self._check_blocks()
+        self._check_secure()
         return self
 
     def _check_structure(self) -> None:
@@ -375,6 +380,25 @@ class PruneConfig(Settings):
             raise ConfigError(
                 f"criterion magnitude uses no text, so there are no sums to share as {self.share}: use share "
                 "mask or another criterion"
+            )
+
+    def _check_secure(self) -> None:
+        if not self.secure:
+            return
+        if self.strategy not in ("one-shot", "iterative"):
+            raise ConfigError(
+                f"secure adds up what participants share, and with strategy {self.strategy} nothing is "
+                "shared: use one-shot or iterative, or leave it out"
+            )
+        if self.aggregation != "sum":
+            raise ConfigError(
+                f"aggregation {self.aggregation} needs each participant's update, and secure shows only "
+                "their sum: use aggregation sum, or leave secure out"
+            )
+        if self.weighting == "tokens" and not self.windows:
+            raise ConfigError(
+                "secure needs a limit on the votes of one participant: with weighting tokens, set windows to "
+                "the most windows that a participant has"
             )
 
     def _check_pattern(self) -> None:

@@ -7,6 +7,7 @@ FedprllmError
 ├── RunError       a run folder cannot be used
 │   ├── RunBusy    another process is using the run folder
 │   └── DiskFull   the disk is full
+├── SecureError    a step of secure aggregation was refused, because it could reveal an update
 └── UpdateError    a participant's update does not match what the run asked for
 
 Each message says what is wrong, what was expected, what was found and what to do. The command line prints
@@ -30,6 +31,7 @@ __all__ = [
     "ModelError",
     "RunBusy",
     "RunError",
+    "SecureError",
     "UpdateError",
     "did_you_mean",
 ]
@@ -65,6 +67,10 @@ class RunBusy(RunError):  # noqa: N818  a temporary state
 
 class DiskFull(RunError):  # noqa: N818  a temporary state
     """The disk is full. What was written before is kept."""
+
+
+class SecureError(FedprllmError):
+    """A step of secure aggregation was refused, because it could reveal a participant's update."""
 
 
 class UpdateError(FedprllmError, ValueError):

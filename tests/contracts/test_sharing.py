@@ -31,10 +31,9 @@ def test_exact_sparsity_and_order_of_participants(tiny, windows, tmp_path, share
     config = PruneConfig(share=share, strategy=strategy, pattern=pattern, local_group="layer")
     one = prune(tiny("gpt2"), participants(windows), config, out=tmp_path / "one")
     other = prune(tiny("gpt2"), participants(windows)[::-1], config, out=tmp_path / "other")
-    if share != "gram":  # the last bit of float32 sums depends on their order
-        for name, folder in one.model_dirs.items():
-            if strategy != "local-only":
-                assert_same_bits(folder, other.model_dirs[name])
+    for name, folder in one.model_dirs.items():
+        if strategy != "local-only" and (share, strategy) != ("gram", "centralized"):
+            assert_same_bits(folder, other.model_dirs[name])
     assert set(one.sparsity.values()) == {0.5}
     for name, weight in weights_of(one.model_dir).items():
         if name in one.sparsity and pattern == "2:4":
@@ -304,7 +303,7 @@ def test_votes_can_weigh_tokens(tiny, windows, tmp_path):
 
 def test_an_update_that_is_too_large_is_refused_with_its_size(tiny, windows, tmp_path):
     config = PruneConfig(share="gram", max_update_mb=0.001)
-    pattern = r"would send 0\.0215 MB for block 0, but max_update_mb allows 0\.001 MB"
+    pattern = r"would send 0\.011 MB for block 0, but max_update_mb allows 0\.001 MB"
     with pytest.raises(ConfigError, match=pattern):
         prune(tiny("llama"), [windows(0)], config, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

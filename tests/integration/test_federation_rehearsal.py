@@ -128,3 +128,33 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     again = empty_folder(tmp_path / "new")
     (again / "run").mkdir()
     assert sorted(path.name for path in empty_folder(again).iterdir()) == [".rehearsal"]
+
+
+def test_a_rehearsal_under_masks_gives_the_same_model_and_the_server_sees_no_mask(small_model, tmp_path):
+    """Real processes, real certificates, the real engine; private signing keys stay in their kits."""
+    names = ["north", "south", "west"]
+    paths = {f"site-{n}": path for n, path in enumerate(texts(tmp_path, names).values(), 1)}
+    words = [word for path in paths.values() for word in ("--data", path)]
+    folder = tmp_path / "rehearsal"
+    options = ["--secure", "--participants", "3", "--model", str(small_model), "--keep-kits"]
+    output = finish(rehearse(folder, *options, *words, *QUICK))
+    assert output.count("the same model") == 3
+    assert "in the sum only" in output
+    with torch_threads(1):
+        expected = prune(
+            small_model, paths, PruneConfig(windows=2, window_length=32), out=tmp_path / "in-the-clear"
+        )
+    same_model(folder / "run" / "model", expected.model_dir)
+    for name in paths:
+        lines = read_ledger(folder / "ledgers" / f"{name}.jsonl")
+        assert {line["kind"] for line in lines if line["direction"] == "sent"} == {"masked"}
+        assert not list((folder / "kits" / name).rglob("secure/*.step")), "keys are gone at the end"
+    keys = {name: (folder / "kits" / name / "local" / "signing.key").read_bytes() for name in paths}
+    assert len(set(keys.values())) == 3
+    for name, key in keys.items():
+        elsewhere = [path for path in folder.rglob("*") if path.is_file() and name not in path.parts]
+        assert len(elsewhere) > 20
+        for path in elsewhere:
+            content = path.read_bytes()
+            assert key not in content, f"the signing key of {name} is in {path}"
+            assert key.hex().encode() not in content, f"the signing key of {name} is in {path}"

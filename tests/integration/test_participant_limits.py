@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprllm import ConfigError
+from fedprllm import ConfigError, PruneConfig
 from fedprllm.federation.coordinator import rounds as coordinator_module
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.messages import read_reply
@@ -256,3 +256,13 @@ def test_a_request_without_participants_counts_as_too_few():
     job = {"participants": ["a", "a", "a"], "config": {"windows": 16, "window_length": 2048}, "model": "m"}
     with pytest.raises(Refused, match="names 1 participants"):
         check_request(settings, job)
+
+
+def test_a_participant_that_requires_masks_refuses_a_run_in_the_clear():
+    settings = SiteSettings(data=["x"], require_secure=True)
+    job = {"participants": ["a", "b", "c"], "config": PruneConfig().model_dump(), "model": "m"}
+    with pytest.raises(Refused, match="shares sums only") as refusal:
+        check_request(settings, job)
+    assert refusal.value.code == "not secure"
+    job["config"] = PruneConfig(secure=True, window_length=2048).model_dump()
+    check_request(settings, job)

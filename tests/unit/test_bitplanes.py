@@ -194,6 +194,17 @@ def test_masks_of_one_weight_may_be_added_together() -> None:
     assert torch.equal(votes.histogram(), torch.bincount(expected, minlength=4 * 6 + 5 + 1))
 
 
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**20), st.integers(0, 2**32))
+def test_votes_that_were_counted_elsewhere_are_the_same_votes(n: int, total: int, seed: int) -> None:
+    counts = np.random.default_rng(seed).integers(0, total + 1, n).astype(np.uint64)
+    votes = PackedVotes.of_counts(counts, total)
+    assert votes.counts().tolist() == counts.tolist()
+    assert (votes.total, votes.n_weights) == (total, n)
+    votes.add(pack(torch.ones(n, dtype=torch.bool)))
+    assert votes.counts().tolist() == (counts + 1).tolist()
+
+
 def votes_of_one(packed: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(packed, count=129, bitorder="little")).int()
 

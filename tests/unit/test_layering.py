@@ -19,7 +19,7 @@ FLOORS = [
     ["settings", "files", "progress", "process"],
     ["config"],
     ["core"],
-    ["models", "text"],
+    ["models", "text", "secure"],
     ["sharing", "evaluation", "packing"],
     ["deciding"],
     ["pruning"],

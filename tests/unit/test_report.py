@@ -520,7 +520,7 @@ def test_bytes_are_said_for_every_way_of_sharing(run_once, share):
         == {
             "mask": bits,
             "statistics": 4 * (3 * 32 + 48),
-            "gram": 4 * (3 * 32**2 + 48**2),
+            "gram": 4 * (3 * 32 * 33 + 48 * 49) // 2,
             "weights": bits + 4 * n_weights,
         }[share]
     )

@@ -25,7 +25,7 @@ FINGERPRINT = bytes(range(0xA0, 0xC0))
 NO_LIMIT = 2**40
 
 GOLDEN = bytes.fromhex(
-    "46454450524c4c4d 0100 0000 9b00000000000000"
+    "46454450524c4c4d 0200 0000 9b00000000000000"
     "000102030405060708090a0b0c0d0e0f"
     "a0a1a2a3a4a5a6a7a8a9aaabacadaeafb0b1b2b3b4b5b6b7b8b9babbbcbdbebf"
     "02000000 0008000000000000 01 06 0200"
@@ -33,19 +33,21 @@ GOLDEN = bytes.fromhex(
     "06 01 02 6d6c702e7570 02000000 05000000"
     "01 01 02 71 03000000 03000000"
     "0303 1101"
-    "15162397cb3da843be549c4b9a792c5fde27d678d74739ec23dae4bb7d06171d"
+    "d6e2aeef087b5c02f1e1f02fd4e8bb014cf1ded06e62552edc44ea62bbbae543"
 )
 
 # name -> (dtype, values, their bytes)
 GOLDEN_VALUES = {
     "bits": (torch.bool, [1, 0, 0, 0, 0, 0, 0, 1, 0, 1], "81 02"),
     "float32": (torch.float32, [1.0, 0.0, 2.5], "0000803f 00000000 00002040"),
-    "float64": (torch.float64, [1.0, 2.5], "000000000000f03f 0000000000000440"),
     "float16": (torch.float16, [1.0, -2.0], "003c 00c0"),
     "bfloat16": (torch.bfloat16, [1.0, -2.0], "803f 00c0"),
+    "word": (torch.int64, [1, -2, 2**56], "0100000000000000 feffffffffffffff 0000000000000001"),
 }
-CODES = {torch.bool: 1, torch.float32: 2, torch.float64: 3, torch.float16: 4, torch.bfloat16: 5}
-KINDS = {"mask": 1, "statistics": 2, "gram": 3, "weights": 4, "outliers": 5}
+CODES = {torch.bool: 1, torch.float32: 2, torch.float16: 4, torch.bfloat16: 5, torch.int64: 6}
+KINDS = {"mask": 1, "statistics": 2, "gram": 3, "weights": 4, "outliers": 5, "masked": 6}
+# kind -> (b, e): values are multiples of 2^-b and below 2^e
+GRIDS = {"statistics": (64, 48), "gram": (22, 34), "outliers": (0, 53)}
 
 SMOLLM2_BLOCK = {
     "self_attn.q_proj": (576, 576),
@@ -68,9 +70,8 @@ def mask_update(**changes: object) -> Update:
 
 
 def update_of(kind: str, **tensors: torch.Tensor) -> Update:
-    return Update(
-        RUN_ID, "site-a", 2, kind, FINGERPRINT, {k.replace("__", "."): v for k, v in tensors.items()}, 1
-    )
+    named = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    return Update(RUN_ID, "site-a", 2, kind, FINGERPRINT, named, 0 if kind == "masked" else 1)
 
 
 def expectation_of(update: Update, **changes: object) -> Expectation:
@@ -103,7 +104,7 @@ def written(update: Update) -> bytes:
         elif tensor.dtype == torch.bfloat16:
             payload += b"".join(struct.pack("<f", value)[2:] for value in flat.tolist())
         else:
-            code = {torch.float16: "e", torch.float32: "f", torch.float64: "d"}[tensor.dtype]
+            code = {torch.float16: "e", torch.float32: "f", torch.int64: "q"}[tensor.dtype]
             payload += b"".join(struct.pack(f"<{code}", value) for value in flat.tolist())
     participant = update.participant.encode()
     middle = update.run_id + update.model_fingerprint
@@ -111,7 +112,7 @@ def written(update: Update) -> bytes:
     middle += bytes([KINDS[update.kind], len(participant)]) + len(update.tensors).to_bytes(2, "little")
     middle += participant + table + payload
     total = 20 + len(middle) + 32
-    body = b"FEDPRLLM" + bytes([1, 0, 0, 0]) + total.to_bytes(8, "little") + middle
+    body = b"FEDPRLLM" + bytes([2, 0, 0, 0]) + total.to_bytes(8, "little") + middle
     return body + hashlib.sha256(body).digest()
 
 
@@ -136,7 +137,7 @@ def test_golden_bytes() -> None:
 @pytest.mark.parametrize("case", GOLDEN_VALUES)
 def test_golden_values(case: str) -> None:
     dtype, values, expected = GOLDEN_VALUES[case]
-    kind = {"bits": "mask", "float32": "statistics", "float64": "statistics"}.get(case, "weights")
+    kind = {"bits": "mask", "float32": "statistics", "word": "masked"}.get(case, "weights")
     message = encode(update_of(kind, x=torch.tensor(values, dtype=dtype)))
     raw = bytes.fromhex(expected)
     assert message[-32 - len(raw) : -32] == raw
@@ -160,10 +161,11 @@ def test_the_example_of_the_specification_is_the_golden_message() -> None:
 
 DTYPES_OF_KIND = {
     "mask": [torch.bool],
-    "statistics": [torch.float32, torch.float64],
-    "gram": [torch.float32, torch.float64],
+    "statistics": [torch.float32],
+    "gram": [torch.float32],
     "weights": [torch.float32, torch.float16, torch.bfloat16],
-    "outliers": [torch.float64],
+    "outliers": [torch.int64],
+    "masked": [torch.int64],
 }
 names = st.text(st.sampled_from("abz._é語😀 "), min_size=1, max_size=12)
 
@@ -179,8 +181,11 @@ def updates(draw: st.DrawFn) -> Update:
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
         values = torch.randn(shape, generator=generator)
         values = values.square() if kind in ("statistics", "outliers") else values
+        values = 2**40 * values if dtype == torch.int64 else values
+        values = (values * 2**22).round() / 2**22 if kind == "gram" else values
         tensors[f"{name}.mask" if masks else name] = values > 0 if dtype == torch.bool else values.to(dtype)
     block, n_tokens = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2**63 - 1))
+    n_tokens = 0 if kind == "masked" else n_tokens
     ids = draw(st.binary(min_size=48, max_size=48))
     return Update(ids[:16], draw(names), block, kind, ids[16:], tensors, n_tokens)
 
@@ -240,7 +245,7 @@ def test_the_longest_message_is_known_before() -> None:
     update = mask_update(participant="é" * 64)
     assert len(encode(update)) == max_message_bytes(expectation_of(update))
     assert len(encode(update)) == max_message_bytes(expectation_of(update, participant=None))
-    for kind, dtype in {"statistics": torch.float64, "weights": torch.float32}.items():
+    for kind, dtype in {"statistics": torch.float32, "weights": torch.float32, "masked": torch.int64}.items():
         update = update_of(kind, x=torch.ones(3, 5, dtype=dtype))
         assert len(encode(update)) == max_message_bytes(expectation_of(update))
     with pytest.raises(UpdateError, match="unknown kind of update 'masks'; did you mean 'mask'"):
@@ -288,10 +293,22 @@ def test_an_accepted_payload_is_copied_once() -> None:
         mask_update(block=0, n_tokens=0),
         mask_update(tensors={"n" * 255: torch.ones(1, 1, 1, 1, dtype=torch.bool)}),
         mask_update(tensors={f"{i}": torch.ones(1, dtype=torch.bool) for i in range(4096)}),
-        update_of("statistics", x=torch.tensor([-0.0, torch.finfo(torch.float32).max])),
-        update_of("gram", x=torch.tensor([[-1.0]])),
+        update_of("statistics", x=torch.tensor([-0.0, 2.0**-64, 2.0**48 - 2.0**24])),
+        update_of("gram", x=torch.tensor([-1.0, 2.0**-22, 2.0**34 - 2.0**10, 2.0**10 - 2.0**34])),
+        update_of("outliers", x=torch.tensor([0, 2**53 - 1])),
+        update_of("masked", x=torch.tensor([-(2**63), 2**63 - 1])),
     ],
-    ids=["participant", "largest numbers", "smallest numbers", "name and dims", "tensors", "zero", "gram"],
+    ids=[
+        "participant",
+        "largest",
+        "smallest",
+        "name and dims",
+        "tensors",
+        "statistics",
+        "gram",
+        "outliers",
+        "masked",
+    ],
 )
 def test_the_limits_themselves_are_allowed(update: Update) -> None:
     message = encode(update)
@@ -308,6 +325,10 @@ UNWRITABLE = {
     "tokens": (mask_update(n_tokens=2**63), "n_tokens: expected"),
     "fractional tokens": (mask_update(n_tokens=1.5), "n_tokens: expected an integer"),
     "kind": (mask_update(kind="masks"), "unknown kind of update 'masks'; did you mean 'mask'"),
+    "masked tokens": (
+        replace(update_of("masked", x=torch.tensor([1])), n_tokens=1),
+        "n_tokens: expected an integer from 0 to 0, found 1",
+    ),
     "no participant": (mask_update(participant=""), "length of participant: expected an integer from 1"),
     "long participant": (mask_update(participant="é" * 65), "length of participant: .*found 130"),
     "control": (mask_update(participant="a\nb"), "participant: expected no control"),
@@ -324,8 +345,10 @@ UNWRITABLE = {
     "float mask": (update_of("mask", x=torch.ones(1)), "encoding of 'x': expected torch.bool, found"),
     "half sums": (
         update_of("statistics", x=torch.ones(1).half()),
-        "encoding of 'x': expected torch.float32 or",
+        "encoding of 'x': expected torch.float32, found torch.float16",
     ),
+    "floating words": (update_of("masked", x=torch.ones(1)), "encoding of 'x': expected torch.int64"),
+    "floating counts": (update_of("outliers", x=torch.ones(1)), "encoding of 'x': expected torch.int64"),
     "integers": (update_of("gram", x=torch.ones(1).int()), "encoding of 'x'.*found torch.int32"),
     "double weights": (update_of("weights", x=torch.ones(1).double()), "encoding of 'x'"),
     "mask without the name": (update_of("weights", x=ONE_BIT), "encoding of 'x'"),
@@ -337,6 +360,18 @@ UNWRITABLE = {
         update_of("statistics", x=torch.tensor([1.0, -0.5])),
         "values of 'x'.*0 or more, found -0.5",
     ),
+    "negative count": (update_of("outliers", x=torch.tensor([-1])), "values of 'x'.*0 or more, found -1"),
+    "between": (
+        update_of("statistics", x=torch.tensor([1.0, 2.0**-65])),
+        r"values of 'x': expected multiples of 2\^-64 below 2\^48",
+    ),
+    "between products": (
+        update_of("gram", x=torch.tensor([1.0, -(2.0**-23)])),
+        r"values of 'x': expected multiples of 2\^-22 below 2\^34",
+    ),
+    "too large": (update_of("statistics", x=torch.tensor([2.0**48])), "values of 'x': expected multiples"),
+    "large product": (update_of("gram", x=torch.tensor([-(2.0**34)])), "values of 'x': expected multiples"),
+    "large count": (update_of("outliers", x=torch.tensor([2**53])), "values of 'x': expected multiples"),
 }
 
 
@@ -350,6 +385,7 @@ def test_an_update_that_breaks_a_rule_is_not_written(case: str) -> None:
 # ---- refusals of the reader --------------------------------------------------------------------------
 
 STATISTICS = encode(update_of("statistics", x=torch.ones(2)))  # payload of 8 bytes at -40
+MASKED = encode(update_of("masked", x=torch.tensor([1])))
 WEIGHTS = encode(update_of("weights", x=torch.ones(2).half(), x__mask=torch.ones(2, dtype=torch.bool)))
 
 
@@ -368,11 +404,13 @@ UNREADABLE = {
     "extended": (GOLDEN + b"\0", "total length: expected 156 bytes, as received, found 155"),
     "claims more": (GOLDEN[:12] + b"\xff" * 8 + GOLDEN[20:], "total length.*found 18446744073709551615"),
     "flipped": (GOLDEN[:-33] + b"\0" + GOLDEN[-32:], "checksum: expected"),
-    "checksum": (GOLDEN[:-1] + b"\0", "checksum: expected .*, found 1516.*00: .*send it again"),
+    "checksum": (GOLDEN[:-1] + b"\0", "checksum: expected .*, found d6e2.*00: .*send it again"),
     "magic": (edited(0, b"X"), "magic: expected 46454450524c4c4d, found 58"),
-    "version": (edited(8, b"\2"), "version: expected 1, found 2: use the same version"),
+    "version": (edited(8, b"\3"), "version: expected 2, found 3: use the same version of fedprllm on both"),
+    "version 1": (edited(8, b"\1"), "version: expected 2, found 1: .*begin a run that an older version"),
     "flags": (edited(10, b"\0\1"), "flags: expected 0, found 256"),
     "tokens": (edited(72, b"\0" * 7 + b"\x80"), "n_tokens: expected"),
+    "tokens under masks": (edited(72, b"\1", MASKED), "n_tokens: expected an integer from 0 to 0, found"),
     "kind 0": (edited(80, b"\0"), r"kind: expected 1 \(mask\) or .*, found 0"),
     "kind 99": (edited(80, b"\x63"), "kind: expected .*, found 99"),
     "no participant": (edited(81, b"\0"), "length of participant: .* from 1 to 128, found 0"),
@@ -390,11 +428,13 @@ UNREADABLE = {
     "name beyond the end": (edited(90, b"\xff"), "tensor name: expected 255 bytes, found 30"),
     "control in name": (edited(93, b"\0"), "tensor name: expected no control"),
     "encoding 0": (edited(91, b"\0"), r"encoding of 'mlp.up': expected 1 \(torch.bool\) or .*found 0"),
-    "encoding 6": (edited(91, b"\6"), "encoding of 'mlp.up': .*found 6"),
+    "encoding 3": (edited(91, b"\3"), "encoding of 'mlp.up': .*found 3"),
+    "encoding 7": (edited(91, b"\7"), "encoding of 'mlp.up': .*found 7"),
     "floats in a mask": (edited(91, b"\2"), "encoding of 'mlp.up': expected torch.bool, found torch.float32"),
-    "bits in statistics": (edited(91, b"\1", STATISTICS), "encoding of 'x': expected torch.float32 or"),
-    "half in statistics": (edited(91, b"\4", STATISTICS), "encoding of 'x': expected torch.float32 or"),
-    "doubles in weights": (edited(91, b"\3", WEIGHTS), "encoding of 'x': expected torch.float32 or"),
+    "bits in statistics": (edited(91, b"\1", STATISTICS), "encoding of 'x': expected torch.float32, found"),
+    "half in statistics": (edited(91, b"\4", STATISTICS), "encoding of 'x': expected torch.float32, found"),
+    "words in statistics": (edited(91, b"\6", STATISTICS), "encoding of 'x': expected torch.float32, found"),
+    "words in weights": (edited(91, b"\6", WEIGHTS), "encoding of 'x': expected torch.float32 or"),
     "bits in weights": (edited(91, b"\1", WEIGHTS), "encoding of 'x': expected torch.float32 or"),
     "no dims": (edited(92, b"\0"), "number of dimensions of 'mlp.up': expected an integer from 1 to 4"),
     "five dims": (edited(92, b"\5"), "number of dimensions of 'mlp.up': .*found 5"),
@@ -409,6 +449,7 @@ UNREADABLE = {
     "nan": (edited(-36, b"\0\0\xc0\x7f", STATISTICS), "values of 'x': expected finite numbers, found nan"),
     "infinity": (edited(-36, b"\0\0\x80\x7f", STATISTICS), "values of 'x': expected finite.*found inf"),
     "negative": (edited(-36, b"\0\0\x80\xbf", STATISTICS), "values of 'x': expected sums.*found -1"),
+    "off the grid": (edited(-36, b"\0\0\0\x1f", STATISTICS), "values of 'x': expected multiples of 2"),
 }  # fmt: skip
 
 

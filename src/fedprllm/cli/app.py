@@ -33,6 +33,7 @@ from fedprllm.cli.coordinator import app as federation_app
 from fedprllm.cli.identity import app as identity_app
 from fedprllm.cli.packing import export_command, pack_command, unpack_command
 from fedprllm.cli.participant import ledger, participate
+from fedprllm.cli.roster import app as roster_app
 from fedprllm.cli.study import study_command
 from fedprllm.cli.worth import worth_command
 from fedprllm.config import PruneConfig
@@ -441,6 +442,7 @@ app.command("worth-it")(worth_command(_field_option, bars, console))
 
 app.add_typer(federation_app, name="federation")
 app.add_typer(identity_app, name="identity")
+app.add_typer(roster_app, name="roster")
 app.command("export")(export_command)
 app.command("pack")(pack_command)
 app.command("unpack")(unpack_command)

@@ -337,6 +337,9 @@ def rehearse(
     sparsity: Annotated[float, typer.Option(help="fraction of the weights set to zero")] = 0.5,
     windows: Annotated[int, typer.Option(help="calibration windows per participant")] = 4,
     window_length: Annotated[int, typer.Option(help="tokens per window")] = 256,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="add updates up under masks, so that only sums are seen")
+    ] = False,
     out: Annotated[Path, typer.Option(help="folder for the run and the ledgers")] = Path("rehearsal"),
     keep_kits: Annotated[
         bool,
@@ -354,6 +357,7 @@ def rehearse(
             "sparsity": sparsity,
             "windows": windows,
             "window_length": window_length,
+            "secure": secure,
         }
         named = absolute(model or str(_demo_model()))
         plan = RunPlan(name="run", model=named, prune=prune, quorum=participants)
@@ -407,6 +411,7 @@ def _rehearsing(source: str, model: str, threads: int | None, plan: RunPlan) -> 
         min_windows=1,
         min_tokens=2,
         min_participants=1,
+        require_secure=plan.config.secure,
         confirm=False,
     )
 
@@ -527,7 +532,7 @@ def _print_run(folder: Path) -> None:
         table.add_row(
             name,
             str(participant.n_blocks),
-            f"{participant.n_tokens:,}",
+            "in the sum only" if participant.n_windows is None else f"{participant.n_tokens:,}",
             f"{participant.update_bytes:,}",
             models.get(name, "not shared"),
         )

@@ -59,6 +59,14 @@ def participate(
     ] = None,
     block_fraction: Annotated[float, typer.Option(help="largest share of the blocks to prune")] = 1.0,
     record: Annotated[Path | None, typer.Option(help="folder for a copy of every message sent")] = None,
+    require_secure: Annotated[
+        bool,
+        typer.Option("--require-secure", help="share only under masks, so that the server sees only sums"),
+    ] = False,
+    max_colluding: Annotated[
+        int, typer.Option(help="under masks: participants that may conspire with the server", min=0)
+    ] = 1,
+    min_sum: Annotated[int, typer.Option(help="under masks: fewest updates in a sum", min=3)] = 3,
     min_windows: Annotated[int, typer.Option(help="fewest windows an update may be computed from")] = 16,
     min_tokens: Annotated[int, typer.Option(help="fewest tokens an update may be computed from")] = 8192,
     min_participants: Annotated[int, typer.Option(help="fewest participants a run may have")] = 3,
@@ -123,6 +131,9 @@ def participate(
         min_windows=min_windows,
         min_tokens=min_tokens,
         min_participants=min_participants,
+        require_secure=require_secure,
+        max_colluding=max_colluding,
+        min_sum=min_sum,
         runs_per_text=runs_per_text,
         seed=seed,
         confirm=not yes,
@@ -267,6 +278,8 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
             f"not enough memory ({str(error) or 'MemoryError'}): raise --memory-gb, or keep hidden states in "
             "files with --memory-limit"
         ) from None
+    if plan.config.secure:
+        console.print("the run adds updates up under masks: what is shown here is hidden before it is sent")
     for preview in previews:
         total, n_blocks = total + preview.message_bytes, preview.n_blocks
         table = Table(

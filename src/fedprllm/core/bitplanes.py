@@ -115,6 +115,23 @@ class PackedVotes:
             votes._planes.append(words)
         return votes
 
+    @classmethod
+    def of_counts(cls, counts: NDArray[np.uint64], total: int) -> PackedVotes:
+        """Pack votes that were counted elsewhere.
+
+        Args:
+            counts: Votes for each weight, uint64 [n], none above ``total``.
+            total: Votes cast.
+        """
+        votes = cls(len(counts))
+        votes.total = total
+        for place in range(total.bit_length()):
+            words = np.zeros(votes._n_words, np.uint64)
+            bits = np.packbits((counts >> np.uint64(place)).astype(np.uint8) & 1, bitorder="little")
+            words.view(np.uint8)[: len(bits)] = bits
+            votes._planes.append(words)
+        return votes
+
     def counts(self, start: int = 0, stop: int | None = None) -> Integer[Tensor, " n"]:
         """Votes for the weights in ``[start, stop)``, in the smallest integer type that holds them."""
         self._settle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from fedprllm.core.groups import Grouping
@@ -67,8 +68,10 @@ def _scaled(solve_problem: Solve, target: Target) -> _SolveLinear:
 
 def _by_solver(totals: Totals, block: Block, solve: _SolveLinear) -> BlockDecision:
     masks, weights, notes = {}, {}, []
+    source, gram = "", torch.empty(0)
     for name, linear in block.linears.items():
-        gram = totals.sums[linear.source]
+        if source != linear.source:
+            source, gram = linear.source, totals.sums[linear.source]
         try:
             result = solve(block.matrix(name), gram, linear, totals.n_tokens)
         except ModelError as error:

@@ -144,7 +144,7 @@ def _write(path: Path, entries: Sequence[_Entry], record: RunRecord) -> None:
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type(gguf.GGUFType.IMATRIX)
     writer.add_array(gguf.Keys.IMatrix.DATASETS, [f"fedprllm: {len(participants)} participants"])
-    writer.add_uint32(gguf.Keys.IMatrix.CHUNK_COUNT, sum(one.n_windows for one in participants))
+    writer.add_uint32(gguf.Keys.IMatrix.CHUNK_COUNT, record.n_windows)
     writer.add_uint32(gguf.Keys.IMatrix.CHUNK_SIZE, max(one.window_length for one in participants))
     for name, sums, n_tokens in entries:
         writer.add_tensor(f"{name}.in_sum2", sums.reshape(1, -1))

@@ -120,6 +120,9 @@ class RunPlan(Settings):
     silence_s: Annotated[
         float, Field(gt=0, description="seconds of silence after which a participant counts as gone")
     ] = 30.0
+    max_colluding: Annotated[
+        int, Field(ge=0, description="with secure: participants that may conspire with the server, as agreed")
+    ] = 1
     left_out_receive: Annotated[
         bool, Field(description="whether participants that were left out may fetch the result too")
     ] = True
@@ -185,6 +188,13 @@ class SiteSettings(Settings):
     record: Annotated[str | None, Field(description="folder for a copy of every message sent")] = None
     min_windows: Annotated[int, Field(ge=1, description="fewest windows an update may be based on")] = 16
     min_tokens: Annotated[int, Field(ge=2, description="fewest tokens an update may be based on")] = 8192
+    require_secure: Annotated[
+        bool, Field(description="share only under masks, so that the server sees nothing but sums")
+    ] = False
+    max_colluding: Annotated[
+        int, Field(ge=0, description="participants that may conspire with the server, under masks")
+    ] = 1
+    min_sum: Annotated[int, Field(ge=3, description="fewest updates in a sum, under masks")] = 3
     min_participants: Annotated[int, Field(ge=1, description="fewest participants a run may have")] = 3
     runs_per_text: Annotated[int, Field(ge=1, description="number of runs that may use one text")] = 3
     seed: Annotated[

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -31,6 +31,9 @@ from fedprllm.sharing.interface import Tensors
 
 __all__ = ["Aggregate", "decide_and_write"]
 
+if TYPE_CHECKING:
+    from fedprllm.pruning.secure_sums import SecureSums
+
 _Decided = TypeVar("_Decided")
 
 
@@ -40,13 +43,14 @@ class Aggregate(Generic[_Decided]):
     Args:
         block: The unpruned block.
         method: What participants share and how a decision is made from it.
+        secure: Adds updates up under masks; by default they are added up in the clear.
 
     Attributes:
-        totals: The sums so far.
+        totals: The sums so far; under masks, they are empty until the decision.
     """
 
-    def __init__(self, block: Block, method: Method[_Decided]) -> None:
-        self.block, self.method = block, method
+    def __init__(self, block: Block, method: Method[_Decided], secure: SecureSums | None = None) -> None:
+        self.block, self.method, self._secure = block, method, secure
         self.totals: Totals = method.empty(block)
         self._figures: dict[str, Tensors] = {}
         self._agreement = Agreement(block, method.config.seed)
@@ -55,27 +59,43 @@ class Aggregate(Generic[_Decided]):
     def add(self, name: str, update: Mapping[str, Tensor], n_tokens: int) -> None:
         """Add one participant's update.
 
-        Floating-point sums depend on the order of their terms, so callers always add participants in the
-        order of their names.
+        The sums are exact and do not depend on the order of participants; what is recorded about them is in
+        the order in which they are added, that of their names.
 
         Args:
             name: Name of the participant.
             update: The tensors it shared, by name.
             n_tokens: Number of its calibration tokens.
         """
+        self._n_tokens[name] = n_tokens
+        if self._secure is not None:
+            self._secure.add(self.block, self.method, name, update, n_tokens)
+            return
         self.totals.add(update, n_tokens, self.method.vote_weight(n_tokens))
         self._agreement.add(update)
-        self._n_tokens[name] = n_tokens
         if comparison := self.method.sharing.comparison:
             self._figures[name] = comparison.figures(update, self.block.linears, n_tokens)
+
+    def take(self, totals: Totals, names: Sequence[str]) -> None:
+        """Take sums that were added up under masks.
+
+        Args:
+            totals: The sums.
+            names: Participants whose updates are in them.
+        """
+        self.totals = totals
+        self._n_tokens = dict.fromkeys(names, 0)
 
     def decide(self) -> _Decided:
         """Decide from the current sums.
 
         Raises:
             UpdateError: A participant's update is out of proportion to the others' or to the model. A
-                coordinator refuses such updates before it adds anything up (`Ballots.outstanding`).
+                coordinator refuses such updates before it adds anything up (`Ballots.outstanding`). Under
+                masks: the sum is none that honest participants can add up to.
         """
+        if self._secure is not None:
+            self.totals = self._secure.totals(self.block, self.method)
         for name, reason in self._outstanding().items():
             raise UpdateError(
                 f"participant '{name}', block {self.block.index}: {reason}. Its text may be far from all "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -19,10 +20,14 @@ from fedprllm.pruning.aggregate import Aggregate, decide_and_write
 from fedprllm.pruning.clock import Clock
 from fedprllm.pruning.method import Method
 from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.preflight import secure_sums
 from fedprllm.pruning.records import ExpertsRecord
 from fedprllm.pruning.result_writer import ResultWriter
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.walk import Walker
+
+if TYPE_CHECKING:
+    from fedprllm.pruning.secure_sums import SecureSums
 
 __all__ = ["prune_in_process"]
 
@@ -63,7 +68,8 @@ def prune_in_process(
     writers = {
         name: ResultWriter(run.unfinished_model_dir(name), model, methods[None].config) for name in names
     }
-    walk = _SharedWalk(model, participants, methods, run, writers, samples)
+    secure = secure_sums(samples, model.n_blocks, methods[None].config, survey=False)
+    walk = _SharedWalk(model, participants, methods, run, writers, samples, secure)
     with progress("pruning", model.n_blocks * len(participants)) as advance:
         advance(run.n_finished * len(participants))
         walk.resume(run.n_finished)
@@ -85,8 +91,9 @@ class _SharedWalk:
         run: Run,
         writers: Mapping[str | None, ResultWriter],
         samples: Sample,
+        secure: SecureSums | None,
     ) -> None:
-        self.model, self.run, self.writers = model, run, writers
+        self.model, self.run, self.writers, self._secure = model, run, writers, secure
         self.method = methods[None]
         self.walkers = [
             Walker(one, methods.get(one.name, self.method), model.n_blocks, samples[one.name])
@@ -118,7 +125,7 @@ class _SharedWalk:
             self._step(block, clock, advance)
 
     def _step(self, block: Block, clock: Clock, advance: Advance) -> None:
-        aggregate = Aggregate(block, self.method)
+        aggregate = Aggregate(block, self.method, self._secure)
         own_ties: dict[str, int] = {}
         decision: BlockDecision | None = None
         for walker in self.walkers:

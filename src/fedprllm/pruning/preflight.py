@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
@@ -18,14 +20,21 @@ from fedprllm.models.smaller import fitting_config, part_of
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.sharing import SHARING, update_bytes
+from fedprllm.sharing.as_words import masked_bytes
+
+if TYPE_CHECKING:
+    from fedprllm.pruning.secure_sums import SecureSums
 
 __all__ = [
     "check_message_size",
     "check_pattern_divides",
+    "check_secure",
     "check_structure",
     "check_update_size",
     "decision_bytes",
     "needed_bytes",
+    "payloads",
+    "secure_sums",
 ]
 
 
@@ -91,8 +100,29 @@ def _check_depth(model: BlockwiseModel, n: int) -> None:
     shorter_config(model, range(model.n_blocks - n))
 
 
-def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
+def payloads(model: BlockwiseModel, config: PruneConfig, kind: str, n_participants: int) -> list[int]:
+    """Payload in bytes of one participant's update of each block.
+
+    Args:
+        model: The model.
+        config: The resolved configuration.
+        kind: Kind of update.
+        n_participants: Number of participants; under masks, an update grows with it.
+    """
+    sharing = SHARING[kind]
+    if not config.secure:
+        return [update_bytes(sharing.shapes(linears)) for linears in model.linears]
+    max_windows = config.windows if config.weighting == "tokens" else 0
+    return [masked_bytes(sharing, linears, n_participants, max_windows) for linears in model.linears]
+
+
+def check_update_size(model: BlockwiseModel, config: PruneConfig, n_participants: int = 1) -> None:
     """Refuse to share more than the user allows, before anything is computed.
+
+    Args:
+        model: The model.
+        config: The resolved configuration.
+        n_participants: Number of participants; under masks, an update grows with it.
 
     Raises:
         ConfigError: An update would exceed ``max_update_mb``; the message names the first such block, its
@@ -100,9 +130,8 @@ def check_update_size(model: BlockwiseModel, config: PruneConfig) -> None:
     """
     if config.max_update_mb is None:
         return
-    sharing = SHARING[config.share]
-    for index, linears in enumerate(model.linears):
-        megabytes = update_bytes(sharing.shapes(linears)) / 1e6
+    for index, n_bytes in enumerate(payloads(model, config, config.share, n_participants)):
+        megabytes = n_bytes / 1e6
         if megabytes > config.max_update_mb:
             raise ConfigError(
                 f"share {config.share} would send {megabytes:.3g} MB for block {index}, but max_update_mb "
@@ -116,7 +145,9 @@ def _less(config: PruneConfig, kinds: str) -> str:
     return "" if config.structures else f"share {kinds}, or "
 
 
-def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_mb: float) -> None:
+def check_message_size(
+    model: BlockwiseModel, config: PruneConfig, max_message_mb: float, n_participants: int = 1
+) -> None:
     """Refuse a run whose messages exceed the kits' limit and could never arrive.
 
     Messages are updates, and decisions, from which participants build the result.
@@ -125,16 +156,45 @@ def check_message_size(model: BlockwiseModel, config: PruneConfig, max_message_m
         ConfigError: A message would be too large; the message names the first such block, the size and the
             limit.
     """
+    updates = payloads(model, config, config.share, n_participants)
     for index, linears in enumerate(model.linears):
-        n_bytes = max(
-            update_bytes(SHARING[config.share].shapes(linears)), _block_decision_bytes(linears, config)
-        )
+        n_bytes = max(updates[index], _block_decision_bytes(linears, config))
         if n_bytes * _ENVELOPE > max_message_mb * 1e6:
             raise ConfigError(
                 f"block {index} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, but the kits of this "
                 f"federation allow {max_message_mb:g} MB: {_less(config, 'masks')}raise the limit in every "
                 "kit's local/comm_config.json and max_message_mb in federation.json"
             )
+
+
+def check_secure(model: BlockwiseModel, config: PruneConfig, samples: Mapping[str, Sequence[int]]) -> None:
+    """Refuse secure aggregation that could not begin or would show too small sums.
+
+    Raises:
+        ConfigError: The library that it needs is not installed, or updates under masks are too large.
+        SecureError: There are too few participants, or too few of them prune some block.
+    """
+    if not config.secure:
+        return
+    if find_spec("cryptography") is None:
+        raise ConfigError(
+            "secure needs the library cryptography: install it with pip install 'fedprllm[federation]'"
+        )
+    from fedprllm.pruning.secure_sums import check_contributors
+
+    check_contributors(samples, model.n_blocks)
+    check_update_size(model, config, len(samples))
+
+
+def secure_sums(
+    samples: Mapping[str, Sequence[int]], n_blocks: int, config: PruneConfig, *, survey: bool
+) -> SecureSums | None:
+    """What adds updates up under masks; None if the run does not ask for it."""
+    if not config.secure:
+        return None
+    from fedprllm.pruning.secure_sums import SecureSums
+
+    return SecureSums(samples, n_blocks, config, survey=survey)
 
 
 def decision_bytes(model: BlockwiseModel, config: PruneConfig) -> int:

@@ -183,6 +183,7 @@ class BlockRecord(_Received):
         participant_ties: Number of prunes decided by the tie rule in each participant's own masks.
         agreement: Share of equal mask entries, [participant, participant], by path of the Linear.
         notes: Descriptions of deviations from the requested settings.
+        total_tokens: Number of calibration tokens behind all updates, where only their sum is known.
         experts: How far each participant's text reached the block's experts; empty if it has none, or in a
             federation, where only the participant knows.
         seconds: Time spent per phase, in seconds.
@@ -197,6 +198,7 @@ class BlockRecord(_Received):
     participant_ties: dict[str, int] = {}
     agreement: dict[str, list[list[float]]] = {}
     notes: list[str] = []
+    total_tokens: int | None = None
     seconds: dict[str, float] = {}
     influence: float | None = None
     dropped: bool | None = None
@@ -249,7 +251,7 @@ class ParticipantRecord(Record):
 
     Attributes:
         sources: Where its text came from.
-        n_windows: Number of calibration windows.
+        n_windows: Number of calibration windows; None where it went into a sum under masks.
         window_length: Number of tokens per window.
         fingerprint: SHA-256 of the windows; None in a federation, where it stays with the participant.
         n_blocks: Number of blocks for which it shared an update.
@@ -257,7 +259,7 @@ class ParticipantRecord(Record):
     """
 
     sources: list[str]
-    n_windows: int
+    n_windows: int | None = None
     window_length: int
     fingerprint: str | None = None
     n_blocks: int | None = None
@@ -265,8 +267,8 @@ class ParticipantRecord(Record):
 
     @property
     def n_tokens(self) -> int:
-        """Number of calibration tokens."""
-        return self.n_windows * self.window_length
+        """Number of calibration tokens, as far as it is known."""
+        return (self.n_windows or 0) * self.window_length
 
 
 class Reduction(Record):
@@ -341,6 +343,14 @@ class RunRecord(Record):
     files: dict[str, str] | None = None
     notes: list[str] | None = None
     comparison: dict[str, list[Perplexity]] | None = None
+
+    @property
+    def n_windows(self) -> int:
+        """Calibration windows of all participants; where only sums are known, those of the largest block."""
+        known = [one.n_windows for one in self.participants.values()]
+        length = max((one.window_length for one in self.participants.values()), default=1)
+        largest = max((block.total_tokens or 0 for block in self.blocks), default=0) // length
+        return largest if None in known else sum(n for n in known if n is not None)
 
     def linears(self) -> Iterator[tuple[int, LinearRecord]]:
         """Every Linear with the index of its block."""

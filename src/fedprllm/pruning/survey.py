@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.layer_sampling import sample_blocks
@@ -18,8 +18,12 @@ from fedprllm.progress import Progress
 from fedprllm.pruning.aggregate import Aggregate
 from fedprllm.pruning.method import Method, deciding_group, survey_method
 from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.preflight import secure_sums
 from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.walk import Walker
+
+if TYPE_CHECKING:
+    from fedprllm.pruning.secure_sums import SecureSums
 
 __all__ = ["allocated", "outlier_ratios", "sampled", "survey_in_process"]
 
@@ -59,8 +63,10 @@ def survey_in_process(
         with progress("counting outliers", model.n_blocks * len(participants)) as advance:
             for name, members in groups.items():
                 walkers = [Walker(one, method, model.n_blocks, samples[one.name]) for one in members]
+                secure = secure_sums(samples, model.n_blocks, config, survey=True)
                 counts[name or ""] = [
-                    (found.n_outliers, found.n_scores) for found in _survey(model, walkers, method, advance)
+                    (found.n_outliers, found.n_scores)
+                    for found in _survey(model, walkers, method, advance, secure)
                 ]
         write_sealed(path, counts)
         kept = counts
@@ -91,13 +97,14 @@ def _survey(
     walkers: Sequence[Walker],
     method: Method[Outliers],
     advance: Callable[[int], None],
+    secure: SecureSums | None,
 ) -> list[Outliers]:
     for walker in walkers:
         walker.enter(model)
     found = []
     for index in range(model.n_blocks):
         with model.block(index) as block:
-            aggregate = Aggregate(block, method)
+            aggregate = Aggregate(block, method, secure)
             for walker in walkers:
                 contribution = walker.contribute(block)
                 if contribution.update is not None:

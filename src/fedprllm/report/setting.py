@@ -52,9 +52,9 @@ def _participants(facts: Facts) -> list[str | Table | Plot]:
         [
             name,
             *([] if one_text else [_sources(one.sources)]),
-            f"{one.n_windows:,}",
+            "in the sum only" if one.n_windows is None else f"{one.n_windows:,}",
             f"{one.window_length:,}",
-            f"{one.n_tokens:,}",
+            "in the sum only" if one.n_windows is None else f"{one.n_tokens:,}",
         ]
         for name, one in facts.participants.items()
     ]

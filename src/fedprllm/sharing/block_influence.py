@@ -7,10 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedprllm.core.fixed_point import FixedPointSum
 from fedprllm.errors import UpdateError
+from fedprllm.sharing.input_sums import SQUARES, on_grid
 from fedprllm.sharing.interface import (
+    SINGLE,
     Ballot,
     Comparison,
+    ExactSums,
     Linears,
     Norms,
     Seen,
@@ -29,12 +33,12 @@ _MOST = 2.0  # of one token: 1 - cos
 
 
 def _shapes(linears: Linears) -> Shapes:  # noqa: ARG001  one signature for all ways of sharing
-    return {_NAME: ((1,), torch.float64)}
+    return {_NAME: ((1,), torch.float32)}
 
 
 def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001
     assert seen.change is not None, "PruneConfig refuses influence with a criterion that uses no text"
-    return {_NAME: torch.tensor([seen.change.total], dtype=torch.float64)}
+    return {_NAME: on_grid(SQUARES, _NAME, torch.tensor([seen.change.total], dtype=torch.float64))}
 
 
 def _check(ballot: Ballot, target: Target) -> None:  # noqa: ARG001
@@ -44,7 +48,7 @@ def _check(ballot: Ballot, target: Target) -> None:  # noqa: ARG001
 
 
 def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:  # noqa: ARG001
-    return {_NAME: update[_NAME].cpu() / n_tokens}
+    return {_NAME: update[_NAME].cpu().to(torch.float64) / n_tokens}
 
 
 def _outstanding(figures: Mapping[str, Tensors], norms: Norms) -> dict[str, str]:  # noqa: ARG001
@@ -57,7 +61,7 @@ def _outstanding(figures: Mapping[str, Tensors], norms: Norms) -> dict[str, str]
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001
-    return Totals({_NAME: torch.zeros(1, dtype=torch.float64)})
+    return Totals(ExactSums({_NAME: FixedPointSum.zeros(SQUARES, 1)}))
 
 
 def influence_of(totals: Totals) -> float:
@@ -69,7 +73,7 @@ INFLUENCE = Sharing(
     kind="influence",
     noun="how far each block turns the hidden states",
     content="For each block, one number: the sum over tokens of how far it turns their hidden states.",
-    wire=Wire(10, (torch.float64,), (torch.float64,), not_negative="sums"),
+    wire=Wire(10, SINGLE, SINGLE, not_negative="sums", grid=SQUARES),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

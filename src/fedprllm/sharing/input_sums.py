@@ -11,12 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedprllm.errors import UpdateError
+from fedprllm.core.fixed_point import FixedPointSum, Grid
+from fedprllm.errors import ModelError, UpdateError
 from fedprllm.sharing.bounds import outstanding_sums
 from fedprllm.sharing.interface import (
-    SUMS,
+    SINGLE,
     Ballot,
     Comparison,
+    ExactSums,
     Linears,
     Seen,
     Shapes,
@@ -28,12 +30,29 @@ from fedprllm.sharing.interface import (
 )
 from fedprllm.sharing.target import Target
 
-__all__ = ["STATISTICS", "distinct_inputs", "pooled_norms"]
+__all__ = ["SQUARES", "STATISTICS", "distinct_inputs", "on_grid", "pooled_norms"]
+
+# No sum of squares of at least 2^-41 loses a bit of its float32 precision.
+SQUARES = Grid(fraction_bits=64, magnitude_bits=48, n_words=2)
 
 
 def distinct_inputs(linears: Linears) -> dict[str, int]:
     """Width of every distinct input of a block, keyed by the name of the first Linear that reads it."""
     return {linear.source: linear.shape[1] for linear in linears.values()}
+
+
+def on_grid(grid: Grid, name: str, values: Tensor) -> Tensor:
+    """Round sums over a participant's text to numbers that can be added up exactly, as float32.
+
+    Raises:
+        ModelError: A sum is beyond the grid's limit.
+    """
+    if not bool((values.abs() < grid.limit).all()):
+        raise ModelError(
+            f"a sum over the inputs of '{name}' is {float(values.abs().max()):.3g}: expected less than "
+            f"{grid.limit:.3g}, which sums over participants can hold: use fewer windows, or share mask"
+        )
+    return grid.rounded(values)
 
 
 def _shapes(linears: Linears) -> Shapes:
@@ -43,7 +62,7 @@ def _shapes(linears: Linears) -> Shapes:
 def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one signature for all ways of sharing
     assert seen.statistics is not None, "PruneConfig refuses sums with a criterion that uses no text"
     return {
-        name: seen.statistics[name].sum_of_squares.to(torch.float32)
+        name: on_grid(SQUARES, name, seen.statistics[name].sum_of_squares)
         for name in distinct_inputs(seen.block.linears)
     }
 
@@ -61,13 +80,9 @@ def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> T
     return compared_sums(sums, linears)
 
 
-def _zeros(linears: Linears, device: torch.device) -> Totals:
-    return Totals(
-        {
-            name: torch.zeros(width, dtype=torch.float64, device=device)
-            for name, width in distinct_inputs(linears).items()
-        }
-    )
+def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001  added up on the CPU
+    widths = distinct_inputs(linears).items()
+    return Totals(ExactSums({name: FixedPointSum.zeros(SQUARES, width) for name, width in widths}))
 
 
 def pooled_norms(totals: Totals, linears: Linears) -> dict[str, Tensor]:
@@ -83,7 +98,7 @@ STATISTICS = Sharing(
     kind="statistics",
     noun="sums over the Linears' inputs",
     content="For each distinct input of the Linears, the sum of squares of each channel.",
-    wire=Wire(2, SUMS, SUMS, not_negative="sums of squares"),
+    wire=Wire(2, SINGLE, SINGLE, not_negative="sums of squares", grid=SQUARES),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

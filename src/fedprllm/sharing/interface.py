@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fedprllm.core.bitplanes import PackedVotes, pack
+from fedprllm.core.fixed_point import FixedPointSum, Grid
 from fedprllm.core.sums import ChangeStatistics, InputStatistics
+from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block, Linear
 from fedprllm.models.norms import InputNorm
 from fedprllm.models.observe import BlockStatistics, Observation
@@ -19,9 +21,11 @@ from fedprllm.sharing.target import Target
 
 __all__ = [
     "BITS",
-    "SUMS",
+    "COUNTS",
+    "SINGLE",
     "Ballot",
     "Comparison",
+    "ExactSums",
     "Linears",
     "Norms",
     "Seen",
@@ -74,12 +78,51 @@ class Ballot:
     model: Callable[[str], Tensor]
 
 
+class ExactSums(Mapping[str, Tensor]):
+    """Sums of fixed-point numbers by name: added up as integers, read as floating-point tensors.
+
+    Args:
+        parts: The running sums.
+        read: Turns the sum of a name into the tensor that decisions read; by default it is read as it is.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, FixedPointSum], read: Callable[[Tensor], Tensor] = lambda total: total
+    ) -> None:
+        self.parts, self._read = parts, read
+
+    def add(self, update: Mapping[str, Tensor]) -> None:
+        """Add one participant's numbers.
+
+        Raises:
+            UpdateError: A sum exceeds what can be held; the message names the tensor.
+        """
+        for name, total in self.parts.items():
+            try:
+                total.add(update[name])
+            except UpdateError as error:
+                raise UpdateError(f"'{name}': {error}") from None
+
+    def holding(self, parts: Mapping[str, FixedPointSum]) -> ExactSums:
+        """Other sums that are read alike."""
+        return ExactSums(parts, self._read)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(self.parts[name].value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
 @dataclass
 class Totals:
     """Sums of updates over participants, for one block.
 
     Attributes:
-        sums: Sums of floating-point tensors, by name.
+        sums: Sums of numbers, by name.
         votes: Vote counts from masks, by name.
         n_participants: Number of updates added so far.
         n_tokens: Number of calibration tokens behind those updates.
@@ -88,7 +131,7 @@ class Totals:
             are enough.
     """
 
-    sums: Tensors = field(default_factory=dict)
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
     votes: dict[str, PackedVotes] = field(default_factory=dict)
     n_participants: int = 0
     n_tokens: int = 0
@@ -103,8 +146,8 @@ class Totals:
             n_tokens: Number of calibration tokens the update was computed from.
             weight: Number of votes that each of its masks counts for; sums are added unweighted.
         """
-        for name, total in self.sums.items():
-            total += update[name].to(total.device)
+        if isinstance(self.sums, ExactSums):
+            self.sums.add(update)
         for name, votes in self.votes.items():
             votes.add(pack(update[name]), weight=weight)
         if self.apart is not None:
@@ -122,12 +165,14 @@ class Wire(NamedTuple):
         dtypes: Types that a tensor may have.
         mask_dtypes: Types that a tensor whose name ends in ``.mask`` may have.
         not_negative: Name of the values if none of them may be negative; otherwise empty.
+        grid: The numbers that sums may hold; None if any finite number is allowed.
     """
 
     code: int
     dtypes: tuple[torch.dtype, ...]
     mask_dtypes: tuple[torch.dtype, ...]
     not_negative: str = ""
+    grid: Grid | None = None
 
 
 class Comparison(NamedTuple):
@@ -149,7 +194,8 @@ def all_linears(linears: Linears) -> Linears:
 
 
 BITS = (torch.bool,)
-SUMS = (torch.float32, torch.float64)
+SINGLE = (torch.float32,)
+COUNTS = (torch.int64,)
 
 
 @dataclass(frozen=True)

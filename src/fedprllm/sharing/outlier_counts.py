@@ -9,13 +9,16 @@ from torch import Tensor
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import wanda
+from fedprllm.core.fixed_point import FixedPointSum, Grid
 from fedprllm.core.owl import Outliers, outliers
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block
 from fedprllm.sharing.bounds import FEWEST, others_median
 from fedprllm.sharing.interface import (
+    COUNTS,
     Ballot,
     Comparison,
+    ExactSums,
     Linears,
     Norms,
     Seen,
@@ -27,9 +30,10 @@ from fedprllm.sharing.interface import (
 )
 from fedprllm.sharing.target import Target
 
-__all__ = ["OUTLIERS", "block_outliers", "n_weights", "outlier_total"]
+__all__ = ["OUTLIERS", "block_outliers", "check_count", "n_weights", "outlier_total"]
 
 _COUNT = "outliers"
+_WHOLE = Grid(fraction_bits=0, magnitude_bits=53, n_words=2)
 # A participant's share of outlying scores is at most this multiple of the others' median, to which half a
 # percent of the scores is added, because small counts differ more (docs/decisions/bounds.md).
 _FACTOR = 4.0
@@ -50,7 +54,7 @@ def block_outliers(block: Block, norms: Mapping[str, Tensor], config: PruneConfi
 
 
 def _shapes(linears: Linears) -> Shapes:  # noqa: ARG001  one signature for all ways of sharing
-    return {_COUNT: ((1,), torch.float64)}
+    return {_COUNT: ((1,), torch.int64)}
 
 
 def _contribute(seen: Seen, target: Target) -> Tensors:
@@ -58,21 +62,28 @@ def _contribute(seen: Seen, target: Target) -> Tensors:
     assert statistics is not None, "a survey always looks at the inputs"
     norms = {name: statistics[name].norm for name in seen.block.linears}
     found = block_outliers(seen.block, norms, target.config)
-    # float64 holds every integer up to 2^53.
-    return {_COUNT: torch.tensor([found.n_outliers], dtype=torch.float64)}
+    return {_COUNT: torch.tensor([found.n_outliers])}
 
 
 def _check(ballot: Ballot, target: Target) -> None:
+    check_count(ballot, target, 1)
+
+
+def check_count(ballot: Ballot, target: Target, n_participants: int) -> None:
+    """Refuse a number of outliers that so many participants cannot have counted.
+
+    Raises:
+        UpdateError: It is negative or too large.
+    """
     # At most 1 / m of all scores can exceed m times their mean.
-    count, most = float(ballot.update[_COUNT][0]), int(n_weights(ballot.linears) / target.config.owl_m)
-    if not (0 <= count <= most and count.is_integer()):
-        raise UpdateError(
-            f"the number of outliers in a block must be a whole number from 0 to {most}, found {count:g}"
-        )
+    most = n_participants * int(n_weights(ballot.linears) / target.config.owl_m)
+    count = int(ballot.update[_COUNT][0])
+    if not 0 <= count <= most:
+        raise UpdateError(f"the number of outliers in a block must lie in 0 to {most}, found {count}")
 
 
 def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> Tensors:  # noqa: ARG001
-    return {_COUNT: update[_COUNT].cpu() / n_weights(linears)}
+    return {_COUNT: update[_COUNT].cpu().to(torch.float64) / n_weights(linears)}
 
 
 def _outstanding(figures: Mapping[str, Tensors], norms: Norms) -> dict[str, str]:  # noqa: ARG001
@@ -89,7 +100,7 @@ def _outstanding(figures: Mapping[str, Tensors], norms: Norms) -> dict[str, str]
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001
-    return Totals({_COUNT: torch.zeros(1, dtype=torch.float64)})
+    return Totals(ExactSums({_COUNT: FixedPointSum.zeros(_WHOLE, 1)}))
 
 
 def outlier_total(totals: Totals) -> int:
@@ -101,7 +112,7 @@ OUTLIERS = Sharing(
     kind="outliers",
     noun="numbers of outlying scores",
     content="For each block, the number of outlying scores.",
-    wire=Wire(5, (torch.float64,), (torch.float64,), not_negative="counts"),
+    wire=Wire(5, COUNTS, COUNTS, not_negative="counts", grid=_WHOLE),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

@@ -13,7 +13,7 @@ from fedprllm.models.block import Linear
 from fedprllm.sharing.interface import BITS, Ballot, Linears, Seen, Shapes, Sharing, Totals, Wire
 from fedprllm.sharing.target import Target
 
-__all__ = ["MASKS", "check_mask", "zero_votes"]
+__all__ = ["MASKS", "check_mask", "check_votes", "zero_votes"]
 
 
 def _shapes(linears: Linears) -> Shapes:
@@ -45,6 +45,25 @@ def check_mask(linear: Linear, mask: Tensor, target: Target) -> None:
         raise UpdateError(
             f"the mask of '{linear.name}' prunes {int(counts[first])} weights in comparison group {first} "
             f"({grouping.group}): expected exactly {k} at sparsity {float(grouping.sparsity):g}"
+        )
+
+
+def check_votes(linear: Linear, votes: PackedVotes, votes_cast: int, target: Target) -> None:
+    """Refuse a sum of masks that do not each prune exactly k weights of every local comparison group.
+
+    Raises:
+        UpdateError: A group has another number of votes; the message names the weight and the first such
+            group.
+    """
+    grouping = target.local_grouping(linear)
+    counts = grouping.split(votes.counts().reshape(linear.shape)).sum(dim=1)
+    expected = votes_cast * grouping.n_pruned(linear.shape)
+    wrong = (counts != expected).nonzero()
+    if wrong.numel():
+        first = int(wrong[0])
+        raise UpdateError(
+            f"the votes on '{linear.name}' in comparison group {first} ({grouping.group}) are "
+            f"{int(counts[first])}: expected exactly {expected}"
         )
 
 

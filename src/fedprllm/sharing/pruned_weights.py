@@ -6,7 +6,18 @@ import torch
 
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import PrunedWeights
-from fedprllm.sharing.interface import BITS, Ballot, Linears, Seen, Shapes, Sharing, Tensors, Totals, Wire
+from fedprllm.sharing.interface import (
+    BITS,
+    SINGLE,
+    Ballot,
+    Linears,
+    Seen,
+    Shapes,
+    Sharing,
+    Tensors,
+    Totals,
+    Wire,
+)
 from fedprllm.sharing.prune_masks import check_mask, zero_votes
 from fedprllm.sharing.target import Target
 
@@ -45,19 +56,16 @@ def _check(ballot: Ballot, target: Target) -> None:
             )
 
 
-def _zeros(linears: Linears, device: torch.device) -> Totals:
-    sums = {
-        name: torch.zeros(linear.shape, dtype=torch.float32, device=device)
-        for name, linear in linears.items()
-    }
-    return Totals(sums, {mask_name(name): votes for name, votes in zero_votes(linears).items()})
+def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001  votes are counted on the CPU
+    # The weights that participants keep are the model's own: their sum follows from the votes.
+    return Totals(votes={mask_name(name): votes for name, votes in zero_votes(linears).items()})
 
 
 WEIGHTS = Sharing(
     kind="weights",
     noun="pruned weights",
     content="The pruned weights, and one bit per weight that says whether it was pruned.",
-    wire=Wire(4, (torch.float32, torch.float16, torch.bfloat16), BITS),
+    wire=Wire(4, (*SINGLE, torch.float16, torch.bfloat16), BITS),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

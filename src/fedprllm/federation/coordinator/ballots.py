@@ -7,15 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from fedprllm.errors import UpdateError
+from fedprllm.federation.coordinator.masks import Masks
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.names import from_wire, to_wire
 from fedprllm.models.block import Block
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.pruning.aggregate import Aggregate
+from fedprllm.pruning.masked_totals import totals_of
 from fedprllm.pruning.method import Method
+from fedprllm.secure.words import Words
+from fedprllm.sharing.as_words import masked_bytes
 from fedprllm.sharing.interface import Ballot
 
 __all__ = ["Ballots", "Received"]
@@ -34,6 +39,7 @@ class Ballots(Generic[_Decided]):
         run_id: Id of the run, 16 bytes.
         digest: Digest of the model's weights, 32 bytes.
         folder: Maps a block index to the folder with its updates, one file ``NAME.update`` per participant.
+        masks: The session of secure aggregation, if updates arrive under masks.
     """
 
     def __init__(
@@ -43,8 +49,9 @@ class Ballots(Generic[_Decided]):
         run_id: bytes,
         digest: bytes,
         folder: Callable[[int], Path],
+        masks: Masks | None = None,
     ) -> None:
-        self.model, self.method = model, method
+        self.model, self.method, self.masks = model, method, masks
         self._run_id, self._digest, self._folder = run_id, digest, folder
 
     def path(self, block: int, name: str) -> Path:
@@ -53,16 +60,24 @@ class Ballots(Generic[_Decided]):
 
     def _expectation(self, block: int, name: str) -> tuple[wire.Expectation, int]:
         linears = self.model.linears[block]
-        shapes = self.method.sharing.shapes(linears)
+        shapes = {tensor: shape for tensor, (shape, _) in self.method.sharing.shapes(linears).items()}
         expect = wire.Expectation(
             run_id=self._run_id,
             model_fingerprint=self._digest,
             block=block,
-            kind=self.method.sharing.kind,
-            shapes=to_wire({tensor: shape for tensor, (shape, _) in shapes.items()}, linears),
+            kind=self.method.sharing.kind if self.masks is None else wire.MASKED,
+            shapes=to_wire(shapes, linears) if self.masks is None else {"words": (self._n_words(block),)},
             participant=name,
         )
         return expect, wire.max_message_bytes(expect)
+
+    def _n_words(self, block: int) -> int:
+        """Length of an update under masks."""
+        config, masks = self.method.config, self.masks
+        assert masks is not None, "only updates under masks are words"
+        max_windows = config.windows if config.weighting == "tokens" else 0
+        linears = self.model.linears[block]
+        return masked_bytes(self.method.sharing, linears, masks.n_participants, max_windows) // 8
 
     def max_bytes(self, block: int, name: str) -> int:
         """Length in bytes of the longest valid update from a participant for a block."""
@@ -74,9 +89,19 @@ class Ballots(Generic[_Decided]):
         Raises:
             UpdateError: The update is malformed, differs from the request, or holds impossible values.
         """
+        if self.masks is not None:
+            self._words(block, name, message)
+            return
         update = self._read(block, name, message)
         ballot = Ballot(self.model.linears[block], update.tensors, self._stored)
         self.method.sharing.check(ballot, self.method.target)
+
+    def _words(self, block: int, name: str, message: bytes | memoryview) -> Words:
+        """The words of an update under masks. Nothing else about it can be checked."""
+        expect, max_bytes = self._expectation(block, name)
+        update = wire.decode(message, expect=expect, max_bytes=max_bytes)
+        words: Words = update.tensors["words"].numpy().view("<u8")
+        return words
 
     def _stored(self, name: str) -> Tensor:
         return self.model.checkpoint.load([name])[name]
@@ -116,7 +141,7 @@ class Ballots(Generic[_Decided]):
             names: Participants whose updates of the block are added up together.
         """
         comparison = self.method.sharing.comparison
-        if comparison is None:
+        if comparison is None or self.masks is not None:
             return {}
         figures = {}
         for name in sorted(names):
@@ -136,6 +161,9 @@ class Ballots(Generic[_Decided]):
         """
         aggregate = Aggregate(block, self.method)
         received: Received = {"update_bytes": {}, "n_tokens": {}}
+        if self.masks is not None:
+            self._add_up_words(self.masks, aggregate, received)
+            return aggregate, received
         for name in sorted(names):
             message = self.path(block.index, name).read_bytes()
             update = self._read(block.index, name, message)
@@ -144,3 +172,15 @@ class Ballots(Generic[_Decided]):
             aggregate.add(name, update.tensors, update.n_tokens)
             del update
         return aggregate, received
+
+    def _add_up_words(self, masks: Masks, aggregate: Aggregate[_Decided], received: Received) -> None:
+        """Sum updates under masks, one in memory at a time, and take the masks off the sum."""
+        block = aggregate.block
+        names = masks.survivors(block.index)
+        total: Words = np.zeros(self._n_words(block.index), "<u8")
+        for name in names:
+            message = self.path(block.index, name).read_bytes()
+            total += self._words(block.index, name, message)
+            received["update_bytes"][name] = len(message)
+        masks.unmask(block.index, total)
+        aggregate.take(totals_of(total, len(names), block, self.method, masks.n_participants), names)

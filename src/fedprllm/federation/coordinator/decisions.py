@@ -101,6 +101,7 @@ class Pruning:
                 still_in=sorted(still_in),
                 update_bytes=received["update_bytes"],
                 n_tokens=received["n_tokens"],
+                total_tokens=None if self._ballots.masks is None else aggregate.totals.n_tokens,
                 seconds={"aggregate": time.perf_counter() - begin},
             )
             aggregate.keep(self._run, record, files=[self._publication.decision_path(index)])

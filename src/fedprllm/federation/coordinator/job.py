@@ -19,6 +19,7 @@ from fedprllm.errors import ConfigError, FedprllmError, RunError
 from fedprllm.evaluation.perplexity import window_length_for
 from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.coordinator.decisions import BlockDecider, Pruning, Surveying
+from fedprllm.federation.coordinator.masks import Masks
 from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.coordinator.rounds import Ask, Coordinator
 from fedprllm.federation.plan import RunPlan
@@ -148,9 +149,9 @@ def _conduct(
     model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device, config.exclude)
     check_pattern_divides(model, config)
     check_structure(model, config)
-    check_update_size(model, config)
+    check_update_size(model, config, len(taking_part))
     if max_message_mb is not None:
-        check_message_size(model, config, max_message_mb)
+        check_message_size(model, config, max_message_mb, len(taking_part))
     config = config.model_copy(update={"window_length": window_length_for(model, config.window_length)})
     sampled(config, taking_part, model.n_blocks)
     fingerprints = model_identity(model)
@@ -192,7 +193,15 @@ class _Conducting:
         def updates(block: int) -> Path:
             return folder / "updates" / f"block-{block:04d}"
 
-        return Ballots(self.model, method, run_id, model_digest(self.fingerprints), updates)
+        masks = None
+        if self.config.secure:
+            samples = sampled(self.config, sorted(self.names), self.model.n_blocks)
+            contributors = {
+                block: [name for name, blocks in samples.items() if block in blocks]
+                for block in range(self.model.n_blocks)
+            }
+            masks = Masks(folder / "secure" / run_id.hex(), contributors, self.plan.max_colluding)
+        return Ballots(self.model, method, run_id, model_digest(self.fingerprints), updates, masks)
 
     def _coordinator(
         self, ask: Ask, ballots: Ballots[Any], decider: BlockDecider, run: Run, folder: Path
@@ -331,18 +340,19 @@ def _participants_of(
     records: Sequence[BlockRecord], surveyed: Sequence[SurveyRecord], window_length: int
 ) -> dict[str, ParticipantRecord]:
     """Summarize each participant whose updates counted, using only what the updates themselves state."""
-    n_tokens: dict[str, int] = {}
+    n_tokens: dict[str, int | None] = {}  # under masks, they are not known
     n_blocks: Counter[str] = Counter()
     n_bytes: Counter[str] = Counter()
     for record in records:
-        n_tokens = (record.n_tokens or {}) | n_tokens
-        n_blocks.update(list(record.n_tokens or {}))
+        for name in record.update_bytes or {}:
+            n_tokens.setdefault(name, (record.n_tokens or {}).get(name))
+        n_blocks.update(list(record.update_bytes or {}))
     for received in (*records, *surveyed):
         n_bytes.update(received.update_bytes or {})
     return {
         name: ParticipantRecord(
             sources=["kept by the participant"],
-            n_windows=tokens // window_length,
+            n_windows=None if tokens is None else tokens // window_length,
             window_length=window_length,
             n_blocks=n_blocks[name],
             update_bytes=n_bytes[name],

@@ -26,9 +26,11 @@ from fedprllm.core.owl import Outliers
 from fedprllm.errors import UpdateError
 from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.coordinator.decisions import BlockDecider
+from fedprllm.federation.coordinator.masks import Masks
 from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLost
-from fedprllm.federation.protocol.messages import Reason, Reply, Request, pack, read_reply
+from fedprllm.federation.protocol.masks import Agreement, read_shares
+from fedprllm.federation.protocol.messages import Operation, Reason, Reply, Request, pack, read_reply
 from fedprllm.files import append_line, write_bytes, write_json
 from fedprllm.models.identity import entry_name
 from fedprllm.pruning.run_folder import Run
@@ -177,17 +179,21 @@ class Coordinator:
         """
         blocks = range(self.run.n_finished, self._n_blocks)
         self._drop_damaged(blocks)
-        if self._missing(blocks):
+        if self._missing(blocks) or self._needs_shares(blocks):
             self._start(blocks)
             self._repeat_farewells()
+            if self.ballots.masks is not None:
+                self._exchange_keys(self.ballots.masks)
         if self._follows_server:
             for block in blocks:
                 self._collect([block])
+                self._unmask([block])
                 self._decide(block)
         else:
             # A participant's walk counts as a whole or not at all, so no block is decided before all
             # updates have arrived.
             self._collect(blocks)
+            self._unmask(blocks)
             for block in blocks:
                 self._decide(block)
         self._show("finished")
@@ -196,6 +202,8 @@ class Coordinator:
         """Tell all participants that the run is complete. One that misses this keeps its spool longer."""
         self._ask(list(self.participants), Request(op="finish", run=self._run_id))
         shutil.rmtree(self._folder / "updates", ignore_errors=True)
+        if self.ballots.masks is not None:
+            self.ballots.masks.forget()
 
     def _drop_damaged(self, blocks: Sequence[int]) -> None:
         """Delete updates that an earlier job received and that the disk has damaged: they are sent again."""
@@ -224,6 +232,8 @@ class Coordinator:
         payload = json.dumps(dict(self._ask_for.fingerprints)).encode()
         begin = self._clock()
         waiting, full = set(self._missing(blocks)), set[str]()
+        if self.ballots.masks is not None:
+            waiting = set(self.participants)  # also those that only have to give shares of masks
         while waiting and self._clock() - begin < self._start_patience_s(waiting & full):
             self._check_stopped()
             waiting &= set(self._dismiss_revoked())
@@ -266,6 +276,99 @@ class Coordinator:
             )
             alike = [name for name in names if tuple(self._samples[name]) == blocks]
             answers |= self._ask(alike, request, payload)
+        return answers
+
+    # Secure aggregation ------------------------------------------------------------------------
+
+    def _needs_shares(self, blocks: Sequence[int]) -> bool:
+        masks = self.ballots.masks
+        return masks is not None and bool(blocks) and not masks.has_shares(blocks)
+
+    def _exchange_keys(self, masks: Masks) -> None:
+        """Pass keys and boxes of shares on. Participants that do not answer in time are left out."""
+        self._show("exchanging keys")
+        if not masks.has_adverts:
+            opening = masks.opening.pack()
+            answers = self._gather("keys", dict.fromkeys(self.participants, opening))
+            self._drop_refused(masks.keep_adverts(answers))
+        if not masks.has_boxes:
+            answers = self._gather("shares", dict.fromkeys(self.participants, masks.adverts()))
+            self._drop_refused(masks.keep_boxes(answers))
+        for name in sorted(set(self.participants) - set(masks.members)):
+            self._leave_out(name, "deadline", "its keys did not arrive in time")
+        self._check_quorum()
+        self._gather("boxes", {name: masks.boxes_for(name) for name in self.participants})
+
+    def _drop_refused(self, refused: Mapping[str, str]) -> None:
+        for name, words in refused.items():
+            if name in self.participants:
+                self._leave_out(name, "invalid updates", words)
+        self._check_quorum()
+
+    def _gather(
+        self, op: Operation, payloads: Mapping[str, bytes], least: int | None = None
+    ) -> dict[str, bytes]:
+        """Ask participants for one step, until all have answered.
+
+        Args:
+            op: The step.
+            payloads: What each is asked.
+            least: With so many answers, the others are not waited for; otherwise, they are left out.
+        """
+        answers: dict[str, bytes] = {}
+        begin = self._clock()
+        while waiting := [name for name in payloads if name in self.participants and name not in answers]:
+            self._check_stopped()
+            self._dismiss_revoked()
+            if self._clock() - begin > self.plan.join_s:
+                break
+            for name in waiting:
+                request = Request(op=op, run=self._run_id)
+                patience_s = self._patience_s(len(payloads[name]))
+                for heard, (reply, content) in self._ask([name], request, payloads[name], patience_s).items():
+                    self._heard(heard, reply)
+                    if reply.state != "failed" and reply.code != "disk full":
+                        answers[heard] = bytes(content)
+            if least is not None and len(answers) >= least:
+                return answers
+            self._check_quorum()
+            if len(answers) < len(payloads):
+                time.sleep(_POLL_S)
+        for name in [] if least is not None else waiting:
+            self._leave_out(name, "absent", f"did not answer '{op}' within {self.plan.join_s:.0f} s")
+        self._check_quorum()
+        return answers
+
+    def _unmask(self, blocks: Sequence[int]) -> None:
+        """Have the participants agree on whose updates of some blocks are added up, and open the masks.
+
+        Raises:
+            QuorumLost: Too few participants are left for a sum.
+        """
+        masks = self.ballots.masks
+        if masks is None or not blocks or masks.has_shares(blocks):
+            return
+        self._show("unmasking")
+        survivors = {block: self._pruning(block) for block in blocks}
+        short = [block for block, names in survivors.items() if len(names) < masks.limit]
+        if short:
+            raise QuorumLost(
+                f"{len(survivors[short[0]])} updates of block {short[0]} are left, and a sum under masks "
+                f"needs {masks.limit}: begin a new run"
+            )
+        agreement = masks.agree_on(survivors)
+        signatures = self._enough("agree", agreement, masks.limit)
+        signed = agreement.model_copy(update={"signatures": {n: s.hex() for n, s in signatures.items()}})
+        answers = self._enough("unmask", signed, masks.limit)
+        masks.keep_shares(blocks, {name: read_shares(answer) for name, answer in answers.items()})
+
+    def _enough(self, op: Operation, agreement: Agreement, least: int) -> dict[str, bytes]:
+        answers = self._gather(op, dict.fromkeys(self.participants, agreement.pack()), least)
+        if len(answers) < least:
+            raise QuorumLost(
+                f"{len(answers)} participants answered '{op}', and {least} are needed: run it again when the "
+                "participants are back"
+            )
         return answers
 
     def _collect(self, blocks: Sequence[int]) -> None:
@@ -339,7 +442,8 @@ class Coordinator:
         self._dismiss_revoked()
         self._check_quorum()
         self._show(f"deciding block {block}")
-        names = self._pruning(block)
+        masks = self.ballots.masks
+        names = self._pruning(block) if masks is None else masks.survivors(block)
         if not names:
             raise QuorumLost(
                 f"no participant is left to prune block {block}: {self._folder / 'events.jsonl'} says why; "
@@ -533,11 +637,14 @@ class Coordinator:
         return {name: reason for name, reason in words.items() if reason in get_args(Reason)}
 
     def _check_quorum(self) -> None:
-        if len(self.participants) < self.plan.quorum:
+        quorum = self.plan.quorum
+        if self.ballots.masks is not None:
+            quorum = max(quorum, self.ballots.masks.limit)
+        if len(self.participants) < quorum:
             left = ", ".join(self.participants) or "none"
             self._show("quorum lost")
             raise QuorumLost(
-                f"{len(self.participants)} participants are left ({left}), the quorum is {self.plan.quorum}: "
+                f"{len(self.participants)} participants are left ({left}), the quorum is {quorum}: "
                 f"{self._folder / 'events.jsonl'} says why the others were left out; decided blocks are "
                 "kept; run it again when the participants are back"
             )

@@ -59,7 +59,20 @@ def rehearsal_kits(folder: Path, participants: Mapping[str, SiteSettings]) -> Pl
     write_ready_kits(federation, folder)
     for name, settings in participants.items():
         write_json(settings_path(folder / name), settings.model_dump(mode="json"))
+    if any(settings.require_secure for settings in participants.values()):
+        _pin_each_other([folder / name for name in federation.participants])
     return federation
+
+
+def _pin_each_other(kits: Sequence[Path]) -> None:
+    """Make everyone's signing key, and pin the same roster everywhere."""
+    from fedprllm.federation.site.masking import pin_roster, signing_key
+    from fedprllm.secure.terms import Roster
+
+    keys = {kit.name: signing_key(kit / "local", make=True).public_key() for kit in kits}
+    roster = Roster({name: key.public_bytes_raw() for name, key in keys.items()})
+    for kit in kits:
+        pin_roster(kit / "local", roster)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from fedprllm.errors import UpdateError
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.names import from_wire, to_wire
 from fedprllm.models.block import UNCHANGED, Block, GivenWeights, NarrowedWeights, PrunedWeights, Weights
+from fedprllm.sharing.input_sums import SQUARES
 from fedprllm.sharing.pruned_weights import mask_name
 
 __all__ = ["COORDINATOR", "decided_weights", "encode_decision"]
@@ -51,7 +52,7 @@ def _content(decision: BlockDecision, block: Block) -> tuple[str, Mapping[str, T
     """The kind of a message about a decision, and its tensors."""
     weights = decision.weights
     if decision.influence is not None:
-        return _INFLUENCE, {_INFLUENCE: torch.tensor([decision.influence], dtype=torch.float64)}
+        return _INFLUENCE, {_INFLUENCE: SQUARES.rounded(torch.tensor([decision.influence]))}
     if isinstance(weights, NarrowedWeights):
         return "weights", {
             **weights.narrow,

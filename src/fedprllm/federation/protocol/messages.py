@@ -11,6 +11,11 @@
 | decision about a block | the decision, as `fedprllm.federation.protocol.update` writes it | a state |
 | left out: the run goes on without the participant | | a state |
 | finish | | a state |
+| keys: a session under masks begins | session, contributors | the participant's public keys, signed |
+| shares | everyone's public keys | a sealed box for each other participant |
+| boxes | the boxes for this participant | a state |
+| agree | whose updates have arrived | a signature |
+| unmask | signatures | shares of masks |
 
 A reply's header holds numbers, words from a fixed list, and at most the name of a tensor or of a setting of
 the model. It has no place for text.
@@ -45,7 +50,21 @@ MAX_HEADER_BYTES = 64 * 1024
 _LENGTH = struct.Struct("<I")
 _FINGERPRINTS = TypeAdapter(dict[str, Annotated[str, Field(min_length=1, max_length=256)]])
 
-Operation = Literal["start", "state", "fetch", "refused", "decision", "left out", "finish"]
+Operation = Literal[
+    "start",
+    "state",
+    "fetch",
+    "refused",
+    "decision",
+    "left out",
+    "finish",
+    # Secure aggregation (`fedprllm.federation.protocol.masks`).
+    "keys",
+    "shares",
+    "boxes",
+    "agree",
+    "unmask",
+]
 # Why a run goes on without a participant.
 Reason = Literal["", "absent", "deadline", "failed", "invalid updates", "revoked"]
 State = Literal["idle", "waiting", "working", "done", "failed"]
@@ -64,6 +83,7 @@ Code = Literal[
     "another plan",  # not the run that the participant agreed to beforehand
     "not confirmed",  # the participant declined
     "kind not allowed",  # the participant does not share this kind of update
+    "not secure",  # the participant shares sums only, or nothing that would go into this one
     "not ready",  # the update does not exist yet
     "disk full",  # nothing was done; the participant waits for space
     "other run",  # the participant is working on another run

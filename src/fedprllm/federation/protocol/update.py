@@ -24,11 +24,11 @@ import torch
 
 from fedprllm.errors import UpdateError, did_you_mean
 from fedprllm.sharing import SHARING
-from fedprllm.sharing.interface import Wire
+from fedprllm.sharing.interface import COUNTS, Wire
 
-__all__ = ["VERSION", "Expectation", "Update", "decode", "encode", "max_message_bytes"]
+__all__ = ["MASKED", "VERSION", "Expectation", "Update", "decode", "encode", "max_message_bytes"]
 
-VERSION = 1
+VERSION = 2
 MAX_PARTICIPANT_BYTES = 128
 MAX_NAME_BYTES = 255
 MAX_TENSORS = 4096
@@ -48,6 +48,7 @@ _SHOWN_CHARACTERS = 80
 _CUT_OFF = "the message ends too early; send it whole, as encode returned it"
 _RENAME = "choose another name"
 _SAME_VERSION = "use the same version of fedprllm on both sides"
+_OLDER = f"{_SAME_VERSION}, and begin a run that an older version left unfinished again"
 
 # Control characters, line breaks and direction marks. Names are printed in ledgers and logs, where these
 # characters could make one name look like another, or like a separate line.
@@ -62,15 +63,19 @@ class _Encoding(NamedTuple):
 _ENCODINGS: dict[int, _Encoding] = {
     1: _Encoding(torch.bool, "u1"),
     2: _Encoding(torch.float32, "<i4"),
-    3: _Encoding(torch.float64, "<i8"),
+    # 3 was float64 in version 1.
     4: _Encoding(torch.float16, "<i2"),
     5: _Encoding(torch.bfloat16, "<i2"),
+    6: _Encoding(torch.int64, "<i8"),
 }
 _CODES = {encoding.dtype: code for code, encoding in _ENCODINGS.items()}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+# An update under masks: words that say nothing by themselves (`fedprllm.secure`).
+MASKED = "masked"
 _KINDS: dict[str, Wire] = {kind: row.wire for kind, row in SHARING.items()}
+_KINDS[MASKED] = Wire(6, COUNTS, COUNTS)
 _KIND_NAMES = {kind.code: name for name, kind in _KINDS.items()}
 
 
@@ -83,7 +88,7 @@ class Update:
         participant: Name of the participant, 1 to 128 bytes of UTF-8 without control characters.
         block: Index of the decoder layer.
         kind: ``mask`` (True = pruned), ``statistics`` (sums of squares per input), ``gram``,
-            ``weights`` or ``outliers`` (number of outlying scores).
+            ``weights``, ``outliers`` (number of outlying scores) or ``masked`` (words under masks).
         model_fingerprint: Digest of the model that the update was computed from, 32 bytes.
         tensors: The content, by name, in any order.
         n_tokens: Number of calibration tokens that the update was computed from.
@@ -148,7 +153,7 @@ def encode(update: Update) -> bytes:
     _check_length("run_id", update.run_id, 16)
     _check_length("model_fingerprint", update.model_fingerprint, 32)
     _check_range("block", update.block, 0, _MAX_U32)
-    _check_range("n_tokens", update.n_tokens, 0, _MAX_TOKENS)
+    _check_range("n_tokens", update.n_tokens, 0, _most_tokens(update.kind))
     _check_range("number of tensors", len(update.tensors), 1, MAX_TENSORS)
     participant = _to_utf8("participant", update.participant, MAX_PARTICIPANT_BYTES)
 
@@ -243,7 +248,8 @@ def _check_envelope(view: memoryview, max_bytes: int) -> None:
     if magic != _MAGIC:
         raise _refuse("magic", _MAGIC, magic, "this is not an update of fedprllm")
     if version != VERSION:
-        raise _refuse("version", VERSION, version, _SAME_VERSION)
+        remedy = _OLDER if version < VERSION else _SAME_VERSION
+        raise _refuse("version", VERSION, version, remedy)
     if flags != 0:
         raise _refuse("flags", 0, flags, _SAME_VERSION)
     if total_bytes != len(view):
@@ -260,7 +266,7 @@ def _read_header(view: memoryview) -> tuple[Update, int, int]:
     run_id, fingerprint, block, n_tokens, code, participant_bytes, n_tensors = fields[4:]
     if code not in _KIND_NAMES:
         raise _refuse("kind", _listed(_KIND_NAMES), code, _SAME_VERSION)
-    _check_range("n_tokens", n_tokens, 0, _MAX_TOKENS)
+    _check_range("n_tokens", n_tokens, 0, _most_tokens(_KIND_NAMES[code]))
     _check_range("number of tensors", n_tensors, 1, MAX_TENSORS)
     participant, offset = _read_text(
         "participant", view[:-_DIGEST_BYTES], _FIXED.size, participant_bytes, MAX_PARTICIPANT_BYTES
@@ -332,19 +338,19 @@ def _check_payload(kind: str, entry: _Entry, payload: memoryview) -> None:
         return
     step = _CHECKED_AT_ONCE * entry.dtype.itemsize
     for start in range(0, len(payload), step):
-        _check_values(kind, entry.name, _floats(entry.dtype, payload[start : start + step]))
+        _check_values(kind, entry.name, _numbers(entry.dtype, payload[start : start + step]))
 
 
 def _unpack(entry: _Entry, payload: memoryview) -> torch.Tensor:
     if entry.dtype != torch.bool:
-        return _floats(entry.dtype, payload).reshape(entry.shape)
+        return _numbers(entry.dtype, payload).reshape(entry.shape)
     stored = np.frombuffer(payload, np.uint8)
     bits = np.unpackbits(stored, count=math.prod(entry.shape), bitorder="little")
     return torch.from_numpy(bits.view(np.bool_)).reshape(entry.shape)
 
 
-def _floats(dtype: torch.dtype, payload: memoryview) -> torch.Tensor:
-    """Copy floats out of a message: there they may be unaligned and read-only, in a tensor they may not."""
+def _numbers(dtype: torch.dtype, payload: memoryview) -> torch.Tensor:
+    """Copy numbers out of a message: there they may be unaligned and read-only, in a tensor they may not."""
     stored = np.frombuffer(payload, _ENCODINGS[_CODES[dtype]].carrier)
     return torch.from_numpy(stored.astype(stored.dtype.newbyteorder("="))).view(dtype)
 
@@ -363,7 +369,7 @@ def _pack(kind: str, name: str, tensor: torch.Tensor) -> memoryview:
 
 
 def _check_values(kind: str, name: str, values: torch.Tensor) -> None:
-    low, high = (float(extreme) for extreme in torch.aminmax(values))  # NaN propagates to both
+    low, high = (extreme.item() for extreme in torch.aminmax(values))  # NaN propagates to both
     if not (math.isfinite(low) and math.isfinite(high)):
         found = next(value for value in (low, high) if not math.isfinite(value))
         remedy = "the calibration overflowed; try --dtype float32"
@@ -372,6 +378,10 @@ def _check_values(kind: str, name: str, values: torch.Tensor) -> None:
         raise _refuse(
             f"values of {name!r}", f"{_KINDS[kind].not_negative}, 0 or more", low, "send them as computed"
         )
+    grid = _KINDS[kind].grid
+    if grid is not None and not grid.holds(values.reshape(-1)):
+        expected = f"multiples of 2^-{grid.fraction_bits} below 2^{grid.magnitude_bits}"
+        raise _refuse(f"values of {name!r}", expected, f"others from {low} to {high}", _SAME_VERSION)
 
 
 def _check_entry(kind: str, entry: _Entry) -> None:
@@ -392,6 +402,10 @@ def _kind(name: str) -> Wire:
     if name not in _KINDS:
         raise UpdateError(f"unknown kind of update {did_you_mean(name, _KINDS)}")
     return _KINDS[name]
+
+
+def _most_tokens(kind: str) -> int:
+    return 0 if kind == MASKED else _MAX_TOKENS
 
 
 def _payload_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -63,8 +63,15 @@ def check_request(settings: SiteSettings, job: Mapping[str, Any]) -> None:
         job: The coordinator's request, with ``config``, ``model`` and ``participants``.
 
     Raises:
-        Refused: Too few participants, windows or tokens, or not the run that the participant pinned.
+        Refused: Updates in the clear, too few participants, windows or tokens, or not the run that the
+            participant pinned.
     """
+    if settings.require_secure and not job["config"].get("secure"):
+        raise Refused(
+            "not secure",
+            "the run asks for updates in the clear, and this participant shares sums only "
+            "(--require-secure): ask the coordinator to run it with secure",
+        )
     n_participants = len(set(job["participants"]))
     if n_participants < settings.min_participants:
         raise Refused(

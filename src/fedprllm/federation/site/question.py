@@ -9,7 +9,7 @@ from typing import Any
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.pruning.method import Method
 from fedprllm.pruning.participant import Participant
-from fedprllm.sharing import update_bytes
+from fedprllm.pruning.preflight import payloads
 
 __all__ = ["question_of"]
 
@@ -37,7 +37,8 @@ def question_of(
     """
     config, sharing = method.config, method.sharing
     blocks = job["blocks"]
-    n_bytes = sum(update_bytes(sharing.shapes(model.linears[block])) for block in blocks)
+    per_block = payloads(model, config, sharing.kind, len(job["participants"]))
+    n_bytes = sum(per_block[block] for block in blocks)
     purpose = (
         "count outliers, to choose how much each block loses"
         if job["survey"]
@@ -50,6 +51,7 @@ def question_of(
             ["purpose", purpose],
             ["participants", ", ".join(sorted(job["participants"]))],
             ["you send", f"{sharing.noun}: {sharing.content}"],
+            ["seen by", "the server only as a sum over participants" if config.secure else "the server"],
             ["size", f"{_size(n_bytes)} for {len(blocks)} of {model.n_blocks} blocks"],
             [
                 "computed from",

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedprllm.errors import ConfigError, UpdateError
+from fedprllm.errors import ConfigError, SecureError, UpdateError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.messages import (
     Code,
@@ -40,6 +40,7 @@ _MAX_CRASHES = 3
 SETTINGS = "fedprllm.json"
 # Nothing was done, because it could not be written down. The coordinator asks again.
 NO_SPACE = Reply(state="waiting", code="disk full")
+MASKING = ("keys", "shares", "boxes", "agree", "unmask")
 CURRENT = "current.json"  # the run that a job process is working on, for display
 
 
@@ -117,7 +118,11 @@ class Site:
             return pack(Reply(state="failed", code="other run"))
         if request.op == "fetch":
             return self._fetch(request.block)
-        if request.op == "refused":
+        if request.op in MASKING:
+            return self._mask(request.op, payload)
+        if request.op == "refused" and self._is_secure:
+            pass  # the same bytes are sent again; an update is never hidden twice
+        elif request.op == "refused":
             self._stop_worker()
             self.spool.forget(request.block)
         elif request.op == "decision":
@@ -129,6 +134,27 @@ class Site:
             write_text(wake_path(self.folder), request.run)
             return pack(Reply(state="done"))
         return pack(self._state())
+
+    @property
+    def _is_secure(self) -> bool:
+        job = self.spool.known("job.json") or {}
+        return bool(job.get("config", {}).get("secure"))
+
+    def _mask(self, op: str, payload: memoryview) -> bytes:
+        """Take one step of secure aggregation, or refuse it and end this participant's part."""
+        from fedprllm.federation.site.masking import Masking
+
+        local = self._settings_file.parent
+        try:
+            if not self._is_secure:
+                raise SecureError("the run was not begun as one under masks")
+            answer = Masking(self.name, local, self.settings, self.spool, self.folder).answer(op, payload)
+        except SecureError as error:
+            self._stop_worker()
+            self.spool.set_status("failed", "not secure", message=str(error))
+            print(f"refused: {error}", file=sys.stderr)
+            return pack(Reply(state="failed", code="not secure"))
+        return pack(Reply(state="working", n_ready=self.spool.n_ready), answer)
 
     # Computing ---------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ RUN/
   decisions/block-0007.decision   the coordinator's decision (iterative), which holds its own digest
   state/hidden-0007.safetensors   hidden states after that block; only the newest file is kept
   state/hidden-0007.json          the digest of the hidden states
+  secure/                         the answers and keys of secure aggregation
   worker.log                      log of the computation; never sent
 
 Files are either complete or absent, and a file that a disk has damaged is noticed and made again. A killed
@@ -174,8 +175,8 @@ class Spool:
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def clear(self) -> None:
-        """Delete updates, decisions and hidden states. The request and the log remain."""
-        for name in ("updates", "decisions", "state"):
+        """Delete updates, decisions, hidden states and keys. The request and the log remain."""
+        for name in ("updates", "decisions", "state", "secure"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from fedprllm.errors import DataError, DiskFull, FedprllmError, UpdateError
+from fedprllm.errors import DataError, DiskFull, FedprllmError, SecureError, UpdateError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.site.consent import (
     Refused,
@@ -54,13 +54,14 @@ def main(arguments: list[str]) -> int:
     """
     folder, settings_file, name, owner = arguments
     spool = Spool(Path(folder))
+    local = Path(settings_file).parent
     settings = SiteSettings(**read_json(Path(settings_file)))
     end_with_parent()
     limit_resources(settings)
     with FileLock(spool.path(".lock")):
         while True:
             try:
-                return _walk(spool, settings, name, owner)
+                return _walk(spool, settings, name, owner, local)
             except (DiskFull, OSError) as error:
                 _wait_for_space(spool, owner, error)
 
@@ -79,7 +80,7 @@ def _wait_for_space(spool: Spool, owner: str, error: DiskFull | OSError) -> None
         os._exit(3)
 
 
-def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
+def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str, local: Path) -> int:
     """Walk to the end, or record why that is impossible.
 
     Raises:
@@ -88,13 +89,15 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str) -> int:
     """
     spool.set_status("working")
     try:
-        _Walk(spool, settings, name, owner).run()
+        _Walk(spool, settings, name, owner, local).run()
     except Failed as failure:
         print(failure, file=sys.stderr)
         spool.set_status("failed", failure.code, failure.tensor, str(failure), failure.value)
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         spool.set_status("failed", refusal.code, message=str(refusal))
+    except SecureError as error:
+        return _fail(spool, "not secure", error)
     except DataError as error:
         return _fail(spool, "data", error)
     except DiskFull:
@@ -130,10 +133,11 @@ def _fail(spool: Spool, code: str, error: BaseException) -> int:
 class _Walk:
     """One participant's walk over the blocks, which reads and writes its spool."""
 
-    def __init__(self, spool: Spool, settings: SiteSettings, name: str, owner: str) -> None:
+    def __init__(self, spool: Spool, settings: SiteSettings, name: str, owner: str, local: Path) -> None:
         from fedprllm.config import PruneConfig
 
         self.spool, self.settings, self.name, self.owner = spool, settings, name, owner
+        self.local = local
         self.job: dict[str, Any] = read_sealed(spool.path("job.json"))
         config = PruneConfig(**self.job["config"])
         self.config = config.model_copy(update={"device": settings.device or "cpu"})
@@ -300,7 +304,11 @@ class _Walk:
             return
         if self.spool.update(index) is not None:
             return
-        tensors, n_tokens = to_wire(update, block.linears), self.participant.n_tokens
+        if self.config.secure:
+            kind, n_tokens = wire.MASKED, 0
+            tensors = self._masked(block, update)
+        else:
+            tensors, n_tokens = to_wire(update, block.linears), self.participant.n_tokens
         message = wire.Update(
             run_id=bytes.fromhex(self.job["run"]),
             participant=self.name,
@@ -313,6 +321,32 @@ class _Walk:
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
         summary = {"kind": kind, "n_tokens": n_tokens, "shapes": shapes}
         self.spool.keep_update(index, wire.encode(message), summary)
+
+    def _masked(self, block: Any, update: Any) -> dict[str, Any]:
+        """Hide an update, once keys have been exchanged."""
+        import torch
+
+        from fedprllm.federation.site.masking import Masking
+        from fedprllm.sharing.as_words import Layout
+
+        config = self.walker.method.config
+        assert config.window_length is not None, "the request is resolved"
+        layout = Layout(
+            self.walker.method.empty(block),
+            len(self.job["participants"]),
+            config.window_length,
+            config.windows if config.weighting == "tokens" else 0,
+        )
+        words = layout.pack(update, self.participant.n_tokens)
+        while not Masking(*self._masking).may_mask:
+            self._check_owner()
+            time.sleep(_DECISION_POLL_S)
+        hidden = Masking(*self._masking).mask(block.index, words)
+        return {"words": torch.from_numpy(hidden.view("<i8"))}
+
+    @property
+    def _masking(self) -> tuple[Any, ...]:
+        return self.name, self.local, self.settings, self.spool, self._home
 
     def _decision(self, block: Any) -> Any:
         """Wait for the coordinator's decision about a block."""

@@ -1,0 +1,213 @@
+"""Secure aggregation at a participant's site: its signing key, its roster, and its side of a run's session.
+
+KIT/local/
+  signing.key      private signing key (Ed25519), made here, readable by its owner only
+  roster.json      public signing keys of all participants, pinned after their fingerprint was compared
+
+RUN/secure/        what was answered in the session; deleted at the end of the run
+FOLDER/unmasked.json   which sums this participant has helped to unmask
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from filelock import FileLock
+
+from fedprllm.errors import RunError, SecureError
+from fedprllm.federation.plan import SiteSettings
+from fedprllm.federation.protocol.masks import (
+    Agreement,
+    Opening,
+    Shares,
+    read_bytes_by_name,
+    sum_name,
+    terms_of,
+    write_bytes_by_name,
+    write_shares,
+)
+from fedprllm.federation.site.consent import text_identity
+from fedprllm.federation.site.spool import Spool
+from fedprllm.files import read_json, read_sealed, write_json, write_private, write_sealed
+from fedprllm.secure.journal import FileJournal
+from fedprllm.secure.keys import digest
+from fedprllm.secure.participant import SecureParticipant
+from fedprllm.secure.terms import Limits, Roster
+
+__all__ = ["Masking", "UnmaskLedger", "pin_roster", "pinned_roster", "signing_key"]
+
+_KEY, _ROSTER, _LEDGER = "signing.key", "roster.json", "unmasked.json"
+
+
+def signing_key(local: Path, *, make: bool = False) -> Ed25519PrivateKey:
+    """The participant's private signing key.
+
+    Args:
+        local: The kit's ``local`` folder.
+        make: Make one if there is none.
+
+    Raises:
+        SecureError: There is none.
+    """
+    path = local / _KEY
+    if not path.exists():
+        if not make:
+            raise SecureError(f"{path} is missing: make it with 'fedprllm roster key {local.parent}'")
+        write_private(path, Ed25519PrivateKey.generate().private_bytes_raw())
+    return Ed25519PrivateKey.from_private_bytes(path.read_bytes())
+
+
+def pin_roster(local: Path, roster: Roster) -> None:
+    """Keep a roster as the one whose signatures count."""
+    write_json(local / _ROSTER, {name: key.hex() for name, key in sorted(roster.keys.items())})
+
+
+def pinned_roster(local: Path) -> Roster:
+    """The roster whose signatures count.
+
+    Raises:
+        SecureError: None is pinned.
+    """
+    path = local / _ROSTER
+    if not path.exists():
+        raise SecureError(f"no roster is pinned: 'fedprllm roster pin {local.parent} ROSTER' does it")
+    return Roster({name: bytes.fromhex(key) for name, key in read_json(path).items()})
+
+
+class UnmaskLedger:
+    """Remembers whose updates were in each sum that this participant has helped to unmask.
+
+    Of two sums over almost the same participants, the difference is a sum over the few that are in one only.
+
+    Args:
+        folder: The participant's folder with its ledger and runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._lock = folder / _LEDGER, FileLock(folder / ".unmasked.lock")
+
+    def spend(self, about: str, survivors: Sequence[str], min_sum: int) -> None:
+        """Record that a sum will be unmasked, unless its difference to an earlier one tells too much.
+
+        Args:
+            about: What the sums have in common: model, text and block.
+            survivors: Participants whose updates are in the sum.
+            min_sum: Fewest updates that a sum, and a difference of sums, may consist of.
+
+        Raises:
+            SecureError: It does; the message names the participants that would be exposed.
+        """
+        with self._lock:
+            known = self._known()
+            earlier = known.setdefault(about, [])
+            for names in earlier:
+                differing = sorted(set(names) ^ set(survivors))
+                if 0 < len(differing) < min_sum:
+                    raise SecureError(
+                        f"this sum and an earlier one of the same text differ by {', '.join(differing)} "
+                        "only, and would reveal what they share: let the same participants take part"
+                    )
+            if sorted(survivors) not in earlier:
+                earlier.append(sorted(survivors))
+                write_sealed(self._path, known)
+
+    def _known(self) -> dict[str, Any]:
+        try:
+            return read_sealed(self._path)
+        except FileNotFoundError:
+            return {}
+        except RunError as error:
+            raise SecureError(f"{error}. It says which sums were unmasked: restore it") from None
+
+
+class Masking:
+    """A participant's side of the session of one run.
+
+    Args:
+        name: Its name.
+        local: The kit's ``local`` folder.
+        settings: Its own settings.
+        spool: The run's spool.
+        home: The participant's folder with its ledger and runs.
+
+    Raises:
+        SecureError: It has no signing key or roster.
+    """
+
+    def __init__(self, name: str, local: Path, settings: SiteSettings, spool: Spool, home: Path) -> None:
+        self._settings, self._spool, self._home = settings, spool, home
+        self._limits = Limits(settings.min_sum, settings.max_colluding)
+        self._participant = SecureParticipant(
+            name, signing_key(local), pinned_roster(local), self._limits, FileJournal(spool.path("secure"))
+        )
+        self._name = name
+
+    def answer(self, op: str, payload: memoryview) -> bytes:
+        """Answer one step of the protocol.
+
+        Raises:
+            SecureError: Answering could reveal this participant's update.
+            UpdateError: The request cannot be read.
+        """
+        one = self._participant
+        if op == "keys":
+            return self._keys(Opening.read(payload))
+        if op == "shares":
+            return write_bytes_by_name(one.share(read_bytes_by_name(payload)))
+        if op == "boxes":
+            one.receive(read_bytes_by_name(payload))
+            return b""
+        agreement: Agreement = Agreement.read(payload)
+        if op == "agree":
+            signature = one.agree(agreement.by_sum, self._decisions(agreement))
+            self._check_ledger(agreement)  # only lists that could be signed are remembered
+            return signature
+        signatures = {name: bytes.fromhex(digits) for name, digits in agreement.signatures.items()}
+        shares = one.unmask(agreement.by_sum, signatures, self._decisions(agreement))
+        found: Shares = {block: shares[sum_name(block)] for block in agreement.survivors}
+        return write_shares(found)
+
+    @property
+    def may_mask(self) -> bool:
+        """Whether the exchange of keys and shares is complete."""
+        return FileJournal(self._spool.path("secure")).read("receive") is not None
+
+    def mask(self, block: int, words: Any) -> Any:
+        """Hide the update of a block, uint64 [n]."""
+        return self._participant.mask(sum_name(block), words)
+
+    def _keys(self, opening: Opening) -> bytes:
+        job, fingerprints = (
+            read_sealed(self._spool.path("job.json")),
+            read_json(self._spool.path("fingerprints.json")),
+        )
+        mine = sorted(block for block, names in opening.contributors.items() if self._name in names)
+        named = {name for names in opening.contributors.values() for name in names}
+        if mine != sorted(job["blocks"]) or named != set(job["participants"]):
+            raise SecureError("the contributors to the sums are not those of the run's request")
+        terms = terms_of(opening.contributors, job, fingerprints)
+        return self._participant.advertise(bytes.fromhex(opening.session), terms)
+
+    def _decisions(self, agreement: Agreement) -> bytes:
+        """Digest of the decisions that this participant has received before the first of the blocks."""
+        first = min(agreement.survivors, default=0)
+        return decisions_digest([self._spool.decision_path(block) for block in range(first)])
+
+    def _check_ledger(self, agreement: Agreement) -> None:
+        model = digest(
+            json.dumps(read_json(self._spool.path("fingerprints.json")), sort_keys=True).encode()
+        ).hex()
+        job = read_sealed(self._spool.path("job.json"))
+        kind = "survey" if job["survey"] else job["config"]["share"]
+        text, ledger = text_identity(self._settings.data), UnmaskLedger(self._home)
+        for block, names in agreement.survivors.items():
+            ledger.spend(f"{model} {text} {kind} {block}", names, self._limits.min_sum)
+
+
+def decisions_digest(paths: Sequence[Path]) -> bytes:
+    """Digest of decisions in the order of their blocks; decisions that were not sent count as empty."""
+    return digest(*(path.read_bytes() if path.exists() else b"" for path in paths))
