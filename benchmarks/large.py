@@ -32,12 +32,12 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
+from benchmarks._checkpoint import as_it_is, write_random
 from benchmarks._harness import SEED, machine
 from fedprllm import PruneConfig, PruneResult, prune
 from fedprllm.models.blockwise import DTYPES, BlockwiseModel
-from fedprllm.models.checkpoint import CheckpointWriter
 
 SHAPES = {
     "tiny": {
@@ -108,29 +108,7 @@ def make_checkpoint(folder: Path, shape: str, n_blocks: int) -> int:
     """Write a model with random weights block by block. Returns the size of its weights in bytes."""
     config = LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": n_blocks}, vocab_size=32000)
     config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder / "source")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    writer = CheckpointWriter(folder / "model", n_blocks)
-    state = skeleton.state_dict()
-    for block in (None, *range(n_blocks)):
-        prefix = "model.layers." if block is None else f"model.layers.{block}."
-        generator = torch.Generator().manual_seed(SEED + (0 if block is None else block + 1))
-        writer.write(
-            block,
-            {
-                name: _random(tuple(tensor.shape), generator)
-                for name, tensor in state.items()
-                if name.startswith(prefix) != (block is None)
-            },
-        )
-    writer.finish(folder / "source")
-    return sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
-
-
-def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    tensor = torch.ones(shape, dtype=torch.bfloat16)
-    return tensor if len(shape) == 1 else tensor.normal_(0, 0.02, generator=generator)
+    return write_random(folder / "model", config, as_it_is)
 
 
 def participants(n: int, length: int) -> dict[str, torch.Tensor]:
