@@ -217,16 +217,18 @@ def test_model_without_decoder_blocks(tmp_path, windows):
     refused(ModelError, ".", tmp_path, tmp_path / "model", [windows(0)])
 
 
-def test_fused_experts_are_refused(tmp_path, windows):
-    from transformers import AutoModelForCausalLM, MixtralConfig
+def test_experts_that_cannot_be_taken_apart_are_refused(tmp_path, windows):
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
 
-    config = MixtralConfig(
+    config = Llama4TextConfig(
         vocab_size=128,
         hidden_size=32,
         intermediate_size=48,
+        intermediate_size_mlp=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=8,
         num_local_experts=4,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
