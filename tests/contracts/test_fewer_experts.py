@@ -200,7 +200,7 @@ def test_an_expert_of_one_domain_survives_if_that_domain_takes_part(specialized,
         ("mixtral", "experts=5", ConfigError, "would leave 1 of 6 experts.* expected at least the 2"),
         ("olmoe", "experts=7", ConfigError, "would leave 1 of 8 experts"),
         ("deepseek-v3", "experts=3", ConfigError, "the same number from each of 2 groups"),
-        ("deepseek-v3", "experts=6", ConfigError, "could choose among 0"),
+        ("deepseek-v3", "experts=6", ConfigError, "could choose 0 for a token"),
     ],
 )
 def test_what_cannot_be_removed_is_refused(tiny, windows, tmp_path, name, structure, error, words):
@@ -296,7 +296,7 @@ def test_a_decision_on_the_wire_holds_the_scores(tiny, windows, tmp_path):
     ids=str,
 )
 def test_a_manifest_that_does_not_fit_is_refused(tiny, tmp_path, removed):
-    with pytest.raises(ModelError, match="do not fit the model|no entry"):
+    with pytest.raises(ModelError, match="do not fit the model"):
         write_fewer_experts(tmp_path / "model", BlockwiseModel(tiny("deepseek-v3")), removed)
     assert not (tmp_path / "model" / "config.json").exists()
 

@@ -216,15 +216,12 @@ def _kept(experts: Experts, removed: Sequence[Collection[int]]) -> list[list[int
         [number for number in everything if path and number not in gone]
         for path, gone in zip(experts.paths, removed, strict=False)
     ]
-    if (
-        not fits
-        or len({len(each) for each in kept if each}) != 1
-        or kept.count([]) != experts.paths.count("")
-    ):
+    n_blocks = sum(map(bool, experts.paths))
+    if not fits or len({len(each) for each in kept if each}) != 1 or sum(map(bool, kept)) != n_blocks:
         raise ModelError(
-            f"the experts to remove do not fit the model: expected some of {experts.n_experts} experts, equally "
-            f"many in each of {len(experts.paths) - experts.paths.count('')} blocks. The decisions are not of "
-            "one run of this model; fetch the result again"
+            f"the experts to remove do not fit the model: expected some of {experts.n_experts} experts, "
+            f"equally many in each of {n_blocks} blocks. The decisions are not of one run of this model; "
+            "fetch the result again"
         )
     return kept
 

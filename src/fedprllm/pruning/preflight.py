@@ -113,13 +113,13 @@ def _check_experts(model: BlockwiseModel, amount: Fraction) -> None:
     if not 0 < removed < n or removed % experts.n_groups:
         raise ConfigError(
             f"structure experts={float(amount):g} would remove {removed} of {n} experts: expected "
-            f"{experts.n_groups} to {n - experts.n_groups}{each if experts.n_groups > 1 else ''}; remove another "
-            "number"
+            f"{experts.n_groups} to {n - experts.n_groups}{each if experts.n_groups > 1 else ''}; remove "
+            "another number"
         )
     if experts.n_reachable(n - removed) < experts.n_chosen:
         raise ConfigError(
-            f"structure experts={float(amount):g} would leave {n - removed} of {n} experts, of which the router "
-            f"could choose among {experts.n_reachable(n - removed)} for a token: expected at least the "
+            f"structure experts={float(amount):g} would leave {n - removed} of {n} experts, among which a "
+            f"router could choose {experts.n_reachable(n - removed)} for a token: expected at least the "
             f"{experts.n_chosen} that it chooses; remove fewer"
         )
     fewer_experts(model, n - removed)

@@ -57,8 +57,8 @@ def _contribute(seen: Seen, target: Target) -> Tensors:  # noqa: ARG001  one sig
     if not bool((sums < WHOLE.limit).all()):
         raise ModelError(
             f"block {seen.block.index}: the outputs of an expert add up to "
-            f"{float(sums.max()) * ExpertStatistics.UNIT:.3g}: expected less than {most:.3g}, which sums over "
-            "participants can hold: use fewer windows"
+            f"{float(sums.max()) * ExpertStatistics.UNIT:.3g}: expected less than {most:.3g}, which sums "
+            "over participants can hold: use fewer windows"
         )
     return {_SUMS: sums.to(torch.int64), _COUNTS: counts}
 
@@ -83,8 +83,8 @@ def _figures(update: Mapping[str, Tensor], linears: Linears, n_tokens: int) -> T
 
 def _outstanding(figures: Mapping[str, Tensors], norms: Norms) -> dict[str, str]:  # noqa: ARG001
     refused = {
-        name: f"{float(figure[_COUNTS]):.4g} tokens reached an expert for each token of the text: expected at "
-        "most 1"
+        name: f"{float(figure[_COUNTS]):.4g} tokens reached an expert for each token of the text: expected "
+        "at most 1"
         for name, figure in figures.items()
         if float(figure[_COUNTS]) > 1
     }
@@ -109,7 +109,7 @@ def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001  a
 def expert_scores(totals: Totals, linears: Linears) -> list[float]:
     """Mean of what each expert adds to its tokens, over all participants; 0 for one that none reached.
 
-    Source: Lasby et al., REAP the Experts (arXiv 2510.13999), equation 9.
+    Source: Lasby et al., REAP the Experts (arXiv 2510.13999).
     """
     sums, counts = totals.sums[_SUMS], totals.sums[_COUNTS]
     means = sums * ExpertStatistics.UNIT / counts.clamp_min(1)

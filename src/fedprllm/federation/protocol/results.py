@@ -138,7 +138,7 @@ class Manifest(BaseModel):
         n_zeros: Number of zeros among them.
         card: Text of the model card.
         dropped: Indices of the blocks that the pruned model lacks.
-        removed_experts: Numbers of the experts that each block of the pruned model lacks; empty if it has all.
+        removed_experts: Numbers of the experts that each block of the pruned model lacks; empty if none.
         exclude: Names and patterns of the Linears that stayed dense.
     """
 
