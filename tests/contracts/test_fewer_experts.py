@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -20,6 +22,7 @@ from fedprllm.deciding.experts import least_active, n_removed
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.decision import decided_weights, encode_decision
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.fewer_experts import experts_of, fewer_experts, write_fewer_experts
 from fedprllm.pruning.method import pruning_method
 from fedprllm.sharing.expert_outputs import EXPERTS
@@ -83,8 +86,28 @@ def cut(folder: Path, removed: list[list[int]]) -> nn.Module:
     return smaller.eval()
 
 
+@pytest.fixture
+def mixture(tiny, tmp_path):
+    """``mixture(name)``: a tiny random mixture; DeepSeek's correction of scores is random too."""
+
+    def get(name: str) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(tiny(name), folder)
+        weights = load_file(folder / "model.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        for key, tensor in weights.items():
+            if key.endswith("e_score_correction_bias"):
+                assert not tensor.any()
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return get
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_result_is_the_model_without_the_experts(tiny, windows, tmp_path, name):
+def test_the_result_is_the_model_without_the_experts(mixture, windows, tmp_path, name):
+    tiny = functools.cache(mixture)
     result = prune(tiny(name), [windows(0, 3), windows(1, 3)], TWO, out=tmp_path / "run")
     removed = [block.removed_experts or [] for block in result.record.blocks]
     loaded, report = AutoModelForCausalLM.from_pretrained(result.model_dir, output_loading_info=True)
@@ -155,9 +178,7 @@ def test_each_group_of_a_router_loses_equally_many(tiny, windows, tmp_path):
 def specialized(tiny, tmp_path) -> Path:
     """A model whose router sends token 5 to expert 0 of each block, and never any other token."""
     folder = tmp_path / "specialized"
-    folder.mkdir()
-    for path in tiny("mixtral").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny("mixtral"), folder)
     weights = load_file(folder / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
     # One channel is large for token 5 only, and nothing in the blocks writes to it.
@@ -299,6 +320,40 @@ def test_a_manifest_that_does_not_fit_is_refused(tiny, tmp_path, removed):
     with pytest.raises(ModelError, match="do not fit the model"):
         write_fewer_experts(tmp_path / "model", BlockwiseModel(tiny("deepseek-v3")), removed)
     assert not (tmp_path / "model" / "config.json").exists()
+
+
+def test_a_router_that_looks_experts_up_is_refused(tiny):
+    model = BlockwiseModel(tiny("mixtral"))
+    path = experts_of(model).paths[1]
+    around = model.skeleton.get_submodule(path.rpartition(".")[0])
+    around.register_buffer("experts_of_token", torch.zeros(128, 2, dtype=torch.int64))
+    with pytest.raises(ModelError, match="'experts_of_token' beside the experts"):
+        fewer_experts(model, 4)
+
+
+def test_a_killed_run_continues_with_the_same_bits(tiny, windows, tmp_path, monkeypatch):
+    whole = prune(tiny("gpt-oss"), [windows(0)], TWO, out=tmp_path / "whole")
+    write = CheckpointWriter.write
+
+    def dies(self, block, tensors):
+        if block == 1:
+            raise KeyboardInterrupt
+        write(self, block, tensors)
+
+    monkeypatch.setattr(CheckpointWriter, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tiny("gpt-oss"), [windows(0)], TWO, out=tmp_path / "killed")
+    monkeypatch.setattr(CheckpointWriter, "write", write)
+    again = prune(tiny("gpt-oss"), [windows(0)], TWO, out=tmp_path / "killed")
+    assert_same_bits(whole.model_dir, again.model_dir)
+    assert again.record.files.keys() == whole.record.files.keys()
+
+
+def test_the_smaller_model_can_be_pruned_like_any_other(tiny, windows, tmp_path):
+    smaller = prune(tiny("gpt-oss"), [windows(0, 4)], TWO, out=tmp_path / "a")
+    sparse = prune(smaller.model_dir, [windows(0, 4)], PruneConfig(pattern="2:4"), out=tmp_path / "b")
+    loaded = AutoModelForCausalLM.from_pretrained(sparse.model_dir)
+    assert (loaded.config.num_local_experts, sparse.record.sparsity) == (4, 0.5)
 
 
 @pytest.mark.parametrize("name", NAMES)

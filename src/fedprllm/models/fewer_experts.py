@@ -7,7 +7,7 @@ such rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,12 @@ def experts_of(model: BlockwiseModel) -> Experts:
             "blocks instead"
         )
     _refuse_different(name, modules)
+    paths = [_path_of(block, linears) for block, linears, _ in found]
+    _refuse_tables(model, filter(None, paths))
     groups = getattr(model.config.get_text_config(), "topk_group", None)
     n_groups = modules[0].n_groups
     return Experts(
-        [_path_of(block, linears) for block, linears, _ in found],
+        paths,
         modules[0].n_experts,
         n_groups,
         groups if n_groups > 1 and isinstance(groups, int) else n_groups,
@@ -105,6 +107,19 @@ def _refuse_different(name: str, modules: Sequence[UnfusedExperts]) -> None:
             f"the blocks of {name} have {', '.join(map(str, counts))} experts: expected the same number in "
             "each; use another model, or prune single weights"
         )
+
+
+def _refuse_tables(model: BlockwiseModel, paths: Iterable[str]) -> None:
+    """Refuse routers that look experts up by number, in a table of tokens for instance."""
+    for path in paths:
+        around = model.skeleton.get_submodule(path.rpartition(".")[0])
+        for name, tensor in around.state_dict().items():
+            if not tensor.is_floating_point():
+                raise ModelError(
+                    f"'{name}' beside the experts '{path}' of {type(model.skeleton).__name__} holds "
+                    f"{tensor.dtype}, perhaps numbers of experts, which would change: expected a router that "
+                    "computes a score for each expert; use another model, or prune single weights"
+                )
 
 
 def _path_of(block: str, linears: Mapping[str, Any]) -> str:
@@ -217,7 +232,8 @@ def _kept(experts: Experts, removed: Sequence[Collection[int]]) -> list[list[int
         for path, gone in zip(experts.paths, removed, strict=False)
     ]
     n_blocks = sum(map(bool, experts.paths))
-    if not fits or len({len(each) for each in kept if each}) != 1 or sum(map(bool, kept)) != n_blocks:
+    fits = fits and any(removed) and sum(map(bool, kept)) == n_blocks
+    if not fits or len({len(each) for each in kept if each}) != 1:
         raise ModelError(
             f"the experts to remove do not fit the model: expected some of {experts.n_experts} experts, "
             f"equally many in each of {n_blocks} blocks. The decisions are not of one run of this model; "
@@ -235,7 +251,9 @@ def _without(
     for name, tensor in tensors.items():
         if path and name.startswith(f"{path}."):
             number, _, rest = name.removeprefix(f"{path}.").partition(".")
-            if int(number) in numbers:
+            if not number.isdigit():
+                found[name] = tensor
+            elif int(number) in numbers:
                 found[f"{path}.{numbers[int(number)]}.{rest}"] = tensor
         elif name in routers:
             rows = torch.tensor(kept, device=tensor.device)
