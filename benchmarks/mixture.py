@@ -5,7 +5,10 @@ are 16, and each token reaches 2) and trained on three kinds of text that come w
 with one kind each prune it by half. Losses are measured on text that was neither trained nor calibrated on.
 Training takes a few minutes on one core; the model is kept in a cache.
 
-    python -m benchmarks.mixture [--steps 600] [--cache FOLDER]
+    python -m benchmarks.mixture [--steps 600] [--cache FOLDER] [--experts N]
+
+With ``--experts N``, N whole experts of every block are removed instead: by all participants together, and by
+each of them alone.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +120,26 @@ def trained(cache: Path, n_steps: int) -> Path:
     return folder
 
 
-def measure(folder: Path) -> dict[str, dict[str, float]]:
+def runs_of(n_removed: int | None) -> Iterator[tuple[str, Sequence[str], PruneConfig]]:
+    """Yield the name of every run, its participants and its configuration."""
+    if n_removed is None:
+        for name, options in _RUNS.items():
+            yield name, tuple(KINDS), PruneConfig(sparsity=0.5, ties="magnitude", **options)
+        return
+    config = PruneConfig(structure=f"experts={n_removed}")
+    yield "together", tuple(KINDS), config
+    for kind in KINDS:
+        yield f"alone: {kind}", (kind,), config
+
+
+def measure(folder: Path, n_removed: int | None) -> dict[str, dict[str, float]]:
     """Mean loss in nats per token on each kind of held-out text, by model."""
     tokenizer = load_tokenizer(folder)
 
     def windows(text: str, n_windows: int) -> torch.Tensor:
         return torch.tensor(tokenizer(text)["input_ids"][: n_windows * _LENGTH]).view(n_windows, _LENGTH)
 
-    participants = {name: windows(library_text(name)[50_000:120_000], 32) for name in KINDS}
+    texts = {name: windows(library_text(name)[50_000:120_000], 32) for name in KINDS}
     held_out = {name: list(windows(library_text(name, held_out=True), 24)) for name in KINDS}
 
     def losses(model: Path) -> dict[str, float]:
@@ -132,13 +147,13 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         return {name: round(row.nll, 4) for name, row in zip(held_out, rows, strict=True)}
 
     found = {"dense": losses(folder)}
-    for name, options in _RUNS.items():
+    for name, kinds, config in runs_of(n_removed):
         with tempfile.TemporaryDirectory() as out:
-            config = PruneConfig(sparsity=0.5, ties="magnitude", **options)
-            result = prune(folder, participants, config, out=Path(out, "run"))
+            result = prune(folder, {kind: texts[kind] for kind in kinds}, config, out=Path(out, "run"))
             for model, pruned in result.model_dirs.items():
                 found[name if len(result.model_dirs) == 1 else f"{name}: {model}"] = losses(pruned)
-            print(name, found, result.record.deviations(), file=sys.stderr, flush=True)
+            removed = [block.removed_experts for block in result.record.blocks]
+            print(name, found, removed, result.record.deviations(), file=sys.stderr, flush=True)
     return found
 
 
@@ -146,9 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=600, help="training steps")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()), help="keeps the model")
+    parser.add_argument("--experts", type=int, help="experts of every block to remove")
     options = parser.parse_args()
     torch.set_num_threads(1)  # models this small gain nothing from more
-    losses = measure(trained(options.cache, options.steps))
+    losses = measure(trained(options.cache, options.steps), options.experts)
     mean = {name: sum(row.values()) / len(row) for name, row in losses.items()}
     increase = {name: round(value - mean["dense"], 4) for name, value in mean.items()}
     print(json.dumps({"losses": losses, "increase": increase, "machine": machine()}))

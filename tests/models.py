@@ -140,6 +140,7 @@ STRUCTURES = {
     "heads": {"structure": "heads=2"},
     "parts": {"structure": "mlp=0.3,heads=2"},
     "influence": {"structure": "depth=1"},
+    "experts": {"structure": "experts=2"},
 }
 
 

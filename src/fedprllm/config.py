@@ -35,6 +35,7 @@ ShareName = Literal[
     "heads",
     "parts",
     "influence",
+    "experts",
 ]
 # With share gram, names of rows of `fedprllm.deciding.DECISIONS`.
 SolverName = Literal[
@@ -43,11 +44,18 @@ SolverName = Literal[
     "alps",
 ]
 # What a structure removes, and what participants share for it.
-_STRUCTURES = {("mlp",): "channels", ("heads",): "heads", ("heads", "mlp"): "parts", ("depth",): "influence"}
+_STRUCTURES = {
+    ("mlp",): "channels",
+    ("heads",): "heads",
+    ("heads", "mlp"): "parts",
+    ("depth",): "influence",
+    ("experts",): "experts",
+}
 _PARTS = {
     "mlp": "MLPs with {} fewer channels",
     "heads": "attention with {} fewer query heads",
     "depth": "{} fewer blocks",
+    "experts": "{} fewer experts in each block",
 }
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
@@ -119,7 +127,7 @@ class PruneConfig(Settings):
         Field(
             description="remove whole parts, so that a smaller dense model remains: mlp=F removes the "
             "fraction F of the channels of every MLP, heads=N N query heads of every block; mlp=F,heads=N "
-            "both; depth=N drops N blocks"
+            "both; depth=N drops N blocks; experts=N removes N experts of every block"
         ),
     ] = None
     max_update_mb: Annotated[
@@ -255,14 +263,10 @@ class PruneConfig(Settings):
         expected = _STRUCTURES.get(tuple(sorted(self.structures)))
         if expected is None:
             raise ConfigError(
-                f"structure {self.structure}: blocks cannot be dropped together with another part: drop them "
-                "in one run, and make the result narrower in a second"
+                f"structure {self.structure}: blocks and experts cannot be removed together with another "
+                "part: remove them in one run, and make the result narrower in a second"
             )
-        if "depth" in self.structures and self.strategy == "local-only":
-            raise ConfigError(
-                "structure depth needs one model of all participants, found strategy local-only: run every "
-                "participant by itself, or use one-shot"
-            )
+        self._check_removed_at_the_end()
         if self.share != expected:
             raise ConfigError(
                 f"structure {self.structure} is decided from {expected}, found share {self.share}: leave "
@@ -275,6 +279,19 @@ class PruneConfig(Settings):
                     f"{option} applies to single weights, which a structure does not prune: leave it out, "
                     "and prune the smaller model in a second run"
                 )
+
+    def _check_removed_at_the_end(self) -> None:
+        """Refuse strategies that need each block as the pruned model has it while the walk goes on."""
+        name = next((name for name in ("depth", "experts") if name in self.structures), None)
+        if name is not None and self.strategy == "local-only":
+            raise ConfigError(
+                f"structure {name} needs one model of all participants, found strategy local-only: run "
+                "every participant by itself, or use one-shot"
+            )
+        if name == "experts" and self.strategy == "iterative":
+            raise ConfigError(
+                "structure experts is decided from the dense model, found strategy iterative: use one-shot"
+            )
 
     @property
     def structures(self) -> dict[str, Fraction]:
@@ -296,7 +313,7 @@ class PruneConfig(Settings):
                 value = None
             if value is None or name in found:
                 raise ConfigError(
-                    f"structure must be mlp=F, heads=N, both, or depth=N, found '{self.structure}'"
+                    f"structure must be mlp=F, heads=N, both, depth=N or experts=N, found '{self.structure}'"
                 )
             found[name] = value
         return found

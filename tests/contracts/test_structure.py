@@ -350,7 +350,7 @@ def test_a_killed_run_continues_with_the_same_bits(tiny, windows, tmp_path, monk
         ({"structure": "mlp=2"}, r"\[0, 1\)"),
         ({"structure": "heads=1.5"}, "whole number"),
         ({"structure": "heads=-1"}, "whole number"),
-        ({"structure": "heads=1,heads=2"}, "heads=N, both, or depth=N"),
+        ({"structure": "heads=1,heads=2"}, "heads=N, both, depth=N or experts=N"),
         ({"structure": ""}, "unknown part"),
         ({"structure": "heads=1", "share": "channels"}, "leave share out"),
         ({"structure": "mlp=-0.1"}, r"\[0, 1\)"),

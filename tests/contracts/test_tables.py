@@ -58,6 +58,7 @@ def test_no_two_kinds_share_a_number_on_the_wire():
         "heads": 8,
         "parts": 9,
         "influence": 10,
+        "experts": 11,
     }
 
 

@@ -162,11 +162,14 @@ def mixture(model, tmp_path):
         ("gpt-oss", {"share": "statistics", "strategy": "iterative"}),
         ("deepseek-v3", {"share": "gram", "strategy": "iterative"}),
         ("deepseek-v3", {"share": "weights", "allocation": "owl"}),
+        ("gpt-oss", {"structure": "experts=2"}),
+        ("deepseek-v3", {"structure": "experts=0.25", "block_fraction": 0.7}),
     ],
 )
 def test_experts_get_the_same_bits_as_in_one_process(tmp_path, mixture, federation, name, options):
     folder = mixture(name)
-    channel = federation(model=folder, allow=["mask", "statistics", "gram", "weights", "outliers"], seed=0)
+    kinds = ["mask", "statistics", "gram", "weights", "experts", "outliers"]
+    channel = federation(model=folder, allow=kinds, seed=0)
     assert conduct(tmp_path, make_plan(folder, prune=options), channel) == "complete", outcome(tmp_path)
     expected = in_process(tmp_path, folder, federation.paths, **options)
     same_model(tmp_path / "runs" / "run" / "model", expected.model_dir)
@@ -174,6 +177,11 @@ def test_experts_get_the_same_bits_as_in_one_process(tmp_path, mixture, federati
     assert not any("experts" in block for block in record["blocks"] if block.get("experts")), "stays local"
     collector(tmp_path, "north").collect()
     same_model(tmp_path / "north" / "runs" / "run" / "model", expected.model_dir)
+    scores = [block.get("expert_scores") for block in record["blocks"]]
+    assert scores == [block.expert_scores for block in expected.record.blocks]
+    if "structure" in options:
+        assert any(scores)
+        return
     notes = [read_sealed(path)["notes"] for path in (tmp_path / "north").rglob("notes.json")]
     assert any("the text of 'north' reached " in note for found in notes for note in found)
 

@@ -8,12 +8,13 @@ all but a vanishing fraction of cases.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["ChangeStatistics", "GramStatistics", "InputStatistics"]
+__all__ = ["ChangeStatistics", "ExpertStatistics", "GramStatistics", "InputStatistics"]
 
 
 @dataclass
@@ -109,3 +110,38 @@ class ChangeStatistics:
         cosines = torch.cosine_similarity(before.to(torch.float32), after.to(torch.float32), dim=-1)
         self.total += float((1.0 - cosines).clamp_min(0.0).to(torch.float64).sum())
         self.n_tokens += cosines.numel()
+
+
+@dataclass
+class ExpertStatistics:
+    """Running sums over tokens of what each expert of a block adds to them.
+
+    Every summand is rounded to a multiple of ``UNIT``. Whole numbers add up exactly, so the sums do not
+    depend on how the text is divided among participants.
+
+    Attributes:
+        sums: ``sum_x g(x) ||f(x)||_2`` over the tokens x that reach an expert f with router weight g, in
+            units of ``UNIT``: whole numbers in float64, [experts]; exact below 2^53.
+        counts: Number of these tokens, int64 [experts].
+
+    Source: Lasby et al., REAP the Experts (arXiv 2510.13999).
+    """
+
+    UNIT: ClassVar[float] = 2.0**-24
+
+    sums: Float[Tensor, " experts"]
+    counts: Int[Tensor, " experts"]
+
+    @classmethod
+    def zeros(cls, n_experts: int) -> ExpertStatistics:
+        """The sums over no tokens."""
+        return cls(torch.zeros(n_experts, dtype=torch.float64), torch.zeros(n_experts, dtype=torch.int64))
+
+    def add(
+        self, number: int, outputs: Float[Tensor, "tokens hidden"], weights: Float[Tensor, " tokens"]
+    ) -> None:
+        """Add the outputs of one expert and the router's weights for them, measured in float32."""
+        norms = torch.linalg.vector_norm(outputs.to(torch.float32), dim=-1)
+        added = (norms * weights.to(torch.float32).abs()).cpu().to(torch.float64)
+        self.sums[number] += torch.round(added / self.UNIT).sum()
+        self.counts[number] += len(added)

@@ -15,6 +15,7 @@ another.
 | weights | average | average the retained weights (FedSpaLLM) |
 | channels, heads, parts | narrow | remove channels or heads of every block, and refit what reads the others |
 | influence | drop | drop the blocks that turn hidden states least |
+| experts | remove | remove the experts of each block that add least to their tokens |
 
 A survey runs before pruning and determines how much to prune from each block; a decision names its survey.
 """
@@ -30,6 +31,7 @@ from fedprllm.core.owl import Outliers
 from fedprllm.deciding.average import by_average
 from fedprllm.deciding.count import count_pooled, count_shared
 from fedprllm.deciding.decision import BlockDecision
+from fedprllm.deciding.experts import by_experts
 from fedprllm.deciding.influence import by_influence
 from fedprllm.deciding.narrow import by_channels
 from fedprllm.deciding.score import by_pooled_score, own_decision
@@ -40,6 +42,7 @@ from fedprllm.models.block import Block
 from fedprllm.sharing import Target, Totals
 from fedprllm.sharing.block_influence import INFLUENCE
 from fedprllm.sharing.channel_inputs import CHANNELS, HEADS, PARTS
+from fedprllm.sharing.expert_outputs import EXPERTS
 from fedprllm.sharing.interface import Linears, all_linears
 
 __all__ = ["DECISIONS", "BlockDecision", "Decision", "Survey", "decision_of", "own_decision"]
@@ -123,6 +126,7 @@ DECISIONS: dict[str, tuple[Decision, ...]] = {
     ),
     "weights": (Decision("average", by_average, _server),),
     "influence": (Decision("drop", by_influence, _layer, changes=INFLUENCE.observes),),
+    "experts": (Decision("remove", by_experts, _layer, changes=EXPERTS.observes),),
     **{
         row.kind: (Decision("narrow", by_channels, _layer, changes=row.observes),)
         for row in (CHANNELS, HEADS, PARTS)

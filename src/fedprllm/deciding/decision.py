@@ -22,12 +22,22 @@ class BlockDecision:
             only on access (`PrunedWeights`).
         notes: Deviations from the requested settings, one sentence each.
         influence: Mean of ``1 - cos(input, output)`` over tokens, if blocks are to be dropped.
+        expert_scores: Mean of what each expert adds to its tokens, if experts are to be removed.
+        removed_experts: Numbers of the experts to remove, in order.
     """
 
     masks: dict[str, PruneMask]
     weights: Weights
     notes: list[str] = field(default_factory=list)
     influence: float | None = None
+    expert_scores: list[float] | None = None
+    removed_experts: list[int] = field(default_factory=list)
+
+    def keeps(self, linear: Linear) -> bool:
+        """Whether the pruned block still has a Linear; those of removed experts are gone."""
+        if not self.removed_experts or linear.expert is None:
+            return True
+        return linear.expert[1] not in self.removed_experts
 
     @classmethod
     def of_masks(cls, block: Block, masks: dict[str, PruneMask]) -> BlockDecision:

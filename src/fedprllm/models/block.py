@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from fedprllm.core.zeros import copy_pruned
+
+if TYPE_CHECKING:
+    from fedprllm.models.experts import UnfusedExperts
 
 __all__ = [
     "UNCHANGED",
@@ -116,6 +120,14 @@ class Linear:
         """Number of weights: out * in."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def expert(self) -> tuple[str, int] | None:
+        """The path of the experts and the number of the one that it belongs to; None if to none."""
+        experts, _, matrix = self.family.partition(".*")
+        if not self.family:
+            return None
+        return experts, int(self.name.removeprefix(f"{experts}.").removesuffix(matrix))
+
     def view(self, tensors: Mapping[str, Tensor]) -> Shaped[Tensor, "out in"]:
         """This Linear's tensor among those of its block, viewed as [out, in]."""
         return self.stored(tensors[self.name])
@@ -136,6 +148,7 @@ class Block:
         call: Runs the forward pass: ``(index, hidden) -> hidden``.
         coverage: Share of the block's weight matrices that is prunable.
         notes: What about the block stays dense, in words.
+        experts: The modules of its experts, taken apart; empty if it has none.
     """
 
     index: int
@@ -144,6 +157,7 @@ class Block:
     call: Callable[[int, Hidden], Hidden]
     coverage: float | None = None
     notes: list[str] = field(default_factory=list)
+    experts: Sequence[UnfusedExperts] = ()
 
     @property
     def device(self) -> torch.device:

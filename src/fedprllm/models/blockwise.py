@@ -24,7 +24,7 @@ from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Channels, Hidden, Linear
 from fedprllm.models.channels import find_channels
 from fedprllm.models.checkpoint import Checkpoint
-from fedprllm.models.experts import reaching_all_experts
+from fedprllm.models.experts import UnfusedExperts, reaching_all_experts
 from fedprllm.models.find import beside_text, find_blocks, find_linears, without
 from fedprllm.models.guards import (
     coverage,
@@ -87,6 +87,7 @@ class BlockwiseModel:
 
     Attributes:
         coverages: Share of each block's weight matrices that is prunable.
+        experts: The modules of each block's experts, taken apart; an empty list if it has none.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class BlockwiseModel:
         prefix, blocks = find_blocks(self.skeleton)
         self._blocks = blocks
         self.block_names = [f"{prefix}.{index}" for index in range(len(blocks))]
+        self.experts = [[m for m in block.modules() if isinstance(m, UnfusedExperts)] for block in blocks]
         refuse_structure(self.skeleton)
         self._contexts: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         for module in self.skeleton.modules():
@@ -249,7 +251,9 @@ class BlockwiseModel:
         with self._materialized(tensors):
             share = self.coverages[index]
             notes = coverage_notes(module, self.linears[index], share)
-            yield Block(index, self.linears[index], tensors, self._call_block, share, notes)
+            yield Block(
+                index, self.linears[index], tensors, self._call_block, share, notes, self.experts[index]
+            )
 
     def input_norms(self, index: int) -> dict[str, InputNorm]:
         """The normalizations of a block's inputs (see `fedprllm.models.norms.input_norms`).

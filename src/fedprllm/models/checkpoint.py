@@ -174,8 +174,12 @@ class Checkpoint:
         """Tensors of the model under the names and in the form of the files.
 
         Args:
-            tensors: Tensors by name; of a fused tensor, all parts.
+            tensors: Tensors by name; of a fused tensor, all parts of its first experts.
         """
+        n_experts: dict[str, int] = {}
+        for name in tensors:
+            stored = self._stored[name]
+            n_experts[stored.key] = max(n_experts.get(stored.key, 0), (stored.expert or 0) + 1)
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             stored = self._stored[name]
@@ -183,7 +187,9 @@ class Checkpoint:
                 found[stored.key] = tensor
                 continue
             if stored.key not in found:
-                found[stored.key] = torch.empty(self._shape(stored.key), dtype=tensor.dtype)
+                found[stored.key] = torch.empty(
+                    [n_experts[stored.key], *self._shape(stored.key)[1:]], dtype=tensor.dtype
+                )
             stored.view(found[stored.key]).copy_(tensor)
         return found
 

@@ -18,9 +18,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fedprllm.core.sums import ExpertStatistics
 from fedprllm.models.empty import LeaveEmpty
 
-__all__ = ["FusedTensor", "UnfusedExperts", "fused_shapes", "fused_tensors", "reaching_all_experts", "unfuse"]
+__all__ = [
+    "FusedTensor",
+    "UnfusedExperts",
+    "fused_shapes",
+    "fused_tensors",
+    "observing_experts",
+    "reaching_all_experts",
+    "unfuse",
+]
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -53,11 +62,17 @@ class UnfusedExperts(nn.Module):
         fused: The tensors that were taken apart, by name.
         n_experts: Number of experts.
         reaches_all: Whether every expert computes for every token, whatever the router says.
+        n_groups: Number of groups of consecutive experts among which the router chooses first.
+        n_chosen: Number of experts that the router chose for each token of the last forward pass.
+        statistics: Sums to which what each expert adds to its tokens is added; None to add up nothing.
     """
 
     fused: dict[str, FusedTensor]
     n_experts: int
     reaches_all: bool
+    n_groups: int = 1
+    n_chosen: int = 0
+    statistics: ExpertStatistics | None = None
 
     def forward(
         self,
@@ -67,11 +82,15 @@ class UnfusedExperts(nn.Module):
     ) -> Float[Tensor, "tokens hidden"]:
         """The weighted sum of the outputs of the experts that the router chose for each token."""
         output = torch.zeros_like(hidden_states)
+        self.n_chosen = top_k_index.shape[-1]
         for number in range(self.n_experts):
             tokens, places = self._chosen(number, top_k_index)
             if len(tokens):
                 result = self._expert(number, hidden_states[tokens])
-                result = result * top_k_weights[tokens, places, None]
+                weights = top_k_weights[tokens, places]
+                if self.statistics is not None:
+                    self.statistics.add(number, result, weights)
+                result = result * weights[:, None]
                 output.index_add_(0, tokens, result.to(output.dtype))
         return output
 
@@ -97,10 +116,17 @@ class UnfusedExperts(nn.Module):
 
 def unfuse(model: nn.Module) -> None:
     """Take apart all fused experts of a model without weights, in place."""
+    n_groups = _n_groups(model)
     for module in list(model.modules()):
         tensors = fused_tensors(module)
         if tensors:
-            _unfuse(module, tensors)
+            _unfuse(module, tensors, n_groups)
+
+
+def _n_groups(model: Any) -> int:
+    """Number of groups of experts (DeepSeek's ``n_group``); 1 if the configuration has no such entry."""
+    found = getattr(model.config.get_text_config(), "n_group", None)
+    return found if isinstance(found, int) and found > 0 else 1
 
 
 def fused_tensors(module: Any) -> dict[str, FusedTensor]:
@@ -124,13 +150,13 @@ def _described(module: Any, name: str, shape: tuple[int, ...]) -> FusedTensor:
     return FusedTensor(shape, parts, base != name, interleaved, module.is_transposed)
 
 
-def _unfuse(module: Any, tensors: dict[str, FusedTensor]) -> None:
+def _unfuse(module: Any, tensors: dict[str, FusedTensor], n_groups: int) -> None:
     dtype = module.down_proj.dtype
     for name in tensors:
         del module._parameters[name]
     module.__class__ = _mixed(module.__class__)
     module.fused, module.n_experts = tensors, tensors["down_proj"].shape[0]
-    module.reaches_all = False
+    module.reaches_all, module.n_groups = False, n_groups
     with LeaveEmpty():
         for number in range(module.n_experts):
             expert = nn.Module()
@@ -162,6 +188,16 @@ def fused_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
             shapes = {name: shape for name, shape in shapes.items() if not name.startswith(numbers)}
             shapes |= {f"{path}.{name}": tensor.shape for name, tensor in module.fused.items()}
     return shapes
+
+
+@contextmanager
+def observing_experts(experts: UnfusedExperts, statistics: ExpertStatistics) -> Iterator[None]:
+    """Add what each expert adds to its tokens to statistics inside the ``with`` block."""
+    experts.statistics = statistics
+    try:
+        yield
+    finally:
+        experts.statistics = None
 
 
 @contextmanager

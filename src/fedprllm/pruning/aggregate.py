@@ -120,7 +120,11 @@ class Aggregate(Generic[_Decided]):
             decision: The decision about the block.
             about: Further fields of the record.
         """
-        linears = {name: self._linear(linear, decision) for name, linear in self.block.linears.items()}
+        linears = {
+            name: self._linear(linear, decision)
+            for name, linear in self.block.linears.items()
+            if decision.keeps(linear)
+        }
         n_pruned = sum(linear.n_pruned for linear in linears.values())
         return BlockRecord(
             block=self.block.index,
@@ -130,6 +134,8 @@ class Aggregate(Generic[_Decided]):
             notes=[*self.block.notes, *decision.notes],
             coverage=self.block.coverage,
             influence=decision.influence,
+            expert_scores=decision.expert_scores,
+            removed_experts=decision.removed_experts or None,
             participants=list(self._n_tokens),
             **about,
         )

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedprllm.core.sums import ChangeStatistics, InputStatistics
+from fedprllm.core.sums import ChangeStatistics, ExpertStatistics, InputStatistics
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.experts import observing_experts
 from fedprllm.models.observe import BlockStatistics, Observation, observing, tokens_of_experts
 from fedprllm.pruning.hidden_states import HiddenStates
 from fedprllm.pruning.records import ExpertsRecord, ParticipantRecord
@@ -79,6 +81,7 @@ class Participant:
         *,
         walk_on: bool = False,
         change: ChangeStatistics | None = None,
+        experts: ExpertStatistics | None = None,
     ) -> BlockStatistics:
         """Sum statistics of the Linears' inputs over this participant's windows.
 
@@ -87,20 +90,26 @@ class Participant:
             observation: Creates the statistics to sum.
             walk_on: Use the output of this pass, through the unpruned block, as the next block's input.
             change: Statistics to which how far the block turns hidden states is added.
+            experts: Statistics to which what the block's experts add to their tokens is added.
 
         Raises:
             ModelError: An activation is NaN or infinite, or a Linear was never used; the message names the
                 weight.
         """
         statistics: BlockStatistics = {}
-        with observing(block, statistics, observation):
+        with ExitStack() as stack:
+            stack.enter_context(observing(block, statistics, observation))
+            if experts is not None and block.experts:
+                stack.enter_context(observing_experts(block.experts[0], experts))
             for number, hidden in enumerate(self.hidden):
                 output = block.forward(hidden)
                 if change is not None:
                     change.add(hidden, output)
                 if walk_on:
                     self.hidden[number] = output
-        if change is not None and not math.isfinite(change.total):
+        totals = [] if change is None else [change.total]
+        totals += [] if experts is None else experts.sums.tolist()
+        if not all(map(math.isfinite, totals)):
             raise ModelError(
                 f"the output of block {block.index} contains NaN or infinity on the text of participant "
                 f"'{self.name}': if the precision is float16, try bfloat16 or float32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,13 @@ from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.solvers.channels import next_width
 from fedprllm.deciding import decision_of
+from fedprllm.deciding.experts import n_removed
 from fedprllm.deciding.influence import n_dropped
 from fedprllm.deciding.narrow import kept_units
 from fedprllm.errors import ConfigError
 from fedprllm.models.block import Linear
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.fewer_experts import experts_of, fewer_experts
 from fedprllm.models.shorter import shorter_config
 from fedprllm.models.smaller import fitting_config, part_of
 from fedprllm.pruning.participant import Participant
@@ -71,6 +74,9 @@ def check_structure(model: BlockwiseModel, config: PruneConfig) -> None:
         if part == "depth":
             _check_depth(model, n_dropped(model.n_blocks, amount))
             continue
+        if part == "experts":
+            _check_experts(model, amount)
+            continue
         channels = part_of(model, part)
         n, groups = channels.n_units, channels.n_groups
         left = kept_units(channels, amount)
@@ -98,6 +104,25 @@ def _check_depth(model: BlockwiseModel, n: int) -> None:
             f"structure depth would drop {n} of {model.n_blocks} blocks: expected 1 to {model.n_blocks - 1}"
         )
     shorter_config(model, range(model.n_blocks - n))
+
+
+def _check_experts(model: BlockwiseModel, amount: Fraction) -> None:
+    experts = experts_of(model)
+    n, each = experts.n_experts, f", the same number from each of {experts.n_groups} groups of experts"
+    removed = n_removed(n, experts.n_groups, amount)
+    if not 0 < removed < n or removed % experts.n_groups:
+        raise ConfigError(
+            f"structure experts={float(amount):g} would remove {removed} of {n} experts: expected "
+            f"{experts.n_groups} to {n - experts.n_groups}{each if experts.n_groups > 1 else ''}; remove "
+            "another number"
+        )
+    if experts.n_reachable(n - removed) < experts.n_chosen:
+        raise ConfigError(
+            f"structure experts={float(amount):g} would leave {n - removed} of {n} experts, among which a "
+            f"router could choose {experts.n_reachable(n - removed)} for a token: expected at least the "
+            f"{experts.n_chosen} that it chooses; remove fewer"
+        )
+    fewer_experts(model, n - removed)
 
 
 def payloads(model: BlockwiseModel, config: PruneConfig, kind: str, n_participants: int) -> list[int]:

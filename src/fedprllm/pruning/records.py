@@ -189,6 +189,8 @@ class BlockRecord(_Received):
         seconds: Time spent per phase, in seconds.
         influence: Mean of ``1 - cos(input, output)`` over tokens, if blocks are to be dropped.
         dropped: Whether the pruned model lacks this block; its Linears are then left out.
+        expert_scores: Mean of what each expert adds to its tokens, if experts are to be removed.
+        removed_experts: Numbers of the experts that the pruned model lacks; their Linears are left out.
     """
 
     linears: dict[str, LinearRecord]
@@ -202,6 +204,8 @@ class BlockRecord(_Received):
     seconds: dict[str, float] = {}
     influence: float | None = None
     dropped: bool | None = None
+    expert_scores: list[float] | None = None
+    removed_experts: list[int] | None = None
 
     @property
     def n_zeros(self) -> int:

@@ -1,4 +1,4 @@
-"""Writing a run's model: block by block while it walks, or at the end if blocks are dropped."""
+"""Writing a run's model: block by block while it walks, or at the end if blocks or experts are removed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fedprllm.config import PruneConfig
 from fedprllm.deciding.influence import least_influential, n_dropped
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.models.fewer_experts import write_fewer_experts
 from fedprllm.models.shorter import write_shorter
 from fedprllm.models.smaller import write_rest
 from fedprllm.pruning.records import BlockRecord
@@ -32,14 +33,18 @@ class ResultWriter:
         self._writer = CheckpointWriter(folder, model.checkpoint, model.n_blocks)
 
     def write(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a block, unless only the end of the run shows whether it stays."""
-        if "depth" not in self._config.structures:
+        """Write a block, unless blocks or experts are removed at the end of the run."""
+        if not {"depth", "experts"} & self._config.structures.keys():
             self._writer.write(index, tensors)
 
     def finish(self, records: Sequence[BlockRecord]) -> None:
         """Write the rest of the model, given the records of all blocks."""
         if "depth" in self._config.structures:
             write_shorter(self._folder, self._model, dropped_blocks(records, self._config))
+        elif "experts" in self._config.structures:
+            write_fewer_experts(
+                self._folder, self._model, [record.removed_experts or [] for record in records]
+            )
         else:
             write_rest(self._writer, self._model)
 

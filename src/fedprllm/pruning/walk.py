@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fedprllm.core.masks import MaskViews
-from fedprllm.core.sums import ChangeStatistics
+from fedprllm.core.sums import ChangeStatistics, ExpertStatistics
 from fedprllm.deciding import BlockDecision, own_decision
 from fedprllm.models.block import UNCHANGED, Block, Weights
 from fedprllm.models.blockwise import BlockwiseModel
@@ -27,6 +27,7 @@ from fedprllm.pruning.clock import Clock
 from fedprllm.pruning.method import Method
 from fedprllm.pruning.participant import Participant
 from fedprllm.sharing import Seen, Totals
+from fedprllm.sharing.expert_outputs import n_experts
 
 __all__ = ["Contribution", "Walker"]
 
@@ -101,23 +102,28 @@ class Walker:
         if block.index not in self._blocks:
             return Contribution(weights=None if strategy.follows_server else UNCHANGED)
         change = ChangeStatistics() if method.sharing.watches_change else None
-        statistics = self._observe(block, change)
+        experts = ExpertStatistics.zeros(n_experts(block.linears)) if method.sharing.watches_experts else None
+        statistics = self._observe(block, change, experts)
         with self.clock.phase("select"):
             own = self._decide(block, statistics) if method.sharing.shares_decision else None
             masks = MaskViews({} if own is None else own.masks)
-            update = method.sharing.contribute(Seen(block, statistics, masks, change), method.target)
+            update = method.sharing.contribute(Seen(block, statistics, masks, change, experts), method.target)
         if own is None and not strategy.server_votes:
             own = self._decide_from(block, update)
         weights = None if own is None or strategy.follows_server else own.weights
         return Contribution(update, own, weights)
 
-    def _observe(self, block: Block, change: ChangeStatistics | None) -> BlockStatistics | None:
+    def _observe(
+        self, block: Block, change: ChangeStatistics | None, experts: ExpertStatistics | None
+    ) -> BlockStatistics | None:
         if not self.method.uses_inputs:
             return None
         sharing, walk_on = self.method.sharing, self.walks_on(block) and self.method.walks_densely
         observed = replace(block, linears=dict(sharing.observes(block.linears)))
         with self.clock.phase("observe"):
-            return self.participant.observe(observed, sharing.observation, walk_on=walk_on, change=change)
+            return self.participant.observe(
+                observed, sharing.observation, walk_on=walk_on, change=change, experts=experts
+            )
 
     def _decide(self, block: Block, statistics: BlockStatistics | None) -> BlockDecision:
         return own_decision(block, statistics, self.method.target, self.participant.fingerprint)

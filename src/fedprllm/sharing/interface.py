@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedprllm.core.bitplanes import PackedVotes, pack
 from fedprllm.core.fixed_point import FixedPointSum, Grid
-from fedprllm.core.sums import ChangeStatistics, InputStatistics
+from fedprllm.core.sums import ChangeStatistics, ExpertStatistics, InputStatistics
 from fedprllm.errors import UpdateError
 from fedprllm.models.block import Block, Linear
 from fedprllm.models.norms import InputNorm
@@ -55,12 +55,14 @@ class Seen:
         masks: The participant's own prune masks, [out, in] by weight name; empty if the update does not
             depend on them.
         change: How far the block turns hidden states; None if the update does not depend on it.
+        experts: What the block's experts add to their tokens; None if the update does not depend on it.
     """
 
     block: Block
     statistics: BlockStatistics | None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     change: ChangeStatistics | None = None
+    experts: ExpertStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ class Sharing:
         observation: Makes empty statistics of the inputs, which the participant then sums up.
         observes: Returns the Linears whose inputs are summed up.
         watches_change: Whether an update depends on how far the block turns hidden states.
+        watches_experts: Whether an update depends on what the block's experts add to their tokens.
         squares: Returns the sum of squares of each channel, [in] by the name of the first Linear that reads
             the input, if the totals contain it.
     """
@@ -235,6 +238,7 @@ class Sharing:
     observation: Observation = InputStatistics.zeros
     observes: Callable[[Linears], Linears] = all_linears
     watches_change: bool = False
+    watches_experts: bool = False
     squares: Callable[[Totals, Linears], Tensors] | None = None
 
 

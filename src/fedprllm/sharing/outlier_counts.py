@@ -30,10 +30,10 @@ from fedprllm.sharing.interface import (
 )
 from fedprllm.sharing.target import Target
 
-__all__ = ["OUTLIERS", "block_outliers", "check_count", "n_weights", "outlier_total"]
+__all__ = ["OUTLIERS", "WHOLE", "block_outliers", "check_count", "n_weights", "outlier_total"]
 
 _COUNT = "outliers"
-_WHOLE = Grid(fraction_bits=0, magnitude_bits=53, n_words=2)
+WHOLE = Grid(fraction_bits=0, magnitude_bits=53, n_words=2)
 # A participant's share of outlying scores is at most this multiple of the others' median, to which half a
 # percent of the scores is added, because small counts differ more (docs/decisions/bounds.md).
 _FACTOR = 4.0
@@ -100,7 +100,7 @@ def _outstanding(figures: Mapping[str, Tensors], norms: Norms) -> dict[str, str]
 
 
 def _zeros(linears: Linears, device: torch.device) -> Totals:  # noqa: ARG001
-    return Totals(ExactSums({_COUNT: FixedPointSum.zeros(_WHOLE, 1)}))
+    return Totals(ExactSums({_COUNT: FixedPointSum.zeros(WHOLE, 1)}))
 
 
 def outlier_total(totals: Totals) -> int:
@@ -112,7 +112,7 @@ OUTLIERS = Sharing(
     kind="outliers",
     noun="numbers of outlying scores",
     content="For each block, the number of outlying scores.",
-    wire=Wire(5, COUNTS, COUNTS, not_negative="counts", grid=_WHOLE),
+    wire=Wire(5, COUNTS, COUNTS, not_negative="counts", grid=WHOLE),
     shapes=_shapes,
     contribute=_contribute,
     check=_check,

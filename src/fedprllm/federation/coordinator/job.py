@@ -30,7 +30,7 @@ from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.fingerprints import model_digest
 from fedprllm.models.identity import model_identity
-from fedprllm.models.source import resolve_model
+from fedprllm.models.source import build_skeleton, resolve_model
 from fedprllm.pruning.method import Method, pruning_method, survey_method
 from fedprllm.pruning.model_card import write_model_card
 from fedprllm.pruning.preflight import (
@@ -265,7 +265,8 @@ class _Conducting:
 
     def _publish(self, run: Run, run_id: bytes, record: RunRecord, still_in: Iterable[str]) -> None:
         """Let participants fetch the result."""
-        checkpoint = Checkpoint(run.model_dir(), self.model.skeleton)
+        checkpoint = Checkpoint(run.model_dir(), build_skeleton(run.model_dir(), self.model.dtype))
+        removed = [block.removed_experts or [] for block in record.blocks]
         publication = Publication(run.folder)
         manifest = Manifest(
             run=run_id.hex(),
@@ -277,6 +278,7 @@ class _Conducting:
             n_prunable=record.n_prunable,
             n_zeros=record.n_zeros,
             dropped=[block.block for block in record.blocks if block.dropped],
+            removed_experts=removed if any(removed) else [],
             card=(run.model_dir() / "README.md").read_text(encoding="utf-8"),
             exclude=list(self.config.exclude),
         )

@@ -12,13 +12,14 @@ from fedprllm.errors import UpdateError
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.names import from_wire, to_wire
 from fedprllm.models.block import UNCHANGED, Block, GivenWeights, NarrowedWeights, PrunedWeights, Weights
+from fedprllm.sharing.expert_outputs import SCORES, n_values, scores_on_grid
 from fedprllm.sharing.input_sums import SQUARES
 from fedprllm.sharing.pruned_weights import mask_name
 
 __all__ = ["COORDINATOR", "decided_weights", "encode_decision"]
 
 COORDINATOR = "coordinator"
-_INFLUENCE = "influence"
+_INFLUENCE, _EXPERTS = "influence", "experts"
 
 
 def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest: bytes) -> bytes:
@@ -27,7 +28,7 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
     If the decision only zeroes weights, the message holds the prune masks. If it also changes weights that
     stay (scaling), the message holds the weights themselves. If it removes channels, the message holds the
     remaining columns of the Linears that read them, and which channels are gone. If blocks are to be dropped,
-    it holds the block's influence, and the block stays as it is.
+    it holds the block's influence, and if experts are to be removed, their scores; the block stays as it is.
 
     Args:
         decision: The decision.
@@ -53,6 +54,8 @@ def _content(decision: BlockDecision, block: Block) -> tuple[str, Mapping[str, T
     weights = decision.weights
     if decision.influence is not None:
         return _INFLUENCE, {_INFLUENCE: SQUARES.rounded(torch.tensor([decision.influence]))}
+    if decision.expert_scores is not None:
+        return _EXPERTS, {SCORES: scores_on_grid(decision.expert_scores)}
     if isinstance(weights, NarrowedWeights):
         return "weights", {
             **weights.narrow,
@@ -96,7 +99,8 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     if removed:
         weights = expecting("weights", _narrow_shapes(removed, block))
     unchanged = expecting(_INFLUENCE, {_INFLUENCE: (1,)})
-    expect = {"mask": masks, "weights": weights, _INFLUENCE: unchanged}.get(received.kind)
+    scores = expecting(_EXPERTS, {SCORES: (n_values(block.linears),)})
+    expect = {"mask": masks, "weights": weights, _INFLUENCE: unchanged, _EXPERTS: scores}.get(received.kind)
     if expect is None:
         raise UpdateError(
             f"decision about block {block.index}: expected kind mask or weights, found {received.kind}; use "
@@ -108,7 +112,7 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
             wire.decode(message, expect=expect, max_bytes=max_bytes).tensors, block.linears
         ).items()
     }
-    if received.kind == _INFLUENCE:
+    if received.kind in (_INFLUENCE, _EXPERTS):
         return UNCHANGED
     if received.kind == "mask":
         return PrunedWeights(block, tensors)

@@ -138,6 +138,7 @@ class Manifest(BaseModel):
         n_zeros: Number of zeros among them.
         card: Text of the model card.
         dropped: Indices of the blocks that the pruned model lacks.
+        removed_experts: Numbers of the experts that each block of the pruned model lacks; empty if none.
         exclude: Names and patterns of the Linears that stayed dense.
     """
 
@@ -153,6 +154,10 @@ class Manifest(BaseModel):
     n_zeros: Annotated[int, Field(ge=0)]
     card: Annotated[str, Field(max_length=65_536)]
     dropped: Annotated[list[Annotated[int, Field(ge=0, lt=100_000)]], Field(max_length=100_000)] = []
+    removed_experts: Annotated[
+        list[Annotated[list[Annotated[int, Field(ge=0, lt=100_000)]], Field(max_length=100_000)]],
+        Field(max_length=100_000),
+    ] = []
     exclude: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=100)] = []
 
     @property

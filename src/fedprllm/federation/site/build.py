@@ -95,12 +95,17 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
     """Write the model's shards, one block in memory at a time."""
     from fedprllm.federation.protocol.decision import decided_weights
     from fedprllm.models.checkpoint import CheckpointWriter
+    from fedprllm.models.fewer_experts import write_fewer_experts
     from fedprllm.models.fingerprints import model_digest
     from fedprllm.models.shorter import write_shorter
     from fedprllm.models.smaller import write_rest
 
     if manifest.dropped:
         write_shorter(unfinished, model, manifest.dropped)
+        write_text(unfinished / "README.md", manifest.card)
+        return
+    if manifest.removed_experts:
+        write_fewer_experts(unfinished, model, manifest.removed_experts)
         write_text(unfinished / "README.md", manifest.card)
         return
     digest, run = model_digest(manifest.fingerprints), bytes.fromhex(manifest.run)
@@ -136,8 +141,9 @@ def _compare(manifest: Manifest, model: Any, unfinished: Path) -> None:
         Failed: One differs. What was built is deleted.
     """
     from fedprllm.models.checkpoint import Checkpoint
+    from fedprllm.models.source import build_skeleton
 
-    checkpoint = Checkpoint(unfinished, model.skeleton)
+    checkpoint = Checkpoint(unfinished, build_skeleton(unfinished, model.dtype))
     found = checkpoint.fingerprints(checkpoint.names)
     different = sorted(
         name for name in {*found, *manifest.tensors} if found.get(name) != manifest.tensors.get(name)
