@@ -21,7 +21,7 @@ from tests.federation_processes import wait_until
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
 
 MB = 1024 * 1024
-ROOM = 64 * MB  # memory that a process may take while it refuses 1 GB
+ROOM = 128 * MB  # memory that a process may take while it refuses 1 GB in streams of 200 MB
 SECRETS = ("PRIVATE KEY", "Once upon a time", "north.txt")
 
 
