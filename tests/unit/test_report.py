@@ -566,4 +566,4 @@ def test_dropped_blocks_are_no_part_of_the_figures(run_once):
     assert "llama was made 33.3 % smaller" in page.text
     weights = [linear["shape"] for record in result["blocks"] for linear in record["linears"].values()]
     assert result["n_prunable"] == sum(map(math.prod, weights))
-    assert page.tables["Payload of one participant"][1][1] == "8 bytes"
+    assert page.tables["Payload of one participant"][1][1] == "4 bytes"
