@@ -29,7 +29,7 @@ from fedprllm.sharing.expert_outputs import EXPERTS
 from fedprllm.sharing.interface import Ballot
 from tests.contracts.test_walk import assert_same_bits, weights_of
 
-NAMES = ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "granitemoe", "olmoe"]
+NAMES = ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "granitemoe", "olmoe", "nemotron-h"]
 TWO = PruneConfig(structure="experts=2")
 
 
@@ -371,7 +371,7 @@ def test_routers_are_found(tiny, name):
     with_experts = [block for block, path in zip(model.block_names, experts.paths, strict=True) if path]
     routers = fewer_experts(model, experts.n_experts - 2).routers
     assert all(any(name.startswith(f"{block}.") for name in routers) for block in with_experts)
-    each = 2 if name in ("deepseek-v3", "gpt-oss") else 1  # with biases
+    each = 2 if name in ("deepseek-v3", "gpt-oss", "nemotron-h") else 1  # with biases
     assert len(routers) == each * len(with_experts)
 
 
