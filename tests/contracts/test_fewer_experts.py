@@ -28,6 +28,7 @@ from fedprllm.pruning.method import pruning_method
 from fedprllm.sharing.expert_outputs import EXPERTS
 from fedprllm.sharing.interface import Ballot
 from tests.contracts.test_walk import assert_same_bits, weights_of
+from tests.models import MIXTURES, save_tiny
 
 NAMES = ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "granitemoe", "olmoe", "nemotron-h"]
 TWO = PruneConfig(structure="experts=2")
@@ -327,6 +328,17 @@ def test_a_manifest_that_does_not_fit_is_refused(tiny, tmp_path, removed):
     with pytest.raises(ModelError, match="do not fit the model"):
         write_fewer_experts(tmp_path / "model", BlockwiseModel(tiny("deepseek-v3")), removed)
     assert not (tmp_path / "model" / "config.json").exists()
+
+
+def test_a_single_expert_stays(windows, tmp_path):
+    def config():
+        found = MIXTURES["mixtral"]()
+        found.num_local_experts = found.num_experts_per_tok = 1
+        return found
+
+    save_tiny(config, tmp_path / "source")
+    with pytest.raises(ModelError, match="each block has 1 experts in 1 groups"):
+        prune(tmp_path / "source", [windows(0)], PruneConfig(structure="experts=1"), out=tmp_path / "run")
 
 
 def test_a_router_that_looks_experts_up_is_refused(tiny):
