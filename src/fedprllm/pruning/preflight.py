@@ -111,8 +111,8 @@ def _check_experts(model: BlockwiseModel, amount: Fraction) -> None:
     n, each = experts.n_experts, f", the same number from each of {experts.n_groups} groups of experts"
     if n <= experts.n_groups:
         raise ModelError(
-            f"each block has {n} experts in {experts.n_groups} groups: expected several in a group, to remove "
-            "some; use another model, or prune single weights"
+            f"each block has {n} experts in {experts.n_groups} groups: expected several in a group; "
+            "use another model, or prune single weights"
         )
     removed = n_removed(n, experts.n_groups, amount)
     if not 0 < removed < n or removed % experts.n_groups:
