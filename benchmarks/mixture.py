@@ -7,8 +7,8 @@ Training takes a few minutes on one core; the model is kept in a cache.
 
     python -m benchmarks.mixture [--steps 600] [--cache FOLDER] [--experts N]
 
-With ``--experts N``, N whole experts of every block are removed instead: by all participants together, and by
-each of them alone.
+With ``--experts N``, N whole experts of every block are removed instead: by all participants together, by
+each of them alone, and at random.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks._harness import SEED, machine
 from fedprllm import PruneConfig, prune
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.fewer_experts import write_fewer_experts
 from fedprllm.models.tokenizer import load_tokenizer
 from tests.conftest import SMALL_MODEL
 from tests.library_text import KINDS, library_text
@@ -37,6 +38,7 @@ N_EXPERTS, TOP_K = 16, 2
 _LENGTH = 128
 _WINDOWS_PER_KIND = 4  # of a training step
 _LEARNING_RATE = 2e-3
+_N_RANDOM = 3
 _NOISE = 0.1  # of the standard deviation of a weight
 _RUNS: dict[str, dict[str, Any]] = {
     "together, one-shot": {},
@@ -154,7 +156,20 @@ def measure(folder: Path, n_removed: int | None) -> dict[str, dict[str, float]]:
                 found[name if len(result.model_dirs) == 1 else f"{name}: {model}"] = losses(pruned)
             removed = [block.removed_experts for block in result.record.blocks]
             print(name, found, removed, result.record.deviations(), file=sys.stderr, flush=True)
+    for seed in range(_N_RANDOM if n_removed else 0):
+        with tempfile.TemporaryDirectory() as out:
+            write_at_random(Path(out), folder, n_removed or 0, seed)
+            found[f"at random: {seed}"] = losses(Path(out))
     return found
+
+
+def write_at_random(out: Path, folder: Path, n_removed: int, seed: int) -> None:
+    """Write the model without some experts of each block that nobody chose."""
+    model, generator = BlockwiseModel(folder), torch.Generator().manual_seed(seed)
+    removed = [
+        torch.randperm(N_EXPERTS, generator=generator)[:n_removed].tolist() for _ in range(model.n_blocks)
+    ]
+    write_fewer_experts(out, model, removed)
 
 
 def main() -> None:

@@ -28,8 +28,9 @@ from fedprllm.pruning.method import pruning_method
 from fedprllm.sharing.expert_outputs import EXPERTS
 from fedprllm.sharing.interface import Ballot
 from tests.contracts.test_walk import assert_same_bits, weights_of
+from tests.models import MIXTURES, save_tiny
 
-NAMES = ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "granitemoe", "olmoe"]
+NAMES = ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "granitemoe", "olmoe", "nemotron-h"]
 TWO = PruneConfig(structure="experts=2")
 
 
@@ -163,9 +164,16 @@ def test_dense_blocks_stay_as_they_are(tiny, windows, tmp_path):
 
 
 def test_each_group_of_a_router_loses_equally_many(tiny, windows, tmp_path):
+    folder = tmp_path / "uneven"
+    shutil.copytree(tiny("deepseek-v3"), folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if any(f".experts.{number}.down_proj" in name for number in range(4)):
+            tensor *= 1e-3  # all of the first group add less than any other
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     for structure in ("experts=4", "experts=0.5"):
         config = PruneConfig(structure=structure)
-        result = prune(tiny("deepseek-v3"), [windows(0, 4)], config, out=tmp_path / structure)
+        result = prune(folder, [windows(0, 4)], config, out=tmp_path / structure)
         for block in result.record.blocks[1:]:
             assert sum(number < 4 for number in block.removed_experts) == 2
             assert len(block.removed_experts) == 4
@@ -199,7 +207,7 @@ def specialized(tiny, tmp_path) -> Path:
 def test_an_expert_of_one_domain_survives_if_that_domain_takes_part(specialized, windows, tmp_path):
     general = windows(0, 4).clamp_min(6)
     special = windows(1, 4).clamp_min(6)
-    special[:, ::2] = 5
+    special[0, 3] = 5  # once, so that its sum is small and its mean is not
     config = PruneConfig(structure="experts=1")
     alone = prune(specialized, {"general": general}, config, out=tmp_path / "alone")
     together = prune(specialized, {"general": general, "special": special}, config, out=tmp_path / "together")
@@ -322,6 +330,17 @@ def test_a_manifest_that_does_not_fit_is_refused(tiny, tmp_path, removed):
     assert not (tmp_path / "model" / "config.json").exists()
 
 
+def test_a_single_expert_stays(windows, tmp_path):
+    def config():
+        found = MIXTURES["mixtral"]()
+        found.num_local_experts = found.num_experts_per_tok = 1
+        return found
+
+    save_tiny(config, tmp_path / "source")
+    with pytest.raises(ModelError, match="each block has 1 experts in 1 groups"):
+        prune(tmp_path / "source", [windows(0)], PruneConfig(structure="experts=1"), out=tmp_path / "run")
+
+
 def test_a_router_that_looks_experts_up_is_refused(tiny):
     model = BlockwiseModel(tiny("mixtral"))
     path = experts_of(model).paths[1]
@@ -364,7 +383,7 @@ def test_routers_are_found(tiny, name):
     with_experts = [block for block, path in zip(model.block_names, experts.paths, strict=True) if path]
     routers = fewer_experts(model, experts.n_experts - 2).routers
     assert all(any(name.startswith(f"{block}.") for name in routers) for block in with_experts)
-    each = 2 if name in ("deepseek-v3", "gpt-oss") else 1  # with biases
+    each = 2 if name in ("deepseek-v3", "gpt-oss", "nemotron-h") else 1  # with biases
     assert len(routers) == each * len(with_experts)
 
 

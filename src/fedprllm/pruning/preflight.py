@@ -14,7 +14,7 @@ from fedprllm.deciding import decision_of
 from fedprllm.deciding.experts import n_removed
 from fedprllm.deciding.influence import n_dropped
 from fedprllm.deciding.narrow import kept_units
-from fedprllm.errors import ConfigError
+from fedprllm.errors import ConfigError, ModelError
 from fedprllm.models.block import Linear
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.fewer_experts import experts_of, fewer_experts
@@ -109,6 +109,11 @@ def _check_depth(model: BlockwiseModel, n: int) -> None:
 def _check_experts(model: BlockwiseModel, amount: Fraction) -> None:
     experts = experts_of(model)
     n, each = experts.n_experts, f", the same number from each of {experts.n_groups} groups of experts"
+    if n <= experts.n_groups:
+        raise ModelError(
+            f"each block has {n} experts in {experts.n_groups} groups: expected several in a group; "
+            "use another model, or prune single weights"
+        )
     removed = n_removed(n, experts.n_groups, amount)
     if not 0 < removed < n or removed % experts.n_groups:
         raise ConfigError(
