@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from fedprllm import ConfigError, ModelError, PruneConfig, prune
 from fedprllm.core.sums import ChangeStatistics
-from fedprllm.deciding.influence import least_influential, n_dropped
+from fedprllm.deciding.parts import lowest, n_removed
 from fedprllm.models.checkpoint import CheckpointWriter
 from tests.contracts.test_walk import assert_same_bits, weights_of
 from tests.models import save_tiny
@@ -196,6 +196,6 @@ def test_influence_is_a_sum_over_tokens():
 def test_the_least_influential_blocks_are_chosen():
     from fractions import Fraction
 
-    assert least_influential([0.3, 0.1, 0.2, 0.1], 2) == [1, 3]
-    assert least_influential([0.1, 0.1, 0.1], 1) == [0]
-    assert n_dropped(30, Fraction(3)) == n_dropped(30, Fraction("0.1")) == 3
+    assert lowest([0.3, 0.1, 0.2, 0.1], 2) == [1, 3]
+    assert lowest([0.1, 0.1, 0.1], 1) == [0]
+    assert n_removed(30, Fraction(3)) == n_removed(30, Fraction("0.1")) == 3

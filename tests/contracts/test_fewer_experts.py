@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fedprllm import ConfigError, ModelError, PruneConfig, UpdateError, prune
 from fedprllm.core.sums import ExpertStatistics
-from fedprllm.deciding.experts import least_active, n_removed
+from fedprllm.deciding.parts import lowest, n_removed
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.decision import decided_weights, encode_decision
 from fedprllm.models.blockwise import BlockwiseModel
@@ -402,8 +402,8 @@ def test_sums_do_not_depend_on_how_tokens_are_divided():
 
 
 def test_the_least_active_experts_are_chosen():
-    assert least_active([0.3, 0.0, 0.2, 0.0], 1, 2) == [1, 3]
-    assert least_active([0.1, 0.1, 0.1], 1, 1) == [0]
-    assert least_active([0.3, 0.4, 0.1, 0.2], 2, 2) == [0, 2]
-    assert n_removed(8, 1, Fraction(2)) == n_removed(8, 1, Fraction("0.25")) == 2
-    assert n_removed(8, 4, Fraction("0.3")) == 4
+    assert lowest([0.3, 0.0, 0.2, 0.0], 2) == [1, 3]
+    assert lowest([0.1, 0.1, 0.1], 1) == [0]
+    assert lowest([0.3, 0.4, 0.1, 0.2], 2, 2) == [0, 2]
+    assert n_removed(8, Fraction(2)) == n_removed(8, Fraction("0.25")) == 2
+    assert n_removed(8, Fraction("0.3"), 4) == 4

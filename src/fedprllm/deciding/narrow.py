@@ -8,6 +8,7 @@ from fedprllm.core.groups import Grouping
 from fedprllm.core.solvers.channels import FewerChannels, kept_channels, remove_channels, remove_units
 from fedprllm.core.solvers.scaled import Problem, damping_for
 from fedprllm.deciding.decision import BlockDecision
+from fedprllm.deciding.parts import n_removed
 from fedprllm.deciding.solve import few_tokens
 from fedprllm.errors import ModelError
 from fedprllm.models.block import Block, Channels, NarrowedWeights
@@ -40,10 +41,10 @@ def by_channels(totals: Totals, block: Block, target: Target) -> BlockDecision:
 
 
 def _removed(problem: Problem, channels: Channels, amount: Fraction) -> FewerChannels:
-    n_removed = channels.n_units - kept_units(channels, amount)
+    n_gone = channels.n_units - kept_units(channels, amount)
     if channels.n_units == len(channels.units):
-        return remove_channels(problem, n_removed)
-    return remove_units(problem, channels.units, channels.groups, n_removed)
+        return remove_channels(problem, n_gone)
+    return remove_units(problem, channels.units, channels.groups, n_gone)
 
 
 def kept_units(channels: Channels, amount: Fraction) -> int:
@@ -54,8 +55,6 @@ def kept_units(channels: Channels, amount: Fraction) -> int:
         amount: What is removed: below 1 a fraction, rounded (`kept_channels`; for heads to a whole number for
             each group), otherwise a number.
     """
-    if amount >= 1:
-        return channels.n_units - int(amount)
-    if channels.n_units == len(channels.units):
+    if amount < 1 and channels.n_units == len(channels.units):
         return kept_channels(channels.n_units, amount)
-    return channels.n_units - round(amount * channels.n_units / channels.n_groups) * channels.n_groups
+    return channels.n_units - n_removed(channels.n_units, amount, channels.n_groups)

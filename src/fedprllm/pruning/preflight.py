@@ -11,9 +11,8 @@ from fedprllm.config import PruneConfig
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.solvers.channels import next_width
 from fedprllm.deciding import decision_of
-from fedprllm.deciding.experts import n_removed
-from fedprllm.deciding.influence import n_dropped
 from fedprllm.deciding.narrow import kept_units
+from fedprllm.deciding.parts import n_removed
 from fedprllm.errors import ConfigError, ModelError
 from fedprllm.models.block import Linear
 from fedprllm.models.blockwise import BlockwiseModel
@@ -72,7 +71,7 @@ def check_structure(model: BlockwiseModel, config: PruneConfig) -> None:
     kept = {}
     for part, amount in config.structures.items():
         if part == "depth":
-            _check_depth(model, n_dropped(model.n_blocks, amount))
+            _check_depth(model, n_removed(model.n_blocks, amount))
             continue
         if part == "experts":
             _check_experts(model, amount)
@@ -114,7 +113,7 @@ def _check_experts(model: BlockwiseModel, amount: Fraction) -> None:
             f"each block has {n} experts in {experts.n_groups} groups: expected several in a group; "
             "use another model, or prune single weights"
         )
-    removed = n_removed(n, experts.n_groups, amount)
+    removed = n_removed(n, amount, experts.n_groups)
     if not 0 < removed < n or removed % experts.n_groups:
         raise ConfigError(
             f"structure experts={float(amount):g} would remove {removed} of {n} experts: expected "

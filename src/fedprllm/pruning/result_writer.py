@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedprllm.config import PruneConfig
-from fedprllm.deciding.influence import least_influential, n_dropped
+from fedprllm.deciding.parts import lowest, n_removed
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.fewer_experts import write_fewer_experts
@@ -56,7 +56,7 @@ def dropped_blocks(records: Sequence[BlockRecord], config: PruneConfig) -> list[
         return []
     influences = [record.influence for record in records if record.influence is not None]
     assert len(influences) == len(records), "a run that drops blocks records their influence"
-    return least_influential(influences, n_dropped(len(records), amount))
+    return lowest(influences, n_removed(len(records), amount))
 
 
 def without_dropped(records: Sequence[BlockRecord], config: PruneConfig) -> list[BlockRecord]:
