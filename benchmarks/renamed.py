@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,8 @@ import torch
 from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
 from benchmarks._checkpoint import as_it_is, write_random
-from benchmarks._harness import SEED, machine
-from benchmarks.large import Watch
-from fedprllm import PruneConfig, prune
+from benchmarks._harness import machine
+from benchmarks._watched import watched_pruning
 
 _COMMON = {"num_hidden_layers": 8, "vocab_size": 50304, "tie_word_embeddings": False}
 _SHAPES = {"hidden_size": 2048, "num_attention_heads": 16}
@@ -48,31 +45,11 @@ def configs(*, quick: bool) -> dict[str, PreTrainedConfig]:
     }
 
 
-def prune_here(model: Path, out: Path) -> None:
-    """Prune with two participants of one window each."""
-    generator = torch.Generator().manual_seed(SEED)
-    windows = {name: torch.randint(50304, (1, 256), generator=generator) for name in ("north", "south")}
-    prune(model, windows, PruneConfig(dtype="bfloat16"), out=out)
-
-
 def measured(folder: Path, name: str, config: PreTrainedConfig) -> dict[str, Any]:
     """Prune a model in a process of its own, and watch its memory."""
     n_bytes = write_random(folder / "model", config, as_published if name == "gpt-neox" else as_it_is)
-    command = [sys.executable, "-m", "benchmarks.renamed", "--prune"]
-    start = time.perf_counter()
-    with (
-        subprocess.Popen([*command, str(folder / "model"), str(folder / "run")]) as child,
-        Watch(child.pid) as watch,
-    ):
-        if child.wait():
-            raise SystemExit(f"pruning failed with status {child.returncode}")
-    return {
-        "model": name,
-        "model_bytes": n_bytes,
-        "peak_anonymous_gib": round(watch.anonymous / 2**30, 3),
-        "peak_resident_gib": round(watch.resident / 2**30, 3),
-        "wall_s": round(time.perf_counter() - start, 1),
-    }
+    _, figures = watched_pruning(folder, vocabulary=50304, length=256)
+    return {"model": name, "model_bytes": n_bytes, **figures}
 
 
 def ratio(result: dict[str, Any]) -> float:
@@ -83,13 +60,9 @@ def ratio(result: dict[str, Any]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--prune", nargs=2, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="use small models, to check that it runs")
     parser.add_argument("--folder", type=Path, help="folder with space for 3 GB")
     options = parser.parse_args()
-    if options.prune:
-        prune_here(*options.prune)
-        return 0
     rows = []
     for name, config in configs(quick=options.quick).items():
         with tempfile.TemporaryDirectory(prefix="renamed-", dir=options.folder) as folder:
