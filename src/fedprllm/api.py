@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from fedprllm.pruning.inputs import (
     name_participants,
     pool,
     say_notes,
+    sources_of,
 )
 from fedprllm.pruning.method import pruning_method
 from fedprllm.pruning.model_card import write_model_card
@@ -53,7 +54,6 @@ from fedprllm.pruning.run_folder import Run, versions
 from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled, survey_in_process
-from fedprllm.text.sources import as_sources, named_sources
 from fedprllm.text.windows import fingerprint
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _prune(
     progress: Progress,
 ) -> PruneResult:
     named = name_participants(participants)
-    check_outside(out, _sources(named, eval_texts))
+    check_outside(out, sources_of(named, eval_texts))
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, config.dtype, config.device, config.exclude)
     check_pattern_divides(walked, config)
@@ -221,20 +221,6 @@ def _prune(
         else:
             _run(walked, members, samples, config, run, tests, identity, progress)
     return PruneResult.load(out)
-
-
-def _sources(
-    named: Mapping[str, Tensor | list[Source]] | PooledData,
-    eval_texts: Source | Sequence[Source] | Mapping[str, Source],
-) -> Iterator[Source]:
-    """Everything that is read as text."""
-    if isinstance(named, PooledData):
-        yield from as_sources(named.paths)
-    else:
-        for item in named.values():
-            yield from () if isinstance(item, Tensor) else item
-    for sources in named_sources(eval_texts).values():
-        yield from sources
 
 
 def _run(

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from fedprllm.errors import ModelError
@@ -236,6 +238,23 @@ class BlockwiseModel:
         outside = [name for name in self.skeleton.state_dict() if not name.startswith(inside)]
         return [name for name in outside if name in self.checkpoint]
 
+    def vectors_after_blocks(self) -> list[str]:
+        """Names of the vectors outside the blocks with which logits are computed: a norm's, a head's bias.
+
+        A pass with ones for weights tells them from what is used before the blocks.
+        """
+        state = self.skeleton.state_dict(keep_vars=True)
+        names = [name for name in self.names_outside_blocks() if state[name].ndim == 1]
+        tokens = torch.zeros(2, dtype=torch.int64)
+        with self._hollow(self.skeleton, outside_only=True, value=1.0), torch.enable_grad():
+            hidden = self._embed_one(tokens)
+            values = [torch.ones_like(state[name], device=self.device).requires_grad_() for name in names]
+            parameters = dict(zip(names, values, strict=True))
+            total = torch.stack([logits.sum() for logits in self.logits(hidden, tokens, 2, parameters)]).sum()
+            found = torch.autograd.grad(total, values, allow_unused=True) if total.requires_grad else ()
+        self._contexts.clear()
+        return [name for name, gradient in zip(names, found, strict=False) if gradient is not None]
+
     def names_in_block(self, index: int) -> list[str]:
         """Names of a block's tensors."""
         return [f"{self.block_names[index]}.{name}" for name in self._blocks[index].state_dict()]
@@ -367,8 +386,22 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def _call_block(self, index: int, hidden: Hidden) -> Hidden:
+        return self.run_block(index, hidden)
+
+    def run_block(
+        self, index: int, hidden: Hidden, parameters: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Hidden:
+        """Compute a block's output for one window, with other parameters, so that gradients can be taken.
+
+        Call this while the block is in memory, on windows of a length that has been embedded.
+
+        Args:
+            index: Index of the block.
+            hidden: Its input.
+            parameters: Tensors that replace parameters, by their names inside the block.
+        """
         args, kwargs = self._contexts[hidden.shape[1]][index]
-        output = self._blocks[index](hidden, *args, **kwargs)
+        output = _called(self._blocks[index], parameters, (hidden, *args), kwargs)
         result: Tensor = Returned.hidden(output)
         return result
 
@@ -386,19 +419,47 @@ class BlockwiseModel:
             chunk: Number of positions whose logits are computed at a time: logits of 2048 positions with a
                 vocabulary of 262,144 would take 2 GB.
         """
+        next_tokens = window[1:].to(self.device).split(self._chunk(chunk, window))
+        chunks = self.logits(hidden, window, chunk)
+        losses = [
+            nn.functional.cross_entropy(logits, tokens, reduction="none")
+            for logits, tokens in zip(chunks, next_tokens, strict=True)
+        ]
+        return torch.cat(losses)
+
+    def logits(
+        self,
+        hidden: Hidden,
+        window: Int[Tensor, " tokens"],
+        chunk: int = 512,
+        parameters: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Iterator[Float[Tensor, "positions vocabulary"]]:
+        """Yield the logits of all positions of a window but the last, a chunk of positions at a time.
+
+        Call this inside `head`.
+
+        Args:
+            hidden: Output of the last block for the window.
+            window: Token ids.
+            chunk: As in `token_losses`.
+            parameters: Tensors that replace parameters outside the blocks, by name.
+        """
         window = window.to(self.device)
-        losses = []
-        accepts_chunks = "logits_to_keep" in inspect.signature(self.skeleton.forward).parameters
-        n_predicted = window.shape[0] - 1
-        step = chunk if accepts_chunks else n_predicted
+        n_predicted, step = window.shape[0] - 1, self._chunk(chunk, window)
         with self._stand_ins(lambda *_: hidden):
             for start in range(0, n_predicted, step):
                 positions = torch.arange(start, min(start + step, n_predicted), device=self.device)
-                kept = {"logits_to_keep": positions} if accepts_chunks else {}
-                output = self.skeleton(input_ids=window[None], use_cache=False, **kept)
-                logits = output.logits[0, : positions.numel()].to(torch.float32)
-                losses.append(nn.functional.cross_entropy(logits, window[positions + 1], reduction="none"))
-        return torch.cat(losses)
+                kept = {"logits_to_keep": positions} if self._accepts_chunks else {}
+                inputs = {"input_ids": window[None], "use_cache": False, **kept}
+                output = _called(self.skeleton, parameters, (), inputs)
+                yield output.logits[0, : positions.numel()].to(torch.float32)
+
+    @property
+    def _accepts_chunks(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.skeleton.forward).parameters
+
+    def _chunk(self, chunk: int, window: Tensor) -> int:
+        return chunk if self._accepts_chunks else len(window) - 1
 
     @contextmanager
     def head(self) -> Iterator[None]:
@@ -421,6 +482,13 @@ class BlockwiseModel:
 
         with replaced_forwards({block: stand_in(index) for index, block in enumerate(self._blocks)}):
             yield
+
+
+def _called(
+    module: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a module with other parameters; finding out which are tied would take longer than a small block."""
+    return functional_call(module, dict(parameters), args, kwargs) if parameters else module(*args, **kwargs)
 
 
 def _device(name: str) -> torch.device:

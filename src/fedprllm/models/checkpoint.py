@@ -296,15 +296,21 @@ class CheckpointWriter:
                 found |= {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
         return found
 
-    def finish(self, outside: Iterable[str], changed: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def finish(
+        self,
+        outside: Iterable[str],
+        changed: Mapping[str, Any] = MappingProxyType({}),
+        tensors: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         """Write everything outside the blocks, copy the files that belong to the model, write the index.
 
         Args:
             outside: Names of the model's tensors outside all blocks.
             changed: Contents, as JSON values, of files that differ from the source's, by name.
+            tensors: Tensors outside the blocks that differ from the source's, by name.
         """
-        tensors = self.source.as_stored(self.source.load(outside))
-        self._save(None, tensors | self.source.load_unknown())
+        stored = self.source.as_stored(self.source.load(outside) | dict(tensors))
+        self._save(None, stored | self.source.load_unknown())
         for path in side_files(self.source.folder):
             (self.folder / path.parent).mkdir(exist_ok=True)
             if path.as_posix() in changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,7 @@ __all__ = [
     "name_participants",
     "pool",
     "say_notes",
+    "sources_of",
 ]
 
 ParticipantInput = Source | Sequence[Source] | Tensor
@@ -369,6 +370,20 @@ def check_outside(out: Path, sources: Iterable[Source]) -> None:
                     f"{out} lies in {folder}, which is read as text: what a run writes there would be taken "
                     "for text. Choose a folder elsewhere with --out"
                 )
+
+
+def sources_of(
+    named: Mapping[str, Tensor | list[Source]] | PooledData,
+    eval_texts: Source | Sequence[Source] | Mapping[str, Source],
+) -> Iterator[Source]:
+    """Everything that is read as text."""
+    if isinstance(named, PooledData):
+        yield from as_sources(named.paths)
+    else:
+        for item in named.values():
+            yield from () if isinstance(item, Tensor) else item
+    for sources in named_sources(eval_texts).values():
+        yield from sources
 
 
 def _fewer_windows(participant: Participant, asked: int) -> list[str]:

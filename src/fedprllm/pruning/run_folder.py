@@ -223,8 +223,8 @@ class Run:
         if hidden:
             save_tensors(self._hidden_path(block), {name: state.cpu() for name, state in hidden.items()})
         digests = {
-            "files": self._digests([*(path for path in self._files_of(block) if path.exists()), *files]),
-            "newest": self._digests([self._hidden_path(block)] if hidden else []),
+            "files": self.digests([*(path for path in self._files_of(block) if path.exists()), *files]),
+            "newest": self.digests([self._hidden_path(block)] if hidden else []),
         }
         record = record.model_copy(update={name: found or None for name, found in digests.items()})
         write_sealed(self._record_path(block), record.as_json())
@@ -250,7 +250,7 @@ class Run:
         shards = self.folder.glob(f"**/model.unfinished/model-{block + 2:05d}-of-*.safetensors")
         return [self.votes_path(block), self.sums_path(block), *sorted(shards)]
 
-    def _digests(self, paths: Sequence[Path]) -> dict[str, str]:
+    def digests(self, paths: Sequence[Path]) -> dict[str, str]:
         """Digests by the path that each file has in the complete run."""
         return {
             path.relative_to(self.folder).as_posix().replace("model.unfinished/", "model/"): file_digest(path)
@@ -327,7 +327,7 @@ class Run:
         known = {path for record in self.records() for path in record.files or {}}
         paths = [path for folder in models.values() for path in sorted((self.folder / folder).rglob("*"))]
         found = [path for path in paths if path.is_file() and path.name != "README.md"]
-        return self._digests(
+        return self.digests(
             [path for path in found if path.relative_to(self.folder).as_posix() not in known]
         )
 

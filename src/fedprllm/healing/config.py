@@ -1,0 +1,86 @@
+"""The options of healing. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ByteSize, Field
+
+from fedprllm.config import PruneConfig
+from fedprllm.settings import Settings
+
+__all__ = ["HealConfig"]
+
+
+class HealConfig(Settings):
+    """How to heal; immutable, validated on creation.
+
+    Raises:
+        ConfigError: A value is unknown or out of range.
+    """
+
+    rounds: Annotated[
+        int, Field(ge=1, le=100_000, description="rounds: in each, every participant adds one gradient")
+    ] = 40
+    round_windows: Annotated[
+        int, Field(ge=1, description="windows whose gradient a participant adds up in a round")
+    ] = 1
+    learning_rate: Annotated[float, Field(gt=0, le=1, description="largest step of a parameter")] = 0.003
+    loss: Annotated[
+        Literal["text", "dense"],
+        Field(
+            description="what is minimized (text: the loss on the next token; dense: the distance to the "
+            "predictions of the dense model, which --dense names)"
+        ),
+    ] = "text"
+    check_every: Annotated[
+        int, Field(ge=1, description="rounds between two measurements on held-out windows")
+    ] = 10
+    exclude: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=200)], ...],
+        Field(max_length=100, description="Linears without a scale, as in prune (repeat for several)"),
+    ] = ()
+    windows: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="windows per participant, of which one in eight is held out, at most four; 0 uses all "
+            "of its text",
+        ),
+    ] = 128
+    window_length: Annotated[
+        int | None,
+        Field(ge=2, description="tokens per window [default: 2048, or the model's limit if lower]"),
+    ] = None
+    bos: Annotated[
+        Literal["auto", "every", "start", "never"],
+        Field(
+            description="where to put a beginning-of-sequence token (auto: in every window if the tokenizer "
+            "adds one)"
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        Field(description="precision of the forward passes; weights keep the precision of the checkpoint"),
+    ] = "float32"
+    device: Annotated[str, Field(description="where to compute: cpu, cuda, cuda:1, mps")] = "cpu"
+    memory_limit: Annotated[
+        ByteSize | None,
+        Field(
+            gt=0,
+            exclude=True,
+            description="most memory for hidden states and, if they fit, all blocks, such as 2GiB; the rest "
+            "is kept in files",
+        ),
+    ] = None
+    seed: Annotated[int, Field(ge=0, description="seed for choosing windows")] = 0
+
+    @property
+    def reading(self) -> PruneConfig:
+        """The options of reading text, as pruning has them."""
+        names = ("windows", "window_length", "bos", "dtype", "device", "memory_limit", "seed")
+        return PruneConfig(**{name: getattr(self, name) for name in names})
+
+    def is_check(self, number: int) -> bool:
+        """Whether held-out windows are measured with the parameters that a round begins with."""
+        return number % self.check_every == 0 or number == self.rounds

@@ -1,0 +1,321 @@
+"""``heal``: several participants heal one model together, in this process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedprllm.errors import ConfigError, RunError
+from fedprllm.evaluation.perplexity import perplexities
+from fedprllm.evaluation.results import Perplexity
+from fedprllm.healing.result import write_healed, write_healed_card
+from fedprllm.healing.config import HealConfig
+from fedprllm.healing.gradients import OpenBlocks, held_out_losses, window_gradients
+from fedprllm.healing.participant import HealingText
+from fedprllm.healing.records import HealRecord, RoundRecord
+from fedprllm.healing.round_sums import RoundSums
+from fedprllm.healing.run_folder import HealingRun
+from fedprllm.healing.server import HealingServer, end_round
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.fingerprints import model_digest
+from fedprllm.models.identity import model_identity
+from fedprllm.models.in_memory import model_folder, source_name
+from fedprllm.models.source import resolve_model
+from fedprllm.models.tunable import TunableParameters
+from fedprllm.progress import Progress, silent
+from fedprllm.pruning.hidden_states import HiddenMemory
+from fedprllm.pruning.inputs import (
+    ParticipantInputs,
+    Source,
+    check_outside,
+    evaluation_texts,
+    make_participants,
+    name_participants,
+    say_notes,
+    sources_of,
+)
+from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.run_folder import versions
+from fedprllm.text.windows import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["HealResult", "Learner", "heal"]
+
+_SHARE_OF_MEMORY = 4  # blocks stay in memory if they take at most this part of it
+
+
+@dataclass(frozen=True)
+class HealResult:
+    """What healing left.
+
+    Attributes:
+        out: Its folder.
+        model_dir: Folder of the healed model.
+        evaluation: Perplexities ``before`` and ``healed``, if texts were given.
+        record: Everything else: ``result.json``.
+    """
+
+    out: Path
+    model_dir: Path
+    evaluation: dict[str, list[Perplexity]]
+    record: HealRecord
+
+    @classmethod
+    def load(cls, out: str | Path) -> HealResult:
+        """Read the result from its folder.
+
+        Raises:
+            RunError: The folder is not that of a complete healing, or its record is damaged.
+        """
+        out = Path(out)
+        if not (out / "result.json").exists():
+            raise RunError(f"{out} has no result.json: run its command again")
+        record = HealRecord.read(out / "result.json")
+        return cls(out, out / record.models["model"], record.evaluation, record)
+
+
+def heal(
+    model: str | Path | PreTrainedModel,
+    participants: ParticipantInputs,
+    config: HealConfig | None = None,
+    *,
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eval_texts: Source | Sequence[Source] | Mapping[str, Source] = (),
+    progress: Progress = silent,
+) -> HealResult:
+    """Heal a pruned model together: train its norms, biases and one scale for each row of a Linear.
+
+    In every round each participant adds up the gradient of the loss on a few windows of its own text, and the
+    server takes one step with the sum of all: the same step as on the pooled text, bit by bit. A healing
+    that was killed continues at the last finished round.
+
+    Args:
+        model: Hub id, local Hugging Face folder or a transformers model in memory: usually the ``model_dir``
+            of a `fedprllm.prune`. The dense model can be healed too, as a reference: part of what healing
+            gains is that the model gets to know the participants' text.
+        participants: As for `fedprllm.prune`.
+        config: How to heal.
+        out: Folder of the healing, made if it does not exist.
+        tokenizer: Of a model in memory, where participants hold text.
+        eval_texts: Texts on which the model is evaluated before and after; none by default.
+        progress: Called with what is done and how many steps it takes (see `fedprllm.progress`).
+
+    Returns:
+        The result; ``result.model_dir`` loads with ``AutoModelForCausalLM.from_pretrained``, and has the
+        zeros, shapes and types of the model.
+
+    Raises:
+        ConfigError, DataError, ModelError: Bad input, found before the long computation.
+        RunError: The folder belongs to something else or is in use, or the disk is full.
+        UpdateError: A gradient is not finite, or out of proportion to the other participants'.
+
+    Source: Zimmer et al., PERP (arXiv 2312.15230), for what is trained; McMahan et al. (arXiv 1602.05629),
+    FedSGD.
+    """
+    config = config or HealConfig()
+    if not isinstance(config, HealConfig):
+        raise ConfigError(f"config must be a HealConfig, found {type(config).__name__}: HealConfig(**options)")
+    with model_folder(model, tokenizer) as folder:
+        return _heal(folder, source_name(model), participants, config, Path(out), eval_texts, progress)
+
+
+def _heal(
+    folder: str | Path,
+    source: str,
+    participants: ParticipantInputs,
+    config: HealConfig,
+    out: Path,
+    eval_texts: Source | Sequence[Source] | Mapping[str, Source],
+    progress: Progress,
+) -> HealResult:
+    named = name_participants(participants)
+    check_outside(out, sources_of(named, eval_texts))
+    model = BlockwiseModel(
+        resolve_model(folder, progress=progress), config.dtype, config.device, config.exclude
+    )
+    members, reading = make_participants(model, named, config.reading)
+    config = config.model_copy(update={"window_length": reading.window_length})
+    notes = say_notes(members)
+    tests = evaluation_texts(model, eval_texts, reading)
+    identity = {
+        "config": config.model_dump(mode="json"),
+        "model": {
+            "source": source,
+            "fingerprint": model_digest(model_identity(model, progress)).hex(),
+        },
+        "participants": {member.name: member.describe().as_json() for member in members},
+        "evaluation": {name: fingerprint(torch.cat(text)) for name, text in tests.items()},
+        "versions": versions(),
+    }
+    with HealingRun(out, identity, model.checkpoint.n_bytes) as run:
+        if run.is_complete:
+            run.check_result()
+        else:
+            _run(model, members, config, run, tests, identity, notes, progress)
+    return HealResult.load(out)
+
+
+class Learner:
+    """Computes gradients and losses of a model with given parameters.
+
+    Args:
+        model: The model.
+        config: The options of healing.
+        spilled: Folder for hidden states beyond the memory limit.
+    """
+
+    def __init__(self, model: BlockwiseModel, config: HealConfig, spilled: Path) -> None:
+        self.model, self.config = model, config
+        self.tunable = TunableParameters(model)
+        self._memory = HiddenMemory(spilled, config.memory_limit)
+        self._stack = ExitStack()
+        self._blocks = OpenBlocks(model, stay=_stays(model, config))
+
+    def __enter__(self) -> Learner:
+        self._stack.enter_context(self._blocks)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        self._memory.clear()
+
+    def n_steps(self, texts: Sequence[HealingText], number: int) -> int:
+        """Number of steps that `contribute` reports for a round."""
+        n_train = sum(len(text.windows_of(number, self.config)) for text in texts)
+        n_held_out = sum(len(text.held_out_of(number, self.config)) for text in texts)
+        return self.model.n_blocks * (2 * n_train + n_held_out)
+
+    def contribute(
+        self,
+        texts: Sequence[HealingText],
+        vector: Tensor,
+        number: int,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> dict[str, RoundSums]:
+        """What each participant adds to a round; all of them walk through the model together.
+
+        Args:
+            texts: The participants.
+            vector: The parameters that the round begins with.
+            number: Number of the round.
+            advance: Called once for each window and block, forward and backward.
+
+        Raises:
+            UpdateError: A gradient or a loss is not finite.
+        """
+        sums = {text.name: RoundSums.zeros(self.tunable.n) for text in texts}
+        owners = [(text.name, window) for text in texts for window in text.windows_of(number, self.config)]
+        windows = [window for _, window in owners]
+        walked = (self.model, self.tunable, vector, windows, self._blocks, self._memory, advance)
+        for (name, window), (gradient, loss) in zip(
+            owners, window_gradients(*walked) if windows else [], strict=True
+        ):
+            sums[name].add_window(gradient, loss, len(window) - 1)
+        owners = [(text.name, window) for text in texts for window in text.held_out_of(number, self.config)]
+        windows = [window for _, window in owners]
+        losses = held_out_losses(self.model, self.tunable, vector, windows, self._blocks, advance)
+        for (name, window), loss in zip(owners, losses, strict=True):
+            sums[name].add_held_out(loss, len(window) - 1)
+        return sums
+
+
+def _stays(model: BlockwiseModel, config: HealConfig) -> bool:
+    """Whether all blocks fit into memory."""
+    n_bytes = 2 * sum(parameter.numel() for parameter in model.skeleton.parameters()) * model.dtype.itemsize
+    if model.device.type == "cuda":
+        limit = torch.cuda.mem_get_info(model.device)[0]
+    elif config.memory_limit is not None:
+        limit = config.memory_limit
+    else:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE_OF_MEMORY
+    return n_bytes <= limit
+
+
+def _run(
+    model: BlockwiseModel,
+    members: Sequence[Participant],
+    config: HealConfig,
+    run: HealingRun,
+    tests: Mapping[str, Sequence[Tensor]],
+    identity: Mapping[str, Any],
+    notes: Sequence[str],
+    progress: Progress,
+) -> None:
+    texts = [HealingText(member) for member in members]
+    with Learner(model, config, run.spilled_folder) as learner:
+        server = HealingServer(learner.tunable.initial(), config)
+        records = run.resume(server)
+        todo = range(len(records), config.rounds + 1)
+        with progress("healing", sum(learner.n_steps(texts, number) for number in todo)) as advance:
+            while not server.is_finished:
+                records.append(_round(learner, texts, server, run, advance))
+        run.reopen_model()
+        write_healed(run.unfinished_model_dir(), model, learner.tunable, server.result)
+        run.publish_model()
+    evaluation: dict[str, list[Perplexity]] = {}
+    if tests:
+        healed = BlockwiseModel(run.model_dir(), config.dtype, config.device)
+        evaluation["before"] = perplexities(model, tests, progress)
+        evaluation["healed"] = perplexities(healed, tests, progress)
+    record = HealRecord.model_validate(
+        {
+            **identity,
+            "n_parameters": learner.tunable.n,
+            "n_model_parameters": sum(parameter.numel() for parameter in model.skeleton.parameters()),
+            "update_bytes": RoundSums.zeros(learner.tunable.n).words.nbytes,
+            "best_round": server.best_round,
+            "rounds": records,
+            "evaluation": evaluation,
+            "models": {"model": run.model_dir().name},
+            "files": _digests(run),
+            "notes": [*notes, *_how_it_went(server, records)],
+        }
+    )
+    write_healed_card(run.model_dir(), model.folder, record)
+    run.finish(record)
+
+
+def _digests(run: HealingRun) -> dict[str, str]:
+    paths = sorted(run.model_dir().rglob("*"))
+    return run.digests([path for path in paths if path.is_file() and path.name != "README.md"])
+
+
+def _round(
+    learner: Learner,
+    texts: Sequence[HealingText],
+    server: HealingServer,
+    run: HealingRun,
+    advance: Callable[[int], None],
+) -> RoundRecord:
+    """Let all participants contribute, take the step and save it."""
+    begin = time.monotonic()
+    by_name = learner.contribute(texts, server.vector, server.number, advance)
+    record = end_round(server, by_name, begin)
+    run.finish_round(record, server)
+    return record
+
+
+def _how_it_went(server: HealingServer, records: Sequence[RoundRecord]) -> list[str]:
+    """Sentences that whoever uses the result should know."""
+    measured = [one.held_out_loss for one in records if one.held_out_loss is not None]
+    if not measured:
+        return ["no window was held out, so nobody measured whether healing helped: give more text"]
+    if server.best_round == 0:
+        return ["the loss on held-out windows never fell: the model is as it was; lower the learning rate"]
+    if server.n_taken_back:
+        return [
+            f"the loss on held-out windows rose {server.n_taken_back} times, and the parameters were taken "
+            "back to the best ones"
+        ]
+    return []

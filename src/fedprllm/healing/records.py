@@ -1,0 +1,79 @@
+"""The records that healing leaves, as types."""
+
+from __future__ import annotations
+
+from fedprllm.evaluation.results import Perplexity
+from fedprllm.healing.config import HealConfig
+from fedprllm.pruning.records import ModelRecord, ParticipantRecord, Record
+
+__all__ = ["HealRecord", "RoundRecord"]
+
+
+class RoundRecord(Record):
+    """A finished round.
+
+    Attributes:
+        number: Number of the round, from 0; the last one only measures.
+        learning_rate: Largest step of a parameter in it.
+        n_tokens: Number of predicted tokens behind the gradient.
+        loss: Mean loss of these tokens in nats; None if there are none.
+        held_out_loss: Mean loss on held-out windows with the parameters that the round began with; None if
+            it was not measured.
+        losses: Mean loss by participant; empty where only the sum is known.
+        taken_back: Whether the parameters were taken back to the best ones.
+        seconds: Time that the round took.
+        figures: What the server continues from, with the tensors of the file.
+        files: SHA-256 of the file with the server's tensors, by path relative to the folder.
+    """
+
+    number: int
+    learning_rate: float
+    n_tokens: int
+    loss: float | None = None
+    held_out_loss: float | None = None
+    losses: dict[str, float] = {}
+    taken_back: bool = False
+    seconds: float
+    figures: dict[str, float | int | None]
+    files: dict[str, str] = {}
+
+
+class HealRecord(Record):
+    """The result of healing: ``result.json``.
+
+    Attributes:
+        config: The resolved configuration.
+        model: Which model was healed.
+        dense: The dense model whose predictions were followed; None if text was.
+        participants: The participants by name.
+        n_parameters: Number of parameters that were trained.
+        n_model_parameters: Number of parameters of the model.
+        update_bytes: Payload of one participant's update in each round, in bytes.
+        best_round: Round that began with the parameters of the result.
+        rounds: Records of all rounds.
+        evaluation: Perplexities by model: ``before`` and ``healed``.
+        versions: Versions of the software that the exact bits of the result depend on.
+        models: Folder of the healed model, relative to the run's folder.
+        files: SHA-256 of its files, by path relative to the run's folder.
+        notes: Sentences about text and about how it went.
+    """
+
+    config: HealConfig
+    model: ModelRecord
+    dense: ModelRecord | None = None
+    participants: dict[str, ParticipantRecord]
+    n_parameters: int
+    n_model_parameters: int
+    update_bytes: int
+    best_round: int
+    rounds: list[RoundRecord]
+    evaluation: dict[str, list[Perplexity]] = {}
+    versions: dict[str, str]
+    models: dict[str, str]
+    files: dict[str, str]
+    notes: list[str] = []
+
+    @property
+    def held_out(self) -> list[tuple[int, float]]:
+        """Rounds in which held-out windows were measured, and the loss."""
+        return [(one.number, one.held_out_loss) for one in self.rounds if one.held_out_loss is not None]
