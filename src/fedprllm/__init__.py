@@ -21,11 +21,14 @@ from fedprllm.errors import (
     SecureError,
     UpdateError,
 )
+from fedprllm.healing.config import HealConfig
 
 if TYPE_CHECKING:
     from fedprllm.api import PruneResult, prune
     from fedprllm.evaluation.perplexity import evaluate
     from fedprllm.evaluation.results import Perplexity
+    from fedprllm.healing.in_process import HealResult, heal
+    from fedprllm.healing.records import HealRecord, RoundRecord
     from fedprllm.pruning.inputs import Documents, PooledData
     from fedprllm.pruning.records import BlockRecord, LinearRecord, ParticipantRecord, RunRecord
 
@@ -37,6 +40,10 @@ _LAZY = {
     "prune": "fedprllm.api",
     "evaluate": "fedprllm.evaluation.perplexity",
     "Perplexity": "fedprllm.evaluation.results",
+    "HealResult": "fedprllm.healing.in_process",
+    "heal": "fedprllm.healing.in_process",
+    "HealRecord": "fedprllm.healing.records",
+    "RoundRecord": "fedprllm.healing.records",
     "Documents": "fedprllm.pruning.inputs",
     "PooledData": "fedprllm.pruning.inputs",
     "BlockRecord": "fedprllm.pruning.records",
@@ -52,6 +59,9 @@ __all__ = [
     "Documents",
     "FedprllmError",
     "FedprllmWarning",
+    "HealConfig",
+    "HealRecord",
+    "HealResult",
     "LinearRecord",
     "ModelError",
     "ParticipantRecord",
@@ -59,12 +69,14 @@ __all__ = [
     "PooledData",
     "PruneConfig",
     "PruneResult",
+    "RoundRecord",
     "RunBusy",
     "RunError",
     "RunRecord",
     "SecureError",
     "UpdateError",
     "evaluate",
+    "heal",
     "prune",
 ]
 

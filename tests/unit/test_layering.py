@@ -23,6 +23,7 @@ FLOORS = [
     ["sharing", "evaluation", "packing"],
     ["deciding"],
     ["pruning"],
+    ["healing"],
     ["api", "federation"],
     ["report", "export"],
     ["study", "demo"],

@@ -30,6 +30,7 @@ from fedprllm.cli.console import (
     say_interrupted,
 )
 from fedprllm.cli.coordinator import app as federation_app
+from fedprllm.cli.heal import heal_command, healing_config, perplexity_table, print_healed
 from fedprllm.cli.identity import app as identity_app
 from fedprllm.cli.packing import export_command, pack_command, unpack_command
 from fedprllm.cli.participant import ledger, participate
@@ -39,7 +40,7 @@ from fedprllm.cli.worth import worth_command
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
 from fedprllm.process import use_large_pages
-from fedprllm.settings import choices_of, read_toml
+from fedprllm.settings import Settings, choices_of, read_toml
 
 __all__ = ["main"]
 
@@ -75,6 +76,7 @@ def _common(
 _CONTINUE = {
     "prune": "the same command continues after the last finished block",
     "demo": "the same command continues after the last finished block",
+    "heal": "the same command continues after the last finished round",
     "study": "the same command continues after the last finished cell",
 }
 
@@ -155,6 +157,12 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
             rich_help_panel=_SOURCES,
         ),
     ),
+    "heal": (
+        int | None,
+        typer.Option(
+            min=1, help="then heal the result on the same text, in so many rounds: OUT/healed/model"
+        ),
+    ),
     "out": (Path | None, typer.Option(help="folder for the run", show_default=False)),
     "config": (
         Path | None,
@@ -169,9 +177,9 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
 _PLAIN = {"window_length": int, "memory_limit": str, "exclude": list[str]}
 
 
-def _field_option(name: str) -> tuple[Any, Any]:
-    """Build the option for a field of `PruneConfig`. Unset means the file's value or the field's default."""
-    field = PruneConfig.model_fields[name]
+def _field_option(name: str, settings: type[Settings] = PruneConfig) -> tuple[Any, Any]:
+    """Build the option for a field of settings. Unset means the file's value or the field's default."""
+    field = settings.model_fields[name]
     annotation = field.annotation
     choices = choices_of(annotation)
     help_text = field.description or ""
@@ -206,6 +214,7 @@ def _prune(**given: Any) -> None:
         if name not in options:
             raise ConfigError(f"no {name}: {advice}")
     participants = _participants(options)
+    healing = healing_config(config, options["heal"]) if "heal" in options else None
 
     from fedprllm.api import prune
 
@@ -219,6 +228,14 @@ def _prune(**given: Any) -> None:
             progress=bars,
         )
     _print_result(result)
+    if healing is not None:
+        from fedprllm.healing.in_process import heal
+
+        texts = options.get("eval", ())
+        out = Path(options["out"]) / "healed"
+        with noting():
+            healed = heal(result.model_dir, participants, healing, out=out, eval_texts=texts, progress=bars)
+        print_healed(healed, console)
 
 
 def _participants(options: Mapping[str, Any]) -> Any:
@@ -260,6 +277,7 @@ _FILE_TYPES: dict[str, type] = {
     "participants": int,
     "partition": str,
     "alpha": float,
+    "heal": int,
 }
 _EXPECTED: dict[type, str] = {
     str: "a text in quotation marks",
@@ -304,17 +322,6 @@ def _print_result(result: Any) -> None:
     for name, folder in result.model_dirs.items():
         console.print(f"{escape(name):<8} {escape(str(folder))}", soft_wrap=True)
     console.print(f"report   fedprllm report {escape(str(result.out))}", soft_wrap=True)
-
-
-def perplexity_table(evaluation: Mapping[str, Any]) -> Table:
-    """Format perplexities as a table with one row per model and one column per text."""
-    texts = [row.text for row in next(iter(evaluation.values()))]
-    table = Table("model", *(escape(text) for text in texts), title="perplexity (lower is better)")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for model, rows in evaluation.items():
-        table.add_row(model, *(f"{row.perplexity:.2f}" for row in rows))
-    return table
 
 
 # evaluate --------------------------------------------------------------------------------------
@@ -434,6 +441,7 @@ def _report(
 
 # study -----------------------------------------------------------------------------------------
 
+app.command("heal")(heal_command(_RUN_OPTIONS, _field_option, _participants, bars, console))
 app.command("study")(study_command(bars, console))
 app.command("worth-it")(worth_command(_field_option, bars, console))
 

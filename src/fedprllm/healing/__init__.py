@@ -1,1 +1,1 @@
-"""Healing a pruned model together: norms, biases and one scale per row, trained by sums of gradients alone."""
+"""Healing a pruned model together: norms, biases and a scale per row, trained by sums of gradients."""

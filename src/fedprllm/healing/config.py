@@ -44,8 +44,8 @@ class HealConfig(Settings):
         int,
         Field(
             ge=0,
-            description="windows per participant, of which one in eight is held out, at most four; 0 uses all "
-            "of its text",
+            description="windows per participant, of which one in eight is held out, at most four; 0 uses "
+            "all of its text",
         ),
     ] = 128
     window_length: Annotated[

@@ -16,11 +16,11 @@ from torch import Tensor
 from fedprllm.errors import ConfigError, RunError
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.evaluation.results import Perplexity
-from fedprllm.healing.result import write_healed, write_healed_card
 from fedprllm.healing.config import HealConfig
 from fedprllm.healing.gradients import OpenBlocks, held_out_losses, window_gradients
 from fedprllm.healing.participant import HealingText
 from fedprllm.healing.records import HealRecord, RoundRecord
+from fedprllm.healing.result import write_healed, write_healed_card
 from fedprllm.healing.round_sums import RoundSums
 from fedprllm.healing.run_folder import HealingRun
 from fedprllm.healing.server import HealingServer, end_round
@@ -125,7 +125,9 @@ def heal(
     """
     config = config or HealConfig()
     if not isinstance(config, HealConfig):
-        raise ConfigError(f"config must be a HealConfig, found {type(config).__name__}: HealConfig(**options)")
+        raise ConfigError(
+            f"config must be a HealConfig, found {type(config).__name__}: HealConfig(**options)"
+        )
     with model_folder(model, tokenizer) as folder:
         return _heal(folder, source_name(model), participants, config, Path(out), eval_texts, progress)
 
@@ -239,7 +241,7 @@ def _stays(model: BlockwiseModel, config: HealConfig) -> bool:
         limit = config.memory_limit
     else:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE_OF_MEMORY
-    return n_bytes <= limit
+    return bool(n_bytes <= limit)
 
 
 def _run(

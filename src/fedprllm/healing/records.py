@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.healing.config import HealConfig
 from fedprllm.pruning.records import ModelRecord, ParticipantRecord, Record
@@ -31,11 +33,11 @@ class RoundRecord(Record):
     n_tokens: int
     loss: float | None = None
     held_out_loss: float | None = None
-    losses: dict[str, float] = {}
+    losses: dict[str, float] = Field(default_factory=dict)
     taken_back: bool = False
     seconds: float
     figures: dict[str, float | int | None]
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field(default_factory=dict)
 
 
 class HealRecord(Record):
@@ -67,11 +69,11 @@ class HealRecord(Record):
     update_bytes: int
     best_round: int
     rounds: list[RoundRecord]
-    evaluation: dict[str, list[Perplexity]] = {}
+    evaluation: dict[str, list[Perplexity]] = Field(default_factory=dict)
     versions: dict[str, str]
     models: dict[str, str]
     files: dict[str, str]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     @property
     def held_out(self) -> list[tuple[int, float]]:

@@ -69,7 +69,8 @@ class HealingServer:
         """Step of this round: a linear rise over five rounds, then half a cosine down to zero."""
         progress = self.number / self._config.rounds
         shape = min(1.0, (self.number + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
-        return self._config.learning_rate * shape / 2**self.n_taken_back
+        rate: float = self._config.learning_rate * shape / 2**self.n_taken_back
+        return rate
 
     @property
     def is_finished(self) -> bool:

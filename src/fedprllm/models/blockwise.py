@@ -419,7 +419,7 @@ class BlockwiseModel:
             chunk: Number of positions whose logits are computed at a time: logits of 2048 positions with a
                 vocabulary of 262,144 would take 2 GB.
         """
-        next_tokens = window[1:].to(self.device).split(self._chunk(chunk, window))
+        next_tokens = torch.split(window[1:].to(self.device), self._chunk(chunk, window))
         chunks = self.logits(hidden, window, chunk)
         losses = [
             nn.functional.cross_entropy(logits, tokens, reduction="none")
@@ -487,7 +487,7 @@ class BlockwiseModel:
 def _called(
     module: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call a module with other parameters; finding out which are tied would take longer than a small block."""
+    """Call a module with other parameters. Without any, nothing is looked up, which takes time."""
     return functional_call(module, dict(parameters), args, kwargs) if parameters else module(*args, **kwargs)
 
 

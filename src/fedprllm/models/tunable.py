@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from fedprllm.models.block import Block, Hidden, Linear
 from fedprllm.models.blockwise import BlockwiseModel
 
-__all__ = ["TunableParameters"]
+__all__ = ["Slice", "TunableParameters"]
 
 _TRAINED = ("weight", "bias")
 
 
 @dataclass(frozen=True)
-class _Slice:
+class Slice:
     """Where a tensor's parameters lie in the vector.
 
     Attributes:
@@ -54,12 +54,13 @@ class TunableParameters:
 
     Attributes:
         n: Length of the vector.
+        slices: Where the parameters of each tensor lie in it.
     """
 
     def __init__(self, model: BlockwiseModel) -> None:
         self._model = model
         self.n = 0
-        self._slices: list[_Slice] = []
+        self.slices: list[Slice] = []
         for index, linears in enumerate(model.linears):
             for name in model.names_in_block(index):
                 self._add_vector(name, index)
@@ -79,14 +80,14 @@ class TunableParameters:
         return dict(self._model.skeleton.named_parameters(remove_duplicate=False))
 
     def _add(self, name: str, n: int, block: int | None, linear: Linear | None = None) -> None:
-        self._slices.append(_Slice(name, self.n, n, block, linear))
+        self.slices.append(Slice(name, self.n, n, block, linear))
         self.n += n
 
     def initial(self) -> Float[Tensor, " n"]:
         """The values with which the model computes what it computes now."""
         vector = torch.ones(self.n)
-        stored = self._model.checkpoint.load(one.name for one in self._slices if one.linear is None)
-        for one in self._slices:
+        stored = self._model.checkpoint.load(one.name for one in self.slices if one.linear is None)
+        for one in self.slices:
             if one.linear is None:
                 vector[one.start : one.start + one.n] = stored[one.name].to(torch.float32)
         return vector
@@ -95,8 +96,8 @@ class TunableParameters:
         """Views of a vector: the parameters of one block, or of None, what lies outside all blocks."""
         return [vector[one.start : one.start + one.n] for one in self._of(block)]
 
-    def _of(self, block: int | None) -> list[_Slice]:
-        return [one for one in self._slices if one.block == block]
+    def _of(self, block: int | None) -> list[Slice]:
+        return [one for one in self.slices if one.block == block]
 
     def run_block(self, block: Block, hidden: Hidden, values: list[Tensor]) -> Hidden:
         """Compute a block's output with other parameters.
@@ -145,12 +146,13 @@ class TunableParameters:
 
 
 def _folded(tensor: Tensor, value: Tensor, linear: Linear | None) -> Tensor:
+    """A tensor with its new values; of a Linear's weight, with its rows scaled."""
     value = value.to(tensor.device)
     if linear is None:
         return value.to(tensor.dtype)
     scaled = linear.stored(linear.stored(tensor).to(torch.float32) * value[:, None]).to(tensor.dtype)
     # A negative scale would turn pruned weights into -0.0.
-    return scaled.masked_fill_(tensor == 0, 0.0).contiguous()
+    return torch.where(tensor == 0, torch.zeros_like(tensor), scaled)
 
 
 @contextmanager
@@ -165,9 +167,8 @@ def _scaled(linears: Mapping[str, Linear], scales: Mapping[str, Tensor]) -> Iter
 
 def _scaling(scale: Tensor) -> Any:
     def apply(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+        bias: Tensor | None = module.bias
         factor = scale.to(output.dtype)
-        if module.bias is None:
-            return output * factor
-        return (output - module.bias) * factor + module.bias
+        return output * factor if bias is None else (output - bias) * factor + bias
 
     return apply

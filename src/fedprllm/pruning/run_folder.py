@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict
@@ -45,7 +45,7 @@ from fedprllm.files import (
     save_tensors,
     write_sealed,
 )
-from fedprllm.pruning.records import BlockRecord, Record, RunRecord, SurveyRecord, SurveyRun
+from fedprllm.pruning.records import BlockRecord, Record, RunRecord, SurveyRecord
 
 __all__ = ["Run", "check_files", "versions"]
 
@@ -98,7 +98,7 @@ class Run:
                     time.sleep(0.5)
             yield self
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"{self.folder} is a file: expected a folder for the run; choose one with --out")
         manifest = self.folder / "run.json"
@@ -327,9 +327,7 @@ class Run:
         known = {path for record in self.records() for path in record.files or {}}
         paths = [path for folder in models.values() for path in sorted((self.folder / folder).rglob("*"))]
         found = [path for path in paths if path.is_file() and path.name != "README.md"]
-        return self.digests(
-            [path for path in found if path.relative_to(self.folder).as_posix() not in known]
-        )
+        return self.digests([path for path in found if path.relative_to(self.folder).as_posix() not in known])
 
     @property
     def is_complete(self) -> bool:
@@ -353,7 +351,7 @@ class Run:
                 "to have the missing part computed again"
             ) from None
 
-    def finish(self, record: RunRecord | SurveyRun) -> None:
+    def finish(self, record: Record) -> None:
         """Write the result and delete what only an unfinished run needs."""
         write_sealed(self.folder / "result.json", record.as_json())
         shutil.rmtree(self.folder / "state", ignore_errors=True)
