@@ -340,6 +340,9 @@ def rehearse(
     secure: Annotated[
         bool, typer.Option("--secure", help="add updates up under masks, so that only sums are seen")
     ] = False,
+    heal: Annotated[
+        int | None, typer.Option(min=1, help="then heal the result, in so many rounds", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for the run and the ledgers")] = Path("rehearsal"),
     keep_kits: Annotated[
         bool,
@@ -369,12 +372,21 @@ def rehearse(
             for number, source in enumerate(sources, 1)
         }
         begin = time.monotonic()
+        plans = [plan] if heal is None else [plan, _healing_plan(plan, heal)]
         with _Display(plan.name) as display:
-            run_folder = rehearse_all(folder, settings, plan, display.tell, keep_kits=keep_kits)
-        _print_run(out / run_folder.name)
+            kept = rehearse_all(folder, settings, plans, display.tell, keep_kits=keep_kits)
+        for run_folder in kept:
+            _print_run(out / run_folder.name)
         ledger = escape(str(out / "ledgers" / f"{min(settings)}.jsonl"))
         console.print(f"ledger   fedprllm ledger {ledger}", soft_wrap=True)
         console.print(f"every process has ended, after {time.monotonic() - begin:.0f} s")
+
+
+def _healing_plan(plan: RunPlan, rounds: int) -> RunPlan:
+    """The plan of healing the result of another one."""
+    options = ("windows", "window_length", "secure")
+    heal = {"rounds": rounds, **{name: plan.prune[name] for name in options}}
+    return RunPlan(name=f"{plan.name}-healed", of=plan.name, heal=heal, quorum=plan.quorum)
 
 
 def _demo_model() -> Path:
@@ -408,8 +420,11 @@ def _rehearsing(source: str, model: str, threads: int | None, plan: RunPlan) -> 
         model=model,
         threads=threads,
         seed=plan.config.seed,
+        allow=["mask", "gradients"],
         min_windows=1,
         min_tokens=2,
+        min_gradient_tokens=1,
+        max_rounds=1_000_000,
         min_participants=1,
         require_secure=plan.config.secure,
         confirm=False,
@@ -474,16 +489,22 @@ class _Display:
 
 def _progress_line(status: dict[str, Any]) -> str:
     ready = [participant["n_ready"] for participant in status["participants"].values()]
-    return f"{status['doing']}: {min(ready, default=0)} of {status['n_blocks']} blocks computed by everyone"
+    steps = _steps(status)
+    return f"{status['doing']}: {min(ready, default=0)} of {status['n_blocks']} {steps} computed by everyone"
+
+
+def _steps(status: dict[str, Any]) -> str:
+    """What is counted: blocks, or the rounds of a run that heals."""
+    return str(status.get("steps", "blocks"))
 
 
 def _progress_table(status: dict[str, Any]) -> Table:
-    n_blocks = status["n_blocks"]
+    n_blocks, steps = status["n_blocks"], _steps(status)
     table = Table(
         "participant",
-        "blocks computed",
+        f"{steps} computed",
         "received",
-        title=f"{status['doing']} ({status['n_finished']}/{n_blocks} blocks decided)",
+        title=f"{status['doing']} ({status['n_finished']}/{n_blocks} {steps} decided)",
     )
     for name, participant in status["participants"].items():
         received = n_blocks - participant["n_missing"]
@@ -521,6 +542,30 @@ def _print_evaluation(record: RunRecord) -> None:
 
 
 def _print_run(folder: Path) -> None:
+    from fedprllm.healing.run_folder import HealingRun
+
+    if HealingRun.is_in(folder):
+        _print_healing(folder)
+    else:
+        _print_pruning(folder)
+
+
+def _print_healing(folder: Path) -> None:
+    from fedprllm.cli.heal import print_healed
+    from fedprllm.federation.coordinator.results import outcomes
+    from fedprllm.healing.in_process import HealResult
+
+    result = HealResult.load(folder)
+    models = {name: _in_words(found) for name, found in outcomes(folder).items()}
+    table = Table("participant", "rounds", "model")
+    for name, participant in result.record.participants.items():
+        table.add_row(name, str(participant.n_blocks), models.get(name, "not shared"))
+    console.print(table)
+    _print_left_out(folder)
+    print_healed(result, console)
+
+
+def _print_pruning(folder: Path) -> None:
     from fedprllm.pruning.records import RunRecord
 
     record = RunRecord.read(folder / "result.json")

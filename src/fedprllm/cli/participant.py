@@ -71,6 +71,12 @@ def participate(
     min_tokens: Annotated[int, typer.Option(help="fewest tokens an update may be computed from")] = 8192,
     min_participants: Annotated[int, typer.Option(help="fewest participants a run may have")] = 3,
     runs_per_text: Annotated[int, typer.Option(help="number of runs that may use one text")] = 3,
+    max_rounds: Annotated[
+        int, typer.Option(min=1, help="most rounds of healing in a run, each with one gradient")
+    ] = 100,
+    min_gradient_tokens: Annotated[
+        int, typer.Option(min=1, help="fewest tokens that a gradient may be computed from")
+    ] = 256,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -135,6 +141,8 @@ def participate(
         max_colluding=max_colluding,
         min_sum=min_sum,
         runs_per_text=runs_per_text,
+        max_rounds=max_rounds,
+        min_gradient_tokens=min_gradient_tokens,
         seed=seed,
         confirm=not yes,
         plan=None if config is None or dry_run else _pinned(read_run_plan(config)),
@@ -212,6 +220,8 @@ def _pinned(plan: RunPlan) -> dict[str, Any]:
         "model": plan.model,
         "config": plan.config.model_dump(mode="json"),
         "participants": plan.participants,
+        "heal": None if plan.healing is None else plan.healing.model_dump(mode="json"),
+        "of": plan.of,
     }
 
 

@@ -43,6 +43,7 @@ class ServerNews:
             with contextlib.suppress(OSError, ValueError, LookupError):
                 status = read_json(path)
                 if time.time() - status["time"] < _FRESH_S and not (folder / "result.json").exists():
-                    decided = f"{status['n_finished']} of {status['n_blocks']} blocks decided"
+                    steps = status.get("steps", "blocks")
+                    decided = f"{status['n_finished']} of {status['n_blocks']} {steps} decided"
                     return folder.name, f": {status['doing']}, {decided}"
         return "", ""

@@ -13,6 +13,7 @@ from pydantic import ByteSize, Field, model_validator
 
 from fedprllm.config import PruneConfig, ShareName
 from fedprllm.errors import ConfigError, did_you_mean
+from fedprllm.healing.config import HealConfig
 from fedprllm.settings import Settings, read_toml
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 # All kinds of update. They repeat the keys of `fedprllm.sharing.SHARING`, whose import needs torch.
-KINDS = (*get_args(ShareName), "outliers")
+KINDS = (*get_args(ShareName), "outliers", "gradients")
 DEFAULT_ALLOWED = ("mask",)
 DEFAULT_MESSAGE_MB = 1024
 # Strategies a federation can run. The others need all text in one place or involve a single participant.
@@ -100,7 +101,14 @@ class RunPlan(Settings):
     name: Annotated[str, Field(description="name of the run's folder in the server's runs folder")]
     model: Annotated[
         str, Field(description="hub id, or a path on the server; a participant may name its own copy")
-    ]
+    ] = ""
+    heal: Annotated[
+        dict[str, Any] | None,
+        Field(description="options of healing, as in fedprllm heal; the run then heals instead of pruning"),
+    ] = None
+    of: Annotated[
+        str, Field(description="heal the result of the run of this name, which participants have")
+    ] = ""
     prune: Annotated[dict[str, Any], Field(description="pruning options, as in fedprllm prune")] = Field(
         default_factory=dict
     )
@@ -140,6 +148,7 @@ class RunPlan(Settings):
                 f"'{self.name}' cannot name a run: use 1 to 100 letters, digits, dots, dashes and "
                 "underscores, and begin with a letter or a digit"
             )
+        self._check_healing()
         config = self.config
         if config.strategy not in FEDERATED:
             raise ConfigError(
@@ -153,10 +162,36 @@ class RunPlan(Settings):
             )
         return self
 
+    def _check_healing(self) -> None:
+        if "model" not in self.model_fields_set and not self.of:
+            raise ConfigError("model is missing: name a hub id or a path on the server")
+        if self.heal is None and self.of:
+            raise ConfigError(
+                f"of names the run '{self.of}', whose result would be healed, but there is no [heal]: add "
+                "rounds = 40 under [heal], or leave it out"
+            )
+        if self.heal is not None and self.prune:
+            raise ConfigError(
+                "[heal] heals a model that is pruned already, found [prune] beside it: prune in one run, and "
+                "heal its result in a second with of = NAME"
+            )
+        if self.heal is not None and self.of and self.model:
+            raise ConfigError(f"of names the run '{self.of}', and model '{self.model}': give one of them")
+
+    @property
+    def healing(self) -> HealConfig | None:
+        """The options of healing, validated; None if the run prunes."""
+        return None if self.heal is None else HealConfig(**self.heal)
+
     @property
     def config(self) -> PruneConfig:
-        """The pruning options, validated."""
-        return PruneConfig(**self.prune)
+        """The pruning options, validated; of a run that heals, those of reading text and computing."""
+        return PruneConfig(**self.prune) if self.heal is None else HealConfig(**self.heal).reading
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds of update that a participant sends during the run."""
+        return self.config.kinds if self.heal is None else ("gradients",)
 
 
 class SiteSettings(Settings):
@@ -196,6 +231,12 @@ class SiteSettings(Settings):
     ] = 1
     min_sum: Annotated[int, Field(ge=3, description="fewest updates in a sum, under masks")] = 3
     min_participants: Annotated[int, Field(ge=1, description="fewest participants a run may have")] = 3
+    max_rounds: Annotated[
+        int, Field(ge=1, description="most rounds of healing in a run, each with one gradient")
+    ] = 100
+    min_gradient_tokens: Annotated[
+        int, Field(ge=1, description="fewest tokens that a gradient may be computed from")
+    ] = 256
     runs_per_text: Annotated[int, Field(ge=1, description="number of runs that may use one text")] = 3
     seed: Annotated[
         int | None,

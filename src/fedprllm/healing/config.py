@@ -73,12 +73,16 @@ class HealConfig(Settings):
             "is kept in files",
         ),
     ] = None
+    secure: Annotated[
+        bool,
+        Field(description="add gradients up under masks, so that only sums over participants are seen"),
+    ] = False
     seed: Annotated[int, Field(ge=0, description="seed for choosing windows")] = 0
 
     @property
     def reading(self) -> PruneConfig:
         """The options of reading text, as pruning has them."""
-        names = ("windows", "window_length", "bos", "dtype", "device", "memory_limit", "seed")
+        names = ("windows", "window_length", "bos", "dtype", "device", "memory_limit", "secure", "seed")
         return PruneConfig(**{name: getattr(self, name) for name in names})
 
     def is_check(self, number: int) -> bool:

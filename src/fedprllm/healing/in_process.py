@@ -20,7 +20,7 @@ from fedprllm.healing.config import HealConfig
 from fedprllm.healing.gradients import OpenBlocks, held_out_losses, window_gradients
 from fedprllm.healing.participant import HealingText
 from fedprllm.healing.records import HealRecord, RoundRecord
-from fedprllm.healing.result import write_healed, write_healed_card
+from fedprllm.healing.result import heal_record, write_healed, write_healed_card
 from fedprllm.healing.round_sums import RoundSums
 from fedprllm.healing.run_folder import HealingRun
 from fedprllm.healing.server import HealingServer, end_round
@@ -192,6 +192,11 @@ class Learner:
         self._stack.close()
         self._memory.clear()
 
+    @property
+    def n_bytes(self) -> int:
+        """Payload of what a participant shares in a round, in bytes."""
+        return RoundSums.zeros(self.tunable.n).words.nbytes
+
     def n_steps(self, texts: Sequence[HealingText], number: int) -> int:
         """Number of steps that `contribute` reports for a round."""
         n_train = sum(len(text.windows_of(number, self.config)) for text in texts)
@@ -270,27 +275,9 @@ def _run(
         healed = BlockwiseModel(run.model_dir(), config.dtype, config.device)
         evaluation["before"] = perplexities(model, tests, progress)
         evaluation["healed"] = perplexities(healed, tests, progress)
-    record = HealRecord.model_validate(
-        {
-            **identity,
-            "n_parameters": learner.tunable.n,
-            "n_model_parameters": sum(parameter.numel() for parameter in model.skeleton.parameters()),
-            "update_bytes": RoundSums.zeros(learner.tunable.n).words.nbytes,
-            "best_round": server.best_round,
-            "rounds": records,
-            "evaluation": evaluation,
-            "models": {"model": run.model_dir().name},
-            "files": _digests(run),
-            "notes": [*notes, *_how_it_went(server, records)],
-        }
-    )
+    record = heal_record(identity, model, learner.tunable.n, server, records, run, evaluation, notes)
     write_healed_card(run.model_dir(), model.folder, record)
     run.finish(record)
-
-
-def _digests(run: HealingRun) -> dict[str, str]:
-    paths = sorted(run.model_dir().rglob("*"))
-    return run.digests([path for path in paths if path.is_file() and path.name != "README.md"])
 
 
 def _round(
@@ -306,18 +293,3 @@ def _round(
     record = end_round(server, by_name, begin)
     run.finish_round(record, server)
     return record
-
-
-def _how_it_went(server: HealingServer, records: Sequence[RoundRecord]) -> list[str]:
-    """Sentences that whoever uses the result should know."""
-    measured = [one.held_out_loss for one in records if one.held_out_loss is not None]
-    if not measured:
-        return ["no window was held out, so nobody measured whether healing helped: give more text"]
-    if server.best_round == 0:
-        return ["the loss on held-out windows never fell: the model is as it was; lower the learning rate"]
-    if server.n_taken_back:
-        return [
-            f"the loss on held-out windows rose {server.n_taken_back} times, and the parameters were taken "
-            "back to the best ones"
-        ]
-    return []

@@ -9,10 +9,10 @@ from torch import Tensor
 from fedprllm.healing.config import HealConfig
 from fedprllm.pruning.participant import Participant
 
-__all__ = ["HealingText"]
+__all__ = ["MOST_HELD_OUT", "HealingText"]
 
 _HELD_OUT = 8  # one window in so many
-_MOST_HELD_OUT = 4
+MOST_HELD_OUT = 4
 
 
 class HealingText:
@@ -30,7 +30,7 @@ class HealingText:
     def __init__(self, participant: Participant) -> None:
         windows = participant.windows
         self.name = participant.name
-        n = min(max(1, len(windows) // _HELD_OUT), _MOST_HELD_OUT) if len(windows) > 1 else 0
+        n = min(max(1, len(windows) // _HELD_OUT), MOST_HELD_OUT) if len(windows) > 1 else 0
         self.training, self.held_out = windows[: len(windows) - n], windows[len(windows) - n :]
 
     def windows_of(self, number: int, config: HealConfig) -> Sequence[Tensor]:

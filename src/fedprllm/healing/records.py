@@ -23,6 +23,8 @@ class RoundRecord(Record):
             it was not measured.
         losses: Mean loss by participant; empty where only the sum is known.
         taken_back: Whether the parameters were taken back to the best ones.
+        participants: Participants that contributed; None in one process, where all do.
+        still_in: Participants that take part in the following rounds.
         seconds: Time that the round took.
         figures: What the server continues from, with the tensors of the file.
         files: SHA-256 of the file with the server's tensors, by path relative to the folder.
@@ -35,6 +37,8 @@ class RoundRecord(Record):
     held_out_loss: float | None = None
     losses: dict[str, float] = Field(default_factory=dict)
     taken_back: bool = False
+    participants: list[str] | None = None
+    still_in: list[str] | None = None
     seconds: float
     figures: dict[str, float | int | None]
     files: dict[str, str] = Field(default_factory=dict)
@@ -55,6 +59,7 @@ class HealRecord(Record):
         rounds: Records of all rounds.
         evaluation: Perplexities by model: ``before`` and ``healed``.
         versions: Versions of the software that the exact bits of the result depend on.
+        run_id: Identifier of a federated run in hex digits; None in one process.
         models: Folder of the healed model, relative to the run's folder.
         files: SHA-256 of its files, by path relative to the run's folder.
         notes: Sentences about text and about how it went.
@@ -71,6 +76,7 @@ class HealRecord(Record):
     rounds: list[RoundRecord]
     evaluation: dict[str, list[Perplexity]] = Field(default_factory=dict)
     versions: dict[str, str]
+    run_id: str | None = None
     models: dict[str, str]
     files: dict[str, str]
     notes: list[str] = Field(default_factory=list)

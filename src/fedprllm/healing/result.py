@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import write_text
-from fedprllm.healing.records import HealRecord
+from fedprllm.healing.records import HealRecord, RoundRecord
+from fedprllm.healing.round_sums import RoundSums
+from fedprllm.healing.run_folder import HealingRun
+from fedprllm.healing.server import HealingServer
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.tunable import TunableParameters
 
-__all__ = ["write_healed", "write_healed_card"]
+__all__ = ["heal_record", "write_healed", "write_healed_card"]
 
 _CARD = "README.md"
 _HEADING = "## Healed"
@@ -35,6 +42,60 @@ def write_healed(
         with model.block(index) as block:
             writer.write(index, tunable.folded_block(block, vector))
     writer.finish(model.names_outside_blocks(), tensors=tunable.folded_outside(vector))
+
+
+def heal_record(
+    identity: Mapping[str, Any],
+    model: BlockwiseModel,
+    n_parameters: int,
+    server: HealingServer,
+    records: Sequence[RoundRecord],
+    run: HealingRun,
+    evaluation: Mapping[str, Sequence[Perplexity]] = MappingProxyType({}),
+    notes: Sequence[str] = (),
+) -> HealRecord:
+    """The result of a healing whose model has been written.
+
+    Args:
+        identity: What determines the result: configuration, model, participants, versions.
+        model: The model that was healed.
+        n_parameters: Number of parameters that were trained.
+        server: The server, after the last round.
+        records: Records of all rounds.
+        run: The folder, open.
+        evaluation: Perplexities ``before`` and ``healed``.
+        notes: Sentences about text.
+    """
+    paths = [path for path in sorted(run.model_dir().rglob("*")) if path.is_file() and path.name != _CARD]
+    return HealRecord.model_validate(
+        {
+            **identity,
+            "n_parameters": n_parameters,
+            "n_model_parameters": sum(parameter.numel() for parameter in model.skeleton.parameters()),
+            "update_bytes": RoundSums.zeros(n_parameters).words.nbytes,
+            "best_round": server.best_round,
+            "rounds": records,
+            "evaluation": evaluation,
+            "models": {"model": run.model_dir().name},
+            "files": run.digests(paths),
+            "notes": [*notes, *_how_it_went(server, records)],
+        }
+    )
+
+
+def _how_it_went(server: HealingServer, records: Sequence[RoundRecord]) -> list[str]:
+    """Sentences that whoever uses the result should know."""
+    measured = [one.held_out_loss for one in records if one.held_out_loss is not None]
+    if not measured:
+        return ["no window was held out, so nobody measured whether healing helped: give more text"]
+    if server.best_round == 0:
+        return ["the loss on held-out windows never fell: the model is as it was; lower the learning rate"]
+    if server.n_taken_back:
+        return [
+            f"the loss on held-out windows rose {server.n_taken_back} times, and the parameters were taken "
+            "back to the best ones"
+        ]
+    return []
 
 
 def write_healed_card(folder: Path, source: Path, record: HealRecord) -> None:

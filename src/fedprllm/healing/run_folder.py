@@ -27,6 +27,11 @@ __all__ = ["HealingRun"]
 class HealingRun(Run):
     """The folder of one healing: a context manager that one process can hold at a time."""
 
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether a folder is that of a healing."""
+        return (folder / "rounds").is_dir()
+
     def _round_path(self, number: int) -> Path:
         return self.folder / "rounds" / f"round-{number:04d}.json"
 
@@ -43,12 +48,17 @@ class HealingRun(Run):
         if record.number:
             self._state_path(record.number - 1).unlink(missing_ok=True)
 
+    @property
+    def n_finished(self) -> int:
+        """Number of finished rounds."""
+        number = 0
+        while self._round_path(number).exists():
+            number += 1
+        return number
+
     def rounds(self) -> list[RoundRecord]:
         """The records of the finished rounds."""
-        found: list[RoundRecord] = []
-        while self._round_path(len(found)).exists():
-            found.append(RoundRecord.read(self._round_path(len(found))))
-        return found
+        return [RoundRecord.read(self._round_path(number)) for number in range(self.n_finished)]
 
     def resume(self, server: HealingServer) -> list[RoundRecord]:
         """Give a server the state after the last finished round, and return the records so far.

@@ -77,7 +77,7 @@ class Run:
         self._lock = FileLock(folder / ".lock")
 
     @contextmanager
-    def when_free(self, wait_s: float) -> Iterator[Run]:
+    def when_free(self, wait_s: float) -> Iterator[Self]:
         """Hold the folder, waiting if necessary for a process that may be about to release it.
 
         Args:

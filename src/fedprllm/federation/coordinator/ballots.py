@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -23,11 +23,45 @@ from fedprllm.secure.words import Words
 from fedprllm.sharing.as_words import masked_bytes
 from fedprllm.sharing.interface import Ballot
 
-__all__ = ["Ballots", "Received"]
+__all__ = ["Ballots", "Inbox", "Received"]
 
 _Decided = TypeVar("_Decided")
 # Record field -> participant -> length of its update in bytes, or its number of calibration tokens.
 Received = dict[str, dict[str, int]]
+
+
+class Inbox(Protocol):
+    """What arrives from participants step by step: updates of blocks, or gradients of rounds.
+
+    Attributes:
+        masks: The session of secure aggregation, if updates arrive under masks.
+    """
+
+    masks: Masks | None
+
+    @property
+    def n_steps(self) -> int:
+        """Number of steps."""
+
+    @property
+    def follows_server(self) -> bool:
+        """Whether participants wait for the decision about a step before they take the next."""
+
+    def path(self, block: int, name: str) -> Path:
+        """Path where a participant's update waits until its step is decided."""
+
+    def max_bytes(self, block: int, name: str) -> int:
+        """Length in bytes of the longest valid update from a participant for a step."""
+
+    def check(self, block: int, name: str, message: bytes | memoryview) -> None:
+        """Check that an update is exactly what was requested.
+
+        Raises:
+            UpdateError: It is not.
+        """
+
+    def outstanding(self, block: int, names: Sequence[str]) -> dict[str, str]:
+        """Why updates that have arrived are out of proportion, by participant."""
 
 
 class Ballots(Generic[_Decided]):
@@ -53,6 +87,16 @@ class Ballots(Generic[_Decided]):
     ) -> None:
         self.model, self.method, self.masks = model, method, masks
         self._run_id, self._digest, self._folder = run_id, digest, folder
+
+    @property
+    def n_steps(self) -> int:
+        """Number of blocks."""
+        return self.model.n_blocks
+
+    @property
+    def follows_server(self) -> bool:
+        """Whether participants walk on with the server's decisions."""
+        return self.method.strategy.follows_server
 
     def path(self, block: int, name: str) -> Path:
         """Path where a participant's update waits until its block is decided."""

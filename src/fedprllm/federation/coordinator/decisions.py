@@ -13,7 +13,7 @@ from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.protocol.decision import encode_decision
 from fedprllm.files import write_bytes
 from fedprllm.pruning.aggregate import decide_and_write
-from fedprllm.pruning.records import SurveyRecord
+from fedprllm.pruning.records import BlockRecord, SurveyRecord
 from fedprllm.pruning.result_writer import ResultWriter
 from fedprllm.pruning.run_folder import Run
 
@@ -34,6 +34,9 @@ class BlockDecider(Protocol):
 
     def decision(self, index: int) -> bytes | None:
         """Encoded decision about the newest finished block, or None if no participant waits for it."""
+
+    def still_in(self) -> Sequence[str] | None:
+        """Participants that took part in the newest finished block; None if there is none."""
 
 
 class Surveying:
@@ -65,6 +68,10 @@ class Surveying:
     def decision(self, index: int) -> bytes | None:  # noqa: ARG002  the signature of BlockDecider
         """Return None: participants walk over the unpruned model and wait for no decision."""
         return None
+
+    def still_in(self) -> Sequence[str] | None:
+        """See `BlockDecider`."""
+        return _still_in(self._run.survey_records())
 
 
 class Pruning:
@@ -110,7 +117,15 @@ class Pruning:
         """See `BlockDecider`."""
         return self._publication.decision_path(index).read_bytes() if self._is_followed else None
 
+    def still_in(self) -> Sequence[str] | None:
+        """See `BlockDecider`."""
+        return _still_in(self._run.records())
+
     def finish(self) -> None:
         """Write the tensors outside the blocks and move the complete model into place."""
         self._writer.finish(self._run.records())
         self._run.publish_model()
+
+
+def _still_in(records: Sequence[BlockRecord] | Sequence[SurveyRecord]) -> Sequence[str] | None:
+    return (records[-1].still_in or ()) if records else None

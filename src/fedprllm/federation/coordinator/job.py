@@ -19,6 +19,7 @@ from fedprllm.errors import ConfigError, FedprllmError, RunError
 from fedprllm.evaluation.perplexity import window_length_for
 from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.coordinator.decisions import BlockDecider, Pruning, Surveying
+from fedprllm.federation.coordinator.healing import HealingJob, conduct_healing
 from fedprllm.federation.coordinator.masks import Masks
 from fedprllm.federation.coordinator.results import Publication
 from fedprllm.federation.coordinator.rounds import Ask, Coordinator
@@ -145,6 +146,23 @@ def _conduct(
     revoked: Callable[[], Collection[str]],
 ) -> None:
     taking_part = _taking_part(plan, names)
+    if plan.heal is not None:
+        of = run_id_of(folder.parent / plan.of).hex() if plan.of else ""
+        conduct_healing(
+            HealingJob(
+                plan,
+                taking_part,
+                folder,
+                run_id_of(folder),
+                of,
+                channel,
+                stopped,
+                revoked,
+                max_message_mb,
+                _LOCK_WAIT_S,
+            )
+        )
+        return
     config = plan.config
     model = BlockwiseModel(resolve_model(plan.model), config.dtype, config.device, config.exclude)
     check_pattern_divides(model, config)
@@ -195,13 +213,17 @@ class _Conducting:
 
         masks = None
         if self.config.secure:
-            samples = sampled(self.config, sorted(self.names), self.model.n_blocks)
             contributors = {
-                block: [name for name, blocks in samples.items() if block in blocks]
+                block: [name for name, blocks in self.samples.items() if block in blocks]
                 for block in range(self.model.n_blocks)
             }
             masks = Masks(folder / "secure" / run_id.hex(), contributors, self.plan.max_colluding)
         return Ballots(self.model, method, run_id, model_digest(self.fingerprints), updates, masks)
+
+    @property
+    def samples(self) -> dict[str, list[int]]:
+        """The blocks that each participant prunes, by name."""
+        return sampled(self.config, sorted(self.names), self.model.n_blocks)
 
     def _coordinator(
         self, ask: Ask, ballots: Ballots[Any], decider: BlockDecider, run: Run, folder: Path
@@ -233,7 +255,7 @@ class _Conducting:
             counting.forget_damaged(restarts=False)
             if not counting.is_complete:
                 folder = run.folder / "federation"
-                ask = Ask(run_id, method.config, self.fingerprints, survey=True)
+                ask = Ask(run_id, method.config, self.fingerprints, self.samples, survey=True)
                 ballots = self._ballots(method, run_id, folder)
                 decider = Surveying(ballots, counting)
                 coordinator = self._coordinator(ask, ballots, decider, counting, folder)
@@ -254,7 +276,7 @@ class _Conducting:
         folder = run.folder / "federation"
         ballots = self._ballots(method, run_id, folder)
         decider = Pruning(ballots, run, run_id, model_digest(self.fingerprints))
-        ask = Ask(run_id, self.config, self.fingerprints, outliers=outliers)
+        ask = Ask(run_id, self.config, self.fingerprints, self.samples, outliers=outliers)
         coordinator = self._coordinator(ask, ballots, decider, run, folder)
         coordinator.conduct()
         decider.finish()

@@ -31,6 +31,8 @@ from fedprllm.federation.protocol.results import (
     read_result_request,
 )
 from fedprllm.files import read_json, write_json, write_sealed
+from fedprllm.healing.records import HealRecord
+from fedprllm.healing.run_folder import HealingRun
 from fedprllm.pruning.model_card import write_model_card
 from fedprllm.pruning.records import RunRecord
 
@@ -181,6 +183,10 @@ def _record_evaluation(run: Path) -> None:
         for model, key in (("dense", "dense"), ("model", "pruned"))
     }
     path = run / "result.json"
+    if HealingRun.is_in(run):
+        evaluation = {"before": evaluation["dense"], "healed": evaluation["model"]}
+        write_sealed(path, HealRecord.read(path).model_copy(update={"evaluation": evaluation}).as_json())
+        return
     record = RunRecord.read(path).model_copy(update={"evaluation": evaluation})
     write_sealed(path, record.as_json())
     write_model_card(run / "model", record)

@@ -19,12 +19,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.owl import Outliers
 from fedprllm.errors import UpdateError
-from fedprllm.federation.coordinator.ballots import Ballots
+from fedprllm.federation.coordinator.ballots import Inbox
 from fedprllm.federation.coordinator.decisions import BlockDecider
 from fedprllm.federation.coordinator.masks import Masks
 from fedprllm.federation.plan import RunPlan
@@ -32,9 +32,9 @@ from fedprllm.federation.protocol.channel import Channel, Interrupted, QuorumLos
 from fedprllm.federation.protocol.masks import Agreement, read_shares
 from fedprllm.federation.protocol.messages import Operation, Reason, Reply, Request, pack, read_reply
 from fedprllm.files import append_line, write_bytes, write_json
+from fedprllm.healing.config import HealConfig
 from fedprllm.models.identity import entry_name
 from fedprllm.pruning.run_folder import Run
-from fedprllm.pruning.survey import sampled
 
 __all__ = ["Ask", "Coordinator"]
 
@@ -77,15 +77,21 @@ class Ask:
         run_id: Id of the run, 16 bytes.
         config: Resolved pruning options.
         fingerprints: Identity of the coordinator's model (`model_identity`).
+        samples: The blocks that each participant prunes, by name.
         survey: Count outliers of the unpruned model instead of pruning it.
         outliers: Outliers by block that the survey found.
+        heal: Resolved options of healing; None of a run that prunes. Its rounds count as blocks.
+        of: Id of the run whose result is healed, in hexadecimal digits; empty if it is another model.
     """
 
     run_id: bytes
     config: PruneConfig
     fingerprints: Mapping[str, str]
+    samples: Mapping[str, Sequence[int]]
     survey: bool = False
     outliers: Sequence[Outliers] = ()
+    heal: HealConfig | None = None
+    of: str = ""
 
 
 class Coordinator:
@@ -108,7 +114,7 @@ class Coordinator:
     def __init__(
         self,
         ask: Ask,
-        ballots: Ballots[Any],
+        ballots: Inbox,
         decider: BlockDecider,
         plan: RunPlan,
         names: Sequence[str],
@@ -123,9 +129,8 @@ class Coordinator:
         self.plan, self.run, self.channel = plan, run, channel
         self._folder, self._stopped, self._revoked, self._clock = folder, stopped, revoked, clock
         self._news = clock()
-        self._n_blocks = ballots.model.n_blocks
-        self._follows_server = ballots.method.strategy.follows_server
-        self._samples = sampled(ask.config, sorted(names), self._n_blocks)
+        self._n_blocks, self._follows_server = ballots.n_steps, ballots.follows_server
+        self._samples = ask.samples
         self.participants = {name: _Standing() for name in sorted(self._still_in(names))}
 
     @property
@@ -136,8 +141,8 @@ class Coordinator:
 
     def _still_in(self, names: Sequence[str]) -> Sequence[str]:
         """Participants that may still take part: initially all, later those in the newest block's record."""
-        records = self.run.survey_records() if self._ask_for.survey else self.run.records()
-        return (records[-1].still_in or ()) if records else names
+        found = self._decider.still_in()
+        return names if found is None else found
 
     def _note(self, name: str, event: str, reason: str) -> None:
         line = {
@@ -155,6 +160,7 @@ class Coordinator:
         }
         status = {
             "doing": doing,
+            "steps": "blocks" if self._ask_for.heal is None else "rounds",
             "n_blocks": self._n_blocks,
             "n_finished": self.run.n_finished,
             "participants": participants,
@@ -273,6 +279,8 @@ class Coordinator:
                 blocks=list(blocks),
                 participants=sorted(self._samples),
                 outliers=[(found.n_outliers, found.n_scores) for found in self._ask_for.outliers],
+                heal=None if self._ask_for.heal is None else self._ask_for.heal.model_dump(mode="json"),
+                of=self._ask_for.of,
             )
             alike = [name for name in names if tuple(self._samples[name]) == blocks]
             answers |= self._ask(alike, request, payload)

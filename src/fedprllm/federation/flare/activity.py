@@ -59,10 +59,11 @@ def _doing(spool: Spool, runs: Path) -> str:
     if status["state"] == "done":
         return "everything is computed; waiting for the coordinator"
     n_ready = spool.n_ready
-    follows = job.get("config", {}).get("strategy") == "iterative"
+    step = "block" if job.get("heal") is None else "round"
+    follows = step == "round" or job.get("config", {}).get("strategy") == "iterative"
     if follows and n_ready and not spool.decision_path(n_ready - 1).exists():
-        return f"waiting for the coordinator's decision about block {n_ready} of {n_blocks}"
-    return f"computing block {min(n_ready + 1, n_blocks)} of {n_blocks}"
+        return f"waiting for the coordinator's decision about {step} {n_ready} of {n_blocks}"
+    return f"computing {step} {min(n_ready + 1, n_blocks)} of {n_blocks}"
 
 
 def _n_sent(home: Path, run: str) -> int:

@@ -87,31 +87,31 @@ def _everyone(kits: Path, names: Sequence[str]) -> Iterator[None]:
 def rehearse(
     folder: Path,
     participants: Mapping[str, SiteSettings],
-    plan: RunPlan,
+    plans: Sequence[RunPlan],
     tell: Tell = silent,
     *,
     keep_kits: bool = False,
-) -> Path:
-    """Run a federation from setup to the pruned model; every process has ended when this returns.
+) -> list[Path]:
+    """Run a federation from setup to the result; every process has ended when this returns.
 
     Args:
         folder: Folder made by `empty_folder`.
         participants: Settings of each participant, by name.
-        plan: The run.
+        plans: The runs, one after the other.
         tell: Progress callback, as in `fedprllm.federation.flare.supervisor.supervise`.
         keep_kits: Keep the kits. After a failure they are always kept, for their logs.
 
     Returns:
-        The run folder.
+        The runs' folders.
 
     Raises:
-        RunError: The run could not be completed.
+        RunError: A run could not be completed.
     """
     kits = folder / "kits"
     federation = rehearsal_kits(kits, participants)
     with _everyone(kits, federation.participants):
-        run = supervise(plan, federation, kits / "admin", kits / "server" / "runs", tell)
-    kept = run.rename(folder / plan.name)
+        runs = [supervise(plan, federation, kits / "admin", kits / "server" / "runs", tell) for plan in plans]
+    kept = [run.rename(folder / plan.name) for run, plan in zip(runs, plans, strict=True)]
     (folder / "ledgers").mkdir()
     for name in participants:
         shutil.copy(work_folder(kits / name) / LEDGER, folder / "ledgers" / f"{name}.jsonl")

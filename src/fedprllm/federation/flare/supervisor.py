@@ -168,8 +168,9 @@ class _Supervisor:
         self._check_complete()
 
     def _achieved(self) -> int:
-        """Grows with every block decided and every update received."""
+        """Grows with every block or round decided and every update received."""
         n_blocks = len(list(self.folder.glob("**/blocks/block-*.json")))
+        n_blocks += len(list(self.folder.glob("rounds/round-*.json")))
         return 1_000_000 * n_blocks + len(list(self.folder.glob("federation/updates/*/*.update")))
 
     def _admitted(self) -> list[str]:
@@ -274,7 +275,7 @@ class _Supervisor:
         """
         written = self._read("plan.json")
         differences = {} if written is None else self._differences(written["plan"])
-        result = {"model", "participants", *PruneConfig.model_fields}
+        result = {"model", "participants", "heal", "of", *PruneConfig.model_fields}
         for name, (theirs, ours) in differences.items():
             if name in result:
                 raise ConfigError(

@@ -78,6 +78,7 @@ Code = Literal[
     "crashed",  # the computation died repeatedly
     "too many blocks",  # this and the following limits are the participant's own
     "too few tokens",
+    "too many rounds",
     "too few participants",
     "text used up",
     "another plan",  # not the run that the participant agreed to beforehand
@@ -114,6 +115,8 @@ class Request(Header):
         blocks: Indices of the blocks that the participant prunes. It only walks through the others.
         participants: Names of all participants in the run.
         outliers: Number of outlying scores and of all scores, by block, from the survey.
+        heal: The resolved `HealConfig` of a run that heals; None of one that prunes.
+        of: Id of the run whose result is healed; empty if the model is no such result.
         reason: Why the participant was left out.
     """
 
@@ -126,6 +129,8 @@ class Request(Header):
     blocks: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
     participants: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=10_000)] = []
     outliers: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]] = []
+    heal: dict[str, Any] | None = None
+    of: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""
     reason: Reason = ""
 
 

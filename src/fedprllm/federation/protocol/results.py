@@ -140,6 +140,8 @@ class Manifest(BaseModel):
         dropped: Indices of the blocks that the pruned model lacks.
         removed_experts: Numbers of the experts that each block of the pruned model lacks; empty if none.
         exclude: Names and patterns of the Linears that stayed dense.
+        healed: Whether the model was healed: the one message holds the parameters that were trained.
+        of: Id of the run whose result was healed; empty if it was no such result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -159,6 +161,8 @@ class Manifest(BaseModel):
         Field(max_length=100_000),
     ] = []
     exclude: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=100)] = []
+    healed: bool = False
+    of: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""
 
     @property
     def sparsity(self) -> float:

@@ -24,9 +24,19 @@ import torch
 
 from fedprllm.errors import UpdateError, did_you_mean
 from fedprllm.sharing import SHARING
-from fedprllm.sharing.interface import COUNTS, Wire
+from fedprllm.sharing.interface import COUNTS, SINGLE, Wire
 
-__all__ = ["MASKED", "VERSION", "Expectation", "Update", "decode", "encode", "max_message_bytes"]
+__all__ = [
+    "GRADIENTS",
+    "MASKED",
+    "PARAMETERS",
+    "VERSION",
+    "Expectation",
+    "Update",
+    "decode",
+    "encode",
+    "max_message_bytes",
+]
 
 VERSION = 2
 MAX_PARTICIPANT_BYTES = 128
@@ -74,8 +84,12 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # An update under masks: words that say nothing by themselves (`fedprllm.secure`).
 MASKED = "masked"
+GRADIENTS, PARAMETERS = "gradients", "parameters"
 _KINDS: dict[str, Wire] = {kind: row.wire for kind, row in SHARING.items()}
 _KINDS[MASKED] = Wire(6, COUNTS, COUNTS)
+# Healing: a round's sums of gradients and losses, and the parameters that the next round begins with.
+_KINDS[GRADIENTS] = Wire(12, COUNTS, COUNTS)
+_KINDS[PARAMETERS] = Wire(13, SINGLE, SINGLE)
 _KIND_NAMES = {kind.code: name for name, kind in _KINDS.items()}
 
 
@@ -88,7 +102,8 @@ class Update:
         participant: Name of the participant, 1 to 128 bytes of UTF-8 without control characters.
         block: Index of the decoder layer.
         kind: ``mask`` (True = pruned), ``statistics`` (sums of squares per input), ``gram``,
-            ``weights``, ``outliers`` (number of outlying scores) or ``masked`` (words under masks).
+            ``weights``, ``outliers`` (number of outlying scores), ``masked`` (words under masks),
+            ``gradients`` (sums of a round of healing, whose number is ``block``) or ``parameters``.
         model_fingerprint: Digest of the model that the update was computed from, 32 bytes.
         tensors: The content, by name, in any order.
         n_tokens: Number of calibration tokens that the update was computed from.

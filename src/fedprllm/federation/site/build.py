@@ -61,12 +61,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _build(result: Path, settings: SiteSettings, out: Path) -> dict[str, Any]:
-    from fedprllm.federation.site.model import open_model
+    from fedprllm.federation.site.model import earlier_result, open_model
 
     manifest = read_manifest((result / MANIFEST).read_bytes())
     device = settings.device or "cpu"
-    model = open_model(settings, manifest.model, manifest.fingerprints, _DTYPE, device, manifest.exclude)
-    if len(manifest.blocks) != model.n_blocks:
+    earlier = earlier_result(out.parent, manifest.of) if manifest.of else None
+    model = open_model(
+        settings, manifest.model, manifest.fingerprints, _DTYPE, device, manifest.exclude, earlier
+    )
+    if len(manifest.blocks) != (1 if manifest.healed else model.n_blocks):
         raise Failed(
             "result differs",
             message=f"the result has {len(manifest.blocks)} blocks and the model {model.n_blocks}",
@@ -100,6 +103,9 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
     from fedprllm.models.shorter import write_shorter
     from fedprllm.models.smaller import write_rest
 
+    if manifest.healed:
+        _write_healed(model, manifest, result, unfinished)
+        return
     if manifest.dropped:
         write_shorter(unfinished, model, manifest.dropped)
         write_text(unfinished / "README.md", manifest.card)
@@ -118,6 +124,20 @@ def _write(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> No
             weights = decided_weights(message, block, run, digest)
             writer.write(index, weights.remaining(block.tensors))
     write_rest(writer, model)
+    write_text(unfinished / "README.md", manifest.card)
+
+
+def _write_healed(model: Any, manifest: Manifest, result: Path, unfinished: Path) -> None:
+    """Fold the parameters into the model that was healed."""
+    from fedprllm.federation.protocol.parameters import decode_parameters
+    from fedprllm.healing.result import write_healed
+    from fedprllm.models.fingerprints import model_digest
+    from fedprllm.models.tunable import TunableParameters
+
+    tunable = TunableParameters(model)
+    message = (result / "block-0000.decision").read_bytes()
+    digest, run = model_digest(manifest.fingerprints), bytes.fromhex(manifest.run)
+    write_healed(unfinished, model, tunable, decode_parameters(message, tunable.n, 0, run, digest))
     write_text(unfinished / "README.md", manifest.card)
 
 

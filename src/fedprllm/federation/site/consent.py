@@ -83,8 +83,27 @@ def check_request(settings: SiteSettings, job: Mapping[str, Any]) -> None:
     windows, length = job["config"]["windows"], job["config"]["window_length"]
     if windows:
         _check_amount(settings, windows, windows * (length or 0), "the run asks for")
+    if job.get("heal") is not None:
+        _check_healing(settings, job["heal"])
     if settings.plan is not None:
         _check_plan(settings.plan, job)
+
+
+def _check_healing(settings: SiteSettings, heal: Mapping[str, Any]) -> None:
+    if heal["rounds"] > settings.max_rounds:
+        raise Refused(
+            "too many rounds",
+            f"the run asks for {heal['rounds']} rounds, and this participant takes part in at most "
+            f"{settings.max_rounds} (--max-rounds): every gradient tells something about the text",
+        )
+    n_tokens = heal["round_windows"] * ((heal["window_length"] or 1) - 1)
+    if n_tokens < settings.min_gradient_tokens:
+        raise Refused(
+            "too few tokens",
+            f"the run asks for gradients over {n_tokens} tokens, and this participant shares none over fewer "
+            f"than {settings.min_gradient_tokens} (--min-gradient-tokens): the gradient of little text can "
+            "reveal the text",
+        )
 
 
 def check_text(settings: SiteSettings, n_windows: int, n_tokens: int) -> None:
@@ -113,8 +132,15 @@ def _check_amount(settings: SiteSettings, n_windows: int, n_tokens: int, subject
 
 def _check_plan(plan: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     """Compare a request with the plan that the participant pinned."""
-    for name, expected in plan["config"].items():
-        found = job["config"].get(name)
+    if (plan.get("heal") is None) != (job.get("heal") is None):
+        does = "prunes" if job.get("heal") is None else "heals"
+        raise Refused("another plan", f"the run {does}, and this participant's plan (--config) does not")
+    options = [(plan["config"], job["config"])]
+    if plan.get("heal") is not None:
+        options.append((plan["heal"], job["heal"]))
+    for name, expected, found in (
+        (name, wanted, asked.get(name)) for wishes, asked in options for name, wanted in wishes.items()
+    ):
         resolved = name == "window_length" and expected is None
         if found != expected and not resolved:
             raise Refused(
@@ -129,7 +155,7 @@ def _check_plan(plan: Mapping[str, Any], job: Mapping[str, Any]) -> None:
             f"the run has the participants {', '.join(sorted(job['participants']))}, and this participant's "
             f"plan (--config) has {', '.join(expected_names)}",
         )
-    if plan["model"] != job["model"]:
+    if plan["model"] != job["model"] and not plan.get("of"):
         raise Refused(
             "another plan",
             f"the run prunes {job['model']}, and this participant's plan (--config) has {plan['model']}",

@@ -202,7 +202,7 @@ class Masking:
             json.dumps(read_json(self._spool.path("fingerprints.json")), sort_keys=True).encode()
         ).hex()
         job = read_sealed(self._spool.path("job.json"))
-        kind = "survey" if job["survey"] else job["config"]["share"]
+        kind = "survey" if job["survey"] else "gradients" if job.get("heal") else job["config"]["share"]
         text, ledger = text_identity(self._settings.data), UnmaskLedger(self._home)
         for block, names in agreement.survivors.items():
             ledger.spend(f"{model} {text} {kind} {block}", names, self._limits.min_sum)

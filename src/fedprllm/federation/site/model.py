@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fedprllm.errors import ModelError
 from fedprllm.federation.plan import SiteSettings
@@ -12,7 +13,27 @@ from fedprllm.models.fingerprints import first_difference
 from fedprllm.models.identity import describe_difference, model_identity, number_of
 from fedprllm.models.source import is_hub_id, resolve_model
 
-__all__ = ["open_model"]
+__all__ = ["earlier_result", "open_model"]
+
+
+def earlier_result(out: Path, run: str) -> Path:
+    """The model that an earlier run left at this participant.
+
+    Args:
+        out: Folder with the participant's results.
+        run: Id of the run in hexadecimal digits.
+
+    Raises:
+        Failed: It is not there.
+    """
+    for mark in sorted(out.glob("*/.run-id")):
+        if mark.read_text(encoding="utf-8") == run and (mark.parent / "model").is_dir():
+            return mark.parent / "model"
+    raise Failed(
+        "model missing",
+        message=f"the result of run {run}, which is to be healed, is not in {out}: fetch it with "
+        "'fedprllm participate KIT --fetch NAME', and ask the coordinator to start the run again",
+    )
 
 
 def open_model(
@@ -22,6 +43,7 @@ def open_model(
     dtype: str,
     device: str,
     exclude: Sequence[str] = (),
+    earlier: Path | None = None,
 ) -> BlockwiseModel:
     """Open the participant's copy of the coordinator's model.
 
@@ -32,12 +54,13 @@ def open_model(
         dtype: Precision of the forward pass.
         device: Device to compute on.
         exclude: Names and patterns of the Linears that stay dense.
+        earlier: The copy, if it is the result of an earlier run.
 
     Raises:
         Failed: There is no copy, or it is not the same model.
     """
-    source = settings.model or named
-    if settings.model is None and not is_hub_id(named):
+    source = str(earlier) if earlier is not None else settings.model or named
+    if earlier is None and settings.model is None and not is_hub_id(named):
         # The coordinator must not choose which local files are opened.
         raise Failed(
             "model missing",

@@ -162,7 +162,8 @@ class Site:
         from fedprllm.config import PruneConfig
 
         spool = Spool(self.folder / "runs" / request.run)
-        refused = [kind for kind in PruneConfig(**request.config).kinds if kind not in self.settings.allow]
+        kinds = PruneConfig(**request.config).kinds if request.heal is None else ("gradients",)
+        refused = [kind for kind in kinds if kind not in self.settings.allow]
         if refused:
             spool.set_status("failed", "kind not allowed", message=self._not_allowed(refused))
             return Reply(state="failed", code="kind not allowed")

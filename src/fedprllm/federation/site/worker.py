@@ -15,23 +15,15 @@ import shutil
 import sys
 import time
 import traceback
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from fedprllm.errors import DataError, DiskFull, FedprllmError, SecureError, UpdateError
+from fedprllm.errors import DataError, DiskFull, FedprllmError, SecureError
 from fedprllm.federation.plan import SiteSettings
-from fedprllm.federation.site.consent import (
-    Refused,
-    TextBudget,
-    ask,
-    check_request,
-    check_text,
-    own_seed,
-    text_identity,
-)
+from fedprllm.federation.site.computation import Computation
+from fedprllm.federation.site.consent import Refused
 from fedprllm.federation.site.process import Failed, end_with_parent, is_out_of_memory, limit_resources
 from fedprllm.federation.site.spool import Spool
 from fedprllm.files import free_bytes, is_full, read_json, read_sealed, save_tensors, write_sealed
@@ -39,7 +31,6 @@ from fedprllm.process import use_large_pages
 
 __all__ = ["main"]
 
-_DECISION_POLL_S = 0.05
 _SPACE_POLL_S = 5.0
 
 
@@ -89,7 +80,7 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str, local: Pa
     """
     spool.set_status("working")
     try:
-        _Walk(spool, settings, name, owner, local).run()
+        _computation(spool)(spool, settings, name, owner, local).run()
     except Failed as failure:
         print(failure, file=sys.stderr)
         spool.set_status("failed", failure.code, failure.tensor, str(failure), failure.value)
@@ -120,6 +111,15 @@ def _walk(spool: Spool, settings: SiteSettings, name: str, owner: str, local: Pa
     return 1
 
 
+def _computation(spool: Spool) -> Any:
+    """The class of what the coordinator asks for."""
+    if read_sealed(spool.path("job.json")).get("heal") is None:
+        return _Walk
+    from fedprllm.federation.site.healing import HealingRounds
+
+    return HealingRounds
+
+
 def _fail(spool: Spool, code: str, error: BaseException) -> int:
     traceback.print_exception(error)
     words = f"{type(error).__name__}: {error}"
@@ -130,33 +130,26 @@ def _fail(spool: Spool, code: str, error: BaseException) -> int:
     return 1
 
 
-class _Walk:
+class _Walk(Computation):
     """One participant's walk over the blocks, which reads and writes its spool."""
 
-    def __init__(self, spool: Spool, settings: SiteSettings, name: str, owner: str, local: Path) -> None:
-        from fedprllm.config import PruneConfig
-
-        self.spool, self.settings, self.name, self.owner = spool, settings, name, owner
-        self.local = local
-        self.job: dict[str, Any] = read_sealed(spool.path("job.json"))
-        config = PruneConfig(**self.job["config"])
-        self.config = config.model_copy(update={"device": settings.device or "cpu"})
-
     def run(self) -> None:
+        from fedprllm.federation.site.question import question_of
         from fedprllm.pruning.method import pruning_method, survey_method
         from fedprllm.pruning.survey import allocated
         from fedprllm.pruning.walk import Walker
 
-        check_request(self.settings, self.job)
-        self._prepare()
+        self.prepare()
         method: Any = survey_method(self.config) if self.job["survey"] else pruning_method(self.config)
         if self.job["outliers"]:
             method = method.with_sparsities(allocated(self.model, self._outliers(), self.config))
-        self._ask(method)
+        self.ask_for_consent(
+            lambda n_runs, most: question_of(self.job, method, self.model, self.participant, n_runs, most)
+        )
         self.walker = Walker(self.participant, method, self.model.n_blocks, self.job["blocks"])
         start = self._resume() if method.uses_inputs else self.spool.n_ready
         for index in range(start, self.model.n_blocks):
-            self._check_owner()
+            self.check_owner()
             self._step(index)
         self._memory.clear()
         self._say_what_was_reached()
@@ -175,89 +168,6 @@ class _Walk:
         from fedprllm.core.owl import Outliers
 
         return [Outliers(*counts) for counts in self.job["outliers"]]
-
-    def _check_same_text(self) -> None:
-        """Refuse to continue a run with windows other than those it began with."""
-        found = {"fingerprint": self.participant.fingerprint}
-        if self.spool.known("text.json") not in (None, found):
-            raise Failed(
-                "data",
-                message="the text, or the seed in windows-seed by which its windows are chosen, has changed "
-                "since this run began: restore it, or let the run continue without this participant",
-            )
-        write_sealed(self.spool.path("text.json"), found)
-
-    @property
-    def _home(self) -> Path:
-        """The participant's folder with its ledger and runs."""
-        return self.spool.folder.parent.parent
-
-    def _ask(self, method: Any) -> None:
-        """Ask the participant for consent, unless it wants none asked, and count the run against the text."""
-        from fedprllm.federation.site.question import question_of
-
-        budget, text = TextBudget(self._home), text_identity(self.settings.data)
-        if not self.settings.confirm:
-            budget.spend(text, self.job["run"], self.settings.runs_per_text)
-            return
-        used = set(budget.runs_of(text)) | {self.job["run"]}
-        question = question_of(
-            self.job, method, self.model, self.participant, len(used), self.settings.runs_per_text
-        )
-        self.spool.set_status("waiting")
-        ask(self.spool.folder, question, lambda: self.spool.owner == self.owner)
-        self.spool.set_status("working")
-        budget.spend(text, self.job["run"], self.settings.runs_per_text)
-
-    def _check_owner(self) -> None:
-        """End this process if that of a later job of the same run has taken over."""
-        if self.spool.owner != self.owner:
-            os._exit(3)
-
-    def _prepare(self) -> None:
-        """Open the model, compare it with the coordinator's, and read the text."""
-        from fedprllm.federation.site.model import open_model
-        from fedprllm.models.fingerprints import model_digest
-        from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
-        from fedprllm.pruning.inputs import make_participants
-
-        expected = read_json(self.spool.path("fingerprints.json"))
-        self.model = open_model(
-            self.settings,
-            self.job["model"],
-            expected,
-            self.config.dtype,
-            self.config.device,
-            self.config.exclude,
-        )
-        self._check_blocks(self.model.n_blocks)
-        self.digest = model_digest(expected)
-        seed = own_seed(self._home) if self.settings.seed is None else self.settings.seed
-        (self.participant,), config = make_participants(
-            self.model,
-            {self.name: list(self.settings.data)},
-            self.config.model_copy(update={"seed": seed}),
-        )
-        self.config = self.config.model_copy(update={"window_length": config.window_length})
-        self._check_same_text()
-        if self.participant.notes:
-            print("\n".join(self.participant.notes), file=sys.stderr)
-            write_sealed(self.spool.path("notes.json"), {"notes": self.participant.notes})
-        check_text(self.settings, len(self.participant.windows), self.participant.n_tokens)
-        self._memory = HiddenMemory(self.spool.spilled_folder, self.settings.memory_limit)
-        self.participant.hidden = HiddenStates(self._memory, self.name)
-
-    def _check_blocks(self, n_blocks: int) -> None:
-        """Refuse to prune more blocks than this participant's settings grant."""
-        most = max(1, int(n_blocks * Fraction(str(self.settings.block_fraction))))
-        asked = len(self.job["blocks"])
-        if asked > most:
-            raise Failed(
-                "too many blocks",
-                message=f"the run asks for {asked} of {n_blocks} blocks, and this participant prunes at most "
-                f"{most} (--block-fraction): ask the coordinator to set the run's block_fraction to "
-                f"{self.name}={self.settings.block_fraction:g} or less",
-            )
 
     def _resume(self) -> int:
         """Restore the hidden states, and return the first block that has not been walked through yet."""
@@ -298,35 +208,18 @@ class _Walk:
         from fedprllm.federation.protocol import update as wire
         from fedprllm.federation.protocol.names import to_wire
 
-        index, kind = block.index, self.walker.method.sharing.kind
         if update is None:
-            self.spool.keep_update(index, b"", {"kind": "none"})
+            self.spool.keep_update(block.index, b"", {"kind": "none"})
+        elif self.spool.update(block.index) is not None:
             return
-        if self.spool.update(index) is not None:
-            return
-        if self.config.secure:
-            kind, n_tokens = wire.MASKED, 0
-            tensors = self._masked(block, update)
+        elif self.config.secure:
+            self.keep(block.index, wire.MASKED, self._masked(block, update), 0)
         else:
-            tensors, n_tokens = to_wire(update, block.linears), self.participant.n_tokens
-        message = wire.Update(
-            run_id=bytes.fromhex(self.job["run"]),
-            participant=self.name,
-            block=index,
-            kind=kind,
-            model_fingerprint=self.digest,
-            tensors=tensors,
-            n_tokens=n_tokens,
-        )
-        shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
-        summary = {"kind": kind, "n_tokens": n_tokens, "shapes": shapes}
-        self.spool.keep_update(index, wire.encode(message), summary)
+            kind, n_tokens = self.walker.method.sharing.kind, self.participant.n_tokens
+            self.keep(block.index, kind, to_wire(update, block.linears), n_tokens)
 
     def _masked(self, block: Any, update: Any) -> dict[str, Any]:
         """Hide an update, once keys have been exchanged."""
-        import torch
-
-        from fedprllm.federation.site.masking import Masking
         from fedprllm.sharing.as_words import Layout
 
         config = self.walker.method.config
@@ -337,42 +230,14 @@ class _Walk:
             config.window_length,
             config.windows if config.weighting == "tokens" else 0,
         )
-        words = layout.pack(update, self.participant.n_tokens)
-        while not Masking(*self._masking).may_mask:
-            self._check_owner()
-            time.sleep(_DECISION_POLL_S)
-        hidden = Masking(*self._masking).mask(block.index, words)
-        return {"words": torch.from_numpy(hidden.view("<i8"))}
-
-    @property
-    def _masking(self) -> tuple[Any, ...]:
-        return self.name, self.local, self.settings, self.spool, self._home
+        return self.hidden_words(block.index, layout.pack(update, self.participant.n_tokens))
 
     def _decision(self, block: Any) -> Any:
         """Wait for the coordinator's decision about a block."""
         from fedprllm.federation.protocol.decision import decided_weights
 
-        path = self.spool.decision_path(block.index)
-        while True:
-            while not path.exists():
-                self._check_decision_may_come(block.index)
-                self._check_owner()
-                time.sleep(_DECISION_POLL_S)
-            try:
-                return decided_weights(path.read_bytes(), block, bytes.fromhex(self.job["run"]), self.digest)
-            except UpdateError as error:
-                print(f"{path} is damaged, waiting for it again: {error}", file=sys.stderr)
-                path.unlink(missing_ok=True)
-
-    def _check_decision_may_come(self, index: int) -> None:
-        """The coordinator sends its newest decision only: one that is lost behind it never comes again."""
-        if self.spool.decision_path(index + 1).exists():
-            raise Failed(
-                "internal",
-                message=f"the decision about block {index} is missing or damaged, and the walk must begin "
-                f"again because of other damage in {self.spool.folder}: check the disk; the run can continue "
-                "without this participant",
-            )
+        run = bytes.fromhex(self.job["run"])
+        return self.wait_for(block.index, lambda message: decided_weights(message, block, run, self.digest))
 
 
 if __name__ == "__main__":
