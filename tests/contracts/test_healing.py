@@ -378,7 +378,7 @@ def test_pruned_smaller_models_and_patterns_are_healed(tiny, windows, tmp_path):
     [
         ({"rounds": 0}, "rounds: input should be greater than or equal to 1, found 0"),
         ({"learning_rate": 0}, "learning_rate: input should be greater than 0"),
-        ({"loss": "txt"}, "unknown value of loss: 'txt'"),
+        ({"bos": "evry"}, "unknown value of bos: 'evry'"),
         ({"round": 3}, "unknown option 'round'"),
     ],
 )

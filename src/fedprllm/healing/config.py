@@ -26,13 +26,6 @@ class HealConfig(Settings):
         int, Field(ge=1, description="windows whose gradient a participant adds up in a round")
     ] = 1
     learning_rate: Annotated[float, Field(gt=0, le=1, description="largest step of a parameter")] = 0.003
-    loss: Annotated[
-        Literal["text", "dense"],
-        Field(
-            description="what is minimized (text: the loss on the next token; dense: the distance to the "
-            "predictions of the dense model, which --dense names)"
-        ),
-    ] = "text"
     check_every: Annotated[
         int, Field(ge=1, description="rounds between two measurements on held-out windows")
     ] = 10

@@ -50,7 +50,6 @@ class HealRecord(Record):
     Attributes:
         config: The resolved configuration.
         model: Which model was healed.
-        dense: The dense model whose predictions were followed; None if text was.
         participants: The participants by name.
         n_parameters: Number of parameters that were trained.
         n_model_parameters: Number of parameters of the model.
@@ -67,7 +66,6 @@ class HealRecord(Record):
 
     config: HealConfig
     model: ModelRecord
-    dense: ModelRecord | None = None
     participants: dict[str, ParticipantRecord]
     n_parameters: int
     n_model_parameters: int
