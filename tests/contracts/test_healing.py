@@ -18,6 +18,7 @@ from fedprllm import (
     FedprllmWarning,
     HealConfig,
     PruneConfig,
+    SecureError,
     UpdateError,
     heal,
     prune,
@@ -264,6 +265,18 @@ def test_biases_and_transposed_weights_are_folded_as_they_were_trained(name, tin
     folded, again = opened(tmp_path / "model")
     assert losses(folded, again, again.initial(), windows(3)) == pytest.approx(expected, rel=1e-5)
     assert losses(model, tunable, tunable.initial(), windows(3)) != pytest.approx(expected, rel=1e-4)
+
+
+def test_under_masks_the_bits_are_the_same_and_only_sums_are_recorded(pruned, windows, tmp_path):
+    participants = [windows(number, 8) for number in range(3)]
+    clear = heal(pruned, participants, CONFIG, out=tmp_path / "clear")
+    secure = CONFIG.model_copy(update={"secure": True})
+    masked = heal(pruned, participants, secure, out=tmp_path / "masked")
+    assert_same_bits(clear.model_dir, masked.model_dir)
+    assert [one.loss for one in clear.record.rounds] == [one.loss for one in masked.record.rounds]
+    assert not any(one.losses for one in masked.record.rounds)
+    with pytest.raises(SecureError, match="3"):
+        heal(pruned, participants[:2], secure, out=tmp_path / "two")
 
 
 def test_a_killed_healing_continues_and_ends_with_the_same_bits(pruned, windows, tmp_path):

@@ -472,6 +472,8 @@ class _Display:
         elif what == "results":
             line = f"the model is complete; {', '.join(details['waiting'])} are fetching it"
             self._show(line, line)
+        elif what == "run":
+            self._name = details["name"]
         elif what == "again":
             errors.print(f"[yellow]retrying[/]: {escape(details['reason'])}", soft_wrap=True)
         else:

@@ -275,7 +275,9 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
     if config is None and settings.model is None:
         raise ConfigError("no model: name the run's TOML file with --config, or a model with --model")
     plan = read_run_plan(config) if config else RunPlan(name="dry-run", model=settings.model or "")
-    total = n_blocks = 0
+    settings = settings.model_copy(update={"out": settings.out or str(kit / "runs")})
+    total = n_blocks = shown = 0
+    step = "block"
     limit_resources(settings)
     try:
         with noting():
@@ -292,12 +294,14 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
         console.print("the run adds updates up under masks: what is shown here is hidden before it is sent")
     for preview in previews:
         total, n_blocks = total + preview.message_bytes, preview.n_blocks
+        shown, step = shown + 1, preview.step
         table = Table(
             "tensor",
             "shape",
             "type",
             "bytes",
-            title=f"block {preview.block}: {preview.kind}, computed from {preview.n_tokens:,} tokens",
+            title=f"{preview.step} {preview.block}: {preview.kind}, computed from "
+            f"{preview.n_tokens:,} tokens",
         )
         for tensor in preview.tensors:
             table.add_row(
@@ -312,8 +316,7 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
         for row in first.rows:
             console.print(f"  {escape(row)}", highlight=False)
         console.print(f"message  {preview.message_bytes:,} bytes; nothing was sent")
-    shown = min(blocks, n_blocks)
-    console.print(f"all {n_blocks} blocks: about {total * n_blocks // max(shown, 1):,} bytes")
+    console.print(f"all {n_blocks} {step}s: about {total * n_blocks // max(shown, 1):,} bytes")
 
 
 def ledger(

@@ -43,11 +43,14 @@ from fedprllm.pruning.inputs import (
     sources_of,
 )
 from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.preflight import need_cryptography
 from fedprllm.pruning.run_folder import versions
 from fedprllm.text.windows import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fedprllm.healing.secure_rounds import SecureRounds
 
 __all__ = ["HealResult", "Learner", "heal"]
 
@@ -168,6 +171,21 @@ def _heal(
     return HealResult.load(out)
 
 
+def secure_rounds(names: Sequence[str], config: HealConfig) -> SecureRounds | None:
+    """What adds gradients up under masks; None if nobody asks for it.
+
+    Raises:
+        ConfigError: The library that it needs is not installed.
+        SecureError: There are too few participants.
+    """
+    if not config.secure:
+        return None
+    need_cryptography()
+    from fedprllm.healing.secure_rounds import SecureRounds
+
+    return SecureRounds(names, config)
+
+
 class Learner:
     """Computes gradients and losses of a model with given parameters.
 
@@ -260,13 +278,14 @@ def _run(
     progress: Progress,
 ) -> None:
     texts = [HealingText(member) for member in members]
+    secure = secure_rounds([member.name for member in members], config)
     with Learner(model, config, run.spilled_folder) as learner:
         server = HealingServer(learner.tunable.initial(), config)
         records = run.resume(server)
         todo = range(len(records), config.rounds + 1)
         with progress("healing", sum(learner.n_steps(texts, number) for number in todo)) as advance:
             while not server.is_finished:
-                records.append(_round(learner, texts, server, run, advance))
+                records.append(_round(learner, texts, server, run, secure, advance))
         run.reopen_model()
         write_healed(run.unfinished_model_dir(), model, learner.tunable, server.result)
         run.publish_model()
@@ -285,11 +304,16 @@ def _round(
     texts: Sequence[HealingText],
     server: HealingServer,
     run: HealingRun,
+    secure: SecureRounds | None,
     advance: Callable[[int], None],
 ) -> RoundRecord:
     """Let all participants contribute, take the step and save it."""
     begin = time.monotonic()
     by_name = learner.contribute(texts, server.vector, server.number, advance)
-    record = end_round(server, by_name, begin)
+    if secure is None:
+        record = end_round(server, by_name, begin)
+    else:
+        total = {"": secure.total(server.number, by_name)}
+        record = end_round(server, total, begin).model_copy(update={"losses": {}})
     run.finish_round(record, server)
     return record

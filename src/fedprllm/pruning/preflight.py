@@ -34,6 +34,7 @@ __all__ = [
     "check_structure",
     "check_update_size",
     "decision_bytes",
+    "need_cryptography",
     "needed_bytes",
     "payloads",
     "secure_sums",
@@ -205,14 +206,23 @@ def check_secure(model: BlockwiseModel, config: PruneConfig, samples: Mapping[st
     """
     if not config.secure:
         return
-    if find_spec("cryptography") is None:
-        raise ConfigError(
-            "secure needs the library cryptography: install it with pip install 'fedprllm[federation]'"
-        )
+    need_cryptography()
     from fedprllm.pruning.secure_sums import check_contributors
 
     check_contributors(samples, model.n_blocks)
     check_update_size(model, config, len(samples))
+
+
+def need_cryptography() -> None:
+    """Check that what hides updates is installed.
+
+    Raises:
+        ConfigError: It is missing.
+    """
+    if find_spec("cryptography") is None:
+        raise ConfigError(
+            "secure needs the library cryptography: install it with pip install 'fedprllm[federation]'"
+        )
 
 
 def secure_sums(

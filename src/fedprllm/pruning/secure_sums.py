@@ -25,7 +25,7 @@ from fedprllm.secure.terms import Limits, Roster, Terms
 from fedprllm.secure.words import Words
 from fedprllm.sharing import Totals
 
-__all__ = ["SecureSums", "check_contributors", "terms_of"]
+__all__ = ["SecureSession", "SecureSums", "check_contributors", "terms_of"]
 
 _LIMITS = Limits()
 
@@ -58,24 +58,17 @@ def check_contributors(samples: Mapping[str, Sequence[int]], n_blocks: int) -> N
     terms_of(samples, n_blocks, {}).check(_LIMITS)
 
 
-class SecureSums:
+class SecureSession:
     """All parties of one session: the participants, and the server that sees only masked words.
 
     Args:
-        samples: The blocks that each participant prunes, by name.
-        n_blocks: Number of blocks in the model.
-        config: The resolved configuration.
-        survey: Whether the updates are those of a survey.
+        terms: The sums, and who contributes to each.
 
     Raises:
         SecureError: A sum would consist of too few updates.
     """
 
-    def __init__(
-        self, samples: Mapping[str, Sequence[int]], n_blocks: int, config: PruneConfig, *, survey: bool
-    ) -> None:
-        about = {"config": config.model_dump(mode="json"), "survey": survey}
-        terms = terms_of(samples, n_blocks, about)
+    def __init__(self, terms: Terms) -> None:
         identities = {name: Ed25519PrivateKey.generate() for name in terms.participants}
         roster = Roster({name: one.public_key().public_bytes_raw() for name, one in identities.items()})
         self._participants = {
@@ -96,16 +89,13 @@ class SecureSums:
         for name, one in self._participants.items():
             one.receive(server.boxes_for(name))
 
-    def add(
-        self, block: Block, method: Method[Any], name: str, update: Mapping[str, Tensor], n_tokens: int
-    ) -> None:
-        """Hide one participant's update, and add what the server sees of it.
+    @property
+    def n_participants(self) -> int:
+        """Number of participants."""
+        return len(self._participants)
 
-        Raises:
-            UpdateError: The update holds numbers that are too large for sums under masks.
-        """
-        sum_ = _name(block.index)
-        words = layout_of(block, method, len(self._participants)).pack(update, n_tokens)
+    def hide(self, sum_: str, name: str, words: Words) -> None:
+        """Hide one participant's words, uint64 [n], and add what the server sees of them to a sum."""
         masked = self._participants[name].mask(sum_, words)
         self._participants[name].settle(sum_)
         if sum_ in self._sums:
@@ -114,16 +104,51 @@ class SecureSums:
             self._sums[sum_] = masked
         self._added.setdefault(sum_, []).append(name)
 
+    def reveal(self, sum_: str) -> tuple[Words, list[str]]:
+        """Take the masks off a sum; returns it and whose words are in it."""
+        words, names = self._sums.pop(sum_), sorted(self._added.pop(sum_))
+        survivors = {sum_: names}
+        signatures = {name: one.agree(survivors) for name, one in self._participants.items()}
+        answers = {name: one.unmask(survivors, signatures)[sum_] for name, one in self._participants.items()}
+        self._server.unmask(sum_, words, names, answers)
+        return words, names
+
+
+class SecureSums:
+    """The sums of a run's updates, block by block.
+
+    Args:
+        samples: The blocks that each participant prunes, by name.
+        n_blocks: Number of blocks in the model.
+        config: The resolved configuration.
+        survey: Whether the updates are those of a survey.
+
+    Raises:
+        SecureError: A sum would consist of too few updates.
+    """
+
+    def __init__(
+        self, samples: Mapping[str, Sequence[int]], n_blocks: int, config: PruneConfig, *, survey: bool
+    ) -> None:
+        about = {"config": config.model_dump(mode="json"), "survey": survey}
+        self._session = SecureSession(terms_of(samples, n_blocks, about))
+
+    def add(
+        self, block: Block, method: Method[Any], name: str, update: Mapping[str, Tensor], n_tokens: int
+    ) -> None:
+        """Hide one participant's update, and add what the server sees of it.
+
+        Raises:
+            UpdateError: The update holds numbers that are too large for sums under masks.
+        """
+        words = layout_of(block, method, self._session.n_participants).pack(update, n_tokens)
+        self._session.hide(_name(block.index), name, words)
+
     def totals(self, block: Block, method: Method[Any]) -> Totals:
         """Unmask a block's sums, and check that honest participants can add up to them.
 
         Raises:
             UpdateError: They cannot. Nobody can say whose update is at fault.
         """
-        sum_ = _name(block.index)
-        words, names = self._sums.pop(sum_), sorted(self._added.pop(sum_))
-        survivors = {sum_: names}
-        signatures = {name: one.agree(survivors) for name, one in self._participants.items()}
-        answers = {name: one.unmask(survivors, signatures)[sum_] for name, one in self._participants.items()}
-        self._server.unmask(sum_, words, names, answers)
-        return totals_of(words, len(names), block, method, len(self._participants))
+        words, names = self._session.reveal(_name(block.index))
+        return totals_of(words, len(names), block, method, self._session.n_participants)

@@ -134,6 +134,11 @@ class Coordinator:
         self.participants = {name: _Standing() for name in sorted(self._still_in(names))}
 
     @property
+    def _step(self) -> str:
+        """What is decided one after another."""
+        return "block" if self._ask_for.heal is None else "round"
+
+    @property
     def _run_id(self) -> str:
         return self._ask_for.run_id.hex()
 
@@ -160,7 +165,7 @@ class Coordinator:
         }
         status = {
             "doing": doing,
-            "steps": "blocks" if self._ask_for.heal is None else "rounds",
+            "steps": f"{self._step}s",
             "n_blocks": self._n_blocks,
             "n_finished": self.run.n_finished,
             "participants": participants,
@@ -217,7 +222,9 @@ class Coordinator:
             for block in blocks:
                 path = self.ballots.path(block, name)
                 if path.exists() and not self._is_whole(name, block, path.read_bytes()):
-                    self._note(name, f"update of block {block} lost", f"{path} is damaged; it is sent again")
+                    self._note(
+                        name, f"update of {self._step} {block} lost", f"{path} is damaged; it is sent again"
+                    )
                     path.unlink()
 
     def _is_whole(self, name: str, block: int, message: bytes) -> bool:
@@ -361,7 +368,7 @@ class Coordinator:
         short = [block for block, names in survivors.items() if len(names) < masks.limit]
         if short:
             raise QuorumLost(
-                f"{len(survivors[short[0]])} updates of block {short[0]} are left, and a sum under masks "
+                f"{len(survivors[short[0]])} updates of {self._step} {short[0]} are left, and a sum under masks "
                 f"needs {masks.limit}: begin a new run"
             )
         agreement = masks.agree_on(survivors)
@@ -421,7 +428,7 @@ class Coordinator:
                 if name in self.participants:  # fetching takes long enough to be revoked meanwhile
                     self._fetch(name, block)
             self._check_quorum()
-            self._show(f"block {blocks[0]}" if len(blocks) == 1 else "collecting")
+            self._show(f"{self._step} {blocks[0]}" if len(blocks) == 1 else "collecting")
             if not ready:
                 time.sleep(self._pause_s())
 
@@ -449,12 +456,12 @@ class Coordinator:
         # Its updates for this block and later ones do not count, even those that have arrived.
         self._dismiss_revoked()
         self._check_quorum()
-        self._show(f"deciding block {block}")
+        self._show(f"deciding {self._step} {block}")
         masks = self.ballots.masks
         names = self._pruning(block) if masks is None else masks.survivors(block)
         if not names:
             raise QuorumLost(
-                f"no participant is left to prune block {block}: {self._folder / 'events.jsonl'} says why; "
+                f"no participant is left for {self._step} {block}: {self._folder / 'events.jsonl'} says why; "
                 "decided blocks are kept; run it again when the participants are back"
             )
         self._decider.decide(block, names, list(self.participants))
@@ -499,7 +506,7 @@ class Coordinator:
             if now - standing.last_answer > self.plan.silence_s:
                 raise Interrupted(f"participant '{name}' has not answered for {self.plan.silence_s:.0f} s")
             if standing.n_ready <= block and now > standing.deadline:
-                self._leave_out(name, "deadline", f"block {standing.n_ready} was not ready in time")
+                self._leave_out(name, "deadline", f"{self._step} {standing.n_ready} was not ready in time")
 
     def _deliver_decision(self, waited_for: Mapping[str, int]) -> None:
         """Send the newest decision to the participants that need it for their next block."""
@@ -567,7 +574,7 @@ class Coordinator:
             standing.lost_at = self._clock()
             standing.n_invalid += 1
             if standing.n_invalid >= self.plan.max_ballots:
-                self._leave_out(name, "deadline", f"the update of block {block} did not arrive")
+                self._leave_out(name, "deadline", f"the update of {self._step} {block} did not arrive")
             return
         reply, payload = answers[name]
         standing.last_answer = self._clock()
@@ -607,7 +614,7 @@ class Coordinator:
         standing = self.participants[name]
         standing.n_invalid += 1
         standing.n_ready = min(standing.n_ready, block)
-        self._note(name, f"update of block {block} refused", reason)
+        self._note(name, f"update of {self._step} {block} refused", reason)
         if standing.n_invalid >= self.plan.max_ballots:
             self._leave_out(name, "invalid updates", f"{standing.n_invalid} in a row")
             return False

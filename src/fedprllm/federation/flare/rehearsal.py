@@ -110,7 +110,10 @@ def rehearse(
     kits = folder / "kits"
     federation = rehearsal_kits(kits, participants)
     with _everyone(kits, federation.participants):
-        runs = [supervise(plan, federation, kits / "admin", kits / "server" / "runs", tell) for plan in plans]
+        runs = []
+        for plan in plans:
+            tell("run", {"name": plan.name})
+            runs.append(supervise(plan, federation, kits / "admin", kits / "server" / "runs", tell))
     kept = [run.rename(folder / plan.name) for run, plan in zip(runs, plans, strict=True)]
     (folder / "ledgers").mkdir()
     for name in participants:

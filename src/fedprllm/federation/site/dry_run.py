@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fedprllm.errors import ConfigError
@@ -45,6 +46,7 @@ class Preview:
         n_tokens: Number of tokens the update is computed from, which is part of the message.
         message_bytes: Length of the whole message in bytes.
         tensors: All tensors in the update.
+        step: What ``block`` and ``n_blocks`` count: blocks, or rounds of healing.
     """
 
     block: int
@@ -53,6 +55,7 @@ class Preview:
     n_tokens: int
     message_bytes: int
     tensors: list[TensorPreview]
+    step: str = "block"
 
 
 def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1) -> Iterator[Preview]:
@@ -84,12 +87,15 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
     from fedprllm.pruning.method import pruning_method
     from fedprllm.pruning.walk import Walker
 
-    refused = [kind for kind in plan.config.kinds if kind not in settings.allow]
+    refused = [kind for kind in plan.kinds if kind not in settings.allow]
     if refused:
         raise ConfigError(
             f"the run asks for {', '.join(refused)}, and {', '.join(settings.allow)} may be sent (--allow): "
             "it would be refused; repeat --allow for every kind that you allow"
         )
+    if plan.healing is not None:
+        yield _first_round(settings, plan, name)
+        return
     alone = {"device": settings.device or "cpu", "strategy": "one-shot"}
     config = plan.config.model_copy(update=alone)
     model = BlockwiseModel(
@@ -115,6 +121,50 @@ def dry_run(settings: SiteSettings, plan: RunPlan, name: str, n_blocks: int = 1)
             message = wire.encode(update)
             yield _preview(wire.decode(message, expect=None, max_bytes=len(message)), message, model.n_blocks)
             walker.advance(block, contribution.weights)
+
+
+def _first_round(settings: SiteSettings, plan: RunPlan, name: str) -> Preview:
+    """The first round of healing; the others have the same shapes, and need the coordinator's parameters."""
+    import tempfile
+
+    from fedprllm.federation.protocol import update as wire
+    from fedprllm.federation.protocol.parameters import WORDS
+    from fedprllm.healing.in_process import Learner
+    from fedprllm.healing.participant import HealingText
+    from fedprllm.models.blockwise import BlockwiseModel
+    from fedprllm.models.source import resolve_model
+    from fedprllm.pruning.inputs import make_participants, say_notes
+
+    config = plan.healing
+    assert config is not None, "the plan heals"
+    config = config.model_copy(update={"device": settings.device or "cpu"})
+    source = plan.model
+    if plan.of:
+        source = str(Path(settings.out or "runs") / plan.of / "model")
+    model = BlockwiseModel(
+        resolve_model(source if plan.of else settings.model or source),
+        config.dtype,
+        config.device,
+        config.exclude,
+    )
+    (participant,), reading = make_participants(model, {name: list(settings.data)}, config.reading)
+    say_notes([participant])
+    config = config.model_copy(update={"window_length": reading.window_length})
+    with tempfile.TemporaryDirectory() as folder, Learner(model, config, Path(folder) / "states") as learner:
+        text = HealingText(participant)
+        (sums,) = learner.contribute([text], learner.tunable.initial(), 0).values()
+    update = wire.Update(
+        run_id=bytes(16),
+        participant=name,
+        block=0,
+        kind=wire.GRADIENTS,
+        model_fingerprint=bytes(32),
+        tensors={WORDS: sums.words},
+        n_tokens=sums.n_tokens,
+    )
+    message = wire.encode(update)
+    decoded = wire.decode(message, expect=None, max_bytes=len(message))
+    return replace(_preview(decoded, message, config.rounds + 1), step="round")
 
 
 def _preview(update: Any, message: bytes, n_blocks: int) -> Preview:
