@@ -213,7 +213,7 @@ def of(gradient: Tensor) -> RoundSums:
 def test_a_gradient_out_of_proportion_is_refused_and_named():
     honest = {f"p{number}": of(torch.full((4,), 1.0 + number)) for number in range(4)}
     assert outstanding_gradients(honest) == {}
-    honest["p2"] = of(torch.full((4,), 100.0))
+    honest["p2"] = of(torch.full((4,), 1000.0))
     assert outstanding_gradients(honest).keys() == {"p2"}
     assert "as long as the other participants' median" in outstanding_gradients(honest)["p2"]
     assert outstanding_gradients({name: honest[name] for name in ("p0", "p2")}) == {}

@@ -851,7 +851,7 @@ def test_a_block_whose_only_participant_is_gone_stops_the_run(tmp_path, model, f
     )
     plan = make_plan(model, prune={"block_fraction": 0.4}, max_ballots=1)
     assert conduct(tmp_path, plan, channel) == "quorum lost"
-    assert "no participant is left to prune block" in outcome(tmp_path)["reason"]
+    assert "no participant is left for block" in outcome(tmp_path)["reason"]
     channel.meddle = lambda name, request, answer: answer
     assert conduct(tmp_path, plan, channel) == "complete"
 

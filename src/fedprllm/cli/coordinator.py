@@ -544,9 +544,9 @@ def _print_evaluation(record: RunRecord) -> None:
 
 
 def _print_run(folder: Path) -> None:
-    from fedprllm.healing.run_folder import HealingRun
+    from fedprllm.federation.coordinator.results import is_healing
 
-    if HealingRun.is_in(folder):
+    if is_healing(folder):
         _print_healing(folder)
     else:
         _print_pruning(folder)

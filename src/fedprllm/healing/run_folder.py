@@ -27,11 +27,6 @@ __all__ = ["HealingRun"]
 class HealingRun(Run):
     """The folder of one healing: a context manager that one process can hold at a time."""
 
-    @staticmethod
-    def is_in(folder: Path) -> bool:
-        """Whether a folder is that of a healing."""
-        return (folder / "rounds").is_dir()
-
     def _round_path(self, number: int) -> Path:
         return self.folder / "rounds" / f"round-{number:04d}.json"
 

@@ -368,8 +368,8 @@ class Coordinator:
         short = [block for block, names in survivors.items() if len(names) < masks.limit]
         if short:
             raise QuorumLost(
-                f"{len(survivors[short[0]])} updates of {self._step} {short[0]} are left, and a sum under masks "
-                f"needs {masks.limit}: begin a new run"
+                f"{len(survivors[short[0]])} updates of {self._step} {short[0]} are left, and a sum under "
+                f"masks needs {masks.limit}: begin a new run"
             )
         agreement = masks.agree_on(survivors)
         signatures = self._enough("agree", agreement, masks.limit)
