@@ -1,5 +1,89 @@
-"""The command ``heal``, and ``prune --heal``: options, places and what is printed."""
+"""The command ``heal``, ``prune --heal`` and the report about it."""
 
 from __future__ import annotations
 
-from tests.unit.test_cli import given, run, words  # noqa: F401  given is a fixture
+import re
+
+import pytest
+
+from fedprllm import ConfigError, HealConfig, HealResult
+from fedprllm.errors import FedprllmError
+from tests.contracts.test_walk import assert_same_bits
+from tests.unit import test_cli
+from tests.unit.test_cli import run
+
+given = test_cli.given  # a fixture
+HEALING = "--windows 8 --window-length 64 --check-every 2"
+
+
+def texts(given):
+    return f"--participant {given['a']} --participant {given['b']}"
+
+
+@pytest.fixture
+def pruned(given, tmp_path):
+    out = tmp_path / "run"
+    run("prune", given["model"], texts(given), "--windows 4 --window-length 64 --out", out)
+    return out
+
+
+def test_help_names_every_option_with_its_default():
+    output = " ".join(run("heal", "--help").replace("│", " ").split())
+    for name, field in HealConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in output
+        assert field.description
+    assert "default: 0.003" in output
+
+
+def test_a_run_is_healed_beside_its_model_and_reported(given, pruned):
+    output = run("heal", pruned, texts(given), HEALING, "--rounds 4 --eval", given["c"])
+    result = HealResult.load(pruned / "healed")
+    assert result.record.config.rounds == 4
+    assert result.record.model.source == str(pruned / "model")
+    assert re.search(r"loss on held-out windows: \d\.\d{4} before", output)
+    assert "3,704 of 260,032 parameters trained" in output
+    assert "before" in output
+    assert str(result.model_dir) in output.replace("\n", "")
+    run("report", pruned / "healed")
+    page = (pruned / "healed" / "report.html").read_text()
+    assert "healing report" in page
+    assert "Loss by round" in page
+    assert (result.model_dir / "README.md").read_text().count("## Healed") == 1
+
+
+def test_prune_heals_with_the_same_text_and_options(given, tmp_path):
+    out = tmp_path / "both"
+    options = "--windows 4 --window-length 64 --heal 3 --out"
+    output = run("prune", given["model"], texts(given), options, out)
+    assert "healed" in output
+    record = HealResult.load(out / "healed").record
+    assert (record.config.rounds, record.config.window_length) == (3, 64)
+    run("heal", out / "model", texts(given), "--window-length 64 --rounds 3 --out", tmp_path / "apart")
+    assert_same_bits(out / "healed" / "model", tmp_path / "apart" / "model")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["heal", "m", "--rounds", "3"], "no out: name a folder"),
+        (["heal", "m", "--out", "o", "--participants", "3"], "--participants needs --data"),
+        (["heal", "m", "--out", "o", "--bos", "evry"], "did you mean 'every'"),
+        (["prune", "m", "--out", "o", "--strategy", "local-only", "--heal", "3"], "--heal heals one model"),
+    ],
+)
+def test_mistakes(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FedprllmError, match=message):
+        run(*words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_model_is_refused(pruned, given):
+    (pruned / "model").rename(pruned / "moved")
+    with pytest.raises(ConfigError, match="has no folder 'model'"):
+        run("heal", pruned, texts(given))
+
+
+def test_a_run_and_a_healing_are_not_taken_for_each_other(given, pruned):
+    with pytest.raises(FedprllmError, match="belongs to another run"):
+        run("heal", pruned / "model", texts(given), HEALING, "--out", pruned)

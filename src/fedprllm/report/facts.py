@@ -95,6 +95,23 @@ class Section:
 # The run ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Page:
+    """A whole page.
+
+    Attributes:
+        title: Its heading.
+        summary: What was done, in a few sentences.
+        tiles: Key figures, each with its name, value and note.
+        sections: What follows.
+    """
+
+    title: str
+    summary: str
+    tiles: Sequence[tuple[str, str, str]]
+    sections: Sequence[Section]
+
+
 class Facts:
     """The record of a run with the summaries that several sections need.
 

@@ -14,10 +14,12 @@ from jinja2 import Environment, StrictUndefined
 from fedprllm.api import PruneResult
 from fedprllm.errors import RunError
 from fedprllm.files import write_text
+from fedprllm.healing.in_process import HealResult
 from fedprllm.pruning.records import Reduction
 from fedprllm.pruning.run_folder import Run
 from fedprllm.report.facts import (
     Facts,
+    Page,
     change,
     count,
     mean_perplexity,
@@ -27,6 +29,7 @@ from fedprllm.report.facts import (
     size,
     size_range,
 )
+from fedprllm.report.healing import healing_page
 from fedprllm.report.perplexity import compared, evaluated
 from fedprllm.report.pruning import agreement, ties, time, traffic, zeros
 from fedprllm.report.setting import setting
@@ -55,7 +58,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     _check_complete(run)
     if path.is_dir():
         raise RunError(f"{path} is a folder: expected the name of the HTML file to write")
-    write_text(path, _render(PruneResult.load(run)))
+    is_healing = (run / "rounds").is_dir()
+    page = healing_page(HealResult.load(run)) if is_healing else _pruning_page(PruneResult.load(run))
+    write_text(path, _render(page))
     return path
 
 
@@ -72,21 +77,25 @@ def _check_complete(run: Path) -> None:
         )
 
 
-def _render(result: PruneResult) -> str:
+def _render(page: Page) -> str:
     template = files("fedprllm.report").joinpath("template.html").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    return environment.from_string(template).render(
+        title=page.title,
+        source="the record of the run (result.json beside this page)",
+        summary=page.summary,
+        tiles=page.tiles,
+        sections=page.sections,
+    )
+
+
+def _pruning_page(result: PruneResult) -> Page:
     facts = Facts(result)
     make = (setting, evaluated, compared, zeros, agreement, ties, traffic, time)
     sections = [section for section in (one(facts) for one in make) if section is not None]
-    return environment.from_string(template).render(
-        title=f"{facts.model}: pruning report",
-        source="the record of the run (result.json beside this page)",
-        summary=_summary(facts),
-        tiles=_tiles(facts),
-        sections=sections,
-    )
+    return Page(f"{facts.model}: pruning report", _summary(facts), _tiles(facts), sections)
 
 
 # Head ------------------------------------------------------------------------------------------

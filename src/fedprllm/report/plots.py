@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -261,7 +262,12 @@ def _readable(color: Sequence[float]) -> str:
 
 
 def lines(
-    series: Mapping[str, Sequence[float]], label: str, names: tuple[str, str], reference: tuple[float, str]
+    series: Mapping[str, Sequence[float]],
+    label: str,
+    names: tuple[str, str],
+    reference: tuple[float, str],
+    *,
+    bridged: bool = False,
 ) -> Markup:
     """One line per name over 0, 1, 2, ..., distinguished by color, dash pattern and marker.
 
@@ -270,14 +276,16 @@ def lines(
         label: Description of the figure.
         names: Names of the horizontal and the vertical axis.
         reference: A value drawn as a horizontal line, and its name.
+        bridged: Draw a line on across NaN instead of leaving a gap.
     """
     n = max(len(values) for values in series.values())
     with drawing(label, 3.4) as drawn:
         axes = drawn.axes
         for number, (name, values) in enumerate(series.items()):
+            places = [at for at, value in enumerate(values) if not (bridged and math.isnan(value))]
             axes.plot(
-                range(len(values)),
-                values,
+                places,
+                [values[at] for at in places],
                 color=SERIES[number % len(SERIES)],
                 linestyle=DASHES[number % len(DASHES)],
                 marker=MARKERS[number % len(MARKERS)],
