@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    healing,
     hostile,
     leakage,
     llm_compressor,
@@ -308,6 +309,23 @@ BENCHMARKS: dict[str, Benchmark] = {
         (
             Goal("time of a prompt, a fifth smaller / dense", lambda r: structure.time(r, "prefill"), 0.87),
             Goal("time of a token, a fifth smaller / dense", lambda r: structure.time(r, "decode"), 0.87),
+        ),
+    ),
+    "healing": Benchmark(
+        "Healing together: SmolLM2-135M after pruning, and one round at LLaMA-7B's width",
+        ("benchmarks.healing",),
+        healing.tables,
+        (
+            Goal(
+                "damage of votes, healed / damage of votes", lambda r: healing.damage(r, "votes, 50 %"), 0.25
+            ),
+            Goal(
+                "damage of a fifth smaller, healed / of votes", lambda r: healing.damage(r, "mlp=0.27"), 0.25
+            ),
+            Goal(
+                "CPU time of a round / of its forward passes", lambda r: r["round"][0]["round / forward"], 4.5
+            ),
+            Goal("peak memory of a round, GiB", lambda r: r["round"][0]["peak_anonymous_gib"], 4),
         ),
     ),
     "text": Benchmark(
