@@ -150,7 +150,14 @@ def _round(options: argparse.Namespace) -> dict[str, Any]:
     shape = "tiny" if options.quick else "llama-7b"
     with tempfile.TemporaryDirectory(prefix="healing-", dir=options.folder) as folder:
         n_bytes = make_checkpoint(Path(folder), shape, options.blocks)
-        words = [sys.executable, "-m", "benchmarks.healing", "--measure-round", folder, str(options.length)]
+        words = [
+            sys.executable,
+            "-m",
+            "benchmarks.healing",
+            "--measure-round",
+            f"{folder}/model",
+            str(options.length),
+        ]
         with (
             subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child,
             Watch(child.pid) as watch,
