@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    gradient_leakage,
     healing,
     hostile,
     leakage,
@@ -327,6 +328,11 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
             Goal("peak memory of a round, GiB", lambda r: r["round"][0]["peak_anonymous_gib"], 4),
         ),
+    ),
+    "gradient_leakage": Benchmark(
+        "What a round of healing tells about a text, SmolLM2-135M",
+        ("benchmarks.gradient_leakage",),
+        gradient_leakage.tables,
     ),
     "text": Benchmark(
         "Reading text: 2 calibration windows of 64 tokens, or 256 tokens to evaluate on, from files of 5 MB "
