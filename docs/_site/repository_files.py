@@ -1,0 +1,96 @@
+"""Hook of the documentation site: pages and files of the repository that lie outside docs/.
+
+The pages link to each other by their places in the repository, so that links work on a code host and in an editor. The
+site shows some of these files at other places; this hook adds them and adapts the links.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+FILES = ("CITATION.cff",)
+_DECISIONS = ROOT / "docs" / "decisions"
+# A fenced block or code in backticks, which stay as they are, or the target of a link.
+_LINK = re.compile(r"^(```|~~~).*?^\1|`[^`\n]*`|(?P<before>\]\()(?P<target>[^)\s]+)", re.MULTILINE | re.DOTALL)
+
+
+def places(root: Path = ROOT) -> dict[str, str]:
+    """Where the site shows what the repository has outside docs/, both as POSIX paths."""
+    examples = sorted((root / "examples").rglob("*"))
+    shown = [path.relative_to(root).as_posix() for path in examples if _is_shown(path)]
+    return {name: f"project/{name}" for name in (*PAGES, *FILES)} | {name: name for name in shown}
+
+
+def _is_shown(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts
+
+
+def adapted(markdown: str, in_repository: str, on_site: str, moved: dict[str, str]) -> str:
+    """The text of a page with its links adapted to the site.
+
+    Args:
+        markdown: Text of the page.
+        in_repository: Path of the page in the repository.
+        on_site: Path of the page among the site's sources.
+        moved: Places of files outside docs/, by their paths in the repository.
+
+    Raises:
+        PluginError: A link leads to a file that the site does not show.
+    """
+    folder, site_folder = posixpath.dirname(in_repository), posixpath.dirname(on_site)
+
+    def replace(match: re.Match[str]) -> str:
+        target = match["target"]
+        if target is None or re.match(r"[a-z]+:|#", target):
+            return match[0]
+        path, hash_sign, anchor = target.partition("#")
+        shown = _shown(posixpath.normpath(posixpath.join(folder, path)), moved)
+        if shown is None:
+            raise PluginError(f"{in_repository} links to {path}, which is not on the site: name it without a link")
+        return f"{match['before']}{posixpath.relpath(shown, site_folder or '.')}{hash_sign}{anchor}"
+
+    return _LINK.sub(replace, markdown)
+
+
+def _shown(path: str, moved: dict[str, str]) -> str | None:
+    """Where a path of the repository is on the site; a folder stands for the list of its pages."""
+    if path == "docs/decisions":
+        return "decisions/index.md"
+    if (ROOT / path / "README.md").is_file():
+        path = f"{path}/README.md"
+    return moved.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the files outside docs/ to the site's sources."""
+    for path, place in places().items():
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
+    files.append(File.generated(config, "decisions/index.md", content=_list_of_decisions()))
+    return files
+
+
+def _list_of_decisions() -> str:
+    """What a code host shows as the content of the folder."""
+    titles = {
+        path.name: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        for path in sorted(_DECISIONS.glob("*.md"))
+    }
+    rows = "\n".join(f"* [{title.removeprefix('Decision: ')}]({name})" for name, title in titles.items())
+    return f"# Decisions\n\nOne page for every format, interface and dependency: the decision, what was rejected and why.\n\n{rows}\n"
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Adapt the links of a page."""
+    moved = places()
+    back = {place: path for path, place in moved.items()}
+    on_site = page.file.src_uri
+    return adapted(markdown, back.get(on_site, f"docs/{on_site}"), on_site, moved)
