@@ -73,7 +73,7 @@ def test_prune_from_python_takes_data_sets_where_they_are_installed(
 def test_heal_and_compare_measures_every_model(run, small_model, texts, tmp_path):
     held_out = tmp_path / "held-out.txt"
     held_out.write_text(library_text("prose", held_out=True)[:3000], encoding="utf-8")
-    short = [*small(8), "--rounds", "10", "--max-tokens", "512"]
+    short = ["--windows", "16", "--window-length", "64", "--rounds", "20", "--max-tokens", "512"]
     printed = run(
         "heal_and_compare.py", small_model, held_out, *texts, "--out", tmp_path / "comparison", *short
     )
