@@ -18,7 +18,12 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 FILES = ("CITATION.cff",)
-_DECISIONS = ROOT / "docs" / "decisions"
+HIDDEN = ("notes.md",)  # part of another page
+# Folders of docs/ that pages link to. A code host lists their content, and so does the site: title, first paragraph.
+FOLDERS = {
+    "decisions": ("Decisions", "One page for every format, interface and dependency: the decision, its reasons, what was rejected."),
+    "benchmarks": ("Measured values", "What [Benchmarks](../benchmarks.md) shows as tables and plots."),
+}
 # A fenced block or code in backticks, which stay as they are, or the target of a link.
 _LINK = re.compile(r"^(```|~~~).*?^\1|`[^`\n]*`|(?P<before>\]\()(?P<target>[^)\s]+)", re.MULTILINE | re.DOTALL)
 
@@ -63,8 +68,8 @@ def adapted(markdown: str, in_repository: str, on_site: str, moved: dict[str, st
 
 def _shown(path: str, moved: dict[str, str]) -> str | None:
     """Where a path of the repository is on the site; a folder stands for the list of its pages."""
-    if path == "docs/decisions":
-        return "decisions/index.md"
+    if path.removeprefix("docs/") in FOLDERS:
+        path = f"{path}/index.md"
     if (ROOT / path / "README.md").is_file():
         path = f"{path}/README.md"
     return moved.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
@@ -74,18 +79,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside docs/ to the site's sources."""
     for path, place in places().items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
-    files.append(File.generated(config, "decisions/index.md", content=_list_of_decisions()))
+    for folder in FOLDERS:
+        files.append(File.generated(config, f"{folder}/index.md", content=_listing(folder)))
     return files
 
 
-def _list_of_decisions() -> str:
-    """What a code host shows as the content of the folder."""
-    titles = {
-        path.name: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        for path in sorted(_DECISIONS.glob("*.md"))
-    }
-    rows = "\n".join(f"* [{title.removeprefix('Decision: ')}]({name})" for name, title in titles.items())
-    return f"# Decisions\n\nOne page for every format, interface and dependency: the decision, what was rejected and why.\n\n{rows}\n"
+def _listing(folder: str) -> str:
+    title, paragraph = FOLDERS[folder]
+    paths = sorted((ROOT / "docs" / folder).iterdir())
+    items = [f"* [{_title(path)}]({path.name})" for path in paths if path.name not in HIDDEN]
+    return "\n".join([f"# {title}", "", paragraph, "", *items, ""])
+
+
+def _title(path: Path) -> str:
+    if path.suffix != ".md":
+        return path.name
+    return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").removeprefix("Decision: ")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
