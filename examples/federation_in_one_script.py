@@ -2,8 +2,8 @@
 
 python examples/federation_in_one_script.py MODEL north.txt south.txt west.txt --out federation
 
-Server, participants and coordinator are processes with keys of their own, and talk over TLS on the loopback interface, as
-they do on several machines.
+Server, participants and coordinator are processes with keys of their own, and talk over TLS on the loopback
+interface, as they do on several machines.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from fedprllm import PruneConfig, PruneResult, prune
 
 def federate(args: argparse.Namespace, out: Path) -> PruneResult:
     """Rehearse a federation, with one participant for each text."""
-    texts = [word for text in args.texts for word in ("--data", text)]
-    command = ["federation", "rehearse", "--model", args.model, *texts, "--participants", str(len(args.texts))]
-    options = ["--windows", str(args.windows), "--window-length", str(args.window_length), "--out", str(out)]
-    subprocess.run([sys.executable, "-m", "fedprllm", *command, *options], check=True)
+    command = [sys.executable, "-m", "fedprllm", "federation", "rehearse", "--out", str(out)]
+    command += ["--model", args.model, "--participants", str(len(args.texts))]
+    command += ["--windows", str(args.windows), "--window-length", str(args.window_length)]
+    for text in args.texts:
+        command += ["--data", text]
+    subprocess.run(command, check=True)
     return PruneResult.load(out / "run")
 
 

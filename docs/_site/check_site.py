@@ -1,4 +1,4 @@
-"""Read the built site: every link leads somewhere, every picture is there, and nothing is loaded from another host.
+"""Read the built site: every link leads somewhere, and nothing is loaded from another host.
 
 python docs/_site/check_site.py site
 """
@@ -26,8 +26,17 @@ _LOADS = {
     ("embed", "src"),
 }
 # Links of the head that a browser loads, among those that only say where something is.
-_LOADED_LINKS = {"stylesheet", "icon", "preload", "preconnect", "dns-prefetch", "prefetch", "modulepreload", "manifest"}
-# Marks of lists, code, tables or links in a text: Markdown that code hosts understand and the site shows as it is.
+_LOADED_LINKS = {
+    "stylesheet",
+    "icon",
+    "preload",
+    "preconnect",
+    "dns-prefetch",
+    "prefetch",
+    "modulepreload",
+    "manifest",
+}
+# Marks of lists, code, tables or links in a text: Markdown that the site shows as it is.
 _UNREAD = re.compile(r"^\s*([*-] |```|~~~|:::)|\n\s*\d+\.\s|^\|.*\|$|\]\(|<!--", re.MULTILINE)
 _VERBATIM = {"code", "pre", "script", "style", "nav"}
 
@@ -81,7 +90,9 @@ def faults(site: Path) -> Iterator[str]:
         found += _dead(path, [*page.links, *page.loads], pages, site.resolve())
         yield from (f"{name}: {fault}" for fault in found)
     for sheet in sorted(site.rglob("*.css")):
-        urls = re.findall(r"(?:url\(|@import\s+)[\"']?([^\"')\s]+)", sheet.read_text(encoding="utf-8"))
+        urls = re.findall(
+            r"(?:url\(\s*|@import\s+(?!url))[\"']?([^\"')\s]+)", sheet.read_text(encoding="utf-8")
+        )
         yield from (f"{sheet.relative_to(site)}: {fault}" for fault in _foreign(urls))
 
 
@@ -111,7 +122,10 @@ def main() -> None:
     site = Path(sys.argv[1])
     found = list(faults(site))
     pages = len(list(site.rglob("*.html")))
-    print("\n".join(found) or f"{site}: {pages} pages, every link leads somewhere, nothing is loaded from elsewhere")
+    print(
+        "\n".join(found)
+        or f"{site}: {pages} pages, every link leads somewhere, nothing is loaded from elsewhere"
+    )
     sys.exit(bool(found))
 
 

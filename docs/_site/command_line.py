@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import Files
-from mkdocs.structure.pages import Page
 from rich.text import Text
 from typer.main import get_command
 
 from fedprllm.cli.app import app
+
+if TYPE_CHECKING:
+    from mkdocs.structure.pages import Page
 
 PAGE = "reference/command-line.md"
 PLACE = "<!-- the site lists every command here -->"
@@ -82,10 +81,6 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str | None:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Put the commands into their page."""
-    if page.file.src_uri != PAGE:
-        return None
-    if PLACE not in markdown:
-        raise PluginError(f"docs/{PAGE} lacks the line that the commands replace: {PLACE}")
-    return markdown.replace(PLACE, reference())
+    return markdown.replace(PLACE, reference()) if page.file.src_uri == PAGE else markdown

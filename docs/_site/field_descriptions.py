@@ -1,4 +1,4 @@
-"""Extension of the documentation site: fields of configurations with the descriptions that the command line shows."""
+"""Extension of the documentation site: descriptions of the fields of configurations."""
 
 from __future__ import annotations
 

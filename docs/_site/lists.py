@@ -1,7 +1,7 @@
 """Hook of the documentation site: lists as code hosts read them (CommonMark).
 
-The site's Markdown wants an empty line before a list, and whatever belongs to an item four spaces in. CommonMark wants it
-below the item's first letter, and no empty line.
+The site's Markdown wants an empty line before a list, and whatever belongs to an item four spaces in.
+CommonMark wants it below the item's first letter, and no empty line.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ _FENCE = re.compile(r"(```+|~~~+)")
 _INDENT = " " * 4
 
 
-def adapted(lines: list[str]) -> list[str]:
+def adapted(lines: list[str], in_item: bool = False) -> list[str]:
     """Lines of a page, or of an item of a list, with lists as the site's Markdown reads them."""
     done: list[str] = []
-    in_list = False
+    in_list = after_blocks = False
     while lines:
         if fence := _FENCE.match(lines[0]):
             taken = _to_end_of_fence(lines, fence[1])
             done += lines[:taken]
         elif (mark := _MARK.match(lines[0])) and _begins(mark[1], done, in_list):
             taken = _length_of_item(lines, len(mark[0]))
-            if done and done[-1].strip() and not in_list:
+            item = _item(mark[0], lines[:taken])
+            if done and done[-1] and (after_blocks or not (in_list or in_item)):
                 done.append("")
-            done += _item(mark[0], lines[:taken])
-            in_list = True
+            done += item
+            in_list, after_blocks = True, "" in item
             lines = lines[taken:]
             continue
         else:
@@ -52,7 +53,7 @@ def _to_end_of_fence(lines: list[str], fence: str) -> int:
 
 
 def _length_of_item(lines: list[str], width: int) -> int:
-    """Number of lines that belong to an item: those indented at least as far as its text, and empty ones between."""
+    """Number of lines of an item: those indented at least as far as its text, and empty ones between."""
     length = 1
     for number, line in enumerate(lines[1:], 1):
         if line.startswith(" " * width) and line.strip():
@@ -63,7 +64,7 @@ def _length_of_item(lines: list[str], width: int) -> int:
 
 
 def _item(mark: str, lines: list[str]) -> list[str]:
-    first, *others = adapted([line[len(mark) :] for line in lines])
+    first, *others = adapted([line[len(mark) :] for line in lines], in_item=True)
     return [f"{mark}{first}", *(f"{_INDENT}{line}" if line else "" for line in others)]
 
 

@@ -1,7 +1,7 @@
 """Hook of the documentation site: pages and files of the repository that lie outside docs/.
 
-The pages link to each other by their places in the repository, so that links work on a code host and in an editor. The
-site shows some of these files at other places; this hook adds them and adapts the links.
+The pages link to each other by their places in the repository, so that links work on a code host and in an
+editor. The site shows some of these files at other places; this hook adds them and adapts the links.
 """
 
 from __future__ import annotations
@@ -9,23 +9,27 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 FILES = ("CITATION.cff",)
 HIDDEN = ("notes.md",)  # part of another page
-# Folders of docs/ that pages link to. A code host lists their content, and so does the site: title, first paragraph.
+# Folders of docs/ that pages link to, with title and first paragraph of the list that stands for each.
 FOLDERS = {
-    "decisions": ("Decisions", "One page for every format, interface and dependency: the decision, its reasons, what was rejected."),
+    "decisions": (
+        "Decisions",
+        "One page for every format, interface and dependency: the decision, its reasons, what was rejected.",
+    ),
     "benchmarks": ("Measured values", "What [Benchmarks](../benchmarks.md) shows as tables and plots."),
 }
 # A fenced block or code in backticks, which stay as they are, or the target of a link.
-_LINK = re.compile(r"^(```|~~~).*?^\1|`[^`\n]*`|(?P<before>\]\()(?P<target>[^)\s]+)", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"^(```|~~~).*?^\1|`[^`\n]*`|(?P<before>\]\()(?P<target>[^)\s]+)", re.M | re.S)
 
 
 def places(root: Path = ROOT) -> dict[str, str]:
@@ -47,9 +51,6 @@ def adapted(markdown: str, in_repository: str, on_site: str, moved: dict[str, st
         in_repository: Path of the page in the repository.
         on_site: Path of the page among the site's sources.
         moved: Places of files outside docs/, by their paths in the repository.
-
-    Raises:
-        PluginError: A link leads to a file that the site does not show.
     """
     folder, site_folder = posixpath.dirname(in_repository), posixpath.dirname(on_site)
 
@@ -60,7 +61,7 @@ def adapted(markdown: str, in_repository: str, on_site: str, moved: dict[str, st
         path, hash_sign, anchor = target.partition("#")
         shown = _shown(posixpath.normpath(posixpath.join(folder, path)), moved)
         if shown is None:
-            raise PluginError(f"{in_repository} links to {path}, which is not on the site: name it without a link")
+            return match[0]  # mkdocs warns of it, and warnings are errors
         return f"{match['before']}{posixpath.relpath(shown, site_folder or '.')}{hash_sign}{anchor}"
 
     return _LINK.sub(replace, markdown)
@@ -77,6 +78,8 @@ def _shown(path: str, moved: dict[str, str]) -> str | None:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside docs/ to the site's sources."""
+    from mkdocs.structure.files import File
+
     for path, place in places().items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
     for folder in FOLDERS:
@@ -97,7 +100,7 @@ def _title(path: Path) -> str:
     return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").removeprefix("Decision: ")
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Adapt the links of a page."""
     moved = places()
     back = {place: path for path, place in moved.items()}

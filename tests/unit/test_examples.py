@@ -21,7 +21,11 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 @pytest.fixture
 def texts(tmp_path) -> list[str]:
     prose = library_text("prose")
-    contents = {"north.txt": prose[:6000], "south.txt": prose[6000:12000], "west.py": library_text("code")[:6000]}
+    contents = {
+        "north.txt": prose[:6000],
+        "south.txt": prose[6000:12000],
+        "west.py": library_text("code")[:6000],
+    }
     for name, content in contents.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     return [str(tmp_path / name) for name in contents]
