@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 import griffe
@@ -24,7 +25,8 @@ class FieldDescriptions(griffe.Extension):
         """Called with each attribute found in the source."""
         if not isinstance(node, ast.AnnAssign) or (description := _description(node.annotation)) is None:
             return
-        attr.docstring = griffe.Docstring(f"{description[0].upper()}{description[1:]}.", parent=attr)
+        words = re.sub(r"([\\`*_\[\]<])", r"\\\1", f"{description[0].upper()}{description[1:]}.")
+        attr.docstring = griffe.Docstring(words, parent=attr)
         annotation = attr.annotation
         if isinstance(annotation, griffe.ExprSubscript) and isinstance(annotation.slice, griffe.ExprTuple):
             attr.annotation = annotation.slice.elements[0]
