@@ -131,10 +131,15 @@ def page(outcomes: dict[str, Outcome]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _cell(words: str) -> str:
+    """An error's words in a cell of a table: a class in angle brackets would be taken for HTML and vanish."""
+    return words.replace("|", " ").replace("<", "&lt;")
+
+
 def _table(rows: dict[str, str], about: str) -> list[str]:
     plain = sorted(name for name, words in rows.items() if not words)
     table = [f"| type | {about} |", "|---|---|"]
-    table += [f"| {name} | {words.replace('|', ' ')} |" for name, words in sorted(rows.items()) if words]
+    table += [f"| {name} | {_cell(words)} |" for name, words in sorted(rows.items()) if words]
     listed = [f"In full, without remarks: {', '.join(plain)}."] if plain else []
     return [*listed, *([""] if listed and len(table) > 2 else []), *(table if len(table) > 2 else [])]
 
