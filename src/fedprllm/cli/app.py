@@ -49,7 +49,6 @@ app = typer.Typer(
     name="fedprllm",
     help="Prune one language model together. Texts stay where they are; only small updates are shared.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -79,7 +78,7 @@ _EXAMPLES = {
     "heal": "Example: fedprllm heal run --participant north=a.jsonl --participant south=b.txt --rounds 40",
     "evaluate": "Example: fedprllm evaluate run/model --text held-out.txt",
     "report": "Example: fedprllm report run",
-    "study": "Example: fedprllm study --config study.toml",
+    "study": "Example: fedprllm study MODEL --data texts/ --out study",
     "worth-it": "Example: fedprllm worth-it MODEL --data mine.jsonl --public public.txt",
     "export": "Example: fedprllm export run --imatrix run.gguf",
     "pack": "Example: fedprllm pack run/model",
@@ -133,9 +132,8 @@ _METHOD = "What is pruned, and what is shared"
 _DETAILS = "Details of the method"
 # Panels of the help, by option; whatever is not listed is a detail.
 _PANELS = {
-    **dict.fromkeys(
-        ("sparsity", "pattern", "structure", "share", "strategy", "criterion", "secure"), _METHOD
-    ),
+    **dict.fromkeys(("sparsity", "pattern", "structure", "share", "strategy", "criterion"), _METHOD),
+    "secure": _METHOD,
     **dict.fromkeys(("rounds", "round_windows", "learning_rate", "check_every"), "Rounds"),
     **dict.fromkeys(("windows", "window_length", "bos"), "Reading text"),
     **dict.fromkeys(("dtype", "device", "memory_limit", "seed"), "Computation"),
