@@ -276,7 +276,7 @@ def _run(
         }
     )
     for folder in models.values():
-        write_model_card(folder, record)
+        write_model_card(folder, record, model.folder)
     run.finish(record)
 
 

@@ -551,7 +551,7 @@ def test_a_smaller_model_is_called_smaller(run_once):
     weights = {path: linear["shape"] for path, linear in linears.items()}
     assert result["n_prunable"] == 3 * sum(math.prod(shape) for shape in weights.values())
     card = (run / "model" / "README.md").read_text()
-    assert "tags: [pruned, smaller, fedprllm]" in card
+    assert "tags:\n- pruned\n- smaller\n- fedprllm\n" in card
     assert f"| parameters | {after:,} of {before:,} |" in card
     assert "| structure removed | mlp=0.3,heads=2 |" in card
     assert "sparse kernels" not in card
