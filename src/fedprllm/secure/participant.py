@@ -330,6 +330,20 @@ class SecureParticipant:
 
     # ---- 5 and 6: agreement, and shares of the masks ---------------------------------------------------
 
+    def check_survivors(self, survivors: Mapping[str, Collection[str]]) -> None:
+        """Check lists of survivors before anything is signed or remembered.
+
+        Raises:
+            SecureError: A list has too few names or others than contributors, or there is no list.
+        """
+        if not survivors:
+            raise SecureError("a list of no sums cannot be agreed on")
+        for name, names in survivors.items():
+            if len(set(names)) != len(names) or not set(names) <= set(self._contributors(name)):
+                raise SecureError(f"the survivors of '{name}' are not among its contributors")
+            if len(names) < self._least:
+                raise SecureError(f"'{name}': a sum of {len(names)} updates, expected at least {self._least}")
+
     def agree(self, survivors: Mapping[str, Collection[str]], decisions: bytes = b"") -> bytes:
         """Sign whose updates have arrived, once for every sum.
 
@@ -338,19 +352,13 @@ class SecureParticipant:
             decisions: Digest of all decisions so far, if participants follow them.
 
         Raises:
-            SecureError: A list has too few names or others than contributors, or was another before.
+            SecureError: `check_survivors` refuses them, or a list was another before.
         """
-        for name, names in survivors.items():
-            if len(set(names)) != len(names) or not set(names) <= set(self._contributors(name)):
-                raise SecureError(f"the survivors of '{name}' are not among its contributors")
-            if len(names) < self._least:
-                raise SecureError(f"'{name}': a sum of {len(names)} updates, expected at least {self._least}")
+        self.check_survivors(survivors)
         question = self._statement(survivors, decisions)
         entry = Entry(b"", b"")
         for name in sorted(survivors):
             entry = once(self._journal, f"agree {name}", question, lambda: (self._signature(question), b""))
-        if not survivors:
-            raise SecureError("a list of no sums cannot be agreed on")
         return entry.answer
 
     def _signature(self, said: bytes) -> bytes:

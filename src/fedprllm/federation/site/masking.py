@@ -11,7 +11,10 @@ FOLDER/unmasked.json   which sums this participant has helped to unmask
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,11 @@ from fedprllm.secure.keys import digest
 from fedprllm.secure.participant import SecureParticipant
 from fedprllm.secure.terms import Limits, Roster
 
-__all__ = ["Masking", "UnmaskLedger", "pin_roster", "pinned_roster", "signing_key"]
+__all__ = ["Masking", "UnmaskLedger", "exposed_by", "pin_roster", "pinned_roster", "signing_key"]
 
 _KEY, _ROSTER, _LEDGER = "signing.key", "roster.json", "unmasked.json"
+# Different sums of one text. The work to check all their combinations grows exponentially.
+_MOST_SUMS = 4
 
 
 def signing_key(local: Path, *, make: bool = False) -> Ed25519PrivateKey:
@@ -81,7 +86,9 @@ def pinned_roster(local: Path) -> Roster:
 class UnmaskLedger:
     """Remembers whose updates were in each sum that this participant has helped to unmask.
 
-    Of two sums over almost the same participants, the difference is a sum over the few that are in one only.
+    Sums of the same quantity over different participants can be combined: of two sums over almost the same
+    participants, the difference is a sum over the few that are in one only. No combination of the sums known
+    here may be one of fewer updates than a sum may consist of.
 
     Args:
         folder: The participant's folder with its ledger and runs.
@@ -90,30 +97,35 @@ class UnmaskLedger:
     def __init__(self, folder: Path) -> None:
         self._path, self._lock = folder / _LEDGER, FileLock(folder / ".unmasked.lock")
 
-    def spend(self, about: str, survivors: Sequence[str], min_sum: int) -> None:
-        """Record that a sum will be unmasked, unless its difference to an earlier one tells too much.
+    def spend(self, about: str, survivors: Sequence[str], least: int) -> None:
+        """Record that a sum will be unmasked, unless it tells too much together with earlier ones.
 
         Args:
-            about: What the sums have in common: model, text and block.
+            about: What the sums have in common: model, text, quantity and block.
             survivors: Participants whose updates are in the sum.
-            min_sum: Fewest updates that a sum, and a difference of sums, may consist of.
+            least: Fewest updates that a sum, and a combination of sums, may consist of.
 
         Raises:
             SecureError: It does; the message names the participants that would be exposed.
         """
         with self._lock:
             known = self._known()
-            earlier = known.setdefault(about, [])
-            for names in earlier:
-                differing = sorted(set(names) ^ set(survivors))
-                if 0 < len(differing) < min_sum:
-                    raise SecureError(
-                        f"this sum and an earlier one of the same text differ by {', '.join(differing)} "
-                        "only, and would reveal what they share: let the same participants take part"
-                    )
-            if sorted(survivors) not in earlier:
-                earlier.append(sorted(survivors))
-                write_sealed(self._path, known)
+            sums = known.setdefault(about, [])
+            if sorted(survivors) in sums:
+                return
+            if len(sums) == _MOST_SUMS:
+                raise SecureError(
+                    f"{_MOST_SUMS} sums of the same text over different participants were opened before: let "
+                    "the same participants as in one of them take part"
+                )
+            exposed = exposed_by(tuple(map(frozenset, (*sums, survivors))), least)
+            if exposed:
+                raise SecureError(
+                    f"this sum and earlier ones of the same text differ by {', '.join(exposed)} only, and "
+                    "would reveal what they share: let the same participants take part"
+                )
+            sums.append(sorted(survivors))
+            write_sealed(self._path, known)
 
     def _known(self) -> dict[str, Any]:
         try:
@@ -122,6 +134,48 @@ class UnmaskLedger:
             return {}
         except RunError as error:
             raise SecureError(f"{error}. It says which sums were unmasked: restore it") from None
+
+
+@lru_cache(maxsize=64)
+def exposed_by(sums: tuple[frozenset[str], ...], least: int) -> list[str]:
+    """Names of fewer than ``least`` participants of whose updates a combination of sums consists.
+
+    Participants that are in the same sums form a group, which has one coefficient in every combination. The
+    groups whose coefficient is 0 span less than all groups do; so it is enough to look at each set of groups
+    that spans one dimension less.
+
+    Args:
+        sums: Participants whose updates are in each sum.
+        least: Fewest updates of which a combination may consist.
+    """
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in sorted(frozenset().union(*sums)):
+        groups.setdefault(tuple(int(name in names) for names in sums), []).append(name)
+    rank = _rank(list(groups))
+    for chosen in combinations(groups, rank - 1):
+        if _rank(chosen) < rank - 1:
+            continue
+        left = [name for group, names in groups.items() if _rank([*chosen, group]) == rank for name in names]
+        if len(left) < least:
+            return sorted(left)
+    return []
+
+
+def _rank(rows: Sequence[Sequence[int]]) -> int:
+    """Rank of a matrix of whole numbers, without rounding."""
+    left = [[Fraction(value) for value in row] for row in rows]
+    rank = 0
+    while left:
+        row = left.pop()
+        pivot = next((column for column, value in enumerate(row) if value), None)
+        if pivot is None:
+            continue
+        rank += 1
+        left = [
+            [one - other[pivot] / row[pivot] * mine for one, mine in zip(other, row, strict=True)]
+            for other in left
+        ]
+    return rank
 
 
 class Masking:
@@ -163,9 +217,9 @@ class Masking:
             return b""
         agreement: Agreement = Agreement.read(payload)
         if op == "agree":
-            signature = one.agree(agreement.by_sum, self._decisions(agreement))
-            self._check_ledger(agreement)  # only lists that could be signed are remembered
-            return signature
+            one.check_survivors(agreement.by_sum)
+            self._check_ledger(agreement)  # before signing: shares are given for whatever was signed
+            return one.agree(agreement.by_sum, self._decisions(agreement))
         signatures = {name: bytes.fromhex(digits) for name, digits in agreement.signatures.items()}
         shares = one.unmask(agreement.by_sum, signatures, self._decisions(agreement))
         found: Shares = {block: shares[sum_name(block)] for block in agreement.survivors}
@@ -201,11 +255,19 @@ class Masking:
         model = digest(
             json.dumps(read_json(self._spool.path("fingerprints.json")), sort_keys=True).encode()
         ).hex()
-        job = read_sealed(self._spool.path("job.json"))
-        kind = "survey" if job["survey"] else job["config"]["share"]
+        quantity = _quantity(read_sealed(self._spool.path("job.json")))
         text, ledger = text_identity(self._settings.data), UnmaskLedger(self._home)
+        least = max(self._limits.min_sum, self._limits.max_colluding + 2)
         for block, names in agreement.survivors.items():
-            ledger.spend(f"{model} {text} {kind} {block}", names, self._limits.min_sum)
+            ledger.spend(f"{model} {text} {quantity} {block}", names, least)
+
+
+def _quantity(job: Mapping[str, Any]) -> str:
+    """What a run adds up. Sums of one quantity can be combined, whatever the runs' other options."""
+    if job["survey"]:
+        return "survey"
+    # The average of weights follows from votes; all other sums are parts of Gram matrices, or like them.
+    return "votes" if job["config"]["share"] in ("mask", "weights") else "sums"
 
 
 def decisions_digest(paths: Sequence[Path]) -> bytes:

@@ -143,11 +143,12 @@ class _Walk:
         self.config = config.model_copy(update={"device": settings.device or "cpu"})
 
     def run(self) -> None:
+        check_request(self.settings, self.job)  # before the seconds that importing torch takes
+
         from fedprllm.pruning.method import pruning_method, survey_method
         from fedprllm.pruning.survey import allocated
         from fedprllm.pruning.walk import Walker
 
-        check_request(self.settings, self.job)
         self._prepare()
         method: Any = survey_method(self.config) if self.job["survey"] else pruning_method(self.config)
         if self.job["outliers"]:

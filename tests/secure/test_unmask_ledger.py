@@ -1,0 +1,89 @@
+"""What several sums tell together: no combination may consist of too few updates."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+import pytest
+
+from fedprllm.errors import SecureError
+from fedprllm.federation.site.masking import UnmaskLedger, exposed_by
+
+
+def sets(*words: str) -> tuple[frozenset[str], ...]:
+    return tuple(map(frozenset, words))
+
+
+@pytest.mark.parametrize(
+    ("sums", "least", "exposed"),
+    [
+        (sets("abcd"), 3, ""),
+        (sets("ab"), 3, "ab"),
+        (sets("abcd", "bcd"), 3, "a"),
+        (sets("abcd", "abc", "abcd"), 3, "d"),
+        (sets("abcde", "cdefg"), 3, ""),
+        (sets("abcde", "cdefg"), 5, "abfg"),
+        # No two of them differ by few names: 7 is what is left of all three.
+        (sets("123456", "123", "4567"), 3, "7"),
+        (sets("123456", "456789", "123789"), 3, ""),
+        # With two conspirators, three names in a difference are one honest update.
+        (sets("abcdefg", "defg"), 4, "abc"),
+    ],
+)
+def test_the_few_that_a_combination_exposes(sums, least: int, exposed: str) -> None:
+    assert exposed_by(sums, least) == sorted(exposed)
+
+
+def slowly(sums, least: int, coefficients=range(-3, 4)) -> int:
+    """Fewest names of any combination with small coefficients."""
+    names = sorted(frozenset().union(*sums))
+    found = [
+        sum(any_ != 0 for any_ in (sum(c * (name in one) for c, one in zip(chosen, sums)) for name in names))
+        for chosen in product(coefficients, repeat=len(sums))
+    ]
+    fewest = min((count for count in found if count), default=len(names))
+    return fewest if fewest < least else 0
+
+
+def test_it_finds_what_trying_all_small_coefficients_finds() -> None:
+    rng, n_exposed = random.Random(0), 0
+    for _ in range(300):
+        names = "abcdefghij"[: rng.randint(4, 10)]
+        sums = tuple(
+            {frozenset(rng.sample(names, rng.randint(3, len(names)))) for _ in range(rng.randint(1, 4))}
+        )
+        least = rng.randint(2, 5)
+        exposed, expected = exposed_by(sums, least), slowly(sums, least)
+        assert bool(exposed) == bool(expected), (sums, least)
+        assert expected <= len(exposed) < least
+        n_exposed += bool(exposed)
+    assert 50 < n_exposed < 250
+
+
+def test_the_ledger_remembers_over_restarts_and_counts_each_quantity_alone(tmp_path) -> None:
+    UnmaskLedger(tmp_path).spend("model text votes 0", "abcd", 3)
+    for _ in range(2):
+        with pytest.raises(SecureError, match="differ by a only"):
+            UnmaskLedger(tmp_path).spend("model text votes 0", "bcd", 3)
+    UnmaskLedger(tmp_path).spend("model text votes 0", "dcba", 3)
+    UnmaskLedger(tmp_path).spend("model text sums 0", "bcd", 3)
+    UnmaskLedger(tmp_path).spend("model text votes 1", "bcd", 3)
+
+
+def test_only_so_many_different_sums_are_opened(tmp_path) -> None:
+    ledger, names = UnmaskLedger(tmp_path), "abcdefghijklmnopqrstuvwxyz"
+    for start in range(0, 16, 4):
+        ledger.spend("x", names[start : start + 4], 3)
+    ledger.spend("x", names[:4], 3)
+    with pytest.raises(SecureError, match="4 sums of the same text over different participants"):
+        ledger.spend("x", names[16:20], 3)
+
+
+def test_a_damaged_ledger_is_not_taken_for_an_empty_one(tmp_path) -> None:
+    ledger = UnmaskLedger(tmp_path)
+    ledger.spend("x", "abcd", 3)
+    path = tmp_path / "unmasked.json"
+    path.write_text(path.read_text().replace('"a"', '"b"'))
+    with pytest.raises(SecureError, match="restore it"):
+        ledger.spend("x", "bcd", 3)
