@@ -62,28 +62,28 @@ def test_it_finds_what_trying_all_small_coefficients_finds() -> None:
 
 
 def test_the_ledger_remembers_over_restarts_and_counts_each_quantity_alone(tmp_path) -> None:
-    UnmaskLedger(tmp_path).spend("model text votes 0", "abcd", 3)
+    UnmaskLedger(tmp_path).spend({"model text votes 0": "abcd"}, 3)
     for _ in range(2):
         with pytest.raises(SecureError, match="differ by a only"):
-            UnmaskLedger(tmp_path).spend("model text votes 0", "bcd", 3)
-    UnmaskLedger(tmp_path).spend("model text votes 0", "dcba", 3)
-    UnmaskLedger(tmp_path).spend("model text sums 0", "bcd", 3)
-    UnmaskLedger(tmp_path).spend("model text votes 1", "bcd", 3)
+            UnmaskLedger(tmp_path).spend({"model text votes 1": "bcd", "model text votes 0": "bcd"}, 3)
+    UnmaskLedger(tmp_path).spend({"model text votes 0": "dcba"}, 3)
+    UnmaskLedger(tmp_path).spend({"model text sums 0": "bcd"}, 3)
+    UnmaskLedger(tmp_path).spend({"model text votes 1": "abc"}, 3)
 
 
 def test_only_so_many_different_sums_are_opened(tmp_path) -> None:
     ledger, names = UnmaskLedger(tmp_path), "abcdefghijklmnopqrstuvwxyz"
     for start in range(0, 16, 4):
-        ledger.spend("x", names[start : start + 4], 3)
-    ledger.spend("x", names[:4], 3)
+        ledger.spend({"x": names[start : start + 4]}, 3)
+    ledger.spend({"x": names[:4]}, 3)
     with pytest.raises(SecureError, match="4 sums of the same text over different participants"):
-        ledger.spend("x", names[16:20], 3)
+        ledger.spend({"x": names[16:20]}, 3)
 
 
 def test_a_damaged_ledger_is_not_taken_for_an_empty_one(tmp_path) -> None:
     ledger = UnmaskLedger(tmp_path)
-    ledger.spend("x", "abcd", 3)
+    ledger.spend({"x": "abcd"}, 3)
     path = tmp_path / "unmasked.json"
     path.write_text(path.read_text().replace('"a"', '"b"'))
     with pytest.raises(SecureError, match="restore it"):
-        ledger.spend("x", "bcd", 3)
+        ledger.spend({"x": "bcd"}, 3)

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import absolute, attend, console, ending, errors, holding, need_flare, noting
+from fedprllm.cli.console import (
+    absolute,
+    attend,
+    console,
+    ending,
+    errors,
+    holding,
+    need_flare,
+    need_keys,
+    noting,
+)
 from fedprllm.cli.identity import warn_of_expiry
 from fedprllm.cli.line import StatusLine
 from fedprllm.cli.news import Connection, News, Results
@@ -27,6 +38,9 @@ from fedprllm.federation.plan import (
     SiteSettings,
     read_run_plan,
 )
+
+if TYPE_CHECKING:
+    from fedprllm.federation.site.dry_run import TensorPreview
 
 __all__ = ["ledger", "participate"]
 
@@ -258,6 +272,36 @@ def _check_name(model: str) -> None:
         )
 
 
+def _n_participants(kit: Path, plan: RunPlan) -> int:
+    """Participants of the run: those that the plan names, or the pinned roster, or the fewest there can be."""
+    from fedprllm.errors import SecureError
+
+    if plan.participants or not plan.config.secure:
+        return max(3, len(plan.participants))
+    need_keys()
+    from fedprllm.federation.site.masking import pinned_roster
+
+    try:
+        return max(3, len(pinned_roster(kit / "local").keys))
+    except SecureError:
+        return 3
+
+
+def _show_tensors(title: str, tensors: Sequence[TensorPreview], meaning: str) -> None:
+    table = Table("tensor", "shape", "type", "bytes", title=title)
+    for tensor in tensors:
+        table.add_row(
+            escape(tensor.name),
+            " x ".join(map(str, tensor.shape)),
+            tensor.dtype,
+            f"{tensor.payload_bytes:,}",
+        )
+    console.print(table)
+    console.print(f"first rows of {escape(tensors[0].name)} ({meaning}):")
+    for row in tensors[0].rows:
+        console.print(f"  {escape(row)}", highlight=False)
+
+
 def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int) -> None:
     from fedprllm.federation.site.dry_run import dry_run
     from fedprllm.federation.site.process import is_out_of_memory, lift_memory_limit, limit_resources
@@ -269,7 +313,8 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
     limit_resources(settings)
     try:
         with noting():
-            previews = list(dry_run(settings, plan, kit.name or "participant", blocks))
+            n_participants = _n_participants(kit, plan)
+            previews = list(dry_run(settings, plan, kit.name or "participant", blocks, n_participants))
     except (MemoryError, RuntimeError) as error:
         lift_memory_limit()
         if not is_out_of_memory(error):
@@ -278,29 +323,19 @@ def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int
             f"not enough memory ({str(error) or 'MemoryError'}): raise --memory-gb, or keep hidden states in "
             "files with --memory-limit"
         ) from None
-    if plan.config.secure:
-        console.print("the run adds updates up under masks: what is shown here is hidden before it is sent")
     for preview in previews:
         total, n_blocks = total + preview.message_bytes, preview.n_blocks
-        table = Table(
-            "tensor",
-            "shape",
-            "type",
-            "bytes",
-            title=f"block {preview.block}: {preview.kind}, computed from {preview.n_tokens:,} tokens",
-        )
-        for tensor in preview.tensors:
-            table.add_row(
-                escape(tensor.name),
-                " x ".join(map(str, tensor.shape)),
-                tensor.dtype,
-                f"{tensor.payload_bytes:,}",
+        if preview.hidden:
+            _show_tensors(
+                f"block {preview.block}: what is hidden, and stays on this machine",
+                preview.hidden,
+                "# prune, . keep",
             )
-        console.print(table)
-        first = preview.tensors[0]
-        console.print(f"first rows of {escape(first.name)} (# prune, . keep):")
-        for row in first.rows:
-            console.print(f"  {escape(row)}", highlight=False)
+            title = f"block {preview.block}: {preview.kind}, as sent; room for {n_participants} participants"
+            _show_tensors(title, preview.tensors, "in hexadecimal; another mask in every run")
+        else:
+            title = f"block {preview.block}: {preview.kind}, computed from {preview.n_tokens:,} tokens"
+            _show_tensors(title, preview.tensors, "# prune, . keep")
         console.print(f"message  {preview.message_bytes:,} bytes; nothing was sent")
     shown = min(blocks, n_blocks)
     console.print(f"all {n_blocks} blocks: about {total * n_blocks // max(shown, 1):,} bytes")

@@ -97,35 +97,23 @@ class UnmaskLedger:
     def __init__(self, folder: Path) -> None:
         self._path, self._lock = folder / _LEDGER, FileLock(folder / ".unmasked.lock")
 
-    def spend(self, about: str, survivors: Sequence[str], least: int) -> None:
-        """Record that a sum will be unmasked, unless it tells too much together with earlier ones.
+    def spend(self, survivors: Mapping[str, Sequence[str]], least: int) -> None:
+        """Record that sums will be unmasked, unless one of them tells too much together with earlier ones.
 
         Args:
-            about: What the sums have in common: model, text, quantity and block.
-            survivors: Participants whose updates are in the sum.
+            survivors: Participants whose updates are in each sum, by what it has in common with others that
+                it can be combined with: model, text, quantity and block.
             least: Fewest updates that a sum, and a combination of sums, may consist of.
 
         Raises:
             SecureError: It does; the message names the participants that would be exposed.
         """
         with self._lock:
-            known = self._known()
-            sums = known.setdefault(about, [])
-            if sorted(survivors) in sums:
-                return
-            if len(sums) == _MOST_SUMS:
-                raise SecureError(
-                    f"{_MOST_SUMS} sums of the same text over different participants were opened before: let "
-                    "the same participants as in one of them take part"
-                )
-            exposed = exposed_by(tuple(map(frozenset, (*sums, survivors))), least)
-            if exposed:
-                raise SecureError(
-                    f"this sum and earlier ones of the same text differ by {', '.join(exposed)} only, and "
-                    "would reveal what they share: let the same participants take part"
-                )
-            sums.append(sorted(survivors))
-            write_sealed(self._path, known)
+            known, is_new = self._known(), False
+            for about, names in survivors.items():
+                is_new |= _add(known.setdefault(about, []), sorted(names), least)
+            if is_new:
+                write_sealed(self._path, known)
 
     def _known(self) -> dict[str, Any]:
         try:
@@ -134,6 +122,28 @@ class UnmaskLedger:
             return {}
         except RunError as error:
             raise SecureError(f"{error}. It says which sums were unmasked: restore it") from None
+
+
+def _add(sums: list[list[str]], names: list[str], least: int) -> bool:
+    """Add the participants of a sum to those of earlier ones; returns whether they are new.
+
+    Raises:
+        SecureError: Together they tell too much.
+    """
+    if names in sums:
+        return False
+    if len(sums) == _MOST_SUMS:
+        raise SecureError(
+            f"{_MOST_SUMS} sums of the same text over different participants were opened before: let the same "
+            "participants as in one of them take part"
+        )
+    if exposed := exposed_by(tuple(map(frozenset, (*sums, names))), least):
+        raise SecureError(
+            f"this sum and earlier ones of the same text differ by {', '.join(exposed)} only, and would reveal "
+            "what they share: let the same participants take part"
+        )
+    sums.append(names)
+    return True
 
 
 @lru_cache(maxsize=64)
@@ -256,10 +266,11 @@ class Masking:
             json.dumps(read_json(self._spool.path("fingerprints.json")), sort_keys=True).encode()
         ).hex()
         quantity = _quantity(read_sealed(self._spool.path("job.json")))
-        text, ledger = text_identity(self._settings.data), UnmaskLedger(self._home)
-        least = max(self._limits.min_sum, self._limits.max_colluding + 2)
-        for block, names in agreement.survivors.items():
-            ledger.spend(f"{model} {text} {quantity} {block}", names, least)
+        about = f"{model} {text_identity(self._settings.data)} {quantity}"
+        survivors = {f"{about} {block}": names for block, names in agreement.survivors.items()}
+        UnmaskLedger(self._home).spend(
+            survivors, max(self._limits.min_sum, self._limits.max_colluding + 2)
+        )
 
 
 def _quantity(job: Mapping[str, Any]) -> str:
