@@ -15,6 +15,7 @@ from fedprllm.federation.protocol.messages import Request, pack, read_reply, rea
 from fedprllm.federation.site.site import Site, settings_path, work_folder
 from fedprllm.federation.site.spool import read_ledger
 from fedprllm.files import read_json, write_sealed
+from fedprllm.secure.journal import FileJournal
 from tests.federation_helpers import (
     conduct,
     make_plan,
@@ -222,8 +223,57 @@ def test_a_second_run_without_one_participant_is_refused_by_all_others(tmp_path,
         if read_json(folder / "status.json")["state"] == "failed"
     ]
     assert "differ by east only" in read_json(run / "status.json")["message"]
+    assert not list((run / "updates").glob("*.update")), "refused before an update was masked"
     same = plan.model_copy(update={"name": "same"})
     assert conduct(tmp_path, same, federation, NAMES) == "complete"
+
+
+def test_a_sum_that_tells_too_much_because_of_a_dropout_is_not_signed(tmp_path, small_model, federation):
+    """All four were to take part, as before; then the update of one has not arrived."""
+    plan = make_plan(small_model, prune={"secure": True}, quorum=3, max_ballots=1)
+    assert conduct(tmp_path, plan, federation, NAMES) == "complete", outcome(tmp_path)
+    federation.meddle = lambda name, request, answer: (
+        None if name == "west" and read_request(request)[0].op == "fetch" else answer
+    )
+    again = plan.model_copy(update={"name": "again"})
+    assert conduct(tmp_path, again, federation, NAMES) == "quorum lost"
+    (run,) = [
+        folder
+        for folder in (tmp_path / "north").glob("fedprllm/runs/*")
+        if read_json(folder / "status.json")["state"] == "failed"
+    ]
+    assert "differ by west only" in read_json(run / "status.json")["message"]
+    signed = FileJournal(run / "secure").read("agree block 0000")
+    assert signed is None, "shares are given for whatever was signed"
+    federation.meddle = lambda name, request, answer: answer
+    third = plan.model_copy(update={"name": "third"})
+    assert conduct(tmp_path, third, federation, NAMES) == "complete", outcome(tmp_path)
+
+
+def test_votes_count_as_the_same_whether_masks_or_weights_are_shared(tmp_path, small_model, federation):
+    plan = make_plan(small_model, prune={"secure": True}, quorum=3)
+    assert conduct(tmp_path, plan, federation, NAMES) == "complete", outcome(tmp_path)
+    prune = {**plan.prune, "share": "weights"}
+    less = plan.model_copy(update={"name": "less", "participants": NAMES[1:], "prune": prune})
+    assert conduct(tmp_path, less, federation, NAMES) == "quorum lost"
+    prune = {**plan.prune, "share": "statistics"}  # nothing can be subtracted from the sum of votes
+    other = plan.model_copy(update={"name": "other", "participants": NAMES[1:], "prune": prune})
+    assert conduct(tmp_path, other, federation, NAMES) == "complete"
+
+
+def test_a_run_cannot_be_begun_again_with_another_model(tmp_path, small_model, federation):
+    """The list of opened sums tells models apart by what the coordinator says, which the site checks once."""
+    site, run = federation.sites["west"], "0" * 32
+    config = PruneConfig(secure=True).model_dump(mode="json")
+    request = Request(op="start", run=run, config=config, participants=NAMES)
+
+    def state(fingerprints):
+        return read_reply(site.answer(pack(request, json.dumps(fingerprints).encode())))[0]
+
+    assert state({"weight": "one"}).code != "other run"
+    found = state({"weight": "another"})
+    assert (found.state, found.code) == ("failed", "other run")
+    assert state({"weight": "one"}).code != "other run"
 
 
 class Misled:

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from fedprllm.errors import SecureError
-from fedprllm.federation.site.masking import UnmaskLedger, exposed_by
+from fedprllm.federation.site.unmask_ledger import UnmaskLedger, exposed_by
 
 
 def sets(*words: str) -> tuple[frozenset[str], ...]:
@@ -69,6 +69,28 @@ def test_the_ledger_remembers_over_restarts_and_counts_each_quantity_alone(tmp_p
     UnmaskLedger(tmp_path).spend({"model text votes 0": "dcba"}, 3)
     UnmaskLedger(tmp_path).spend({"model text sums 0": "bcd"}, 3)
     UnmaskLedger(tmp_path).spend({"model text votes 1": "abc"}, 3)
+
+
+def test_an_update_that_was_sent_into_the_dark_binds_the_participants(tmp_path) -> None:
+    """A server may have opened another sum than the one that this participant was asked to sign, or none."""
+    ledger = UnmaskLedger(tmp_path)
+    ledger.contribute("run 1", {"x": "abcdef"}, "abcdef", 3)
+    for other in ("abcde", "abcdefg", "abc"):
+        with pytest.raises(SecureError, match="let the same participants take part"):
+            UnmaskLedger(tmp_path).contribute("run 2", {"x": other}, other, 3)
+    ledger.contribute("run 2", {"x": "abcde"}, "abcdef", 3)
+    ledger.contribute("run 3", {"y": "abcd"}, "abcd", 3)
+    for run in ("run 1", "run 2"):
+        ledger.settle(run, ["x"])
+    ledger.contribute("run 4", {"x": "abcdefghi"}, "abcdefghi", 3)
+
+
+def test_a_run_whose_sums_would_expose_a_few_binds_nobody(tmp_path) -> None:
+    ledger = UnmaskLedger(tmp_path)
+    ledger.spend({"x": "abcd"}, 3)
+    with pytest.raises(SecureError, match="differ by a only"):
+        ledger.contribute("run 2", {"x": "bcd"}, "bcd", 3)
+    ledger.contribute("run 3", {"x": "abcd"}, "abcd", 3)
 
 
 def test_only_so_many_different_sums_are_opened(tmp_path) -> None:

@@ -103,6 +103,7 @@ class SecureParticipant:
         self.name, self._identity, self._roster = name, identity, roster
         self._limits, self._journal = limits, journal
         self._members: list[str] = []
+        self._terms = Terms({})
         self._restore()
 
     def _restore(self) -> None:
@@ -115,6 +116,11 @@ class SecureParticipant:
             if entry is None:
                 return
             remember(entry)
+
+    @property
+    def terms(self) -> Terms:
+        """The terms of the session; empty before its keys were made."""
+        return self._terms
 
     # ---- 1: keys -------------------------------------------------------------------------------------
 
@@ -279,6 +285,11 @@ class SecureParticipant:
     def _remember_shares(self, opened: Mapping[str, dict[str, _Pair]], entry: Entry) -> None:
         self._held |= opened
         self._members = sorted([*json.loads(entry.question), self.name])
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether the boxes have been received."""
+        return bool(self._members)
 
     # ---- 4: the update -------------------------------------------------------------------------------
 

@@ -5,23 +5,18 @@ KIT/local/
   roster.json      public signing keys of all participants, pinned after their fingerprint was compared
 
 RUN/secure/        what was answered in the session; deleted at the end of the run
-FOLDER/unmasked.json   which sums this participant has helped to unmask
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
-from functools import lru_cache
-from itertools import combinations
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from filelock import FileLock
 
-from fedprllm.errors import RunError, SecureError
+from fedprllm.errors import SecureError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.masks import (
     Agreement,
@@ -35,17 +30,16 @@ from fedprllm.federation.protocol.masks import (
 )
 from fedprllm.federation.site.consent import text_identity
 from fedprllm.federation.site.spool import Spool
+from fedprllm.federation.site.unmask_ledger import UnmaskLedger
 from fedprllm.files import read_json, read_sealed, write_json, write_private, write_sealed
 from fedprllm.secure.journal import FileJournal
 from fedprllm.secure.keys import digest
 from fedprllm.secure.participant import SecureParticipant
 from fedprllm.secure.terms import Limits, Roster
 
-__all__ = ["Masking", "UnmaskLedger", "exposed_by", "pin_roster", "pinned_roster", "signing_key"]
+__all__ = ["Masking", "pin_roster", "pinned_roster", "signing_key"]
 
-_KEY, _ROSTER, _LEDGER = "signing.key", "roster.json", "unmasked.json"
-# Different sums of one text. The work to check all their combinations grows exponentially.
-_MOST_SUMS = 4
+_KEY, _ROSTER = "signing.key", "roster.json"
 
 
 def signing_key(local: Path, *, make: bool = False) -> Ed25519PrivateKey:
@@ -83,111 +77,6 @@ def pinned_roster(local: Path) -> Roster:
     return Roster({name: bytes.fromhex(key) for name, key in read_json(path).items()})
 
 
-class UnmaskLedger:
-    """Remembers whose updates were in each sum that this participant has helped to unmask.
-
-    Sums of the same quantity over different participants can be combined: of two sums over almost the same
-    participants, the difference is a sum over the few that are in one only. No combination of the sums known
-    here may be one of fewer updates than a sum may consist of.
-
-    Args:
-        folder: The participant's folder with its ledger and runs.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path, self._lock = folder / _LEDGER, FileLock(folder / ".unmasked.lock")
-
-    def spend(self, survivors: Mapping[str, Sequence[str]], least: int) -> None:
-        """Record that sums will be unmasked, unless one of them tells too much together with earlier ones.
-
-        Args:
-            survivors: Participants whose updates are in each sum, by what it has in common with others that
-                it can be combined with: model, text, quantity and block.
-            least: Fewest updates that a sum, and a combination of sums, may consist of.
-
-        Raises:
-            SecureError: It does; the message names the participants that would be exposed.
-        """
-        with self._lock:
-            known, is_new = self._known(), False
-            for about, names in survivors.items():
-                is_new |= _add(known.setdefault(about, []), sorted(names), least)
-            if is_new:
-                write_sealed(self._path, known)
-
-    def _known(self) -> dict[str, Any]:
-        try:
-            return read_sealed(self._path)
-        except FileNotFoundError:
-            return {}
-        except RunError as error:
-            raise SecureError(f"{error}. It says which sums were unmasked: restore it") from None
-
-
-def _add(sums: list[list[str]], names: list[str], least: int) -> bool:
-    """Add the participants of a sum to those of earlier ones; returns whether they are new.
-
-    Raises:
-        SecureError: Together they tell too much.
-    """
-    if names in sums:
-        return False
-    if len(sums) == _MOST_SUMS:
-        raise SecureError(
-            f"{_MOST_SUMS} sums of the same text over different participants were opened before: let the same "
-            "participants as in one of them take part"
-        )
-    if exposed := exposed_by(tuple(map(frozenset, (*sums, names))), least):
-        raise SecureError(
-            f"this sum and earlier ones of the same text differ by {', '.join(exposed)} only, and would reveal "
-            "what they share: let the same participants take part"
-        )
-    sums.append(names)
-    return True
-
-
-@lru_cache(maxsize=64)
-def exposed_by(sums: tuple[frozenset[str], ...], least: int) -> list[str]:
-    """Names of fewer than ``least`` participants of whose updates a combination of sums consists.
-
-    Participants that are in the same sums form a group, which has one coefficient in every combination. The
-    groups whose coefficient is 0 span less than all groups do; so it is enough to look at each set of groups
-    that spans one dimension less.
-
-    Args:
-        sums: Participants whose updates are in each sum.
-        least: Fewest updates of which a combination may consist.
-    """
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name in sorted(frozenset().union(*sums)):
-        groups.setdefault(tuple(int(name in names) for names in sums), []).append(name)
-    rank = _rank(list(groups))
-    for chosen in combinations(groups, rank - 1):
-        if _rank(chosen) < rank - 1:
-            continue
-        left = [name for group, names in groups.items() if _rank([*chosen, group]) == rank for name in names]
-        if len(left) < least:
-            return sorted(left)
-    return []
-
-
-def _rank(rows: Sequence[Sequence[int]]) -> int:
-    """Rank of a matrix of whole numbers, without rounding."""
-    left = [[Fraction(value) for value in row] for row in rows]
-    rank = 0
-    while left:
-        row = left.pop()
-        pivot = next((column for column, value in enumerate(row) if value), None)
-        if pivot is None:
-            continue
-        rank += 1
-        left = [
-            [one - other[pivot] / row[pivot] * mine for one, mine in zip(other, row, strict=True)]
-            for other in left
-        ]
-    return rank
-
-
 class Masking:
     """A participant's side of the session of one run.
 
@@ -217,38 +106,40 @@ class Masking:
             SecureError: Answering could reveal this participant's update.
             UpdateError: The request cannot be read.
         """
-        one = self._participant
+        one, ledger = self._participant, UnmaskLedger(self._home)
         if op == "keys":
             return self._keys(Opening.read(payload))
         if op == "shares":
             return write_bytes_by_name(one.share(read_bytes_by_name(payload)))
         if op == "boxes":
-            one.receive(read_bytes_by_name(payload))
+            boxes = read_bytes_by_name(payload)
+            # Before receiving: from then on, updates are masked and may leave.
+            self._contribute(ledger, {*boxes, self._name})
+            one.receive(boxes)
             return b""
         agreement: Agreement = Agreement.read(payload)
         if op == "agree":
             one.check_survivors(agreement.by_sum)
-            self._check_ledger(agreement)  # before signing: shares are given for whatever was signed
+            # Before signing: shares are given for whatever was signed.
+            ledger.spend(self._by_quantity(agreement.survivors), self._least)
             return one.agree(agreement.by_sum, self._decisions(agreement))
         signatures = {name: bytes.fromhex(digits) for name, digits in agreement.signatures.items()}
         shares = one.unmask(agreement.by_sum, signatures, self._decisions(agreement))
+        ledger.settle(self._job["run"], list(self._by_quantity(agreement.survivors)))
         found: Shares = {block: shares[sum_name(block)] for block in agreement.survivors}
         return write_shares(found)
 
     @property
     def may_mask(self) -> bool:
         """Whether the exchange of keys and shares is complete."""
-        return FileJournal(self._spool.path("secure")).read("receive") is not None
+        return self._participant.has_shares
 
     def mask(self, block: int, words: Any) -> Any:
         """Hide the update of a block, uint64 [n]."""
         return self._participant.mask(sum_name(block), words)
 
     def _keys(self, opening: Opening) -> bytes:
-        job, fingerprints = (
-            read_sealed(self._spool.path("job.json")),
-            read_json(self._spool.path("fingerprints.json")),
-        )
+        job, fingerprints = self._job, read_json(self._spool.path("fingerprints.json"))
         mine = sorted(block for block, names in opening.contributors.items() if self._name in names)
         named = {name for names in opening.contributors.values() for name in names}
         if mine != sorted(job["blocks"]) or named != set(job["participants"]):
@@ -256,21 +147,34 @@ class Masking:
         terms = terms_of(opening.contributors, job, fingerprints)
         return self._participant.advertise(bytes.fromhex(opening.session), terms)
 
+    def _contribute(self, ledger: UnmaskLedger, members: Collection[str]) -> None:
+        """Refuse a run whose sums would tell too much, even if all members' updates arrive."""
+        job, contributors = self._job, self._participant.terms.contributors
+        expected = {
+            block: [name for name in contributors[sum_name(block)] if name in members] for block in job["blocks"]
+        }
+        ledger.contribute(job["run"], self._by_quantity(expected), job["participants"], self._least)
+
     def _decisions(self, agreement: Agreement) -> bytes:
         """Digest of the decisions that this participant has received before the first of the blocks."""
         first = min(agreement.survivors, default=0)
         return decisions_digest([self._spool.decision_path(block) for block in range(first)])
 
-    def _check_ledger(self, agreement: Agreement) -> None:
-        model = digest(
-            json.dumps(read_json(self._spool.path("fingerprints.json")), sort_keys=True).encode()
-        ).hex()
-        quantity = _quantity(read_sealed(self._spool.path("job.json")))
-        about = f"{model} {text_identity(self._settings.data)} {quantity}"
-        survivors = {f"{about} {block}": names for block, names in agreement.survivors.items()}
-        UnmaskLedger(self._home).spend(
-            survivors, max(self._limits.min_sum, self._limits.max_colluding + 2)
-        )
+    @property
+    def _job(self) -> dict[str, Any]:
+        return read_sealed(self._spool.path("job.json"))
+
+    @property
+    def _least(self) -> int:
+        """Fewest updates of which two must be honest, and of which a combination of sums may consist."""
+        return max(self._limits.min_sum, self._limits.max_colluding + 2)
+
+    def _by_quantity(self, names: Mapping[int, Sequence[str]]) -> dict[str, Sequence[str]]:
+        """Names by block as names by what the block's sum can be combined with."""
+        fingerprints = read_json(self._spool.path("fingerprints.json"))
+        model = digest(json.dumps(fingerprints, sort_keys=True).encode()).hex()
+        about = f"{model} {text_identity(self._settings.data)} {_quantity(self._job)}"
+        return {f"{about} {block}": found for block, found in names.items()}
 
 
 def _quantity(job: Mapping[str, Any]) -> str:
