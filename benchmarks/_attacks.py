@@ -57,7 +57,6 @@ class Scene:
         rows = [update[source] / n_tokens for update, n_tokens in self.others]
         return torch.stack([row.diagonal() if row.ndim == 2 else row for row in rows]).to(torch.float64)
 
-
     def fold(self, update: Tensors) -> Tensors:
         """Gram matrices [in, in] as the upper triangles that are shared; other tensors stay as they are."""
         return {

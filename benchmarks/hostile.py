@@ -3,8 +3,8 @@
 Honest participants with four kinds of text compute their updates once. For each attack, one participant's
 updates are replaced, and all are encoded, checked, compared, added up and decided by the coordinator's own
 code. Either the attacker is refused and named, or the perplexity of the attacked model (held-out text of all
-kinds) stands beside that of the honest one. Goal: refused, or within 5 %. Under masks (secure), the coordinator
-sees sums only: it can end the run, and cannot name anyone.
+kinds) stands beside that of the honest one. Goal: refused, or within 5 %. Under masks (secure), the
+coordinator sees sums only: it can end the run, and cannot name anyone.
 
     python -m benchmarks.hostile [--model FOLDER] [--participants 4 16] [--quick]
 """
@@ -237,7 +237,9 @@ def _pruned_masked(setting: Setting, config: PruneConfig, attack: MaskedAttack |
         return error
 
 
-def _masked(setting: Setting, method: Method[Any], block: Block, attack: MaskedAttack | None) -> Aggregate[Any]:
+def _masked(
+    setting: Setting, method: Method[Any], block: Block, attack: MaskedAttack | None
+) -> Aggregate[Any]:
     """Add up words as a coordinator does, and check the sum.
 
     Raises:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.secure [--participants 4 8 16 64] [--repeats 2] [--no-runs] [--quick]
 
-Steps: all parties of a session in this process, one after the other, with one thread; an update is the masks of
-a block. LLaMA-7B is extrapolated from SmolLM2-135M: streams and words by the number of weights, keys and shares
-by the number of blocks; the server's memory is measured with a block of its size. Runs: real processes on
-loopback, SmolLM2-135M, 4 participants with 2 windows of 256 tokens, in the clear and under masks alternately.
+Steps: all parties of a session in this process, one after the other, with one thread; an update is the masks
+of a block. LLaMA-7B is extrapolated from SmolLM2-135M: streams and words by the number of weights, keys and
+shares by the number of blocks; the server's memory is measured with a block of its size. Runs: real processes
+on loopback, SmolLM2-135M, 4 participants with 2 windows of 256 tokens, in the clear and under masks in turn.
 Seconds are processor seconds (user and system, all processes) unless they say wall. The last line is JSON.
 """
 

@@ -1,8 +1,8 @@
 """A coordinator that asks for what it must not have, between the steps of a run.
 
-Runs in the job process of a real server. It conspires with ``west``, whose signing key it holds. Every forbidden
-question is asked over the network, and what came back is a line of ``answers.jsonl``. A participant that has
-refused is simply asked to begin again, as any server could.
+Runs in the job process of a real server. It conspires with ``west``, whose signing key it holds. Every
+forbidden question is asked over the network, and what came back is a line of ``answers.jsonl``. A participant
+that has refused is simply asked to begin again, as any server could.
 """
 
 from __future__ import annotations
@@ -123,7 +123,10 @@ class _Attack:
 
     def before_keys(self) -> None:
         self._downgrade()
-        for what, names in (("a minted participant", [*NAMES, "eve"]), ("two participants", ["north", "south"])):
+        for what, names in (
+            ("a minted participant", [*NAMES, "eve"]),
+            ("two participants", ["north", "south"]),
+        ):
             run = secrets.token_hex(16)
             self._start("north", run=run, names=names)
             self._forbidden(what, "north", "keys", _opening(names), run=run)
@@ -192,7 +195,7 @@ class _Attack:
             self._forbidden(what, "north", "agree", _agreement(names).pack())
         for block in range(N_BLOCKS):
             self._same_again("north", block)
-        full, other = masks.agree_on({block: NAMES for block in range(N_BLOCKS)}), _agreement(less)
+        full, other = masks.agree_on(dict.fromkeys(range(N_BLOCKS), NAMES)), _agreement(less)
         first = {name: self._ask(name, "agree", full.pack())[1] for name in ("east", "north", CONSPIRATOR)}
         second = {"south": self._ask("south", "agree", other.pack())[1]}
         second[CONSPIRATOR] = self._conspirator_signs(other)
@@ -208,7 +211,9 @@ class _Attack:
         self._forbidden(
             "a forged signature", "north", "unmask", _signed(full, {**few, "north": first["north"][::-1]})
         )
-        answers = {name: self._ask(name, "unmask", _signed(full, first))[1] for name in ("east", "north", "west")}
+        answers = {
+            name: self._ask(name, "unmask", _signed(full, first))[1] for name in ("east", "north", "west")
+        }
         again = self._ask("north", "unmask", _signed(full, first))[1]
         self._note("shares again", "north", same=again == answers["north"], n_bytes=len(again))
         masks.keep_shares(

@@ -1,8 +1,8 @@
 """Secure aggregation between real processes: a hostile server, kills, and everything that was sent.
 
-One federation of four participants makes three runs. In the first, the server asks each participant for what it
-must not have (`tests.secure.hostile_coordinator`); in the second, processes are killed between messages; the
-third leaves out one participant.
+One federation of four participants makes three runs. In the first, the server asks each participant for what
+it must not have (`tests.secure.hostile_coordinator`); in the second, processes are killed between messages;
+the third leaves out one participant.
 """
 
 from __future__ import annotations
@@ -141,7 +141,11 @@ def test_a_hostile_server_is_refused_before_a_byte_leaves(hostile, what):
 
 def test_no_other_question_was_asked_and_replays_get_the_same_bytes(hostile):
     others = [one for one in hostile if one["what"] not in FORBIDDEN]
-    assert [one["what"] for one in others] == ["fetched in the clear", *N_BLOCKS * ["fetched again"], "shares again"]
+    assert [one["what"] for one in others] == [
+        "fetched in the clear",
+        *N_BLOCKS * ["fetched again"],
+        "shares again",
+    ]
     assert others[0]["n_bytes"] == 0
     assert all(one["same"] and one["n_bytes"] for one in others[1:])
 
@@ -201,7 +205,9 @@ def test_private_keys_are_nowhere_but_in_their_own_kit(federation, hostile):
             everything[str(path)] = path.read_bytes()
     for name in NAMES:
         key = (federation.kits / name / "local" / "signing.key").read_bytes()
-        found = {path for path, content in everything.items() if key in content or key.hex().encode() in content}
+        found = {
+            path for path, content in everything.items() if key in content or key.hex().encode() in content
+        }
         assert found == {str(federation.kits / name / "local" / "signing.key")}
 
 
@@ -235,7 +241,9 @@ def test_kills_between_messages_end_with_the_same_bits(federation, killed, tmp_p
 def test_no_update_was_ever_masked_twice(federation, killed):
     assert killed
     masked: dict[Any, set[bytes]] = {}
-    complete = {bytes.fromhex((federation.run_folder(run) / ".run-id").read_text()) for run in (HOSTILE_RUN, "killed")}
+    complete = {
+        bytes.fromhex((federation.run_folder(run) / ".run-id").read_text()) for run in (HOSTILE_RUN, "killed")
+    }
     for update in federation.updates():
         if update.run_id not in complete:
             continue
@@ -257,5 +265,5 @@ def test_the_same_run_without_one_participant_is_refused(federation, hostile):
     for name in less["participants"]:
         status = read_json(federation.spool(name, "less") / "status.json")
         assert (status["state"], status["code"]) == ("failed", "not secure")
-        # The server told south a list of survivors that too few have signed: it does not know what was opened.
+        # South was told a list that too few have signed, and does not know what was opened.
         assert ("this run differs by west" if name == "south" else "differ by west only") in status["message"]

@@ -39,7 +39,7 @@ def slowly(sums, least: int, coefficients=range(-3, 4)) -> int:
     """Fewest names of any combination with small coefficients."""
     names = sorted(frozenset().union(*sums))
     found = [
-        sum(any_ != 0 for any_ in (sum(c * (name in one) for c, one in zip(chosen, sums)) for name in names))
+        sum(sum(c for c, one in zip(chosen, sums, strict=True) if name in one) != 0 for name in names)
         for chosen in product(coefficients, repeat=len(sums))
     ]
     fewest = min((count for count in found if count), default=len(names))

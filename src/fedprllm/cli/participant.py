@@ -273,7 +273,7 @@ def _check_name(model: str) -> None:
 
 
 def _n_participants(kit: Path, plan: RunPlan) -> int:
-    """Participants of the run: those that the plan names, or the pinned roster, or the fewest there can be."""
+    """Participants of the run: those of the plan, of the pinned roster, or the fewest there can be."""
     from fedprllm.errors import SecureError
 
     if plan.participants or not plan.config.secure:

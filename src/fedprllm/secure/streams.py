@@ -30,10 +30,10 @@ def apply_streams(words: Words, keys: Iterable[tuple[bytes, bool]]) -> None:
         (Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor(), np.add if added else np.subtract)
         for key, added in keys
     ]
-    buffer = np.empty(min(len(words), _CHUNK), "<u8")
+    buffer = bytearray(8 * min(len(words), _CHUNK))
     for start in range(0, len(words), _CHUNK):
         part = words[start : start + _CHUNK]
-        stream = buffer[: len(part)]
+        stream = np.frombuffer(buffer, "<u8", len(part))
         for cipher, add in streams:
-            cipher.update_into(_ZEROS[: part.nbytes], stream.view(np.uint8))
+            cipher.update_into(_ZEROS[: part.nbytes], buffer)
             add(part, stream, out=part)

@@ -87,8 +87,8 @@ def dry_run(
     from fedprllm.federation.protocol.names import to_wire
     from fedprllm.models.blockwise import BlockwiseModel
     from fedprllm.models.source import resolve_model
-    from fedprllm.pruning.masked_totals import layout_of
     from fedprllm.pruning.inputs import make_participants, say_notes
+    from fedprllm.pruning.masked_totals import layout_of
     from fedprllm.pruning.method import pruning_method
     from fedprllm.pruning.walk import Walker
 
@@ -126,7 +126,13 @@ def dry_run(
             message = wire.encode(update)
             found = wire.decode(message, expect=None, max_bytes=len(message))
             yield Preview(
-                index, model.n_blocks, found.kind, found.n_tokens, len(message), _previews(found.tensors), hidden
+                index,
+                model.n_blocks,
+                found.kind,
+                found.n_tokens,
+                len(message),
+                _previews(found.tensors),
+                hidden,
             )
             walker.advance(block, contribution.weights)
 

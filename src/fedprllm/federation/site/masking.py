@@ -31,7 +31,7 @@ from fedprllm.federation.protocol.masks import (
 from fedprllm.federation.site.consent import text_identity
 from fedprllm.federation.site.spool import Spool
 from fedprllm.federation.site.unmask_ledger import UnmaskLedger
-from fedprllm.files import read_json, read_sealed, write_json, write_private, write_sealed
+from fedprllm.files import read_json, read_sealed, write_json, write_private
 from fedprllm.secure.journal import FileJournal
 from fedprllm.secure.keys import digest
 from fedprllm.secure.participant import SecureParticipant
@@ -151,7 +151,8 @@ class Masking:
         """Refuse a run whose sums would tell too much, even if all members' updates arrive."""
         job, contributors = self._job, self._participant.terms.contributors
         expected = {
-            block: [name for name in contributors[sum_name(block)] if name in members] for block in job["blocks"]
+            block: [name for name in contributors[sum_name(block)] if name in members]
+            for block in job["blocks"]
         }
         ledger.contribute(job["run"], self._by_quantity(expected), job["participants"], self._least)
 

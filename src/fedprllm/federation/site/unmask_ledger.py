@@ -1,7 +1,7 @@
 """Which sums of its text a participant has helped to unmask, so that no two of them tell too much together.
 
-FOLDER/unmasked.json    by model, text, quantity and block: the participants of each sum that was signed, and of
-                        each run whose sum is not known
+FOLDER/unmasked.json   by model, text, quantity and block: the participants of each sum that was signed, and
+                       of each run whose sum is not known
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class UnmaskLedger:
         """Record that enough participants have signed the sums of a run: there can be no others."""
         with self._lock:
             known = self._known()
-            if any([known.get(about, _new())["open"].pop(run, None) for about in quantities]):
+            removed = [known.get(about, _new())["open"].pop(run, None) for about in quantities]
+            if any(removed):
                 write_sealed(self._path, known)
 
     def _known(self) -> dict[str, Any]:
@@ -114,8 +115,8 @@ def _check_same(earlier: Sequence[str], participants: Sequence[str]) -> None:
         differing = ", ".join(sorted(set(earlier) ^ set(participants)))
         raise SecureError(
             "an update of the same text was sent in an earlier run that ended, for this participant, before "
-            f"it was known what it is part of, and this run differs by {differing}: let the same participants "
-            "take part, or use another text"
+            f"it was known what it is part of, and this run differs by {differing}: let the same "
+            "participants take part, or use another text"
         )
 
 
@@ -129,13 +130,13 @@ def _check(sums: Sequence[Sequence[str]], names: list[str], least: int) -> bool:
         return False
     if len(sums) == _MOST_SUMS:
         raise SecureError(
-            f"{_MOST_SUMS} sums of the same text over different participants were opened before: let the same "
-            "participants as in one of them take part"
+            f"{_MOST_SUMS} sums of the same text over different participants were opened before: let the "
+            "same participants as in one of them take part"
         )
     if exposed := exposed_by(tuple(map(frozenset, (*sums, names))), least):
         raise SecureError(
-            f"this sum and earlier ones of the same text differ by {', '.join(exposed)} only, and would reveal "
-            "what they share: let the same participants take part"
+            f"this sum and earlier ones of the same text differ by {', '.join(exposed)} only, and would "
+            "reveal what they share: let the same participants take part"
         )
     return True
 
