@@ -151,19 +151,25 @@ def test_a_participant_may_vanish_at_any_step(tmp_path, small_model, federation,
         same_model(tmp_path / "runs" / "run" / "model", in_the_clear(tmp_path, small_model, paths).model_dir)
 
 
-@pytest.mark.parametrize(("every", "strategy"), [(15, "one-shot"), (19, "one-shot"), (14, "iterative")])
+@pytest.mark.parametrize(
+    ("every", "strategy"),
+    [(15, "one-shot"), (14, "iterative"), (None, "one-shot"), (None, "iterative")],
+)
 def test_kills_between_messages_give_the_same_bits_and_never_two_masked_updates(
     tmp_path, small_model, federation, every, strategy
 ):
-    """Coordinator and sites end after every few messages, and others continue from their files."""
-    ask, n_messages = federation.ask, 0
+    """Coordinator and sites end after every few messages, and others continue from their files.
+
+    With None, the first ones end after one message, the next after two, and so on: at every point of a step.
+    """
+    ask, n_messages, n_attempts = federation.ask, 0, 1
 
     def killed(names, message, timeout_s):
         nonlocal n_messages
         answers = ask(names, message, timeout_s)
         if read_request(message)[0].op != "state":
             n_messages += 1
-            if n_messages % every == 0:
+            if n_messages % (every or n_attempts) == 0:
                 raise Interrupted("killed")
         return answers
 
@@ -173,6 +179,7 @@ def test_kills_between_messages_give_the_same_bits_and_never_two_masked_updates(
         found = conduct(tmp_path, plan, federation, NAMES)
         if found != "interrupted":
             break
+        n_messages, n_attempts = 0 if every is None else n_messages, n_attempts + 1
         for name, site in list(federation.sites.items()):
             site.close()
             federation.sites[name] = Site(name, settings_path(tmp_path / name), work_folder(tmp_path / name))

@@ -153,7 +153,9 @@ def test_terms_that_leave_a_sum_to_few_are_refused_before_a_key_is_made() -> Non
 def test_all_parties_in_one_process_add_up_any_words() -> None:
     names = ["north", "south", "west"]
     parties = Parties(Terms({"round 0": names, "round 1": names}))
-    updates = {name: np.random.default_rng(i).integers(0, 2**63, 9, np.uint64) for i, name in enumerate(names)}
+    updates = {
+        name: np.random.default_rng(i).integers(0, 2**63, 9, np.uint64) for i, name in enumerate(names)
+    }
     for sum_ in ("round 0", "round 1"):
         for name in names:
             parties.add(sum_, name, updates[name])

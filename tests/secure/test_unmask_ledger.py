@@ -8,7 +8,10 @@ from itertools import product
 import pytest
 
 from fedprllm.errors import SecureError
-from fedprllm.federation.site.unmask_ledger import UnmaskLedger, exposed_by
+from fedprllm.federation.site.unmask_ledger import Bounds, UnmaskLedger, exposed_by
+from fedprllm.secure.terms import threshold
+
+BOUNDS = Bounds(least=3, limit=4, max_colluding=1)
 
 
 def sets(*words: str) -> tuple[frozenset[str], ...]:
@@ -74,23 +77,45 @@ def test_the_ledger_remembers_over_restarts_and_counts_each_quantity_alone(tmp_p
 def test_an_update_that_was_sent_into_the_dark_binds_the_participants(tmp_path) -> None:
     """A server may have opened another sum than the one that this participant was asked to sign, or none."""
     ledger = UnmaskLedger(tmp_path)
-    ledger.contribute("run 1", {"x": "abcdef"}, "abcdef", 3)
+    ledger.contribute("run 1", {"x": "abcdef"}, "abcdef", BOUNDS)
     for other in ("abcde", "abcdefg", "abc"):
         with pytest.raises(SecureError, match="let the same participants take part"):
-            UnmaskLedger(tmp_path).contribute("run 2", {"x": other}, other, 3)
-    ledger.contribute("run 2", {"x": "abcde"}, "abcdef", 3)
-    ledger.contribute("run 3", {"y": "abcd"}, "abcd", 3)
+            UnmaskLedger(tmp_path).contribute("run 2", {"x": other}, other, BOUNDS)
+    ledger.contribute("run 2", {"x": "abcde"}, "abcdef", BOUNDS)
+    ledger.contribute("run 3", {"y": "abcd"}, "abcd", BOUNDS)
     for run in ("run 1", "run 2"):
         ledger.settle(run, ["x"])
-    ledger.contribute("run 4", {"x": "abcdefghi"}, "abcdefghi", 3)
+    ledger.contribute("run 4", {"x": "abcdefghi"}, "abcdefghi", BOUNDS)
 
 
 def test_a_run_whose_sums_would_expose_a_few_binds_nobody(tmp_path) -> None:
     ledger = UnmaskLedger(tmp_path)
     ledger.spend({"x": "abcd"}, 3)
     with pytest.raises(SecureError, match="differ by a only"):
-        ledger.contribute("run 2", {"x": "bcd"}, "bcd", 3)
-    ledger.contribute("run 3", {"x": "abcd"}, "abcd", 3)
+        ledger.contribute("run 2", {"x": "bcd"}, "bcd", BOUNDS)
+    ledger.contribute("run 3", {"x": "abcd"}, "abcd", BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("new", "limit", "refused"),
+    [("n", 3, False), ("nop", 4, True), ("nopq", 5, False), ("nopqrstu", 7, False)],
+)
+def test_newcomers_cannot_open_a_sum_close_to_an_earlier_one(
+    tmp_path, new: str, limit: int, refused: bool
+) -> None:
+    """Three newcomers and the conspirator w sign {b, c, w, n}, which differs from {a, b, c, w} by a and n."""
+    ledger, participants = UnmaskLedger(tmp_path), "bcw" + new
+    ledger.spend({"x": "abcw"}, 3)
+    assert limit == threshold(len(participants), 1)
+    bounds = Bounds(least=3, limit=limit, max_colluding=1)
+    if new == "n":
+        with pytest.raises(SecureError, match="differ by a, n only"):
+            ledger.contribute("run", {"x": participants}, participants, bounds)
+    elif refused:
+        with pytest.raises(SecureError, match="3 of 6 participants were in no earlier sum of the same text"):
+            ledger.contribute("run", {"x": participants}, participants, bounds)
+    else:
+        ledger.contribute("run", {"x": participants}, participants, bounds)
 
 
 def test_only_so_many_different_sums_are_opened(tmp_path) -> None:

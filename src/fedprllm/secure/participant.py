@@ -37,6 +37,8 @@ __all__ = ["SESSION_BYTES", "SecureParticipant", "pair_key", "self_key", "statem
 
 SESSION_BYTES = 16
 
+_STEPS = ("advertise", "share", "receive")
+
 # The shares that one participant holds of another's secrets for a sum: of its mask key, and of its self seed.
 _Pair = tuple[bytes, bytes]
 
@@ -122,6 +124,21 @@ class SecureParticipant:
         """The terms of the session; empty before its keys were made."""
         return self._terms
 
+    @property
+    def limit(self) -> int:
+        """The threshold of the session, once its keys were made."""
+        return self._limit
+
+    def check_order(self, step: str) -> None:
+        """Check that the step before this one was taken.
+
+        Raises:
+            SecureError: It was not.
+        """
+        before = _STEPS[_STEPS.index(step) - 1]
+        if self._journal.read(before) is None:
+            raise SecureError(f"the step '{step}' was asked for before '{before}'")
+
     # ---- 1: keys -------------------------------------------------------------------------------------
 
     def advertise(self, session: bytes, terms: Terms) -> bytes:
@@ -182,6 +199,7 @@ class SecureParticipant:
             SecureError: An advert is not from a participant of the roster, or was made for another session
                 or other terms; there are too few; or they were others before.
         """
+        self.check_order("share")
         question = keys.canonical({name: advert.hex() for name, advert in adverts.items()})
         if self._journal.read("share") is None:
             self._check_adverts(adverts)
@@ -265,6 +283,7 @@ class SecureParticipant:
             SecureError: A box is damaged or from nobody in the list, there are too few, or they were others
                 before.
         """
+        self.check_order("receive")
         question = keys.canonical({name: box.hex() for name, box in boxes.items()})
         for name in boxes:
             if name not in self._peers or name == self.name:
@@ -396,9 +415,9 @@ class SecureParticipant:
         Raises:
             SecureError: This participant has not signed these survivors, or too few others have.
         """
-        said = self._statement(survivors, decisions)
-        for name in survivors:
-            entry = self._journal.read(f"agree {name}")
+        signed = {name: self._journal.read(f"agree {name}") for name in survivors}
+        said = self._statement(survivors, decisions) if self.has_shares else b""
+        for name, entry in signed.items():
             if entry is None or entry.question != said:
                 raise SecureError(f"'{name}': this participant has not agreed to these survivors")
         if len(signatures) < self._limit:

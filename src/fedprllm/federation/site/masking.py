@@ -30,7 +30,7 @@ from fedprllm.federation.protocol.masks import (
 )
 from fedprllm.federation.site.consent import text_identity
 from fedprllm.federation.site.spool import Spool
-from fedprllm.federation.site.unmask_ledger import UnmaskLedger
+from fedprllm.federation.site.unmask_ledger import Bounds, UnmaskLedger
 from fedprllm.files import read_json, read_sealed, write_json, write_private
 from fedprllm.secure.journal import FileJournal
 from fedprllm.secure.keys import digest
@@ -112,6 +112,7 @@ class Masking:
         if op == "shares":
             return write_bytes_by_name(one.share(read_bytes_by_name(payload)))
         if op == "boxes":
+            one.check_order("receive")
             boxes = read_bytes_by_name(payload)
             # Before receiving: from then on, updates are masked and may leave.
             self._contribute(ledger, {*boxes, self._name})
@@ -154,7 +155,8 @@ class Masking:
             block: [name for name in contributors[sum_name(block)] if name in members]
             for block in job["blocks"]
         }
-        ledger.contribute(job["run"], self._by_quantity(expected), job["participants"], self._least)
+        bounds = Bounds(self._least, self._participant.limit, self._limits.max_colluding)
+        ledger.contribute(job["run"], self._by_quantity(expected), job["participants"], bounds)
 
     def _decisions(self, agreement: Agreement) -> bytes:
         """Digest of the decisions that this participant has received before the first of the blocks."""

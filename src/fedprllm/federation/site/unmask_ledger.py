@@ -6,7 +6,8 @@ FOLDER/unmasked.json   by model, text, quantity and block: the participants of e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
@@ -18,11 +19,26 @@ from filelock import FileLock
 from fedprllm.errors import RunError, SecureError
 from fedprllm.files import read_sealed, write_sealed
 
-__all__ = ["UnmaskLedger", "exposed_by"]
+__all__ = ["Bounds", "UnmaskLedger", "exposed_by"]
 
 _LEDGER = "unmasked.json"
 # Different sums of one text. The work to check all their combinations grows exponentially.
 _MOST_SUMS = 4
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a session of secure aggregation requires.
+
+    Attributes:
+        least: Fewest updates that a sum, and a combination of sums, may consist of.
+        limit: Number of participants without which nothing can be unmasked.
+        max_colluding: Number of participants that may conspire with the server.
+    """
+
+    least: int
+    limit: int
+    max_colluding: int
 
 
 class UnmaskLedger:
@@ -44,7 +60,7 @@ class UnmaskLedger:
         self._path, self._lock = folder / _LEDGER, FileLock(folder / ".unmasked.lock")
 
     def contribute(
-        self, run: str, expected: Mapping[str, Sequence[str]], participants: Sequence[str], least: int
+        self, run: str, expected: Mapping[str, Sequence[str]], participants: Sequence[str], bounds: Bounds
     ) -> None:
         """Record that updates will be sent in a run, whose sums are not known yet.
 
@@ -52,11 +68,12 @@ class UnmaskLedger:
             run: Id of the run.
             expected: Participants that contribute to each sum, by what it can be combined with.
             participants: All participants of the run.
-            least: Fewest updates that a sum, and a combination of sums, may consist of.
+            bounds: What the run's session requires.
 
         Raises:
             SecureError: The sums would tell too much, or it is not known what an earlier update was added
-                to, and others took part then.
+                to, and others took part then, or participants that were in no earlier sum could open one
+                that tells too much.
         """
         with self._lock:
             known = self._known()
@@ -64,7 +81,8 @@ class UnmaskLedger:
                 entry = known.setdefault(about, _new())
                 for earlier in entry["open"].values():
                     _check_same(earlier, sorted(participants))
-                _check(entry["sums"], sorted(names), least)
+                _check(entry["sums"], sorted(names), bounds.least)
+                _check_strangers(entry["sums"], set(names), set(participants), bounds)
                 entry["open"][run] = sorted(participants)
             write_sealed(self._path, known)
 
@@ -118,6 +136,23 @@ def _check_same(earlier: Sequence[str], participants: Sequence[str]) -> None:
             f"it was known what it is part of, and this run differs by {differing}: let the same "
             "participants take part, or use another text"
         )
+
+
+def _check_strangers(
+    sums: Sequence[Sequence[str]], contributors: Set[str], participants: Set[str], bounds: Bounds
+) -> None:
+    """Refuse a run in which newcomers could open a sum close to an earlier one, which they do not know."""
+    for earlier in map(frozenset, sums):
+        if len(participants - earlier) + bounds.max_colluding < bounds.limit:
+            continue
+        n_added = max(0, max(bounds.limit, bounds.least) - len(contributors & earlier))
+        n_differing = max(1, len(earlier - contributors) + n_added)
+        if n_differing < bounds.least:
+            raise SecureError(
+                f"{len(participants - earlier)} of {len(participants)} participants were in no earlier sum "
+                f"of the same text, and could add it up so that only {n_differing} names differ: let fewer "
+                "new participants take part at once, or use another text"
+            )
 
 
 def _check(sums: Sequence[Sequence[str]], names: list[str], least: int) -> bool:
