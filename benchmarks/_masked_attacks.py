@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks._attacks import ATTACKS, Scene, profiles, unfolded
 from fedprllm.secure.words import Words, n_words
 from fedprllm.sharing.as_words import Layout
+from fedprllm.sharing.gram_matrices import PRODUCTS
 from fedprllm.sharing.outlier_counts import n_weights
 
 __all__ = ["MASKED_ATTACKS", "MaskedAttack", "MaskedScene"]
@@ -107,6 +108,21 @@ def _exchanged(share: float) -> Callable[[MaskedScene, str, Tensor], Tensor]:
     return choose
 
 
+def _exchanged_in_few(share: float) -> Callable[[MaskedScene, str, Tensor], Tensor]:
+    """The same for one pair of weights in those groups where the two differ most from the rest."""
+
+    def choose(masked: MaskedScene, name: str, scores: Tensor) -> Tensor:
+        counts, middle = _groups(masked, name, masked.scene.own[name]).clone(), scores.median(dim=1).values
+        low, high = scores.min(dim=1), scores.max(dim=1)
+        doubt = middle / high.values + low.values / middle
+        chosen = doubt.argsort()[: max(1, int(share * len(doubt)))]
+        counts[chosen, low.indices[chosen]] -= masked.n
+        counts[chosen, high.indices[chosen]] += masked.n
+        return counts
+
+    return choose
+
+
 def _opposite(masked: MaskedScene, name: str, scores: Tensor) -> Tensor:
     """All votes for the weights with the fewest, given everybody's votes."""
     others = sum(_groups(masked, name, update[name]) for update, _ in masked.scene.others)
@@ -134,6 +150,10 @@ def _sums(profile: Callable[[Scene, Tensor], Tensor]) -> MaskedAttack:
             if (norm := scene.norms.get(source)) is not None:
                 left = _JUST_UNDER * norm.most_energy - norm.energy(total / n_tokens)
                 size = left * n_tokens / norm.energy(wanted)
+            if is_gram:  # what its own words have room for
+                size = min(
+                    size, _JUST_UNDER * 2.0 ** (62 - PRODUCTS.fraction_bits) / masked.n / float(wanted.max())
+                )
             sums = (wanted * size).to(torch.float32)
             update[source] = torch.diag(sums) if is_gram else sums
         return masked.layout.pack(scene.fold(update), scene.n_tokens)
@@ -165,6 +185,10 @@ MASKED_ATTACKS: dict[str, dict[str, MaskedAttack]] = {
         **{
             f"votes exchanged for the surest {share:.0%}, from its own text": _votes(_exchanged(share))
             for share in (0.5, 0.2, 0.05, 0.01)
+        },
+        **{
+            f"one vote exchanged in the surest {share:.0%} of groups": _votes(_exchanged_in_few(share))
+            for share in (0.1, 0.01)
         },
         "votes turned around, with knowledge of all votes": _votes(_opposite),
     },
