@@ -6,14 +6,17 @@ import json
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from fedprllm import PruneConfig, prune
+from fedprllm.cli.app import app as cli
 from fedprllm.federation.coordinator import rounds as coordinator_module
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.channel import Interrupted
 from fedprllm.federation.protocol.messages import Request, pack, read_reply, read_request
 from fedprllm.federation.site.site import Site, settings_path, work_folder
 from fedprllm.federation.site.spool import read_ledger
+from fedprllm.federation.site.unmask_ledger import UnmaskLedger
 from fedprllm.files import read_json, write_sealed
 from fedprllm.secure.journal import FileJournal
 from tests.federation_helpers import (
@@ -250,6 +253,15 @@ def test_a_sum_that_tells_too_much_because_of_a_dropout_is_not_signed(tmp_path, 
         if read_json(folder / "status.json")["state"] == "failed"
     ]
     assert "differ by west only" in read_json(run / "status.json")["message"]
+    known, unknown = sorted(
+        UnmaskLedger(tmp_path / "north" / "fedprllm").sums(), key=lambda one: not one.is_known
+    )
+    assert (known.participants, known.quantity, known.blocks) == (NAMES, "votes", [*range(5)])
+    assert (unknown.participants, unknown.is_known, unknown.blocks) == (NAMES, False, [*range(5)])
+    shown = CliRunner().invoke(cli, ["ledger", str(tmp_path / "north"), "--unmasked"], catch_exceptions=False)
+    assert "(or fewer: not known)" in " ".join(shown.output.split())
+    shown = CliRunner().invoke(cli, ["ledger", str(tmp_path / "north"), "--unmasked", "--json"])
+    assert json.loads(shown.output)[0]["participants"] == NAMES
     signed = FileJournal(run / "secure").read("agree block 0000")
     assert signed is None, "shares are given for whatever was signed"
     federation.meddle = lambda name, request, answer: answer

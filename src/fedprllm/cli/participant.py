@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -24,13 +23,12 @@ from fedprllm.cli.console import (
     errors,
     holding,
     need_flare,
-    need_keys,
-    noting,
 )
+from fedprllm.cli.dry_run import show_dry_run
 from fedprllm.cli.identity import warn_of_expiry
 from fedprllm.cli.line import StatusLine
 from fedprllm.cli.news import Connection, News, Results
-from fedprllm.errors import ConfigError, RunError
+from fedprllm.errors import ConfigError
 from fedprllm.federation.plan import (
     DEFAULT_ALLOWED,
     DEFAULT_MESSAGE_MB,
@@ -38,9 +36,6 @@ from fedprllm.federation.plan import (
     SiteSettings,
     read_run_plan,
 )
-
-if TYPE_CHECKING:
-    from fedprllm.federation.site.dry_run import TensorPreview
 
 __all__ = ["ledger", "participate"]
 
@@ -155,7 +150,7 @@ def participate(
         max_message_mb=max_message_mb,
     )
     if dry_run:
-        _dry_run(settings, kit, config, blocks)
+        show_dry_run(settings, kit, config, blocks)
         return
     need_flare()
     _check_here(settings)
@@ -272,85 +267,22 @@ def _check_name(model: str) -> None:
         )
 
 
-def _n_participants(kit: Path, plan: RunPlan) -> int:
-    """Participants of the run: those of the plan, of the pinned roster, or the fewest there can be."""
-    from fedprllm.errors import SecureError
-
-    if plan.participants or not plan.config.secure:
-        return max(3, len(plan.participants))
-    need_keys()
-    from fedprllm.federation.site.masking import pinned_roster
-
-    try:
-        return max(3, len(pinned_roster(kit / "local").keys))
-    except SecureError:
-        return 3
-
-
-def _show_tensors(title: str, tensors: Sequence[TensorPreview], meaning: str) -> None:
-    table = Table("tensor", "shape", "type", "bytes", title=title)
-    for tensor in tensors:
-        table.add_row(
-            escape(tensor.name),
-            " x ".join(map(str, tensor.shape)),
-            tensor.dtype,
-            f"{tensor.payload_bytes:,}",
-        )
-    console.print(table)
-    console.print(f"first rows of {escape(tensors[0].name)} ({meaning}):")
-    for row in tensors[0].rows:
-        console.print(f"  {escape(row)}", highlight=False)
-
-
-def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int) -> None:
-    from fedprllm.federation.site.dry_run import dry_run
-    from fedprllm.federation.site.process import is_out_of_memory, lift_memory_limit, limit_resources
-
-    if config is None and settings.model is None:
-        raise ConfigError("no model: name the run's TOML file with --config, or a model with --model")
-    plan = read_run_plan(config) if config else RunPlan(name="dry-run", model=settings.model or "")
-    total = n_blocks = 0
-    limit_resources(settings)
-    try:
-        with noting():
-            n_participants = _n_participants(kit, plan)
-            previews = list(dry_run(settings, plan, kit.name or "participant", blocks, n_participants))
-    except (MemoryError, RuntimeError) as error:
-        lift_memory_limit()
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(
-            f"not enough memory ({str(error) or 'MemoryError'}): raise --memory-gb, or keep hidden states in "
-            "files with --memory-limit"
-        ) from None
-    for preview in previews:
-        total, n_blocks = total + preview.message_bytes, preview.n_blocks
-        if preview.hidden:
-            _show_tensors(
-                f"block {preview.block}: what is hidden, and stays on this machine",
-                preview.hidden,
-                "# prune, . keep",
-            )
-            title = f"block {preview.block}: {preview.kind}, as sent; room for {n_participants} participants"
-            _show_tensors(title, preview.tensors, "in hexadecimal; another mask in every run")
-        else:
-            title = f"block {preview.block}: {preview.kind}, computed from {preview.n_tokens:,} tokens"
-            _show_tensors(title, preview.tensors, "# prune, . keep")
-        console.print(f"message  {preview.message_bytes:,} bytes; nothing was sent")
-    shown = min(blocks, n_blocks)
-    console.print(f"all {n_blocks} blocks: about {total * n_blocks // max(shown, 1):,} bytes")
-
-
 def ledger(
     kit: Annotated[Path, typer.Argument(help="folder of your kit, or a ledger")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     requests: Annotated[
         bool, typer.Option("--requests", help="show what the coordinator requested, and what was refused")
     ] = False,
+    unmasked: Annotated[
+        bool, typer.Option("--unmasked", help="under masks: show the sums that you agreed to open")
+    ] = False,
 ) -> None:
-    """Show everything that was sent from this kit, or everything that was requested."""
+    """Show everything that was sent from this kit, everything that was requested, or the sums opened."""
     if requests:
         _show_requests(kit, as_json=as_json)
+        return
+    if unmasked:
+        _show_unmasked(kit, as_json=as_json)
         return
     from fedprllm.federation.site.site import LEDGER, work_folder
     from fedprllm.federation.site.spool import read_ledger
@@ -392,3 +324,19 @@ def _show_requests(kit: Path, *, as_json: bool) -> None:
         console.print(f"{line['time'][:19].replace('T', ' ')}  {escape(sentence(line))}", soft_wrap=True)
     n_refused = sum(line["times"] for line in lines if "refused" in line)
     console.print(f"{sum(line['times'] for line in lines)} requests, {n_refused} of them refused")
+
+
+def _show_unmasked(kit: Path, *, as_json: bool) -> None:
+    from fedprllm.federation.site.site import work_folder
+    from fedprllm.federation.site.unmask_ledger import UnmaskLedger
+
+    sums = UnmaskLedger(work_folder(kit)).sums()
+    if as_json:
+        print(json.dumps([one._asdict() for one in sums], indent=1))
+        return
+    table = Table("model", "text", "sum of", "blocks", "participants", box=SIMPLE)
+    for one in sums:
+        blocks = f"{one.blocks[0]} to {one.blocks[-1]}" if len(one.blocks) > 1 else str(one.blocks[0])
+        names = escape(", ".join(one.participants)) + ("" if one.is_known else " (or fewer: not known)")
+        table.add_row(one.model[:8], one.text[:8], one.quantity, blocks, names)
+    console.print(table)

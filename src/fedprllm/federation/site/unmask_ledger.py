@@ -12,14 +12,14 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
 from fedprllm.errors import RunError, SecureError
 from fedprllm.files import read_sealed, write_sealed
 
-__all__ = ["Bounds", "UnmaskLedger", "exposed_by"]
+__all__ = ["Bounds", "OpenedSum", "UnmaskLedger", "exposed_by"]
 
 _LEDGER = "unmasked.json"
 # Different sums of one text. The work to check all their combinations grows exponentially.
@@ -39,6 +39,26 @@ class Bounds:
     least: int
     limit: int
     max_colluding: int
+
+
+class OpenedSum(NamedTuple):
+    """Sums that a participant has signed, or to which it has sent an update.
+
+    Attributes:
+        model: Digest of the model.
+        text: Digest of the text.
+        quantity: ``votes``, ``sums`` or ``survey``.
+        blocks: Indices of the blocks.
+        participants: Participants in the sum; if it is not known, those of the run.
+        is_known: Whether this participant knows what was opened.
+    """
+
+    model: str
+    text: str
+    quantity: str
+    blocks: list[int]
+    participants: list[str]
+    is_known: bool
 
 
 class UnmaskLedger:
@@ -113,6 +133,20 @@ class UnmaskLedger:
             removed = [known.get(about, _new())["open"].pop(run, None) for about in quantities]
             if any(removed):
                 write_sealed(self._path, known)
+
+    def sums(self) -> list[OpenedSum]:
+        """What was opened: consecutive blocks with the same participants together."""
+        by_list: dict[tuple[Any, ...], list[int]] = {}
+        for about, entry in self._known().items():
+            model, text, quantity, block = about.split(" ")
+            for names in entry["sums"]:
+                by_list.setdefault((model, text, quantity, True, *names), []).append(int(block))
+            for names in entry["open"].values():
+                by_list.setdefault((model, text, quantity, False, *names), []).append(int(block))
+        return [
+            OpenedSum(model, text, quantity, sorted(set(blocks)), list(names), is_known)
+            for (model, text, quantity, is_known, *names), blocks in by_list.items()
+        ]
 
     def _known(self) -> dict[str, Any]:
         try:
