@@ -14,6 +14,7 @@ from benchmarks import (
     leakage,
     llm_compressor,
     renamed,
+    secure,
     selection,
     solvers,
     structure,
@@ -266,7 +267,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "hostile": Benchmark(
         "One hostile participant of 4 and of 16, for every way of sharing: perplexity of the honest and the "
-        "attacked model, or refused and named (16 windows of 128 tokens each, the small model of the tests)",
+        "attacked model, or refused and named; under masks, the run can only be ended (16 windows of 128 "
+        "tokens each, the small model of the tests)",
         ("benchmarks.hostile",),
         hostile.tables,
         (
@@ -276,6 +278,21 @@ BENCHMARKS: dict[str, Benchmark] = {
                 5.0,
             ),
             Goal("the same with sums and Gram matrices, %", lambda r: r["worst_percent"], 5.0),
+            Goal("the same under masks (secure), %", lambda r: r["worst_percent_masked"], 5.0),
+        ),
+    ),
+    "secure": Benchmark(
+        "Secure aggregation: its own steps for 4 to 64 participants, and whole runs under masks beside the "
+        "same in the clear (processor seconds, because the machine was busy)",
+        ("benchmarks.secure",),
+        secure.tables,
+        (
+            Goal("time of a run under masks / in the clear, 4 participants, loopback", secure.overhead, 1.15),
+            Goal(
+                "server's memory to add up and unmask / one block and one masked update, LLaMA-7B",
+                secure.server_memory,
+                1.0,
+            ),
         ),
     ),
     "leakage": Benchmark(

@@ -229,6 +229,28 @@ def test_agreement_is_the_mean_weighted_by_weights(run_once):
     assert agreement._SAMPLE == pruning.SAMPLE == 16_384
 
 
+@pytest.mark.parametrize("m", [2, 3, 7])
+def test_the_mean_agreement_of_pairs_follows_from_the_votes(m):
+    masks = torch.rand((m, 500), generator=torch.Generator().manual_seed(m)) < 0.3
+    pairs = [(masks[a] == masks[b]).double().mean() for a in range(m) for b in range(a)]
+    histogram = masks.sum(dim=0).bincount(minlength=m + 1).tolist()
+    assert pruning.mean_agreement([histogram]) == pytest.approx(float(sum(pairs)) / len(pairs))
+
+
+def test_under_masks_only_the_mean_agreement_is_known(run_once):
+    """Of three masks, all three pairs are alike with 0 or 3 votes, and one pair otherwise."""
+    run = run_once(3, secure=True)
+    page = report(run)
+    votes = sum(
+        np.array(one["vote_histogram"]) for r in result_of(run)["blocks"] for one in r["linears"].values()
+    )
+    mean = (votes[0] + votes[3] + (votes[1] + votes[2]) / 3) / votes.sum()
+    assert f"On average, two participants agree on {mean * 100:.1f} % of the weights. Updates" in page.text
+    assert "Pairwise agreement" not in page.html
+    weighted = report(run_once(3, secure=True, weighting="tokens", windows=2))
+    assert "Omitted: votes were weighted by tokens under masks" in weighted.text
+
+
 def test_participants_own_ties(run_once, edited):
     def tie(result):
         for record in result["blocks"]:

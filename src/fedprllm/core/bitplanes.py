@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,18 +117,19 @@ class PackedVotes:
         return votes
 
     @classmethod
-    def of_counts(cls, counts: NDArray[np.uint64], total: int) -> PackedVotes:
+    def of_counts(cls, counts: NDArray[np.unsignedinteger[Any]], total: int) -> PackedVotes:
         """Pack votes that were counted elsewhere.
 
         Args:
-            counts: Votes for each weight, uint64 [n], none above ``total``.
+            counts: Votes for each weight, unsigned [n], none above ``total``.
             total: Votes cast.
         """
         votes = cls(len(counts))
         votes.total = total
         for place in range(total.bit_length()):
             words = np.zeros(votes._n_words, np.uint64)
-            bits = np.packbits((counts >> np.uint64(place)).astype(np.uint8) & 1, bitorder="little")
+            bit = (counts >> counts.dtype.type(place)).astype(np.uint8, copy=False) & 1
+            bits = np.packbits(bit, bitorder="little")
             words.view(np.uint8)[: len(bits)] = bits
             votes._planes.append(words)
         return votes
