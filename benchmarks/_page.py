@@ -11,6 +11,7 @@ from benchmarks import (
     gradient_leakage,
     healing,
     hostile,
+    hostile_healing,
     leakage,
     llm_compressor,
     renamed,
@@ -344,6 +345,19 @@ BENCHMARKS: dict[str, Benchmark] = {
                 "CPU time of a round / of its forward passes", lambda r: r["round"][0]["round / forward"], 4.5
             ),
             Goal("peak memory of a round, GiB", lambda r: r["round"][0]["peak_anonymous_gib"], 4),
+        ),
+    ),
+    "hostile_healing": Benchmark(
+        "One hostile participant in a healing, the small model of the tests",
+        ("benchmarks.hostile_healing",),
+        hostile_healing.tables,
+        (
+            Goal(
+                "perplexity under attack / honest, each gradient seen",
+                lambda r: hostile_healing.worst(r, "each gradient"),
+                1.05,
+            ),
+            Goal("the same where only sums are seen", lambda r: hostile_healing.worst(r, "sums"), 1.05),
         ),
     ),
     "gradient_leakage": Benchmark(
