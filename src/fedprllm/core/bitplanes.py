@@ -67,7 +67,7 @@ class PackedVotes:
         self.total = 0
         self._n_words = -(-n_weights // 64)
         self._planes: list[Words] = []
-        self._waiting = np.empty((_N_WAITING, self._n_words), np.uint64)
+        self._waiting = np.empty((0, self._n_words), np.uint64)
         # Masks added since the last settling: bit i is set if waiting[i] holds words of place value 2^i.
         self._n_since = 0
 
@@ -91,18 +91,22 @@ class PackedVotes:
         while len(self._planes) < self.total.bit_length():
             self._planes.append(np.zeros(self._n_words, np.uint64))
         places = [place for place in range(weight.bit_length()) if weight >> place & 1]
+        if weight == 1 and not len(self._waiting):
+            self._waiting = np.empty((_N_WAITING, self._n_words), np.uint64)
         add = self._add_range if weight == 1 else partial(self._add_range_at, places)
         _in_threads(partial(add, masks), self._n_words, len(masks) * len(places))
         self._n_since += len(masks) if weight == 1 else 0
 
     def planes(self) -> Integer[Tensor, "planes bytes"]:
         """The bit planes, lowest first, as uint8: ceil(n / 8) bytes each, packed like masks."""
+        planes = self.each_plane()
+        return torch.stack(planes) if planes else torch.empty(0, -(-self.n_weights // 8), dtype=torch.uint8)
+
+    def each_plane(self) -> list[Integer[Tensor, " bytes"]]:
+        """The rows of `planes`, which share memory with the votes."""
         self._settle()
         n_bytes = -(-self.n_weights // 8)
-        planes = np.empty((len(self._planes), n_bytes), np.uint8)
-        for stored, plane in zip(planes, self._planes, strict=True):
-            stored[:] = plane.view(np.uint8)[:n_bytes]
-        return torch.from_numpy(planes)
+        return [torch.from_numpy(plane.view(np.uint8)[:n_bytes]) for plane in self._planes]
 
     @classmethod
     def of_planes(cls, planes: Integer[Tensor, "planes bytes"], n_weights: int) -> PackedVotes:
@@ -268,6 +272,7 @@ class PackedVotes:
 
         _in_threads(settle, self._n_words, _N_WAITING)
         self._n_since = 0
+        self._waiting = self._waiting[:0].copy()
 
     def _count(self, start: int, stop: int) -> NDArray[np.integer]:
         """Counts of the weights in ``[start, stop)``, from settled planes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from fedprllm.core.zeros import copy_pruned
+from fedprllm.models.tensor_file import Made, Writable
 
 if TYPE_CHECKING:
     from fedprllm.models.experts import UnfusedExperts
@@ -228,7 +230,7 @@ class Weights(Mapping[str, Tensor]):
         """What remains of a tensor of the block once its removed rows and columns are cut off."""
         return tensor
 
-    def remaining(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def remaining(self, tensors: Mapping[str, Tensor]) -> dict[str, Writable]:
         """The tensors of the block with these weights, as the pruned model stores them."""
         return {name: self.cut(name, self.get(name, tensor)) for name, tensor in tensors.items()}
 
@@ -271,6 +273,11 @@ class PrunedWeights(Weights):
         """Write a pruned weight to a tensor of the same shape, converting it to that tensor's precision."""
         mask = self._block.linears[name].stored(self._masks[name])
         copy_pruned(self._block.tensors[name], mask, target)
+
+    def remaining(self, tensors: Mapping[str, Tensor]) -> dict[str, Writable]:
+        """The tensors of the block with these weights, each pruned when it is written."""
+        pruned = {name: Made.like(tensors[name], partial(self.__getitem__, name)) for name in self}
+        return {**tensors, **pruned}
 
     def __getitem__(self, name: str) -> Tensor:
         pruned = torch.empty_like(self._block.tensors[name])

@@ -50,9 +50,11 @@ from fedprllm.models.probe import (
     text_dependent,
 )
 from fedprllm.models.source import build_skeleton
+from fedprllm.process import return_freed_memory
 
 __all__ = ["DTYPES", "BlockwiseModel"]
 
+_LARGE = 2**28  # bytes of a block; below, what the C library keeps is little, and used again sooner
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -245,15 +247,18 @@ class BlockwiseModel:
     @contextmanager
     def block(self, index: int) -> Iterator[Block]:
         """Load one block, and release it when the ``with`` block ends."""
-        module = self._blocks[index]
-        loaded = self.checkpoint.load(self.names_in_block(index))
-        tensors = {name: t.to(self.device) for name, t in loaded.items()}
-        with self._materialized(tensors):
+        module, linears = self._blocks[index], self.linears[index]
+        if sum(linear.n_weights * linear.dtype.itemsize for linear in linears.values()) >= _LARGE:
+            return_freed_memory()
+        loaded = self.checkpoint.load(self.names_in_block(index)).items()
+        tensors = {name: t.to(self.device) for name, t in loaded}
+        del loaded
+        with self._materialized(tensors), ExitStack() as stack:
+            # A caller may still hold the block while it loads the next one.
+            stack.callback(tensors.clear)
             share = self.coverages[index]
-            notes = coverage_notes(module, self.linears[index], share)
-            yield Block(
-                index, self.linears[index], tensors, self._call_block, share, notes, self.experts[index]
-            )
+            notes = coverage_notes(module, linears, share)
+            yield Block(index, linears, tensors, self._call_block, share, notes, self.experts[index])
 
     def input_norms(self, index: int) -> dict[str, InputNorm]:
         """The normalizations of a block's inputs (see `fedprllm.models.norms.input_norms`).
