@@ -156,7 +156,7 @@ def _together(weights: Iterable[str]) -> dict[str, list[str]]:
 
 def _known(names: gguf.TensorNameMap, name: str) -> str | None:
     """llama.cpp's name of a weight, or of a weight of all experts of a block."""
-    found = names.get_name(name, try_suffixes=(".weight",))
+    found: str | None = names.get_name(name, try_suffixes=(".weight",))
     fused = _FUSED.fullmatch(name)
     if found is None and fused is not None:  # transformers has one form for experts, and many names
         found = names.get_name(f"blk.{fused[1]}.ffn_{fused[2]}_exps.weight", try_suffixes=(".weight",))
@@ -166,8 +166,10 @@ def _known(names: gguf.TensorNameMap, name: str) -> str | None:
 def _entry(name: str, sums: Sequence[Tensor], n_tokens: int) -> _Entry:
     """The entry of a weight, or of a weight of all experts; one that no token reached has a count of 0."""
     values = np.stack([each.numpy() for each in sums]).astype(np.float32)
-    reached = values.any(axis=1, keepdims=True) if len(sums) > 1 else np.ones((1, 1))
-    return _Entry(name, values, (n_tokens * reached).astype(np.float32))
+    counts = np.full((len(sums), 1), n_tokens, np.float32)
+    if len(sums) > 1:
+        counts[~values.any(axis=1)] = 0
+    return _Entry(name, values, counts)
 
 
 def _names(run: Path, record: RunRecord, architecture: str | None) -> gguf.TensorNameMap:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -131,9 +131,9 @@ class Checkpoint:
         """Tensors under their names in the files, each read when it is written."""
         return {key: self._unread(key) for key in dict.fromkeys(self._stored[name].key for name in names)}
 
-    def unread_unknown(self) -> dict[str, Writable]:
-        """The tensors that the transformers model does not have, each read when it is written."""
-        return {key: self._unread(key) for key in self.unknown}
+    def unread_unknown(self, keys: Iterable[str]) -> dict[str, Writable]:
+        """Some of the `unknown` tensors, each read when it is written."""
+        return {key: self._unread(key) for key in keys}
 
     def _unread(self, key: str) -> Made:
         return Made.like(self._mapped(key), lambda: self._mapped(key))
@@ -308,14 +308,22 @@ class CheckpointWriter:
                 found |= {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
         return found
 
-    def finish(self, outside: Iterable[str], changed: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def finish(
+        self,
+        outside: Iterable[str],
+        changed: Mapping[str, Any] = MappingProxyType({}),
+        left_out: Collection[str] = (),
+    ) -> None:
         """Write everything outside the blocks, copy the files that belong to the model, write the index.
 
         Args:
             outside: Names of the model's tensors outside all blocks.
             changed: Contents, as JSON values, of files that differ from the source's, by name.
+            left_out: Names, as the files have them, of tensors to leave out that the transformers model does
+                not have.
         """
-        self._save(None, self.source.unread(outside) | self.source.unread_unknown())
+        unknown = [name for name in self.source.unknown if name not in left_out]
+        self._save(None, self.source.unread(outside) | self.source.unread_unknown(unknown))
         for path in side_files(self.source.folder):
             (self.folder / path.parent).mkdir(exist_ok=True)
             if path.as_posix() in changed:
