@@ -54,7 +54,7 @@ _ROWS_SUMMED_AT_ONCE = 255  # bits of one column; their sum fits in a byte
 class PackedVotes:
     """The number of votes to prune each of ``n_weights`` weights.
 
-    Takes ``ceil(log2(total + 1)) + 4`` bits per weight.
+    Takes ``ceil(log2(total + 1)) + 4`` bits per weight, or fewer while four masks have not been added.
 
     Attributes:
         n_weights: Number of weights voted on.
@@ -67,7 +67,7 @@ class PackedVotes:
         self.total = 0
         self._n_words = -(-n_weights // 64)
         self._planes: list[Words] = []
-        self._waiting = np.empty((0, self._n_words), np.uint64)
+        self._waiting: list[Words] = []
         # Masks added since the last settling: bit i is set if waiting[i] holds words of place value 2^i.
         self._n_since = 0
 
@@ -91,8 +91,9 @@ class PackedVotes:
         while len(self._planes) < self.total.bit_length():
             self._planes.append(np.zeros(self._n_words, np.uint64))
         places = [place for place in range(weight.bit_length()) if weight >> place & 1]
-        if weight == 1 and not len(self._waiting):
-            self._waiting = np.empty((_N_WAITING, self._n_words), np.uint64)
+        n_waiting = min((self._n_since + len(masks)).bit_length(), _N_WAITING) if weight == 1 else 0
+        while len(self._waiting) < n_waiting:
+            self._waiting.append(np.empty(self._n_words, np.uint64))
         add = self._add_range if weight == 1 else partial(self._add_range_at, places)
         _in_threads(partial(add, masks), self._n_words, len(masks) * len(places))
         self._n_since += len(masks) if weight == 1 else 0
@@ -242,10 +243,10 @@ class PackedVotes:
         n_partners = min((~n_since & (n_since + 1)).bit_length() - 1, _N_WAITING)  # trailing ones
         for level in range(n_partners):
             output = outputs[level % 2]
-            _full_adder(self._planes[level][chunk], self._waiting[level, chunk], carry, output, scratch)
+            _full_adder(self._planes[level][chunk], self._waiting[level][chunk], carry, output, scratch)
             carry = output
         if n_partners < _N_WAITING:
-            self._waiting[n_partners, chunk] = carry
+            self._waiting[n_partners][chunk] = carry
         else:
             self._ripple(carry, n_partners, chunk, scratch)
 
@@ -268,11 +269,11 @@ class PackedVotes:
                 chunk = slice(first, first + size)
                 for level in range(_N_WAITING):
                     if self._n_since >> level & 1:
-                        self._ripple(self._waiting[level, chunk], level, chunk, scratch[:size])
+                        self._ripple(self._waiting[level][chunk], level, chunk, scratch[:size])
 
         _in_threads(settle, self._n_words, _N_WAITING)
         self._n_since = 0
-        self._waiting = self._waiting[:0].copy()
+        self._waiting.clear()
 
     def _count(self, start: int, stop: int) -> NDArray[np.integer]:
         """Counts of the weights in ``[start, stop)``, from settled planes."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedprllm.core.zeros import copy_pruned
 from fedprllm.models.tensor_file import Made, Writable
+from fedprllm.process import return_freed_memory
 
 if TYPE_CHECKING:
     from fedprllm.models.experts import UnfusedExperts
@@ -29,9 +30,11 @@ __all__ = [
     "Producer",
     "PrunedWeights",
     "Weights",
+    "return_freed_by",
 ]
 
 Hidden = Float[Tensor, "1 tokens hidden"]
+_LARGE = 2**28  # bytes of a block; below, what the C library keeps is little, and used again sooner
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +140,12 @@ class Linear:
     def stored(self, matrix: Tensor) -> Tensor:
         """Convert a view between [out, in] and the orientation of the checkpoint, in either direction."""
         return matrix.T if self.transposed else matrix
+
+
+def return_freed_by(linears: Mapping[str, Linear]) -> None:
+    """Return to the system what the steps of a large block's walk have freed (docs/decisions/memory.md)."""
+    if sum(linear.n_weights * linear.dtype.itemsize for linear in linears.values()) >= _LARGE:
+        return_freed_memory()
 
 
 @dataclass

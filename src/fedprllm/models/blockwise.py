@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedprllm.errors import ModelError
-from fedprllm.models.block import Block, Channels, Hidden, Linear
+from fedprllm.models.block import Block, Channels, Hidden, Linear, return_freed_by
 from fedprllm.models.channels import find_channels
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.experts import UnfusedExperts, reaching_all_experts
@@ -50,11 +50,9 @@ from fedprllm.models.probe import (
     text_dependent,
 )
 from fedprllm.models.source import build_skeleton
-from fedprllm.process import return_freed_memory
 
 __all__ = ["DTYPES", "BlockwiseModel"]
 
-_LARGE = 2**28  # bytes of a block; below, what the C library keeps is little, and used again sooner
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -248,8 +246,7 @@ class BlockwiseModel:
     def block(self, index: int) -> Iterator[Block]:
         """Load one block, and release it when the ``with`` block ends."""
         module, linears = self._blocks[index], self.linears[index]
-        if sum(linear.n_weights * linear.dtype.itemsize for linear in linears.values()) >= _LARGE:
-            return_freed_memory()
+        return_freed_by(linears)
         loaded = self.checkpoint.load(self.names_in_block(index)).items()
         tensors = {name: t.to(self.device) for name, t in loaded}
         del loaded
