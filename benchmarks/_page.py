@@ -323,7 +323,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
     ),
     "mixture-experts": Benchmark(
-        "The same mixture without half of its experts: removed together, by each participant alone, by chance",
+        "The same mixture without half of its experts: removed together, by each alone, by chance",
         ("benchmarks.mixture", "--experts", "8"),
         mixture.tables,
         (

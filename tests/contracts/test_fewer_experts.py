@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -30,7 +31,7 @@ from fedprllm.sharing.expert_outputs import EXPERTS
 from fedprllm.sharing.interface import Ballot
 from tests.contracts.test_walk import assert_same_bits, weights_of
 from tests.models import MIXTURES, save_tiny
-from tests.zoo import tiny_config
+from tests.zoo import model_types, tiny_config, windows_of
 
 NAMES = ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "granitemoe", "olmoe", "nemotron-h"]
 TWO = PruneConfig(structure="experts=2")
@@ -75,8 +76,8 @@ def cut(folder: Path, removed: list[list[int]]) -> nn.Module:
     (n,) = {experts.down_proj.shape[0] for experts in mixtures_of(dense)}
     (n_removed,) = {len(gone) for gone in removed if gone}
     config = copy.deepcopy(dense.config)
-    key = next(k for k in ("num_local_experts", "n_routed_experts", "num_experts") if k in config.to_dict())
-    setattr(config, key, n - n_removed)
+    keys = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+    setattr(config, next(key for key in keys if key in config.to_dict()), n - n_removed)
     smaller = AutoModelForCausalLM.from_config(config)
     state = dense.state_dict()
     for name, tensor in smaller.state_dict().items():
@@ -409,6 +410,28 @@ def test_the_least_active_experts_are_chosen():
     assert lowest([0.3, 0.4, 0.1, 0.2], 2, 2) == [0, 2]
     assert n_removed(8, Fraction(2)) == n_removed(8, Fraction("0.25")) == 2
     assert n_removed(8, Fraction("0.3"), 4) == 4
+
+
+# --- Further architectures ---
+
+# Routers of further kinds: by sigmoid, with a bias, after a convolution, beside state space models, in groups.
+ZOO = ["afmoe", "bailing_hybrid", "beam", "cohere2_moe", "ernie4_5_moe", "glm4_moe", "lfm2_moe", "qwen3_next"]
+
+
+@pytest.mark.parametrize("name", [one for one in ZOO if one in model_types()])
+def test_further_architectures_lose_experts_alike(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_tiny(lambda: tiny_config(name), tmp_path / "model")
+        texts = [windows_of(0), windows_of(1)]
+        result = prune(tmp_path / "model", texts, TWO, out=tmp_path / "run")
+        removed = [block.removed_experts or [] for block in result.record.blocks]
+        loaded, report = AutoModelForCausalLM.from_pretrained(result.model_dir, output_loading_info=True)
+        assert any(removed)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        with torch.no_grad():
+            expected = cut(tmp_path / "model", removed)(windows_of(5, 1)).logits
+            assert torch.equal(loaded.eval()(windows_of(5, 1)).logits, expected)
 
 
 # --- Layers that predict further tokens ---
