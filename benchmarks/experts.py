@@ -65,6 +65,11 @@ def measured(folder: Path, form: str, shape: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The figures of memory, by form of the files."""
+    return {"": [{key: row[key] for key in row if key != "wall_s"} for row in result["rows"]]}
+
+
 def beyond_a_block(result: dict[str, Any], form: str) -> float:
     """Peak memory beyond one block, in GiB, with one of the two forms of files."""
     return next(float(row["beyond_a_block_gib"]) for row in result["rows"] if row["form"] == form)

@@ -45,6 +45,7 @@ _WORDS_PER_THREAD = 2**18
 # At place values below 2^4 a word may wait for its partner. A carry then reaches the higher planes only once
 # in 16 masks, and a mask costs about 6 operations instead of 2 per plane.
 _N_WAITING = 4
+_N_DIRECT = 2  # with up to this many planes, waiting saves nothing and takes memory
 _PLANES_SPLIT = 5  # up to this many planes, splitting 2^planes ways makes a histogram faster than counting
 _COUNTED_AT_ONCE = 2**18  # weights; their counts stay in the cache
 _SCORED_AT_ONCE = 2**24  # weights; bounds the memory for scores and keys
@@ -54,7 +55,7 @@ _ROWS_SUMMED_AT_ONCE = 255  # bits of one column; their sum fits in a byte
 class PackedVotes:
     """The number of votes to prune each of ``n_weights`` weights.
 
-    Takes ``ceil(log2(total + 1)) + 4`` bits per weight, or fewer while four masks have not been added.
+    Takes ``ceil(log2(total + 1)) + 4`` bits per weight; for up to 3 votes without the 4.
 
     Attributes:
         n_weights: Number of weights voted on.
@@ -91,12 +92,13 @@ class PackedVotes:
         while len(self._planes) < self.total.bit_length():
             self._planes.append(np.zeros(self._n_words, np.uint64))
         places = [place for place in range(weight.bit_length()) if weight >> place & 1]
-        n_waiting = min((self._n_since + len(masks)).bit_length(), _N_WAITING) if weight == 1 else 0
+        waits = weight == 1 and len(self._planes) > _N_DIRECT
+        n_waiting = min((self._n_since + len(masks)).bit_length(), _N_WAITING) if waits else 0
         while len(self._waiting) < n_waiting:
             self._waiting.append(np.empty(self._n_words, np.uint64))
-        add = self._add_range if weight == 1 else partial(self._add_range_at, places)
+        add = self._add_range if waits else partial(self._add_range_at, places)
         _in_threads(partial(add, masks), self._n_words, len(masks) * len(places))
-        self._n_since += len(masks) if weight == 1 else 0
+        self._n_since += len(masks) if waits else 0
 
     def planes(self) -> Integer[Tensor, "planes bytes"]:
         """The bit planes, lowest first, as uint8: ceil(n / 8) bytes each, packed like masks."""
