@@ -414,7 +414,7 @@ def test_the_least_active_experts_are_chosen():
 
 # --- Further architectures ---
 
-# Routers of further kinds: by sigmoid, with a bias, after a convolution, beside state space models, in groups.
+# Routers of further kinds: with a bias, with groups, after a convolution, beside linear attention.
 ZOO = ["afmoe", "bailing_hybrid", "beam", "cohere2_moe", "ernie4_5_moe", "glm4_moe", "lfm2_moe", "qwen3_next"]
 
 
