@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    experts,
     gradient_leakage,
     healing,
     hostile,
     hostile_healing,
     leakage,
     llm_compressor,
+    mixture,
     renamed,
     secure,
     selection,
@@ -307,6 +310,49 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("benchmarks.renamed",),
         lambda r: {"": r["rows"]},
         (Goal("peak anonymous memory of GPT-NeoX / the Llama's", renamed.ratio, 1.05),),
+    ),
+    "experts": Benchmark(
+        "One block in memory with experts: two blocks of the shape of Mixtral-8x7B, masks of 2 participants",
+        ("benchmarks.experts",),
+        experts.tables,
+        tuple(
+            Goal(
+                f"peak memory beyond a block of Mixtral-8x7B, GiB, experts stored {form}",
+                partial(experts.beyond_a_block, form=form),
+                1.5,
+            )
+            for form in ("one by one", "fused")
+        ),
+    ),
+    "mixture": Benchmark(
+        "A trained mixture (16 experts, 2 for each token) pruned by half by three participants with one kind "
+        "of text each: loss on held-out text, nats per token",
+        ("benchmarks.mixture",),
+        mixture.tables,
+        (
+            Goal(
+                "loss of the mixture pruned together / with all text in one place",
+                lambda r: mixture.loss(r, "together, one-shot") / mixture.loss(r, "all text in one place"),
+                1.017,
+            ),
+            Goal(
+                "its increase by magnitude / together",
+                lambda r: r["increase"]["magnitude"] / r["increase"]["together, one-shot"],
+                at_least=1.4,
+            ),
+        ),
+    ),
+    "mixture-experts": Benchmark(
+        "The same mixture without half of its experts: removed together, by each alone, by chance",
+        ("benchmarks.mixture", "--experts", "8"),
+        mixture.tables,
+        (
+            Goal(
+                "largest increase of the loss on one kind of text, experts removed together / alone",
+                lambda r: mixture.worst_increase(r, "together") / mixture.worst_increase(r, "alone"),
+                1,
+            ),
+        ),
     ),
     "solvers": Benchmark(
         "What sums can do better than votes: SmolLM2-135M at 50 %, 16 windows of 512 tokens per participant",
