@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="repeats of the timings; 0 leaves them out")
     parser.add_argument("--shapes", nargs="*", default=list(_SHAPES), choices=list(_SHAPES))
     parser.add_argument("--speed-only", action="store_true", help="measure no perplexity")
+    parser.add_argument("--dtype", default="float32", help="precision of the forward passes [float32]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="few windows, to check that it runs")
     options = parser.parse_args()
@@ -72,6 +73,7 @@ def main() -> None:
         "windows": options.windows,
         "window_length": options.length,
         "device": options.device,
+        "dtype": options.dtype,
         "rows": [] if options.speed_only else _quality(options),
         "speed": _speed(options) if options.repeats else [],
         "machine": machine(),
@@ -95,6 +97,7 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
                     strategy=strategy,
                     windows=options.windows,
                     window_length=options.length,
+                    dtype=options.dtype,
                     device=options.device,
                 )
                 found = prune(model, texts, config, out=Path(temporary) / f"{structure}-{strategy}")
@@ -116,6 +119,7 @@ def _losses(model: Path, held_out: Mapping[str, Path], options: argparse.Namespa
         held_out,
         window_length=options.length,
         max_tokens=_N_EVALUATION_TOKENS,
+        dtype=options.dtype,
         device=options.device,
     )
     return {text.text: text.nll for text in found}

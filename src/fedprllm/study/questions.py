@@ -151,7 +151,7 @@ class Question:
         paper: What the paper finds, or that it does not ask the question.
         grids: Function that makes the grids from the study's lists of values.
         pairs: Comparisons that answer the question, ``(axis, value, other value)`` with all else equal.
-        by: Axis for each of whose values the comparisons are made separately.
+        by: Axes for each of whose values the comparisons are made separately.
         needs_public: Whether it compares with public text.
     """
 
@@ -159,7 +159,7 @@ class Question:
     paper: str
     grids: Any
     pairs: tuple[tuple[str, Any, Any], ...] = ()
-    by: str = ""
+    by: tuple[str, ...] = ()
     needs_public: bool = False
 
 
@@ -192,7 +192,7 @@ QUESTIONS: dict[str, Question] = {
         "no one anything; each is used in the amount that all participants have together.",
         _no_sharing,
         tuple(("partition", other, "domain") for other in (*STRANGERS, "with-public")),
-        "share",
+        ("structure", "share", "pattern", "sparsity"),
         needs_public=True,
     ),
     "methods": Question(
@@ -200,7 +200,7 @@ QUESTIONS: dict[str, Question] = {
         "Finding 4: pruning together beats pruning alone and comes close to pooled text.",
         lambda s: [{"sparsity": s.sparsity, "strategy": ["one-shot", "local-only", "centralized"]}],
         (("strategy", "local-only", "one-shot"), ("strategy", "centralized", "one-shot")),
-        "sparsity",
+        ("sparsity",),
     ),
     "groups": Question(
         "Comparison groups",
@@ -211,7 +211,7 @@ QUESTIONS: dict[str, Question] = {
             {"local_group": ["row", "layer", "column"], "server_group": ["layer", "row", "column"]},
         ],
         (("server_group", "layer", "row"), ("server_group", "layer", "column")),
-        "local_group",
+        ("local_group",),
     ),
     "ties": Question(
         "Tie rule",
@@ -221,21 +221,21 @@ QUESTIONS: dict[str, Question] = {
             {"sparsity": s.sparsity, "server_ties": list(_TIES)},
         ],
         (("server_ties", "index", "random"), ("server_ties", "index", "magnitude")),
-        "server_group",
+        ("server_group",),
     ),
     "scaling": Question(
         "Scaling the kept weights by the votes",
         "Finding 2: weight scaling hurts.",
         lambda s: [{"sparsity": s.sparsity, "scale_weights": [False, True]}],
         (("scale_weights", False, True),),
-        "sparsity",
+        ("sparsity",),
     ),
     "rounds": Question(
         "One round, or one round per block",
         "Finding 3: iterative is no better than one-shot.",
         lambda s: [{"sparsity": s.sparsity, "strategy": ["one-shot", "iterative"]}],
         (("strategy", "one-shot", "iterative"),),
-        "sparsity",
+        ("sparsity",),
     ),
     "participants": Question(
         "Number of participants",
@@ -244,7 +244,7 @@ QUESTIONS: dict[str, Question] = {
             {"strategy": ["one-shot", "local-only", "centralized"], "participants": s.participants},
         ],
         (("strategy", "local-only", "one-shot"), ("strategy", "centralized", "one-shot")),
-        "participants",
+        ("participants",),
     ),
     "windows": Question(
         "Amount of text per participant",
@@ -275,7 +275,7 @@ QUESTIONS: dict[str, Question] = {
         "Not asked in the paper; OWL's paper finds that it matters more than the criterion at high sparsity.",
         lambda s: [{"sparsity": s.sparsity, "allocation": ["uniform", "owl"]}],
         (("allocation", "uniform", "owl"),),
-        "sparsity",
+        ("sparsity",),
     ),
     "domains": Question(
         "Participants with different text",
