@@ -203,6 +203,13 @@ def test_without_losses_of_windows_there_is_no_interval():
     assert "interval" not in str(difference)
 
 
+def test_partitions_are_compared_although_they_have_different_numbers_of_participants():
+    domain = measured({"model": {"t": 10.0}}, "domain")
+    cell, record = measured({"model": {"t": 20.0}}, "public")
+    public = Cell(cell.config, 1, "public"), record
+    assert paired([domain, public], "partition", "public", "domain").values == pytest.approx((-math.log(2),))
+
+
 def test_own_text_is_measured_with_the_model_made_from_it():
     alone = {"x": {"x": [10.0] * 4, "y": [40.0] * 4}, "y": {"x": [30.0] * 4, "y": [20.0] * 4}}
     cells = [

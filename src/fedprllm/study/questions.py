@@ -77,6 +77,10 @@ class StudyConfig(Settings):
         tuple[Annotated[int, Field(ge=1)], ...],
         Field(min_length=1, description="windows per participant"),
     ] = (2,)
+    ways: Annotated[
+        tuple[Literal["mask", "structure", "6:8", "gram"], ...],
+        Field(min_length=1, description="ways to prune in question no-sharing"),
+    ] = ("mask", "structure", "6:8", "gram")
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...],
         Field(min_length=1, description="every cell is measured once per seed"),
@@ -169,15 +173,15 @@ def _domains(**values: Sequence[Any]) -> _Values:
 
 def _no_sharing(study: StudyConfig) -> list[_Values]:
     """Together, alone, and with text that nobody has to share, for each of several ways to prune."""
-    ways: list[_Values] = [
-        {"sparsity": study.sparsity, "share": ["mask"], "strategy": ["one-shot"]},
-        {"sparsity": study.sparsity, "share": ["gram"], "strategy": ["iterative"]},
-        {"pattern": ["6:8"], "share": ["gram"], "strategy": ["iterative"]},
-        {"structure": ["mlp=0.2"], "strategy": ["iterative"]},
-    ]
+    ways: dict[str, _Values] = {
+        "mask": {"sparsity": study.sparsity, "share": ["mask"], "strategy": ["one-shot"]},
+        "structure": {"structure": ["mlp=0.2"], "strategy": ["iterative"]},
+        "6:8": {"pattern": ["6:8"], "share": ["gram"], "strategy": ["iterative"]},
+        "gram": {"sparsity": study.sparsity, "share": ["gram"], "strategy": ["iterative"]},
+    }
     return [
         grid
-        for way in ways
+        for way in (ways[name] for name in study.ways)
         for grid in (
             {**way, "partition": list(BY_DOMAIN)},
             _domains(**{**way, "strategy": ["local-only"]}),

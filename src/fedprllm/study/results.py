@@ -239,7 +239,9 @@ def paired(
     """
     found: dict[str, dict[Any, dict[str, _Loss]]] = {}
     for cell, record in cells:
-        rest = {name: value for name, value in cell.setting.items() if name != axis}
+        # How text is distributed also says among how many.
+        varied = (axis, "participants") if axis == "partition" else (axis,)
+        rest = {name: value for name, value in cell.setting.items() if name not in varied}
         value = _meant(cell, axis)
         losses = {text: _Loss.of(record, text, whose) for text in texts_of([(cell, record)])}
         found.setdefault(json.dumps([rest, cell.config.seed], sort_keys=True), {})[value] = losses
@@ -284,12 +286,12 @@ def _together_or_alone(cells: Sequence[Measured]) -> list[str]:
     """What participants with text of their own kinds gain on it, and on the others', by pruning together."""
     of_domains = [(cell, record) for cell, record in cells if cell.partition == "domain"]
     whose: dict[str, Whose] = {"a participant's own text": "own", "the others' text": "others"}
-    found = {
-        words: paired(of_domains, "strategy", "local-only", together, which)
+    found = [
+        (words, paired(of_domains, "strategy", "local-only", together, which))
         for words, which in whose.items()
         for together in ("iterative", "one-shot")
-    }
-    return [f"on {words}, {difference}" for words, difference in found.items() if difference is not None]
+    ]
+    return [f"on {words}, {difference}" for words, difference in found if difference is not None]
 
 
 def _interval(pairs: Sequence[tuple[Mapping[str, _Loss], Mapping[str, _Loss]]]) -> tuple[float, float] | None:
