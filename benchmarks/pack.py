@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks._harness import machine
+from benchmarks._harness import given, machine
 from benchmarks.solvers import _texts
 from fedprllm import PruneConfig, prune
 from fedprllm.core.masks import PruneMask
@@ -76,6 +76,7 @@ def _result(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {
         "benchmark": "pack",
         "quick": options.quick,
+        "options": given(),
         "windows": options.windows,
         "window_length": options.length,
         "dense_bytes": n_dense,
@@ -139,9 +140,7 @@ def _downloads(dense: Path, pruned: Path) -> dict[str, float]:
     for index in range(model.n_blocks):
         with model.block(index) as block, other.block(index) as found:
             weights = {name: found.tensors[name] for name in block.linears}
-            masks = {
-                name: PruneMask(linear.view(weights) == 0, 0) for name, linear in block.linears.items()
-            }
+            masks = {name: PruneMask(linear.view(weights) == 0, 0) for name, linear in block.linears.items()}
             decision = BlockDecision(masks, GivenWeights(weights))
             n_sent += len(encode_decision(decision, block, bytes(16), bytes(32)))
             n_plain += sum(weight.nbytes for weight in weights.values())

@@ -1,15 +1,16 @@
 """Quantizing together: what the participants' sums are worth to llama.cpp as an importance matrix.
 
-SmolLM2-135M is converted by llama.cpp and quantized by its own `llama-quantize`: without an importance matrix,
-with that of one participant's text, and with that of all participants' sums (`fedprllm prune --share statistics
---sparsity 0`, `fedprllm export --imatrix`). Its own `llama-perplexity` measures each model on held-out text of
-each kind, in windows of 512 tokens of which it scores the second half. Rows of the table are averages over the
-kinds of text: on the text of the participant whose matrix it is, and on the others'.
+SmolLM2-135M, a GGUF file whose weights have 4 bits and are taken apart again, is quantized anew by
+llama.cpp's own `llama-quantize`: without an importance matrix, with that of one participant's text, and with
+that of all participants' sums (`prune --share statistics --sparsity 0`, `export --imatrix`).
+Its own `llama-perplexity` measures each model on held-out text of each kind, in windows of 512 tokens of
+which it scores the second half. Rows of the table are geometric means over the kinds of text: on the text of
+the participant whose matrix it is, and on the others'.
 
-llama.cpp is not part of this project: name the folder with its tools and its `convert_hf_to_gguf.py`.
+llama.cpp is not part of this project: name the folder with its tools.
 
-    python -m benchmarks.quantize --tools llama.cpp/build/bin --convert llama.cpp/convert_hf_to_gguf.py
-        [--texts FOLDER] [--kinds 4] [--windows 16] [--types Q4_K_M Q2_K] [--quick]
+    python -m benchmarks.quantize --tools llama.cpp/build/bin [--texts FOLDER] [--kinds 4] [--windows 16]
+        [--types Q4_K_M Q2_K] [--quick]
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks._harness import machine
+from benchmarks._harness import given, machine
 from benchmarks.solvers import _texts
 from fedprllm import PruneConfig, prune
 from fedprllm.demo.compare import demo_model
@@ -42,12 +43,12 @@ _ESTIMATE = re.compile(r"Final estimate: PPL = ([0-9.]+) \+/- ([0-9.]+)")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tools", type=Path, required=True, help="folder of llama-quantize")
-    parser.add_argument("--convert", type=Path, required=True, help="convert_hf_to_gguf.py")
-    parser.add_argument("--model", default=None, help="folder, hub id or GGUF file [SmolLM2-135M]")
+    parser.add_argument("--model", type=Path, default=None, help="GGUF file [SmolLM2-135M]")
     parser.add_argument("--texts", type=Path, default=None, help="folder of texts, as in benchmarks.solvers")
     parser.add_argument("--kinds", type=int, default=4, help="kinds of text")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--chunks", type=int, default=16, help="windows to measure on, per kind")
+    parser.add_argument("--threads", type=int, default=2, help="threads of llama-perplexity")
     parser.add_argument("--types", nargs="*", default=["Q4_K_M", "Q2_K"])
     parser.add_argument("--dtype", default="float32", help="precision of the forward passes [float32]")
     parser.add_argument("--quick", action="store_true", help="few windows, to check that it runs")
@@ -59,20 +60,21 @@ def main() -> None:
 
 
 def _result(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    folder = resolve_model(options.model or demo_model())
+    source = options.model or demo_model()
+    folder = resolve_model(source)
     texts, held_out = _texts(options.texts, scratch)
     kinds = _spread(sorted(texts), options.kinds)
     plain = {kind: _plain(held_out[kind], scratch / f"{kind}.txt") for kind in kinds}
-    converted = scratch / "model.gguf"
-    _run([sys.executable, options.convert, folder, "--outtype", "f32", "--outfile", converted])
+    plain_model = scratch / "model.gguf"
+    _run([options.tools / "llama-quantize", "--allow-requantize", source, plain_model, "F32"])
     matrices = _matrices(options, folder, {kind: texts[kind] for kind in kinds}, scratch)
-    found = {"as converted": _measured(options, converted, plain)}
-    sizes = {"as converted": converted.stat().st_size}
+    found = {"float32": _measured(options, plain_model, plain)}
+    sizes = {"float32": plain_model.stat().st_size}
     for kind in options.types:
         for name, matrix in ({"no matrix": None} | matrices).items():
             quantized = scratch / "quantized.gguf"
             how = [] if matrix is None else ["--imatrix", matrix]
-            _run([options.tools / "llama-quantize", *how, converted, quantized, kind])
+            _run([options.tools / "llama-quantize", *how, plain_model, quantized, kind])
             label = f"{kind}, {name}"
             found[label] = _measured(options, quantized, plain)
             sizes[label] = quantized.stat().st_size
@@ -80,6 +82,7 @@ def _result(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {
         "benchmark": "quantize",
         "quick": options.quick,
+        "options": given(),
         "kinds": kinds,
         "types": options.types,
         "windows": options.windows,
@@ -130,7 +133,9 @@ def _measured(
     found = {}
     for kind, path in texts.items():
         tool = options.tools / "llama-perplexity"
-        log = _run([tool, "-m", model, "-f", path, "-c", _LENGTH, "--chunks", options.chunks, "-t", 2])
+        log = _run(
+            [tool, "-m", model, "-f", path, "-c", _LENGTH, "--chunks", options.chunks, "-t", options.threads]
+        )
         match = _ESTIMATE.search(log)
         if match is None:
             raise SystemExit(f"{tool} gave no perplexity of {kind}:\n{log[-2000:]}")
@@ -151,7 +156,7 @@ def _run(command: Sequence[object]) -> str:
 
 def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The section's table: geometric means of perplexities over the kinds of text."""
-    rows = [_row("as converted (float32)", result["bytes"]["as converted"], result, ["as converted"] * 2)]
+    rows = [_row("float32", result["bytes"]["float32"], result, ["float32"] * 2)]
     for kind in result["types"]:
         for name, which in (("no matrix", "no matrix"), ("all participants'", "all")):
             label = f"{kind}, {which}"

@@ -79,7 +79,9 @@ def test_the_format_is_the_specified_one():
     mask = sum(1 << place for place, value in enumerate(bits) if value)
     data = b"FEDPMSG\0" + struct.pack("<BIQI", 2, 4, 18, 2) + segment(b"head")
     data += struct.pack("<I", len(kept)) + segment(mask.to_bytes(2, "little"))
-    data += segment(bytes(value & 0xFF for value in rotated)) + segment(bytes(value >> 8 for value in rotated))
+    data += segment(bytes(value & 0xFF for value in rotated)) + segment(
+        bytes(value >> 8 for value in rotated)
+    )
     data += segment(b"ok")
     assert unpack_message(data, 24) == b"head" + struct.pack("<9H", *bits) + b"ok"
 

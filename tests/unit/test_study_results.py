@@ -191,9 +191,7 @@ def test_the_interval_is_that_of_paired_windows():
     cells = [with_windows({"model": {"t": base}}), with_windows({"model": {"t": steady}}, sparsity=0.6)]
     # Every window differs by 1 nat in 10 tokens, so that resampling finds nothing else.
     assert paired(cells, "sparsity", 0.5, 0.6).interval == pytest.approx((0.1, 0.1))
-    assert "perplexity times 1.105, 95 % interval 1.105 to 1.105" in str(
-        paired(cells, "sparsity", 0.5, 0.6)
-    )
+    assert "perplexity times 1.105, 95 % interval 1.105 to 1.105" in str(paired(cells, "sparsity", 0.5, 0.6))
 
 
 def test_without_losses_of_windows_there_is_no_interval():
