@@ -93,10 +93,11 @@ def test_the_question_is_answered_for_every_way_to_prune(asked, tmp_path):
     for where in ("mask, 50%", "mask, 60%", "gram, 50%", "gram, 60%", "gram, 6:8", "structure mlp=0.2"):
         mine = [each.removeprefix(f"At {where}: ") for each in sentences if each.startswith(f"At {where}: ")]
         # Beside the participants' text: public, generated and random text, public text added, and alone.
+        together = "one-shot" if "mask" in where else "iterative"
         assert [each.partition(":")[0] for each in mine] == [
             *(f"domain versus {other}" for other in ("public", "generated", "random", "with-public")),
-            f"on a participant's own text, {'one-shot' if 'mask' in where else 'iterative'} versus local-only",
-            f"on the others' text, {'one-shot' if 'mask' in where else 'iterative'} versus local-only",
+            f"on a participant's own text, {together} versus local-only",
+            f"on the others' text, {together} versus local-only",
         ]
     page = (tmp_path / "study" / "report.html").read_text()
     assert "Is anyone&#39;s private text needed?" in page or "Is anyone's private text needed?" in page
