@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import (
     hostile,
     leakage,
+    llama_speed,
     llm_compressor,
     pack,
     quantize,
@@ -334,6 +335,16 @@ BENCHMARKS: dict[str, Benchmark] = {
             Goal("time of a prompt, a fifth smaller / dense", lambda r: structure.time(r, "prefill"), 0.87),
             Goal("time of a token, a fifth smaller / dense", lambda r: structure.time(r, "decode"), 0.87),
         ),
+    ),
+    "llama-speed": Benchmark(
+        "Speed of smaller models in llama.cpp",
+        ("benchmarks.llama_speed", "--tools", "FOLDER"),
+        llama_speed.tables,
+        (
+            Goal("the same in llama.cpp: time of a prompt", lambda r: llama_speed.time(r, "prefill"), 0.87),
+            Goal("time of a token", lambda r: llama_speed.time(r, "decode"), 0.87),
+        ),
+        by_hand=True,
     ),
     "pack": Benchmark(
         "A packed model and a participant's download: SmolLM2-135M in bfloat16",

@@ -27,6 +27,7 @@ from fedprllm.report.facts import (
     size,
     size_range,
 )
+from fedprllm.report.gain import gain
 from fedprllm.report.perplexity import compared, evaluated
 from fedprllm.report.pruning import agreement, ties, time, traffic, zeros
 from fedprllm.report.setting import setting
@@ -78,7 +79,7 @@ def _render(result: PruneResult) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     facts = Facts(result)
-    make = (setting, evaluated, compared, zeros, agreement, ties, traffic, time)
+    make = (setting, gain, evaluated, compared, zeros, agreement, ties, traffic, time)
     sections = [section for section in (one(facts) for one in make) if section is not None]
     return environment.from_string(template).render(
         title=f"{facts.model}: pruning report",
