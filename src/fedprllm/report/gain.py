@@ -27,7 +27,7 @@ def gain(facts: Facts) -> Section:
     if reduction is None:
         section.parts.append(_ZEROS)
     else:
-        section.parts += [_SMALLER, _sizes(reduction)]
+        section.parts.extend([_SMALLER, _sizes(reduction)])
     if pattern is not None and 2 * pattern[0] <= pattern[1]:
         section.parts.append(_PATTERN)
     return section
