@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=None, help="folder of texts, as in benchmarks.solvers")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--ways", nargs="*", default=list(_WAYS), choices=list(_WAYS))
     parser.add_argument("--dtype", default="float32", help="precision of the forward passes [float32]")
     parser.add_argument("--quick", action="store_true", help="few windows, to check that it runs")
     options = parser.parse_args()
@@ -65,9 +66,9 @@ def _result(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     texts, _ = _texts(options.texts, scratch)
     n_dense = _file_bytes(dense)
     rows = [_row("dense", _packed(dense, scratch), n_dense)]
-    for way, choices in _WAYS.items():
+    for way in options.ways:
         config = PruneConfig(
-            windows=options.windows, window_length=options.length, dtype=options.dtype, **choices
+            windows=options.windows, window_length=options.length, dtype=options.dtype, **_WAYS[way]
         )
         result = prune(dense, texts, config, out=scratch / "run" / way)
         row = _row(way, _packed(result.model_dir, scratch), n_dense)
