@@ -111,6 +111,14 @@ def test_only_the_ways_that_were_named_are_compared(asked):
     }
     with pytest.raises(ConfigError, match="ways"):
         asked(ways=("magic",))
+    few = cells_of(asked(ways=("mask",), against=("public",)))
+    assert {(cell.partition, cell.config.strategy) for cell in few} == {
+        ("domain", "one-shot"),
+        ("domain", "local-only"),
+        ("public", "one-shot"),
+    }
+    with pytest.raises(ConfigError, match="against"):
+        asked(against=("domain",))
 
 
 def test_without_public_text_the_question_is_not_asked_and_cannot_be(asked):

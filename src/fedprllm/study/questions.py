@@ -81,6 +81,10 @@ class StudyConfig(Settings):
         tuple[Literal["mask", "structure", "6:8", "gram"], ...],
         Field(min_length=1, description="ways to prune in question no-sharing"),
     ] = ("mask", "structure", "6:8", "gram")
+    against: Annotated[
+        tuple[Literal["public", "generated", "random", "with-public"], ...],
+        Field(min_length=1, description="text to compare with in question no-sharing"),
+    ] = (*STRANGERS, "with-public")
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...],
         Field(min_length=1, description="every cell is measured once per seed"),
@@ -183,7 +187,7 @@ def _no_sharing(study: StudyConfig) -> list[_Values]:
         grid
         for way in (ways[name] for name in study.ways)
         for grid in (
-            {**way, "partition": list(BY_DOMAIN)},
+            {**way, "partition": ["domain", *study.against]},
             _domains(**{**way, "strategy": ["local-only"]}),
         )
     ]
