@@ -15,8 +15,11 @@ from benchmarks import (
     hostile,
     hostile_healing,
     leakage,
+    llama_speed,
     llm_compressor,
     mixture,
+    pack,
+    quantize,
     renamed,
     secure,
     selection,
@@ -73,12 +76,15 @@ class Benchmark:
         command: Module and arguments.
         tables: Makes the section's tables, by heading, from the JSON.
         goals: Limits for its figures.
+        by_hand: It needs something that is not installed with this project, so that `make bench` leaves it
+            out.
     """
 
     title: str
     command: tuple[str, ...]
     tables: Callable[[Json], Tables]
     goals: tuple[Goal, ...] = ()
+    by_hand: bool = False
 
 
 def _figures(*names: str) -> Callable[[Json], Tables]:
@@ -367,9 +373,29 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
     ),
     "structure": Benchmark(
-        "Smaller dense models: SmolLM2-135M without a tenth and a fifth of its block parameters, and their "
-        "speed in transformers",
-        ("benchmarks.structure",),
+        "Smaller dense models: SmolLM2-135M without a tenth and a fifth of its block parameters",
+        ("benchmarks.structure", "--repeats", "0"),
+        structure.tables,
+        (
+            Goal(
+                "perplexity minus dense, MLPs, a tenth fewer block parameters",
+                lambda r: structure.damage(r, "mlp=0.125"),
+                2.96,
+            ),
+            Goal("the same, a fifth fewer", lambda r: structure.damage(r, "mlp=0.27"), 7.67),
+            Goal(
+                "the same, a tenth fewer by dropping 3 blocks", lambda r: structure.damage(r, "depth=3"), 8.24
+            ),
+        ),
+    ),
+    "structure-alone": Benchmark(
+        "Smaller models made together, and by each participant alone, on its own and on the others' text",
+        ("benchmarks.structure", "--structures", "mlp=0.27", "--windows", "8", "--alone", "--repeats", "0"),
+        structure.tables,
+    ),
+    "structure-speed": Benchmark(
+        "Speed of smaller models in transformers",
+        ("benchmarks.structure", "--speed-only"),
         structure.tables,
         (
             Goal("time of a prompt, a fifth smaller / dense", lambda r: structure.time(r, "prefill"), 0.87),
@@ -410,6 +436,39 @@ BENCHMARKS: dict[str, Benchmark] = {
         "What a round of healing tells about a text, SmolLM2-135M",
         ("benchmarks.gradient_leakage",),
         gradient_leakage.tables,
+    ),
+    "llama-speed": Benchmark(
+        "Speed of smaller models in llama.cpp",
+        ("benchmarks.llama_speed", "--tools", "FOLDER"),
+        llama_speed.tables,
+        (
+            Goal("the same in llama.cpp: time of a prompt", lambda r: llama_speed.time(r, "prefill"), 0.87),
+            Goal("time of a token", lambda r: llama_speed.time(r, "decode"), 0.87),
+        ),
+        by_hand=True,
+    ),
+    "pack": Benchmark(
+        "A packed model and a participant's download: SmolLM2-135M in bfloat16",
+        ("benchmarks.pack",),
+        pack.tables,
+        (
+            Goal(
+                "packed model, half of the weights zero / dense file",
+                lambda r: pack.ratio(r, "packed / dense file"),
+                0.41,
+            ),
+            Goal(
+                "the same, matrices of the blocks alone",
+                lambda r: pack.ratio(r, "the blocks' matrices alone"),
+                0.41,
+            ),
+        ),
+    ),
+    "quantize": Benchmark(
+        "Quantized together: SmolLM2-135M by llama.cpp with an importance matrix of the participants' sums",
+        ("benchmarks.quantize", "--tools", "FOLDER"),
+        quantize.tables,
+        by_hand=True,
     ),
     "text": Benchmark(
         "Reading text: 2 calibration windows of 64 tokens, or 256 tokens to evaluate on, from files of 5 MB "
@@ -462,7 +521,8 @@ def _summary(results: Mapping[str, Json]) -> str:
 
 def _section(name: str, result: Json) -> str:
     benchmark = BENCHMARKS[name]
-    parts = [f"## {benchmark.title}", f"`python -m {' '.join(benchmark.command)}`"]
+    module, *options = benchmark.command
+    parts = [f"## {benchmark.title}", f"`python -m {' '.join([module, *result.get('options', options)])}`"]
     if "failed" in result:
         return "\n\n".join([*parts, f"**Failed** when it was run last: {result['failed']}"])
     if result.get("quick"):

@@ -178,6 +178,7 @@ def test_page_holds_the_figures_of_the_record(run_once, edited):
     ]
     assert page.headings == [
         "Settings",
+        "What a user of the result gains",
         "Perplexity",
         "Sparsity",
         "How much the participants agree",
@@ -325,6 +326,9 @@ def test_experts_have_a_row_for_all_of_them(run_once):
 def test_gpt2_and_patterns(run_once):
     page = report(run_once(2, "gpt2", pattern="2:4"))
     assert "attn.c_attn" in page.text
+    assert "The files are as large as those of the dense model, and it is as fast" in page.text
+    assert "try 6:8 before 2:4" in page.text
+    assert "try 6:8 before 2:4" not in report(run_once(2, "gpt2", pattern="3:4")).text
 
 
 # Other models ----------------------------------------------------------------------------------
@@ -565,6 +569,9 @@ def test_a_smaller_model_is_called_smaller(run_once):
     assert f"llama was made {share} smaller (parameters of its decoder blocks) by 3 participants" in page.text
     assert f"{(1 - after / before) * 100:.1f} %" in page.text
     assert f"of all {before:,}, {share} of the blocks'" in page.text
+    assert "whatever runs the dense model runs this one" in page.text
+    assert "as fast: a zero" not in page.text
+    assert f"parameters of the blocks {dense:,} {small:,} -{share}" in page.text
     linears = {linear["kind"]: linear for linear in result["blocks"][0]["linears"].values()}
     assert linears["mlp.down_proj"]["shape"] == [32, 34]
     assert linears["mlp.down_proj"]["dense_shape"] == [32, 48]
