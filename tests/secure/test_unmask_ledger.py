@@ -85,6 +85,7 @@ def test_an_update_that_was_sent_into_the_dark_binds_the_participants(tmp_path) 
     ledger.contribute("run 3", {"y": "abcd"}, "abcd", BOUNDS)
     for run in ("run 1", "run 2"):
         ledger.settle(run, ["x"])
+    ledger.contribute("run 2", {"x": "abcde"}, "abcdef", BOUNDS)  # the run was killed, and goes on
     ledger.contribute("run 4", {"x": "abcdefghi"}, "abcdefghi", BOUNDS)
 
 

@@ -100,10 +100,11 @@ class UnmaskLedger:
             for about, names in expected.items():
                 entry = known.setdefault(about, _new())
                 for earlier in entry["open"].values():
-                    _check_same(earlier, sorted(participants))
+                    if earlier is not None:
+                        _check_same(earlier, sorted(participants))
                 _check(entry["sums"], sorted(names), bounds.least)
                 _check_strangers(entry["sums"], set(names), set(participants), bounds)
-                entry["open"][run] = sorted(participants)
+                entry["open"].setdefault(run, sorted(participants))  # a run that goes on asks again
             write_sealed(self._path, known)
 
     def spend(self, survivors: Mapping[str, Sequence[str]], least: int) -> None:
@@ -130,9 +131,9 @@ class UnmaskLedger:
         """Record that enough participants have signed the sums of a run: there can be no others."""
         with self._lock:
             known = self._known()
-            removed = [known.get(about, _new())["open"].pop(run, None) for about in quantities]
-            if any(removed):
-                write_sealed(self._path, known)
+            for about in quantities:
+                known.setdefault(about, _new())["open"][run] = None
+            write_sealed(self._path, known)
 
     def sums(self) -> list[OpenedSum]:
         """What was opened: consecutive blocks with the same participants together."""
@@ -141,7 +142,7 @@ class UnmaskLedger:
             model, text, quantity, block = about.split(" ")
             for names in entry["sums"]:
                 by_list.setdefault((model, text, quantity, True, *names), []).append(int(block))
-            for names in entry["open"].values():
+            for names in filter(None, entry["open"].values()):
                 by_list.setdefault((model, text, quantity, False, *names), []).append(int(block))
         return [
             OpenedSum(model, text, quantity, sorted(set(blocks)), list(names), is_known)
@@ -158,6 +159,7 @@ class UnmaskLedger:
 
 
 def _new() -> dict[str, Any]:
+    """Lists of participants: by sum that was signed, and by run whose sum is not known (None: it is now)."""
     return {"sums": [], "open": {}}
 
 
