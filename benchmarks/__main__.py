@@ -1,6 +1,6 @@
 """Run the benchmarks one after another and write docs/benchmarks.md: ``make bench``.
 
-python -m benchmarks                run all benchmarks
+python -m benchmarks                run all benchmarks that need nothing but this project
 python -m benchmarks NAME ...       run only these; the others keep their last results
 python -m benchmarks --page         run none; only write the page from the last results
 """
@@ -26,7 +26,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in BENCHMARKS]:
         parser.error(f"unknown benchmark {', '.join(unknown)}: expected {', '.join(BENCHMARKS)}")
-    names = [] if options.page else options.names or list(BENCHMARKS)
+    installed = [name for name, benchmark in BENCHMARKS.items() if not benchmark.by_hand]
+    names = [] if options.page else options.names or installed
     failed = []
     for name in names:
         result = _measured(name)

@@ -19,7 +19,7 @@ from fedprllm.sharing.interface import Linears, Norms, Tensors
 from fedprllm.sharing.outlier_counts import n_weights
 from fedprllm.sharing.pruned_weights import mask_name
 
-__all__ = ["ATTACKS", "Attack", "Scene"]
+__all__ = ["ATTACKS", "Attack", "Scene", "profiles", "unfolded"]
 
 _JUST_UNDER = 0.999
 
@@ -56,6 +56,13 @@ class Scene:
         """Each other's sums of squares per token of an input, [others, in]."""
         rows = [update[source] / n_tokens for update, n_tokens in self.others]
         return torch.stack([row.diagonal() if row.ndim == 2 else row for row in rows]).to(torch.float64)
+
+    def fold(self, update: Tensors) -> Tensors:
+        """Gram matrices [in, in] as the upper triangles that are shared; other tensors stay as they are."""
+        return {
+            source: PRODUCTS.rounded(triangle(matrix)) if matrix.ndim == 2 else matrix
+            for source, matrix in update.items()
+        }
 
 
 Attack = Callable[[Scene], Tensors]
@@ -159,6 +166,15 @@ def _as_the_others(scene: Scene, median: Tensor) -> Tensor:  # noqa: ARG001
     return median + 1e-9
 
 
+def profiles() -> dict[str, Callable[[Scene, Tensor], Tensor]]:
+    """Relative sums of squares, [in], given the others' median."""
+    return {
+        "half of the channels": _half,
+        "half of the channels in proportion": _half_in_proportion,
+        "upside down": _upside_down,
+    }
+
+
 def _zeros(scene: Scene) -> Tensors:
     return {source: torch.zeros_like(own) for source, own in scene.own.items()}
 
@@ -205,11 +221,15 @@ def _with_squares(attack: Attack) -> Attack:
     """The attack with upper triangles unfolded to matrices before it, and folded again after it."""
 
     def folded(scene: Scene) -> Tensors:
-        others = [(_squares(update), n_tokens) for update, n_tokens in scene.others]
-        update = attack(replace(scene, own=_squares(scene.own), others=others))
-        return {source: PRODUCTS.rounded(triangle(matrix)) for source, matrix in update.items()}
+        return scene.fold(attack(unfolded(scene)))
 
     return folded
+
+
+def unfolded(scene: Scene) -> Scene:
+    """The scene with Gram matrices [in, in] instead of their upper triangles."""
+    others = [(_squares(update), n_tokens) for update, n_tokens in scene.others]
+    return replace(scene, own=_squares(scene.own), others=others)
 
 
 def _squares(update: Tensors) -> Tensors:

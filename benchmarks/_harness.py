@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -71,6 +72,11 @@ def arguments(description: str, repeats: int) -> argparse.Namespace:
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
     return options
+
+
+def given() -> list[str]:
+    """The options with which this process was started, without the paths of this machine."""
+    return ["FOLDER" if Path(word).is_dir() else word for word in sys.argv[1:]]
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    experts,
     gradient_leakage,
     healing,
     hostile,
+    hostile_healing,
     leakage,
+    llama_speed,
     llm_compressor,
+    mixture,
+    pack,
+    quantize,
     renamed,
+    secure,
     selection,
     solvers,
     structure,
@@ -68,12 +76,15 @@ class Benchmark:
         command: Module and arguments.
         tables: Makes the section's tables, by heading, from the JSON.
         goals: Limits for its figures.
+        by_hand: It needs something that is not installed with this project, so that `make bench` leaves it
+            out.
     """
 
     title: str
     command: tuple[str, ...]
     tables: Callable[[Json], Tables]
     goals: tuple[Goal, ...] = ()
+    by_hand: bool = False
 
 
 def _figures(*names: str) -> Callable[[Json], Tables]:
@@ -266,7 +277,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "hostile": Benchmark(
         "One hostile participant of 4 and of 16, for every way of sharing: perplexity of the honest and the "
-        "attacked model, or refused and named (16 windows of 128 tokens each, the small model of the tests)",
+        "attacked model, or refused and named; under masks, the run can only be ended (16 windows of 128 "
+        "tokens each, the small model of the tests)",
         ("benchmarks.hostile",),
         hostile.tables,
         (
@@ -276,6 +288,21 @@ BENCHMARKS: dict[str, Benchmark] = {
                 5.0,
             ),
             Goal("the same with sums and Gram matrices, %", lambda r: r["worst_percent"], 5.0),
+            Goal("the same under masks (secure), %", lambda r: r["worst_percent_masked"], 5.0),
+        ),
+    ),
+    "secure": Benchmark(
+        "Secure aggregation: its own steps for 4 to 64 participants, and whole runs under masks beside the "
+        "same in the clear (processor seconds, because the machine was busy)",
+        ("benchmarks.secure",),
+        secure.tables,
+        (
+            Goal("time of a run under masks / in the clear, 4 participants, loopback", secure.overhead, 1.15),
+            Goal(
+                "server's memory to add up and unmask / one block and one masked update, LLaMA-7B",
+                secure.server_memory,
+                1.0,
+            ),
         ),
     ),
     "leakage": Benchmark(
@@ -290,6 +317,49 @@ BENCHMARKS: dict[str, Benchmark] = {
         lambda r: {"": r["rows"]},
         (Goal("peak anonymous memory of GPT-NeoX / the Llama's", renamed.ratio, 1.05),),
     ),
+    "experts": Benchmark(
+        "One block in memory with experts: two blocks of the shape of Mixtral-8x7B, masks of 2 participants",
+        ("benchmarks.experts",),
+        experts.tables,
+        tuple(
+            Goal(
+                f"peak memory beyond a block of Mixtral-8x7B, GiB, experts stored {form}",
+                partial(experts.beyond_a_block, form=form),
+                1.5,
+            )
+            for form in ("one by one", "fused")
+        ),
+    ),
+    "mixture": Benchmark(
+        "A trained mixture (16 experts, 2 for each token) pruned by half by three participants with one kind "
+        "of text each: loss on held-out text, nats per token",
+        ("benchmarks.mixture",),
+        mixture.tables,
+        (
+            Goal(
+                "loss of the mixture pruned together / with all text in one place",
+                lambda r: mixture.loss(r, "together, one-shot") / mixture.loss(r, "all text in one place"),
+                1.017,
+            ),
+            Goal(
+                "its increase by magnitude / together",
+                lambda r: r["increase"]["magnitude"] / r["increase"]["together, one-shot"],
+                at_least=1.4,
+            ),
+        ),
+    ),
+    "mixture-experts": Benchmark(
+        "The same mixture without half of its experts: removed together, by each alone, by chance",
+        ("benchmarks.mixture", "--experts", "8"),
+        mixture.tables,
+        (
+            Goal(
+                "largest increase of the loss on one kind of text, experts removed together / alone",
+                lambda r: mixture.worst_increase(r, "together") / mixture.worst_increase(r, "alone"),
+                1,
+            ),
+        ),
+    ),
     "solvers": Benchmark(
         "What sums can do better than votes: SmolLM2-135M at 50 %, 16 windows of 512 tokens per participant",
         ("benchmarks.solvers",),
@@ -303,9 +373,29 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
     ),
     "structure": Benchmark(
-        "Smaller dense models: SmolLM2-135M without a tenth and a fifth of its block parameters, and their "
-        "speed in transformers",
-        ("benchmarks.structure",),
+        "Smaller dense models: SmolLM2-135M without a tenth and a fifth of its block parameters",
+        ("benchmarks.structure", "--repeats", "0"),
+        structure.tables,
+        (
+            Goal(
+                "perplexity minus dense, MLPs, a tenth fewer block parameters",
+                lambda r: structure.damage(r, "mlp=0.125"),
+                2.96,
+            ),
+            Goal("the same, a fifth fewer", lambda r: structure.damage(r, "mlp=0.27"), 7.67),
+            Goal(
+                "the same, a tenth fewer by dropping 3 blocks", lambda r: structure.damage(r, "depth=3"), 8.24
+            ),
+        ),
+    ),
+    "structure-alone": Benchmark(
+        "Smaller models made together, and by each participant alone, on its own and on the others' text",
+        ("benchmarks.structure", "--structures", "mlp=0.27", "--windows", "8", "--alone", "--repeats", "0"),
+        structure.tables,
+    ),
+    "structure-speed": Benchmark(
+        "Speed of smaller models in transformers",
+        ("benchmarks.structure", "--speed-only"),
         structure.tables,
         (
             Goal("time of a prompt, a fifth smaller / dense", lambda r: structure.time(r, "prefill"), 0.87),
@@ -329,10 +419,56 @@ BENCHMARKS: dict[str, Benchmark] = {
             Goal("peak memory of a round, GiB", lambda r: r["round"][0]["peak_anonymous_gib"], 4),
         ),
     ),
+    "hostile_healing": Benchmark(
+        "One hostile participant in a healing, the small model of the tests",
+        ("benchmarks.hostile_healing",),
+        hostile_healing.tables,
+        (
+            Goal(
+                "perplexity under attack / honest, each gradient seen",
+                lambda r: hostile_healing.worst(r, "each gradient"),
+                1.05,
+            ),
+            Goal("the same where only sums are seen", lambda r: hostile_healing.worst(r, "sums"), 1.05),
+        ),
+    ),
     "gradient_leakage": Benchmark(
         "What a round of healing tells about a text, SmolLM2-135M",
         ("benchmarks.gradient_leakage",),
         gradient_leakage.tables,
+    ),
+    "llama-speed": Benchmark(
+        "Speed of smaller models in llama.cpp",
+        ("benchmarks.llama_speed", "--tools", "FOLDER"),
+        llama_speed.tables,
+        (
+            Goal("the same in llama.cpp: time of a prompt", lambda r: llama_speed.time(r, "prefill"), 0.87),
+            Goal("time of a token", lambda r: llama_speed.time(r, "decode"), 0.87),
+        ),
+        by_hand=True,
+    ),
+    "pack": Benchmark(
+        "A packed model and a participant's download: SmolLM2-135M in bfloat16",
+        ("benchmarks.pack",),
+        pack.tables,
+        (
+            Goal(
+                "packed model, half of the weights zero / dense file",
+                lambda r: pack.ratio(r, "packed / dense file"),
+                0.41,
+            ),
+            Goal(
+                "the same, matrices of the blocks alone",
+                lambda r: pack.ratio(r, "the blocks' matrices alone"),
+                0.41,
+            ),
+        ),
+    ),
+    "quantize": Benchmark(
+        "Quantized together: SmolLM2-135M by llama.cpp with an importance matrix of the participants' sums",
+        ("benchmarks.quantize", "--tools", "FOLDER"),
+        quantize.tables,
+        by_hand=True,
     ),
     "text": Benchmark(
         "Reading text: 2 calibration windows of 64 tokens, or 256 tokens to evaluate on, from files of 5 MB "
@@ -385,7 +521,8 @@ def _summary(results: Mapping[str, Json]) -> str:
 
 def _section(name: str, result: Json) -> str:
     benchmark = BENCHMARKS[name]
-    parts = [f"## {benchmark.title}", f"`python -m {' '.join(benchmark.command)}`"]
+    module, *options = benchmark.command
+    parts = [f"## {benchmark.title}", f"`python -m {' '.join([module, *result.get('options', options)])}`"]
     if "failed" in result:
         return "\n\n".join([*parts, f"**Failed** when it was run last: {result['failed']}"])
     if result.get("quick"):

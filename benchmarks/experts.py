@@ -2,7 +2,7 @@
 
 A block has 1.45 billion weights, 2.7 GiB in bfloat16. It is pruned one-shot with masks of two participants,
 from a checkpoint that stores experts one by one (Mixtral's own form) and from one that stores them fused
-(transformers' form). The goal is a peak of one block and 1.5 GiB for the first.
+(transformers' form). The goal is a peak of one block and 1.5 GiB for both.
 
     python -m benchmarks.experts [--quick] [--folder /big/disk]
 """
@@ -63,6 +63,16 @@ def measured(folder: Path, form: str, shape: dict[str, int]) -> dict[str, Any]:
         **figures,
         "beyond_a_block_gib": round((watch.anonymous - block) / GIB, 3),
     }
+
+
+def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The figures of memory, by form of the files."""
+    return {"": [{key: row[key] for key in row if key != "wall_s"} for row in result["rows"]]}
+
+
+def beyond_a_block(result: dict[str, Any], form: str) -> float:
+    """Peak memory beyond one block, in GiB, with one of the two forms of files."""
+    return next(float(row["beyond_a_block_gib"]) for row in result["rows"] if row["form"] == form)
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ from benchmarks._harness import SEED, machine, print_table
 from benchmarks._relay import Relay
 from fedprllm import PruneConfig, prune
 from fedprllm.api import PruneResult
+from fedprllm.federation.flare.kits import FEDERATION_FILE
 from fedprllm.federation.flare.processes import running, start_participant, start_server
 from fedprllm.federation.flare.rehearsal import free_port, rehearsal_kits
 from fedprllm.federation.flare.supervisor import supervise
@@ -58,6 +59,7 @@ class Watch:
     def __init__(self) -> None:
         self.resident: dict[str, float] = {}
         self.anonymous: dict[str, float] = {}
+        self._seconds: dict[int, tuple[str, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -69,12 +71,22 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
+    @property
+    def cpu_s(self) -> dict[str, float]:
+        """Processor seconds by part so far, of all its processes, up to a sample each."""
+        found: dict[str, float] = {}
+        for part, seconds in self._seconds.values():
+            found[part] = found.get(part, 0.0) + seconds
+        return {part: round(seconds, 2) for part, seconds in found.items()}
+
     def _watch(self) -> None:
         while not self._stop.wait(0.1):
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error, OSError, StopIteration, KeyError):
                     command = " ".join(process.cmdline())
                     part = next(part for word, part in PARTS.items() if word in command)
+                    times = process.cpu_times()
+                    self._seconds[process.pid] = part, times.user + times.system
                     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
                     status = dict(line.split(":", 1) for line in lines)
                     for peaks, field in ((self.resident, "VmHWM"), (self.anonymous, "RssAnon")):
@@ -141,6 +153,7 @@ def federated(
             min_tokens=2,
             min_participants=1,
             confirm=False,
+            require_secure=bool(options.get("secure")),
         )
         for name, path in data.items()
     }
@@ -173,6 +186,8 @@ def federated(
         "until_first_update_s": round(first[0] - begin, 1),
         # The time in which all blocks but the first were computed, sent, checked and decided.
         "federated_s_per_block": round((end - first[0]) / max(1, n_blocks - 1), 3),
+        "run_s": round(end - begin, 1),
+        "cpu_s": watch.cpu_s,
         "peak_resident_mb": watch.resident,
         "peak_anonymous_mb": watch.anonymous,
     }
@@ -185,6 +200,8 @@ def _let_the_server_listen_on(kits: Path, port: int) -> None:
     config["servers"][0]["service"]["target"] = f"localhost:{port}"
     config["servers"][0]["admin_port"] = port
     write_json(path, config)
+    path = kits / "server" / "local" / FEDERATION_FILE
+    write_json(path, read_json(path) | {"port": port})
     path = kits / "admin" / "startup" / "fed_admin.json"
     config = read_json(path)
     config["admin"]["port"] = port

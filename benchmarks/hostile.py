@@ -3,7 +3,8 @@
 Honest participants with four kinds of text compute their updates once. For each attack, one participant's
 updates are replaced, and all are encoded, checked, compared, added up and decided by the coordinator's own
 code. Either the attacker is refused and named, or the perplexity of the attacked model (held-out text of all
-kinds) stands beside that of the honest one. Goal: refused, or within 5 %.
+kinds) stands beside that of the honest one. Goal: refused, or within 5 %. Under masks (secure), the
+coordinator sees sums only: it can end the run, and cannot name anyone.
 
     python -m benchmarks.hostile [--model FOLDER] [--participants 4 16] [--quick]
 """
@@ -15,18 +16,20 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks._attacks import ATTACKS, Attack, Scene
 from benchmarks._harness import machine
+from benchmarks._masked_attacks import MASKED_ATTACKS, MaskedAttack, MaskedScene
 from benchmarks._texts import read_texts
 from fedprllm import PruneConfig, UpdateError
 from fedprllm.core.owl import Outliers
@@ -34,8 +37,11 @@ from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.federation.coordinator.ballots import Ballots
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.names import to_wire
+from fedprllm.models.block import Block
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
+from fedprllm.pruning.aggregate import Aggregate
+from fedprllm.pruning.masked_totals import layout_of, totals_of
 from fedprllm.pruning.method import Method, pruning_method, survey_method
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.survey import allocated
@@ -50,7 +56,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "gram": {"share": "gram"},
     "weights": {"share": "weights"},
     "outliers (OWL, masks)": {"share": "mask", "allocation": "owl"},
+    "mask, under masks": {"share": "mask"},
+    "statistics, under masks": {"share": "statistics"},
+    "gram, under masks": {"share": "gram"},
+    "outliers, under masks": {"share": "mask", "allocation": "owl"},
 }
+_MASKED = ", under masks"
 _RUN_ID, _DIGEST = bytes(16), bytes(32)
 _GOAL_PERCENT = 5.0
 # Updates by block and participant.
@@ -112,8 +123,9 @@ def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def _outcome(row: dict[str, Any]) -> str:
     if row["percent"] is None:
-        return "refused, named"
-    change = f"{row['honest']:.2f} → {row['attacked']:.2f} ({row['percent']:+.1f} %)"
+        return "the run ends" if row["way"].endswith(_MASKED) else "refused, named"
+    digits = ".2f" if row["attacked"] < 1000 else ",.0f"
+    change = f"{row['honest']:.2f} → {row['attacked']:{digits}} ({row['percent']:+,.1f} %)"
     return change if row["met"] else f"**{change}**"
 
 
@@ -134,7 +146,10 @@ def _largest_honest_ratio(setting: Setting) -> float:
 
 
 def _result(rows: list[dict[str, Any]], dense: float, options: argparse.Namespace) -> dict[str, Any]:
-    changes = [row["percent"] for row in rows if row["percent"] is not None]
+    def worst(is_meant: Callable[[str], bool]) -> float | None:
+        changes = [row["percent"] for row in rows if row["percent"] is not None and is_meant(row["way"])]
+        return max(changes, default=None)
+
     return {
         "benchmark": "hostile",
         "quick": options.quick,
@@ -145,12 +160,11 @@ def _result(rows: list[dict[str, Any]], dense: float, options: argparse.Namespac
         "rows": rows,
         "n_attacks": len(rows),
         "n_missed": sum(not row["met"] for row in rows),
-        "worst_percent": max(changes),
-        "worst_percent_robust": max(
-            row["percent"]
-            for row in rows
-            if row["percent"] is not None and row["way"] not in ("statistics", "gram")
+        "worst_percent": worst(lambda way: not way.endswith(_MASKED)),
+        "worst_percent_robust": worst(
+            lambda way: not way.endswith(_MASKED) and way not in ("statistics", "gram")
         ),
+        "worst_percent_masked": worst(lambda way: way.endswith(_MASKED)),
         "machine": machine(),
     }
 
@@ -159,11 +173,14 @@ def _measured(setting: Setting, way: str, quick: bool) -> Iterator[dict[str, Any
     """Measure every attack on one way of sharing."""
     config = PruneConfig(windows=0, window_length=setting.participants[0].windows.shape[1], **WAYS[way])
     kind = "outliers" if config.allocation == "owl" else config.share
-    honest = _pruned(setting, config, None)
+    pruned, attacks = (
+        (_pruned_masked, MASKED_ATTACKS[kind]) if way.endswith(_MASKED) else (_pruned, ATTACKS[kind])
+    )
+    honest = pruned(setting, config, None)
     if isinstance(honest, UpdateError):
         raise honest
-    for name, attack in list(ATTACKS[kind].items())[: 2 if quick else None]:
-        attacked = _pruned(setting, config, attack)
+    for name, attack in list(attacks.items())[: 2 if quick else None]:
+        attacked = pruned(setting, config, attack)
         row = _row(setting, way, name, honest, attacked)
         print(row, file=sys.stderr)
         yield row
@@ -202,6 +219,50 @@ def _surveyed(setting: Setting, config: PruneConfig, attack: Attack | None) -> l
             with setting.model.block(index) as block:
                 found.append(ballots.add_up(block, list(setting.n_tokens))[0].decide())
     return found
+
+
+def _pruned_masked(setting: Setting, config: PruneConfig, attack: MaskedAttack | None) -> float | UpdateError:
+    """The same under masks. The masks themselves are left out, because they cancel out in every sum."""
+    method = pruning_method(config)
+    try:
+        if config.allocation == "owl":
+            survey, outliers = survey_method(config), []
+            for index in range(setting.model.n_blocks):
+                with setting.model.block(index) as block:
+                    outliers.append(_masked(setting, survey, block, attack).decide())
+            method = method.with_sparsities(allocated(setting.model, outliers, config))
+            attack = None
+        return _perplexity(setting, lambda block: _masked(setting, method, block, attack).decide().weights)
+    except UpdateError as error:
+        return error
+
+
+def _masked(
+    setting: Setting, method: Method[Any], block: Block, attack: MaskedAttack | None
+) -> Aggregate[Any]:
+    """Add up words as a coordinator does, and check the sum.
+
+    Raises:
+        UpdateError: Honest participants cannot add up to it.
+    """
+    updates = _honest(setting, method)[block.index]
+    layout = layout_of(block, method, len(updates))
+    words = {name: layout.pack(update, setting.n_tokens[name]) for name, update in updates.items()}
+    if attack is not None:
+        scene = _scene(setting, method, block.index, updates)
+        words[setting.hostile] = attack(MaskedScene(scene, layout, _own_scores(setting, scene, block.index)))
+    total = np.add.reduce(list(words.values()), dtype=np.uint64)
+    aggregate = Aggregate(block, method)
+    aggregate.take(totals_of(total, len(words), block, method, len(words)), list(words))
+    return aggregate
+
+
+def _own_scores(setting: Setting, scene: Scene, index: int) -> dict[str, Tensor]:
+    """The attacker's own scores of the weights, from its own text."""
+    sums = _honest(setting, pruning_method(PruneConfig(share="statistics")))[index][setting.hostile]
+    return {
+        name: scene.weights[name].abs() * sums[linear.source].sqrt() for name, linear in scene.linears.items()
+    }
 
 
 @contextmanager

@@ -172,6 +172,35 @@ def write_at_random(out: Path, folder: Path, n_removed: int, seed: int) -> None:
     write_fewer_experts(out, model, removed)
 
 
+def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Loss on each kind of text, and the mean increase, by model."""
+    return {
+        "": [
+            {"model": name, **losses, "increase": result["increase"][name]}
+            for name, losses in result["losses"].items()
+        ]
+    }
+
+
+def loss(result: Mapping[str, Any], name: str) -> float:
+    """Mean loss of a model over the kinds of text."""
+    losses = result["losses"][name].values()
+    return float(sum(losses) / len(losses))
+
+
+def worst_increase(result: Mapping[str, Any], start: str) -> float:
+    """Largest increase of the loss on any kind of text, over the models whose name has this beginning."""
+    dense = result["losses"]["dense"]
+    return float(
+        max(
+            losses[kind] - dense[kind]
+            for name, losses in result["losses"].items()
+            if name.startswith(start)
+            for kind in losses
+        )
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=600, help="training steps")

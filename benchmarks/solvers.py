@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._harness import machine
+from benchmarks._harness import given, machine
 from fedprllm import PruneConfig, evaluate, prune
 from fedprllm.demo.compare import demo_model
 from fedprllm.demo.texts import demo_texts
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--ways", nargs="*", default=list(_WAYS), help=", ".join(_WAYS))
+    parser.add_argument("--dtype", default="float32", help="precision of the forward passes [float32]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="few windows, to check that it runs")
     options = parser.parse_args()
@@ -57,13 +58,14 @@ def main() -> None:
     model = resolve_model(options.model or demo_model())
     with tempfile.TemporaryDirectory() as temporary:
         texts, held_out = _texts(options.texts, Path(temporary))
-        dense = _measured(model, held_out, length, options.device)
+        dense = _measured(model, held_out, length, options)
         rows = [_row("dense", dense, dense, dense)]
         for way in options.ways:
             config = PruneConfig(
                 windows=n_windows,
                 window_length=length,
                 pattern=options.pattern,
+                dtype=options.dtype,
                 device=options.device,
                 **_WAYS[way],
             )
@@ -72,7 +74,7 @@ def main() -> None:
             result = prune(model, texts, config, out=out)
             took = time.perf_counter() - start
             server = sum(block.seconds.get("aggregate", 0.0) for block in result.record.blocks)
-            found = _measured(result.model_dir, held_out, length, options.device)
+            found = _measured(result.model_dir, held_out, length, options)
             votes = next((row["perplexity"] for row in rows if row["way"] == "votes"), found)
             rows.append(_row(way, found, dense, votes, took, server))
             print(rows[-1], file=sys.stderr)
@@ -85,6 +87,8 @@ def main() -> None:
                 "windows": n_windows,
                 "window_length": length,
                 "pattern": options.pattern,
+                "dtype": options.dtype,
+                "options": given(),
                 "device": options.device,
                 "rows": rows,
                 "machine": machine() | _gpu(options.device),
@@ -109,9 +113,16 @@ def _texts(folder: Path | None, temporary: Path) -> tuple[dict[str, Path], dict[
     return {name: folder / f"{name}.jsonl" for name in held_out}, held_out
 
 
-def _measured(model: Path, held_out: Mapping[str, Path], length: int, device: str) -> float:
+def _measured(model: Path, held_out: Mapping[str, Path], length: int, options: argparse.Namespace) -> float:
     """Geometric mean of the perplexities."""
-    found = evaluate(model, held_out, window_length=length, max_tokens=_N_EVALUATION_TOKENS, device=device)
+    found = evaluate(
+        model,
+        held_out,
+        window_length=length,
+        max_tokens=_N_EVALUATION_TOKENS,
+        dtype=options.dtype,
+        device=options.device,
+    )
     return math.exp(sum(text.nll for text in found) / len(found))
 
 

@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 
-from benchmarks._harness import alternate, machine
+from benchmarks._harness import alternate, given, machine
 from benchmarks.solvers import _N_EVALUATION_TOKENS, _texts
 from fedprllm import PruneConfig, evaluate, prune
 from fedprllm.demo.compare import demo_model
 from fedprllm.models.source import resolve_model
 
-# A tenth and a fifth of the block parameters of SmolLM2-135M, of which three quarters are in the MLPs.
-_STRUCTURES = ("mlp=0.125", "mlp=0.27")
+# Of the block parameters of SmolLM2-135M, a tenth and a fifth in the MLPs, which hold three quarters of them;
+# a tenth by dropping blocks; and a third of the query heads.
+_STRUCTURES = ("mlp=0.125", "mlp=0.27", "depth=3", "heads=3")
 _SHAPES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {
         "hidden_size": 576,
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="repeats of the timings; 0 leaves them out")
     parser.add_argument("--shapes", nargs="*", default=list(_SHAPES), choices=list(_SHAPES))
     parser.add_argument("--speed-only", action="store_true", help="measure no perplexity")
+    parser.add_argument("--dtype", default="float32", help="precision of the forward passes [float32]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="few windows, to check that it runs")
     options = parser.parse_args()
@@ -69,9 +71,11 @@ def main() -> None:
     result = {
         "benchmark": "structure",
         "quick": options.quick,
+        "options": given(),
         "windows": options.windows,
         "window_length": options.length,
         "device": options.device,
+        "dtype": options.dtype,
         "rows": [] if options.speed_only else _quality(options),
         "speed": _speed(options) if options.repeats else [],
         "machine": machine(),
@@ -95,6 +99,7 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
                     strategy=strategy,
                     windows=options.windows,
                     window_length=options.length,
+                    dtype=options.dtype,
                     device=options.device,
                 )
                 found = prune(model, texts, config, out=Path(temporary) / f"{structure}-{strategy}")
@@ -116,6 +121,7 @@ def _losses(model: Path, held_out: Mapping[str, Path], options: argparse.Namespa
         held_out,
         window_length=options.length,
         max_tokens=_N_EVALUATION_TOKENS,
+        dtype=options.dtype,
         device=options.device,
     )
     return {text.text: text.nll for text in found}
@@ -204,13 +210,17 @@ def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The section's tables."""
     columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
     rows = [{name: row.get(name, "") for name in columns} for row in result["rows"]]
-    title = f"{result['windows']} windows of {result['window_length']} tokens, on {result['device']}"
-    return {
-        title: rows,
-        "times as fast as the dense model, in CPU seconds of one thread, in transformers, float32": result[
-            "speed"
-        ],
-    }
+    precision = result.get("dtype", "float32")
+    windows = f"{result['windows']} windows of {result['window_length']} tokens"
+    title = f"{windows}, forward passes in {precision} on {result['device']}"
+    speed = "times as fast as the dense model, in CPU seconds of one thread, in transformers, float32"
+    return {name: found for name, found in ((title, rows), (speed, result["speed"])) if found}
+
+
+def damage(result: dict[str, Any], structure: str) -> float:
+    """By how much a structure raises the perplexity, on average over the kinds of text."""
+    row = next(row for row in result["rows"] if row["structure"] == structure)
+    return float(row["perplexity"] - row["dense"])
 
 
 def time(result: dict[str, Any], work: str) -> float:

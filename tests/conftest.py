@@ -26,7 +26,12 @@ transformers_logging.disable_progress_bar()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-LONGEST = ["test_federation_flare.py", "test_federation_kills.py", "test_federation_rehearsal.py"]
+LONGEST = [
+    "test_federation_flare.py",
+    "test_federation_kills.py",
+    "test_secure_processes.py",
+    "test_federation_rehearsal.py",
+]
 SMALL_MODEL = Path(__file__).parent / "fixtures" / "small-model"
 
 

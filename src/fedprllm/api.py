@@ -17,6 +17,7 @@ from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.fingerprints import model_digest
+from fedprllm.models.further import note_on_further_layers
 from fedprllm.models.identity import model_identity
 from fedprllm.models.in_memory import model_folder, source_name
 from fedprllm.models.side_files import left_out
@@ -271,17 +272,22 @@ def _run(
             "evaluation": evaluation,
             "blocks": blocks,
             "files": run.model_files(folders),
-            "notes": [*_files_left_out(model), *(note for member in members for note in member.notes)]
+            "notes": [*_left_out(model, config), *(note for member in members for note in member.notes)]
             or None,
         }
     )
     for folder in models.values():
-        write_model_card(folder, record)
+        write_model_card(folder, record, model.folder)
     run.finish(record)
 
 
+def _left_out(model: BlockwiseModel, config: PruneConfig) -> list[str]:
+    """Notes about what the pruned model lacks that belongs to the dense one, or lies beside it."""
+    removes = {"depth", "experts"} & config.structures.keys()
+    return [*_files_left_out(model), *(note_on_further_layers(model) if removes else [])]
+
+
 def _files_left_out(model: BlockwiseModel) -> list[str]:
-    """A note about what lies beside the model and was not copied because it is not part of it."""
     names = left_out(model.folder)
     if not names:
         return []

@@ -1,10 +1,12 @@
-"""How a process of ours is set up, before it imports torch."""
+"""How a process of ours asks the system for memory, and gives it back."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
-__all__ = ["use_large_pages"]
+__all__ = ["return_freed_memory", "use_large_pages"]
 
 
 def use_large_pages() -> None:
@@ -15,3 +17,14 @@ def use_large_pages() -> None:
     sets it for itself (docs/decisions/memory.md).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def return_freed_memory() -> None:
+    """Return memory that was freed to the system, if the C library keeps it and can be told not to.
+
+    What the many tensors of a block leave behind is scattered over the heap, and glibc returns only its end.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim is not None:
+            trim(0)

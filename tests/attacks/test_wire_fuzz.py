@@ -1,4 +1,4 @@
-"""150,000 corrupted messages: the reader accepts exactly the valid ones and raises only `UpdateError`.
+"""165,000 corrupted messages: the reader accepts exactly the valid ones and raises only `UpdateError`.
 
 A second reader in this file decides which are valid. It is slow, simple and written only from
 docs/wire-format.md. Most messages get a new checksum after they are corrupted, so that every check is
@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from fedprllm.errors import UpdateError
+from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.update import Expectation, Update, decode, encode, max_message_bytes
 
-N_PER_KIND = 25_000  # six kinds
+N_PER_KIND = 15_000  # eleven kinds
 MAX_BYTES = 2**16  # limit for a message and for the memory that a refusal may take
 RUN_ID = bytes(range(16))
 FINGERPRINT = bytes(range(32))
@@ -44,10 +45,14 @@ def _tensors(kind: str, n_rows: int = 5) -> dict[str, torch.Tensor]:
         return {"attn.q": q > 0, "mlp.up": up > 0}
     if kind == "statistics":
         return {"attn.q": q.square(), "mlp.up": up[0].round().abs() * 2.0**-64}
-    if kind == "gram":
+    if kind in ("gram", "channels", "heads", "parts"):
         return {"attn.q": torch.round(q * 2**22) / 2**22, "mlp.up": up[0].round()}
     if kind == "outliers":
         return {"outliers": (q[:, 0] > 0).sum()[None], "more": (up > 0).sum(dim=1)}
+    if kind == "influence":
+        return {"influence": q.square().sum()[None], "more": up[0].abs().round() * 2.0**-64}
+    if kind == "experts":
+        return {"counts": (q > 0).sum(dim=1), "sums": (up.abs() * 2**24).to(torch.int64)}
     if kind == "masked":
         return {"attn.q": (q * 2**62).to(torch.int64), "windows": torch.tensor([-1, 2**63 - 1])}
     return {"q": q.bfloat16(), "q.mask": q > 0, "up": up.half(), "v": q[0]}
@@ -79,8 +84,11 @@ def _values(code: int, raw: bytes) -> list[Fraction]:
     return [Fraction(number) for number in numbers]
 
 
+KINDS = ["mask", "statistics", "gram", "weights", "outliers", "masked"]  # in the order of their codes
+KINDS += ["channels", "heads", "parts", "influence", "experts"]
 # kind -> (b, e): values are multiples of 2^-b and below 2^e
 GRIDS = {2: (64, 48), 3: (22, 34), 5: (0, 53), 7: (22, 34), 8: (22, 34), 9: (22, 34), 10: (64, 48)}
+GRIDS[11] = (0, 53)
 
 
 def _numbers(code: int, raw: bytes) -> list[float]:
@@ -102,7 +110,7 @@ def _text(raw: bytes) -> str:
 def _codes_of(kind: int, name: bytes) -> set[int]:
     if kind == 4:
         return {1} if name.endswith(b".mask") else {2, 4, 5}
-    return {1: {1}, 5: {6}, 6: {6}}.get(kind, {2})
+    return {1: {1}, 5: {6}, 6: {6}, 11: {6}}.get(kind, {2})
 
 
 def is_valid(data: bytes, expect: Expectation | None) -> bool:
@@ -131,7 +139,7 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
     _require(take(8) == b"FEDPRLLM" and number(2) == 2 and number(2) == 0 and number(8) == len(data))
     run_id, fingerprint, block, n_tokens, kind = take(16), take(32), number(4), number(8), number(1)
     participant_bytes, n_tensors = number(1), number(2)
-    _require(1 <= kind <= 10 and n_tokens < (1 if kind == 6 else 2**63))
+    _require(1 <= kind <= 11 and n_tokens < (1 if kind == 6 else 2**63))
     _require(1 <= participant_bytes <= 128 and 1 <= n_tensors <= 4096)
     participant = _text(take(participant_bytes))
     table: list[tuple[bytes, int, tuple[int, ...]]] = []
@@ -152,16 +160,14 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
             _require(int.from_bytes(raw, "little") < 2**n_values)
         else:
             values = _values(code, raw)
-            _require(kind not in (2, 5, 10) or min(values) >= 0)
+            _require(kind not in (2, 5, 10, 11) or min(values) >= 0)
             if kind in GRIDS:
                 bits, limit = GRIDS[kind]
                 _require(all((v * 2**bits).denominator == 1 and abs(v) < 2**limit for v in values))
         tensors.append((name, code, shape, raw))
     _require(not rest)
     if expect is not None:
-        names = [None, "mask", "statistics", "gram", "weights", "outliers", "masked"]
-        names += ["channels", "heads", "parts", "influence"]
-        found = (run_id, fingerprint, block, names[kind], participant)
+        found = (run_id, fingerprint, block, KINDS[kind - 1], participant)
         _require(found == (RUN_ID, FINGERPRINT, expect.block, expect.kind, expect.participant))
         _require({name.decode(): shape for name, _, shape in table} == expect.shapes)
     return tensors
@@ -315,7 +321,11 @@ REACHED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["mask", "statistics", "gram", "weights", "outliers", "masked"])
+def test_every_kind_is_among_the_corrupted_messages() -> None:
+    assert sorted(wire._KINDS) == sorted(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_exactly_the_valid_messages_are_accepted(kind: str) -> None:
     update = _update(kind, _tensors(kind))
     message, asked = encode(update), _expectation(update)

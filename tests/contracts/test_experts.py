@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from fedprllm import PruneConfig, prune
 from fedprllm.deciding.decision import UNREACHED
 from fedprllm.errors import ModelError
 from fedprllm.models import source
+from fedprllm.models.block import PrunedWeights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.experts import UnfusedExperts, fused_shapes
 from fedprllm.models.fingerprints import tensor_fingerprints
 from fedprllm.models.source import resolve_model
+from fedprllm.models.tensor_file import Made, made
 from fedprllm.pruning.records import FEW_TOKENS
 from tests.contracts.test_walk import assert_same_bits, weights_of
 from tests.models import MIXTURES
@@ -214,6 +217,40 @@ def test_only_the_experts_asked_for_are_read(tiny, monkeypatch) -> None:
     for expert, name in zip((0, 3), names, strict=True):
         assert torch.equal(found[name], stored[expert].T)
         assert found[name].is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "granitemoe"])
+def test_fused_tensors_are_joined_one_expert_at_a_time(name, tiny) -> None:
+    model, stored = BlockwiseModel(tiny(name)), load_file(tiny(name) / "model.safetensors")
+    with model.block(1) as block:
+        found = model.checkpoint.as_stored(block.tensors)
+        joined = {key: tensor for key, tensor in found.items() if isinstance(tensor, Made)}
+        assert joined
+        for key, tensor in joined.items():
+            parts = list(tensor.parts())
+            assert len(parts) == tensor.shape[0] == 6
+            assert all(part.shape == stored[key].shape[1:] for part in parts)
+            assert torch.equal(torch.stack(parts), stored[key])
+
+
+def test_a_participants_own_model_is_pruned_while_it_is_written(tiny) -> None:
+    model = BlockwiseModel(tiny("mixtral"))
+    with model.block(0) as block:
+        masks = {name: torch.ones(linear.shape, dtype=torch.bool) for name, linear in block.linears.items()}
+        found = PrunedWeights(block, masks).remaining(block.tensors)
+        assert found.keys() == block.tensors.keys()
+        for name, tensor in found.items():
+            assert isinstance(tensor, Made) == (name in block.linears)
+            assert bool(made(tensor).any()) != (name in block.linears)
+
+
+def test_a_block_that_was_released_holds_nothing(tiny) -> None:
+    """The caller still has it while the next one is read."""
+    model = BlockwiseModel(tiny("mixtral"))
+    with model.block(0) as block:
+        tensors = [weakref.ref(tensor) for tensor in block.tensors.values()]
+    assert tensors
+    assert not any(tensor() is not None for tensor in tensors)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe"])

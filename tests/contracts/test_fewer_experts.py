@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -29,6 +31,7 @@ from fedprllm.sharing.expert_outputs import EXPERTS
 from fedprllm.sharing.interface import Ballot
 from tests.contracts.test_walk import assert_same_bits, weights_of
 from tests.models import MIXTURES, save_tiny
+from tests.zoo import model_types, tiny_config, windows_of
 
 NAMES = ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "granitemoe", "olmoe", "nemotron-h"]
 TWO = PruneConfig(structure="experts=2")
@@ -73,8 +76,8 @@ def cut(folder: Path, removed: list[list[int]]) -> nn.Module:
     (n,) = {experts.down_proj.shape[0] for experts in mixtures_of(dense)}
     (n_removed,) = {len(gone) for gone in removed if gone}
     config = copy.deepcopy(dense.config)
-    key = next(k for k in ("num_local_experts", "n_routed_experts", "num_experts") if k in config.to_dict())
-    setattr(config, key, n - n_removed)
+    keys = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+    setattr(config, next(key for key in keys if key in config.to_dict()), n - n_removed)
     smaller = AutoModelForCausalLM.from_config(config)
     state = dense.state_dict()
     for name, tensor in smaller.state_dict().items():
@@ -407,3 +410,72 @@ def test_the_least_active_experts_are_chosen():
     assert lowest([0.3, 0.4, 0.1, 0.2], 2, 2) == [0, 2]
     assert n_removed(8, Fraction(2)) == n_removed(8, Fraction("0.25")) == 2
     assert n_removed(8, Fraction("0.3"), 4) == 4
+
+
+# --- Further architectures ---
+
+# Routers of further kinds: with a bias, with groups, after a convolution, beside linear attention.
+ZOO = ["afmoe", "bailing_hybrid", "beam", "cohere2_moe", "ernie4_5_moe", "glm4_moe", "lfm2_moe", "qwen3_next"]
+
+
+@pytest.mark.parametrize("name", [one for one in ZOO if one in model_types()])
+def test_further_architectures_lose_experts_alike(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_tiny(lambda: tiny_config(name), tmp_path / "model")
+        texts = [windows_of(0), windows_of(1)]
+        result = prune(tmp_path / "model", texts, TWO, out=tmp_path / "run")
+        removed = [block.removed_experts or [] for block in result.record.blocks]
+        loaded, report = AutoModelForCausalLM.from_pretrained(result.model_dir, output_loading_info=True)
+        assert any(removed)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        with torch.no_grad():
+            expected = cut(tmp_path / "model", removed)(windows_of(5, 1)).logits
+            assert torch.equal(loaded.eval()(windows_of(5, 1)).logits, expected)
+
+
+# --- Layers that predict further tokens ---
+
+
+def with_further_layer(source: Path, folder: Path, prefix: str, entry: str) -> Path:
+    """A copy with a layer beyond the last block, like the last one, that config.json counts."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    last = max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
+    for name in [name for name in weights if name.startswith(f"model.layers.{last}.")]:
+        weights[name.replace(f"model.layers.{last}.", prefix)] = weights[name].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, entry: 1}))
+    return folder
+
+
+FURTHER = {  # what transformers does not load
+    "glm4_moe": ("model.layers.46.", "num_nextn_predict_layers"),
+    "qwen3-moe": ("mtp.layers.0.", "mtp_num_hidden_layers"),
+}
+
+
+@pytest.mark.parametrize("structure", ["experts=2", "depth=1"])
+@pytest.mark.parametrize("name", FURTHER)
+def test_layers_that_predict_further_tokens_are_left_out_and_named(tiny, windows, tmp_path, name, structure):
+    source = tmp_path / "source"
+    save_tiny(lambda: tiny_config(name), source) if "_" in name else shutil.copytree(tiny(name), source)
+    prefix, entry = FURTHER[name]
+    folder = with_further_layer(source, tmp_path / "model", prefix, entry)
+    result = prune(folder, [windows(0)], PruneConfig(structure=structure), out=tmp_path / "run")
+    plain = prune(source, [windows(0)], PruneConfig(structure=structure), out=tmp_path / "plain")
+    assert_same_bits(result.model_dir, plain.model_dir)
+    assert json.loads((result.model_dir / "config.json").read_text())[entry] == 0
+    assert any(f"predict further tokens ('{prefix}" in note for note in result.record.notes)
+    assert plain.record.notes is None
+    unstructured = prune(folder, [windows(0)], out=tmp_path / "unstructured")
+    assert weights_of(unstructured.model_dir).keys() == weights_of(folder).keys()
+    assert json.loads((unstructured.model_dir / "config.json").read_text())[entry] == 1
+
+
+def test_experts_outside_the_blocks_are_refused(tiny, windows, tmp_path):
+    folder = with_further_layer(tiny("qwen3-moe"), tmp_path / "model", "drafter.0.", "n_drafters")
+    with pytest.raises(ModelError, match=r"'drafter\.0\.mlp\.experts\.0.*expected experts in the blocks"):
+        prune(folder, [windows(0)], TWO, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

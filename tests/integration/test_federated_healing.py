@@ -204,6 +204,7 @@ def gradient_message(message: bytes, change) -> bytes:
     ("change", "reason"),
     [
         (lambda words: words[:-4].mul_(1000), "as long as the other participants' median"),
+        (lambda words: words[:1].fill_(2**60), "a gradient larger than that of 1 windows in round 0"),
         (lambda words: words[-3:-2].mul_(2), "claims 62 tokens in round 0"),
         (lambda words: words[-4:-3].neg_(), "has a loss of -"),
         (lambda words: words[-1:].add_(31 * 9), "held-out tokens in round 0"),

@@ -11,7 +11,11 @@ from fedprllm.cli.participant import ledger, participate
 from fedprllm.federation.plan import RunPlan, SiteSettings
 from fedprllm.federation.site.dry_run import dry_run
 from fedprllm.federation.site.spool import append_ledger
+from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.sharing import SHARING
+from fedprllm.sharing.as_words import masked_bytes
 from tests.federation_helpers import texts
+from tests.secure.federations import pin_for_all
 
 app = typer.Typer()
 app.command("participate")(participate)
@@ -39,6 +43,44 @@ def test_a_dry_run_shows_every_tensor_of_every_kind(model, text, share):
         payload = sum(tensor.payload_bytes for tensor in preview.tensors)
         assert payload < preview.message_bytes < payload + 2000
         assert all(tensor.rows for tensor in preview.tensors)
+
+
+@pytest.mark.parametrize("share", ["mask", "statistics", "gram", "weights"])
+def test_a_dry_run_under_masks_shows_the_words_that_leave_and_what_they_hide(model, text, share):
+    settings = SiteSettings(data=[text], allow=[share], require_secure=True)
+    prune = {"windows": 2, "window_length": 32, "share": share}
+    plain = RunPlan(name="run", model=str(model), prune=prune)
+    with pytest.raises(ConfigError, match="the plan needs secure = true"):
+        next(dry_run(settings, plain, "north"))
+    (clear,) = dry_run(SiteSettings(data=[text], allow=[share]), plain, "north")
+    plan = RunPlan(name="run", model=str(model), prune={**prune, "secure": True})
+    (one,), (other,) = (list(dry_run(settings, plan, "north", n_participants=5)) for _ in range(2))
+    assert (one.kind, one.n_tokens, [tensor.name for tensor in one.tensors]) == ("masked", 0, ["words"])
+    assert one.tensors[0].rows != other.tensors[0].rows
+    names = {tensor.name for tensor in one.hidden}
+    assert one.hidden == [tensor for tensor in clear.tensors if tensor.name in names]
+    assert names == {tensor.name for tensor in clear.tensors if share != "weights" or ".mask" in tensor.name}
+    linears = BlockwiseModel(model).linears[0]
+    assert one.tensors[0].payload_bytes == masked_bytes(SHARING[share], linears, 5)
+    assert one.message_bytes == other.message_bytes
+
+
+def test_the_command_shows_both_and_counts_the_pinned_roster(model, text, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'name = "r"\nmodel = "{model}"\n[prune]\nwindows = 2\nwindow_length = 32\nsecure = true\n'
+    )
+    kit = tmp_path / "north"
+    pin_for_all({name: tmp_path / name for name in ("north", "south", "west", "east")})
+    arguments = ["participate", str(kit), "--data", text, "--dry-run", "--config", str(config)]
+    output = " ".join(CliRunner().invoke(app, arguments, catch_exceptions=False).output.split())
+    assert "what is hidden, and stays on this machine" in output
+    assert "masked, as sent; room for 4 participants" in output
+    assert "nothing was sent" in output
+    plain = config.read_text().replace("secure = true", "")
+    config.write_text(plain)
+    with pytest.raises(ConfigError, match="secure = true"):
+        CliRunner().invoke(app, [*arguments, "--require-secure"], catch_exceptions=False)
 
 
 def test_a_dry_run_opens_no_connection_and_leaves_no_ledger(model, text, tmp_path, monkeypatch):
@@ -85,3 +127,19 @@ def test_missing_text_or_model_is_refused_before_connecting(model, text, tmp_pat
     ]:
         with pytest.raises(ConfigError, match=complaint):
             CliRunner().invoke(app, ["participate", kit, *options], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_dry_run_of_healing_shows_the_first_round(model, text, secure):
+    heal = {"rounds": 5, "windows": 4, "window_length": 32, "secure": secure}
+    plan = RunPlan(name="run", model=str(model), heal=heal)
+    with pytest.raises(ConfigError, match="the run asks for gradients, and mask may be sent"):
+        next(dry_run(SiteSettings(data=[text]), plan, "north"))
+    settings = SiteSettings(data=[text], allow=["gradients"])
+    (preview,) = dry_run(settings, plan, "north", n_blocks=3)
+    kind, n_tokens = ("masked", 0) if secure else ("gradients", 31)
+    assert (preview.kind, preview.n_tokens, preview.step, preview.n_blocks) == (kind, n_tokens, "round", 6)
+    assert [(tensor.name, tensor.shape) for tensor in preview.tensors] == [("words", (3708,))]
+    assert bool(preview.hidden) == secure
+    if secure:
+        assert preview.hidden[0].rows != preview.tensors[0].rows

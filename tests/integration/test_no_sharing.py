@@ -15,6 +15,7 @@ from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.study.data import StudyData
 from fedprllm.study.questions import BY_DOMAIN, cells_of
+from fedprllm.study.results import answers
 from fedprllm.study.runner import study
 from fedprllm.study.strangers import generated_windows, random_windows
 from fedprllm.study.worth import _gain
@@ -87,8 +88,37 @@ def test_the_question_is_answered_for_every_way_to_prune(asked, tmp_path):
         assert len(set(map(tuple, values.values()))) == len(BY_DOMAIN), "every text gives another model"
         (alone,) = (record for cell, record in these if cell.config.strategy == "local-only")
         assert set(alone.models) == {"north", "south"}
+    sentences = answers(results, "no-sharing")
+    assert all("95 % interval" in sentence for sentence in sentences)
+    for where in ("mask, 50%", "mask, 60%", "gram, 50%", "gram, 60%", "gram, 6:8", "structure mlp=0.2"):
+        mine = [each.removeprefix(f"At {where}: ") for each in sentences if each.startswith(f"At {where}: ")]
+        # Beside the participants' text: public, generated and random text, public text added, and alone.
+        together = "one-shot" if "mask" in where else "iterative"
+        assert [each.partition(":")[0] for each in mine] == [
+            *(f"domain versus {other}" for other in ("public", "generated", "random", "with-public")),
+            f"on a participant's own text, {together} versus local-only",
+            f"on the others' text, {together} versus local-only",
+        ]
     page = (tmp_path / "study" / "report.html").read_text()
     assert "Is anyone&#39;s private text needed?" in page or "Is anyone's private text needed?" in page
+
+
+def test_only_the_ways_that_were_named_are_compared(asked):
+    cells = cells_of(asked(ways=("structure", "6:8")))
+    assert {(cell.config.structure, cell.config.pattern) for cell in cells} == {
+        ("mlp=0.2", "unstructured"),
+        (None, "6:8"),
+    }
+    with pytest.raises(ConfigError, match="ways"):
+        asked(ways=("magic",))
+    few = cells_of(asked(ways=("mask",), against=("public",)))
+    assert {(cell.partition, cell.config.strategy) for cell in few} == {
+        ("domain", "one-shot"),
+        ("domain", "local-only"),
+        ("public", "one-shot"),
+    }
+    with pytest.raises(ConfigError, match="against"):
+        asked(against=("domain",))
 
 
 def test_without_public_text_the_question_is_not_asked_and_cannot_be(asked):

@@ -113,6 +113,18 @@ def test_a_key_with_which_everybody_agrees_on_the_same_secret_is_refused(session
         session.participants["p00"].share(adverts)
 
 
+def test_steps_out_of_order_are_refused_in_words(session: Session) -> None:
+    one = session.participants["p00"]
+    for ask, words in (
+        (lambda: one.share({}), "'share' was asked for before 'advertise'"),
+        (lambda: one.receive({}), "'receive' was asked for before 'share'"),
+        (lambda: one.agree(FULL), "'block 0' is no sum of this session"),
+        (lambda: one.unmask(FULL, {}), "has not agreed to these survivors"),
+    ):
+        with pytest.raises(SecureError, match=words):
+            ask()
+
+
 def test_too_few_participants_get_no_shares(session: Session) -> None:
     adverts = advertised(session)
     with pytest.raises(SecureError, match="2 participants advertised keys: expected at least 3"):

@@ -6,15 +6,19 @@ import json
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from fedprllm import PruneConfig, prune
+from fedprllm.cli.app import app as cli
 from fedprllm.federation.coordinator import rounds as coordinator_module
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.channel import Interrupted
 from fedprllm.federation.protocol.messages import Request, pack, read_reply, read_request
 from fedprllm.federation.site.site import Site, settings_path, work_folder
 from fedprllm.federation.site.spool import read_ledger
+from fedprllm.federation.site.unmask_ledger import UnmaskLedger
 from fedprllm.files import read_json, write_sealed
+from fedprllm.secure.journal import FileJournal
 from tests.federation_helpers import (
     conduct,
     make_plan,
@@ -150,19 +154,25 @@ def test_a_participant_may_vanish_at_any_step(tmp_path, small_model, federation,
         same_model(tmp_path / "runs" / "run" / "model", in_the_clear(tmp_path, small_model, paths).model_dir)
 
 
-@pytest.mark.parametrize(("every", "strategy"), [(15, "one-shot"), (19, "one-shot"), (14, "iterative")])
+@pytest.mark.parametrize(
+    ("every", "strategy"),
+    [(15, "one-shot"), (14, "iterative"), (None, "one-shot"), (None, "iterative")],
+)
 def test_kills_between_messages_give_the_same_bits_and_never_two_masked_updates(
     tmp_path, small_model, federation, every, strategy
 ):
-    """Coordinator and sites end after every few messages, and others continue from their files."""
-    ask, n_messages = federation.ask, 0
+    """Coordinator and sites end after every few messages, and others continue from their files.
+
+    With None, the first ones end after one message, the next after two, and so on: at every point of a step.
+    """
+    ask, n_messages, n_attempts = federation.ask, 0, 1
 
     def killed(names, message, timeout_s):
         nonlocal n_messages
         answers = ask(names, message, timeout_s)
         if read_request(message)[0].op != "state":
             n_messages += 1
-            if n_messages % every == 0:
+            if n_messages % (every or n_attempts) == 0:
                 raise Interrupted("killed")
         return answers
 
@@ -172,6 +182,7 @@ def test_kills_between_messages_give_the_same_bits_and_never_two_masked_updates(
         found = conduct(tmp_path, plan, federation, NAMES)
         if found != "interrupted":
             break
+        n_messages, n_attempts = 0 if every is None else n_messages, n_attempts + 1
         for name, site in list(federation.sites.items()):
             site.close()
             federation.sites[name] = Site(name, settings_path(tmp_path / name), work_folder(tmp_path / name))
@@ -222,8 +233,66 @@ def test_a_second_run_without_one_participant_is_refused_by_all_others(tmp_path,
         if read_json(folder / "status.json")["state"] == "failed"
     ]
     assert "differ by east only" in read_json(run / "status.json")["message"]
+    assert not list((run / "updates").glob("*.update")), "refused before an update was masked"
     same = plan.model_copy(update={"name": "same"})
     assert conduct(tmp_path, same, federation, NAMES) == "complete"
+
+
+def test_a_sum_that_tells_too_much_because_of_a_dropout_is_not_signed(tmp_path, small_model, federation):
+    """All four were to take part, as before; then the update of one has not arrived."""
+    plan = make_plan(small_model, prune={"secure": True}, quorum=3, max_ballots=1)
+    assert conduct(tmp_path, plan, federation, NAMES) == "complete", outcome(tmp_path)
+    federation.meddle = lambda name, request, answer: (
+        None if name == "west" and read_request(request)[0].op == "fetch" else answer
+    )
+    again = plan.model_copy(update={"name": "again"})
+    assert conduct(tmp_path, again, federation, NAMES) == "quorum lost"
+    (run,) = [
+        folder
+        for folder in (tmp_path / "north").glob("fedprllm/runs/*")
+        if read_json(folder / "status.json")["state"] == "failed"
+    ]
+    assert "differ by west only" in read_json(run / "status.json")["message"]
+    known, unknown = sorted(
+        UnmaskLedger(tmp_path / "north" / "fedprllm").sums(), key=lambda one: not one.is_known
+    )
+    assert (known.participants, known.quantity, known.blocks) == (NAMES, "votes", [*range(5)])
+    assert (unknown.participants, unknown.is_known, unknown.blocks) == (NAMES, False, [*range(5)])
+    shown = CliRunner().invoke(cli, ["ledger", str(tmp_path / "north"), "--unmasked"], catch_exceptions=False)
+    assert "(or fewer: not known)" in " ".join(shown.output.split())
+    shown = CliRunner().invoke(cli, ["ledger", str(tmp_path / "north"), "--unmasked", "--json"])
+    assert json.loads(shown.output)[0]["participants"] == NAMES
+    signed = FileJournal(run / "secure").read("agree block 0000")
+    assert signed is None, "shares are given for whatever was signed"
+    federation.meddle = lambda name, request, answer: answer
+    third = plan.model_copy(update={"name": "third"})
+    assert conduct(tmp_path, third, federation, NAMES) == "complete", outcome(tmp_path)
+
+
+def test_votes_count_as_the_same_whether_masks_or_weights_are_shared(tmp_path, small_model, federation):
+    plan = make_plan(small_model, prune={"secure": True}, quorum=3)
+    assert conduct(tmp_path, plan, federation, NAMES) == "complete", outcome(tmp_path)
+    prune = {**plan.prune, "share": "weights"}
+    less = plan.model_copy(update={"name": "less", "participants": NAMES[1:], "prune": prune})
+    assert conduct(tmp_path, less, federation, NAMES) == "quorum lost"
+    prune = {**plan.prune, "share": "statistics"}  # nothing can be subtracted from the sum of votes
+    other = plan.model_copy(update={"name": "other", "participants": NAMES[1:], "prune": prune})
+    assert conduct(tmp_path, other, federation, NAMES) == "complete"
+
+
+def test_a_run_cannot_be_begun_again_with_another_model(tmp_path, small_model, federation):
+    """The list of opened sums tells models apart by what the coordinator says, which the site checks once."""
+    site, run = federation.sites["west"], "0" * 32
+    config = PruneConfig(secure=True).model_dump(mode="json")
+    request = Request(op="start", run=run, config=config, participants=NAMES)
+
+    def state(fingerprints):
+        return read_reply(site.answer(pack(request, json.dumps(fingerprints).encode())))[0]
+
+    assert state({"weight": "one"}).code != "other run"
+    found = state({"weight": "another"})
+    assert (found.state, found.code) == ("failed", "other run")
+    assert state({"weight": "one"}).code != "other run"
 
 
 class Misled:

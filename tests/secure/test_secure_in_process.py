@@ -244,7 +244,7 @@ def test_a_run_under_masks_continues_where_it_was_killed(tiny, windows, tmp_path
 
 def test_a_participant_gives_no_masked_update_twice_once_the_sum_is_known(tiny, windows) -> None:
     sums = module.SecureSums({f"p{i}": [0] for i in range(3)}, 1, PruneConfig(secure=True), survey=False)
-    one = sums._session._participants["p0"]
+    one = sums.parties.participants["p0"]
     one.mask("block 0000", np.zeros(4, np.uint64))
     one.settle("block 0000")
     with pytest.raises(SecureError, match="asked a second time"):

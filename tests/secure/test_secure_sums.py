@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedprllm.errors import SecureError, UpdateError
+from fedprllm.secure.in_process import Parties
 from fedprllm.secure.terms import Limits, Terms, threshold
 from fedprllm.secure.words import n_words, pack_counts, unpack_counts
 from tests.secure.sessions import new_session, plain_sum, random_words
@@ -147,3 +148,18 @@ def test_terms_that_leave_a_sum_to_few_are_refused_before_a_key_is_made() -> Non
         new_session(5, {"all": names, "lone": ["p03"]})
     with pytest.raises(SecureError, match="requires at least 5 of 5"):
         Terms({"all": names, "b": names[:4]}).check(Limits(min_sum=5))
+
+
+def test_all_parties_in_one_process_add_up_any_words() -> None:
+    names = ["north", "south", "west"]
+    parties = Parties(Terms({"round 0": names, "round 1": names}))
+    updates = {
+        name: np.random.default_rng(i).integers(0, 2**63, 9, np.uint64) for i, name in enumerate(names)
+    }
+    for sum_ in ("round 0", "round 1"):
+        for name in names:
+            parties.add(sum_, name, updates[name])
+        assert parties.added(sum_) == names
+        assert np.array_equal(parties.total(sum_), plain_sum(updates, names))
+    with pytest.raises(SecureError, match="asked a second time"):
+        parties.add("round 0", "north", updates["south"])

@@ -209,13 +209,16 @@ def votes_of_one(packed: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(packed, count=129, bitorder="little")).int()
 
 
-@pytest.mark.parametrize("n_participants", [1, 7, 31, 300, 1000])
-def test_memory_is_one_bit_per_plane_plus_four_waiting(n_participants: int) -> None:
+@pytest.mark.parametrize("n_participants", [1, 3, 4, 7, 31, 300, 1000])
+def test_memory_is_one_bit_per_plane_plus_four_that_wait(n_participants: int) -> None:
     n_weights = 64 * 10
     votes = PackedVotes(n_weights)
     votes.add(*[np.full(n_weights // 64, 5, np.uint64)] * n_participants)
-    held = [votes._waiting, *votes._planes]
-    assert sum(array.nbytes for array in held) * 8 == n_weights * (n_participants.bit_length() + 4)
+    held = [*votes._waiting, *votes._planes]
+    n_waiting = min(n_participants.bit_length(), 4) if n_participants > 3 else 0
+    assert sum(array.nbytes for array in held) * 8 == n_weights * (n_participants.bit_length() + n_waiting)
+    votes.planes()
+    assert votes._waiting == []
 
 
 def test_no_votes() -> None:

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedprllm.cli.app import app
+from fedprllm.cli.naming import named_texts
 from fedprllm.config import PruneConfig
 from fedprllm.errors import FedprllmError
 from tests.library_text import library_text
@@ -170,3 +171,25 @@ def test_prune_says_how_much_smaller_the_model_became(given, tmp_path):
     sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (
         given["model"], out / "model")]  # fmt: skip
     assert found["n_bytes"] == sizes
+
+
+def test_participants_and_texts_can_be_named(given, tmp_path):
+    out = tmp_path / "run"
+    run(
+        "prune", given["model"], f"--participant north={given['a']} --participant north={given['b']}",
+        "--participant", given["c"], f"--eval prose={given['c']}",
+        "--windows 4 --window-length 64 --out", out,
+    )  # fmt: skip
+    record = json.loads((out / "result.json").read_text())
+    assert list(record["participants"]) == ["c", "north"]
+    assert record["participants"]["north"]["sources"] == [str(given["a"]), str(given["b"])]
+    assert [row["text"] for row in record["evaluation"]["dense"]] == ["prose"]
+
+
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.txt").touch()
+    assert named_texts(["a=b.txt"], "participant") == ["a=b.txt"]
+    assert named_texts(["x=a=b.txt", "c.txt"], "participant") == {"x": ["a=b.txt"], "c": ["c.txt"]}
+    with pytest.raises(FedprllmError, match=r"--participant -x=y: '-x' cannot be a name"):
+        named_texts(["-x=y"], "participant")

@@ -178,6 +178,7 @@ def test_page_holds_the_figures_of_the_record(run_once, edited):
     ]
     assert page.headings == [
         "Settings",
+        "What a user of the result gains",
         "Perplexity",
         "Sparsity",
         "How much the participants agree",
@@ -227,6 +228,28 @@ def test_agreement_is_the_mean_weighted_by_weights(run_once):
     assert "(56.2 % if masks were random)" in page.text
     assert "estimated from a sample of 16,384 weights per Linear" in page.text
     assert agreement._SAMPLE == pruning.SAMPLE == 16_384
+
+
+@pytest.mark.parametrize("m", [2, 3, 7])
+def test_the_mean_agreement_of_pairs_follows_from_the_votes(m):
+    masks = torch.rand((m, 500), generator=torch.Generator().manual_seed(m)) < 0.3
+    pairs = [(masks[a] == masks[b]).double().mean() for a in range(m) for b in range(a)]
+    histogram = masks.sum(dim=0).bincount(minlength=m + 1).tolist()
+    assert pruning.mean_agreement([histogram]) == pytest.approx(float(sum(pairs)) / len(pairs))
+
+
+def test_under_masks_only_the_mean_agreement_is_known(run_once):
+    """Of three masks, all three pairs are alike with 0 or 3 votes, and one pair otherwise."""
+    run = run_once(3, secure=True)
+    page = report(run)
+    votes = sum(
+        np.array(one["vote_histogram"]) for r in result_of(run)["blocks"] for one in r["linears"].values()
+    )
+    mean = (votes[0] + votes[3] + (votes[1] + votes[2]) / 3) / votes.sum()
+    assert f"On average, two participants agree on {mean * 100:.1f} % of the weights. Updates" in page.text
+    assert "Pairwise agreement" not in page.html
+    weighted = report(run_once(3, secure=True, weighting="tokens", windows=2))
+    assert "Omitted: votes were weighted by tokens under masks" in weighted.text
 
 
 def test_participants_own_ties(run_once, edited):
@@ -303,6 +326,9 @@ def test_experts_have_a_row_for_all_of_them(run_once):
 def test_gpt2_and_patterns(run_once):
     page = report(run_once(2, "gpt2", pattern="2:4"))
     assert "attn.c_attn" in page.text
+    assert "The files are as large as those of the dense model, and it is as fast" in page.text
+    assert "try 6:8 before 2:4" in page.text
+    assert "try 6:8 before 2:4" not in report(run_once(2, "gpt2", pattern="3:4")).text
 
 
 # Other models ----------------------------------------------------------------------------------
@@ -543,6 +569,9 @@ def test_a_smaller_model_is_called_smaller(run_once):
     assert f"llama was made {share} smaller (parameters of its decoder blocks) by 3 participants" in page.text
     assert f"{(1 - after / before) * 100:.1f} %" in page.text
     assert f"of all {before:,}, {share} of the blocks'" in page.text
+    assert "whatever runs the dense model runs this one" in page.text
+    assert "as fast: a zero" not in page.text
+    assert f"parameters of the blocks {dense:,} {small:,} -{share}" in page.text
     linears = {linear["kind"]: linear for linear in result["blocks"][0]["linears"].values()}
     assert linears["mlp.down_proj"]["shape"] == [32, 34]
     assert linears["mlp.down_proj"]["dense_shape"] == [32, 48]
@@ -551,7 +580,7 @@ def test_a_smaller_model_is_called_smaller(run_once):
     weights = {path: linear["shape"] for path, linear in linears.items()}
     assert result["n_prunable"] == 3 * sum(math.prod(shape) for shape in weights.values())
     card = (run / "model" / "README.md").read_text()
-    assert "tags: [pruned, smaller, fedprllm]" in card
+    assert "tags:\n- pruned\n- smaller\n- fedprllm\n" in card
     assert f"| parameters | {after:,} of {before:,} |" in card
     assert "| structure removed | mlp=0.3,heads=2 |" in card
     assert "sparse kernels" not in card

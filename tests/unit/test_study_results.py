@@ -161,3 +161,61 @@ def test_a_model_named_like_a_text_is_not_its_owner():
 def test_a_collapse_is_infinite_and_has_no_spread():
     assert str(Spread((math.inf, 5.0))) == "∞"
     assert Spread((math.inf, 5.0)).sd == 0.0
+
+
+def with_windows(losses: dict[str, dict[str, list[float]]], partition: str = "iid", **options):
+    """A cell with the losses of windows of 11 tokens, of which 10 are predicted."""
+    sums = {name: {text: sum(each) for text, each in texts.items()} for name, texts in losses.items()}
+    cell, record = measured(
+        {name: {text: math.exp(total / 40) for text, total in texts.items()} for name, texts in sums.items()},
+        partition,
+        **options,
+    )
+    rows = {
+        name: [each.model_copy(update={"n_tokens": 40, "n_windows": 4}) for each in of_model]
+        for name, of_model in record.models.items()
+    }
+    return cell, record.model_copy(update={"models": rows, "window_losses": losses})
+
+
+def test_the_interval_is_that_of_paired_windows():
+    base = [10.0, 30.0, 20.0, 40.0]
+    steady = [value + 1 for value in base]
+    unsteady = [value + step for value, step in zip(base, (10, -10, 9, -8), strict=True)]
+    for after, is_clear in ((steady, True), (unsteady, False)):
+        cells = [with_windows({"model": {"t": base}}), with_windows({"model": {"t": after}}, sparsity=0.6)]
+        difference = paired(cells, "sparsity", 0.5, 0.6)
+        low, high = difference.interval
+        assert low <= difference.values[0] <= high
+        assert (low > 0 or high < 0) is is_clear
+    cells = [with_windows({"model": {"t": base}}), with_windows({"model": {"t": steady}}, sparsity=0.6)]
+    # Every window differs by 1 nat in 10 tokens, so that resampling finds nothing else.
+    assert paired(cells, "sparsity", 0.5, 0.6).interval == pytest.approx((0.1, 0.1))
+    assert "perplexity times 1.105, 95 % interval 1.105 to 1.105" in str(paired(cells, "sparsity", 0.5, 0.6))
+
+
+def test_without_losses_of_windows_there_is_no_interval():
+    cells = [with_windows({"model": {"t": [1.0] * 4}}), measured({"model": {"t": 2.0}}, sparsity=0.6)]
+    difference = paired(cells, "sparsity", 0.5, 0.6)
+    assert difference.interval is None
+    assert "interval" not in str(difference)
+
+
+def test_partitions_are_compared_although_they_have_different_numbers_of_participants():
+    domain = measured({"model": {"t": 10.0}}, "domain")
+    cell, record = measured({"model": {"t": 20.0}}, "public")
+    public = Cell(cell.config, 1, "public"), record
+    assert paired([domain, public], "partition", "public", "domain").values == pytest.approx((-math.log(2),))
+
+
+def test_own_text_is_measured_with_the_model_made_from_it():
+    alone = {"x": {"x": [10.0] * 4, "y": [40.0] * 4}, "y": {"x": [30.0] * 4, "y": [20.0] * 4}}
+    cells = [
+        with_windows(alone, "domain", strategy="local-only"),
+        with_windows({"model": {"x": [12.0] * 4, "y": [24.0] * 4}}, "domain"),
+    ]
+    own = paired(cells, "strategy", "local-only", "one-shot", "own")
+    others = paired(cells, "strategy", "local-only", "one-shot", "others")
+    assert own.values == pytest.approx((0.2, 0.4))
+    assert others.values == pytest.approx((-1.8, -1.6))
+    assert own.interval == pytest.approx((0.3, 0.3))

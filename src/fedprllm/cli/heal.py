@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedprllm.cli.console import noting
+from fedprllm.cli.naming import named_texts
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError
 from fedprllm.healing.config import HealConfig
@@ -68,7 +69,14 @@ def heal_command(
         from fedprllm.healing.in_process import heal as compute
 
         with noting():
-            result = compute(model, texts, config, out=out, eval_texts=options.get("eval", ()), progress=bars)
+            result = compute(
+                model,
+                texts,
+                config,
+                out=out,
+                eval_texts=named_texts(options.get("eval", ()), "eval"),
+                progress=bars,
+            )
         print_healed(result, console)
 
     options: dict[str, tuple[Any, Any]] = {

@@ -52,6 +52,8 @@ def export_command(
     found = export_importance_matrix(run, imatrix, architecture)
     console.print(f"exported  {escape(str(found.path))}", soft_wrap=True)
     console.print(f"{found.n_weights} weights, {found.n_tokens:,} tokens or more behind each")
+    if found.n_unreached:
+        console.print(f"{found.n_unreached} matrices of experts that no text reached have no importances")
     for name in found.left_out:
         console.print(f"left out, since llama.cpp has no name for it: {escape(name)}", soft_wrap=True)
     console.print(

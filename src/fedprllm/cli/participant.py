@@ -15,11 +15,20 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from fedprllm.cli.console import absolute, attend, console, ending, errors, holding, need_flare, noting
+from fedprllm.cli.console import (
+    absolute,
+    attend,
+    console,
+    ending,
+    errors,
+    holding,
+    need_flare,
+)
+from fedprllm.cli.dry_run import show_dry_run
 from fedprllm.cli.identity import warn_of_expiry
 from fedprllm.cli.line import StatusLine
 from fedprllm.cli.news import Connection, News, Results
-from fedprllm.errors import ConfigError, RunError
+from fedprllm.errors import ConfigError
 from fedprllm.federation.plan import (
     DEFAULT_ALLOWED,
     DEFAULT_MESSAGE_MB,
@@ -149,7 +158,7 @@ def participate(
         max_message_mb=max_message_mb,
     )
     if dry_run:
-        _dry_run(settings, kit, config, blocks)
+        show_dry_run(settings, kit, config, blocks)
         return
     need_flare()
     _check_here(settings)
@@ -268,67 +277,22 @@ def _check_name(model: str) -> None:
         )
 
 
-def _dry_run(settings: SiteSettings, kit: Path, config: Path | None, blocks: int) -> None:
-    from fedprllm.federation.site.dry_run import dry_run
-    from fedprllm.federation.site.process import is_out_of_memory, lift_memory_limit, limit_resources
-
-    if config is None and settings.model is None:
-        raise ConfigError("no model: name the run's TOML file with --config, or a model with --model")
-    plan = read_run_plan(config) if config else RunPlan(name="dry-run", model=settings.model or "")
-    settings = settings.model_copy(update={"out": settings.out or str(kit / "runs")})
-    total = n_blocks = shown = 0
-    step = "block"
-    limit_resources(settings)
-    try:
-        with noting():
-            previews = list(dry_run(settings, plan, kit.name or "participant", blocks))
-    except (MemoryError, RuntimeError) as error:
-        lift_memory_limit()
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(
-            f"not enough memory ({str(error) or 'MemoryError'}): raise --memory-gb, or keep hidden states in "
-            "files with --memory-limit"
-        ) from None
-    if plan.config.secure:
-        console.print("the run adds updates up under masks: what is shown here is hidden before it is sent")
-    for preview in previews:
-        total, n_blocks = total + preview.message_bytes, preview.n_blocks
-        shown, step = shown + 1, preview.step
-        table = Table(
-            "tensor",
-            "shape",
-            "type",
-            "bytes",
-            title=f"{preview.step} {preview.block}: {preview.kind}, computed from "
-            f"{preview.n_tokens:,} tokens",
-        )
-        for tensor in preview.tensors:
-            table.add_row(
-                escape(tensor.name),
-                " x ".join(map(str, tensor.shape)),
-                tensor.dtype,
-                f"{tensor.payload_bytes:,}",
-            )
-        console.print(table)
-        first = preview.tensors[0]
-        console.print(f"first rows of {escape(first.name)} (# prune, . keep):")
-        for row in first.rows:
-            console.print(f"  {escape(row)}", highlight=False)
-        console.print(f"message  {preview.message_bytes:,} bytes; nothing was sent")
-    console.print(f"all {n_blocks} {step}s: about {total * n_blocks // max(shown, 1):,} bytes")
-
-
 def ledger(
     kit: Annotated[Path, typer.Argument(help="folder of your kit, or a ledger")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     requests: Annotated[
         bool, typer.Option("--requests", help="show what the coordinator requested, and what was refused")
     ] = False,
+    unmasked: Annotated[
+        bool, typer.Option("--unmasked", help="under masks: show the sums that you agreed to open")
+    ] = False,
 ) -> None:
-    """Show everything that was sent from this kit, or everything that was requested."""
+    """Show everything that was sent from this kit, everything that was requested, or the sums opened."""
     if requests:
         _show_requests(kit, as_json=as_json)
+        return
+    if unmasked:
+        _show_unmasked(kit, as_json=as_json)
         return
     from fedprllm.federation.site.site import LEDGER, work_folder
     from fedprllm.federation.site.spool import read_ledger
@@ -370,3 +334,19 @@ def _show_requests(kit: Path, *, as_json: bool) -> None:
         console.print(f"{line['time'][:19].replace('T', ' ')}  {escape(sentence(line))}", soft_wrap=True)
     n_refused = sum(line["times"] for line in lines if "refused" in line)
     console.print(f"{sum(line['times'] for line in lines)} requests, {n_refused} of them refused")
+
+
+def _show_unmasked(kit: Path, *, as_json: bool) -> None:
+    from fedprllm.federation.site.site import work_folder
+    from fedprllm.federation.site.unmask_ledger import UnmaskLedger
+
+    sums = UnmaskLedger(work_folder(kit)).sums()
+    if as_json:
+        print(json.dumps([one._asdict() for one in sums], indent=1))
+        return
+    table = Table("model", "text", "sum of", "blocks", "participants", box=SIMPLE)
+    for one in sums:
+        blocks = f"{one.blocks[0]} to {one.blocks[-1]}" if len(one.blocks) > 1 else str(one.blocks[0])
+        names = escape(", ".join(one.participants)) + ("" if one.is_known else " (or fewer: not known)")
+        table.add_row(one.model[:8], one.text[:8], one.quantity, blocks, names)
+    console.print(table)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ _WORDS_PER_THREAD = 2**18
 # At place values below 2^4 a word may wait for its partner. A carry then reaches the higher planes only once
 # in 16 masks, and a mask costs about 6 operations instead of 2 per plane.
 _N_WAITING = 4
+_N_DIRECT = 2  # with up to this many planes, waiting saves nothing and takes memory
 _PLANES_SPLIT = 5  # up to this many planes, splitting 2^planes ways makes a histogram faster than counting
 _COUNTED_AT_ONCE = 2**18  # weights; their counts stay in the cache
 _SCORED_AT_ONCE = 2**24  # weights; bounds the memory for scores and keys
@@ -54,7 +56,7 @@ _ROWS_SUMMED_AT_ONCE = 255  # bits of one column; their sum fits in a byte
 class PackedVotes:
     """The number of votes to prune each of ``n_weights`` weights.
 
-    Takes ``ceil(log2(total + 1)) + 4`` bits per weight.
+    Takes ``ceil(log2(total + 1)) + 4`` bits per weight; for up to 3 votes without the 4.
 
     Attributes:
         n_weights: Number of weights voted on.
@@ -67,7 +69,7 @@ class PackedVotes:
         self.total = 0
         self._n_words = -(-n_weights // 64)
         self._planes: list[Words] = []
-        self._waiting = np.empty((_N_WAITING, self._n_words), np.uint64)
+        self._waiting: list[Words] = []
         # Masks added since the last settling: bit i is set if waiting[i] holds words of place value 2^i.
         self._n_since = 0
 
@@ -91,18 +93,24 @@ class PackedVotes:
         while len(self._planes) < self.total.bit_length():
             self._planes.append(np.zeros(self._n_words, np.uint64))
         places = [place for place in range(weight.bit_length()) if weight >> place & 1]
-        add = self._add_range if weight == 1 else partial(self._add_range_at, places)
+        waits = weight == 1 and len(self._planes) > _N_DIRECT
+        n_waiting = min((self._n_since + len(masks)).bit_length(), _N_WAITING) if waits else 0
+        while len(self._waiting) < n_waiting:
+            self._waiting.append(np.empty(self._n_words, np.uint64))
+        add = self._add_range if waits else partial(self._add_range_at, places)
         _in_threads(partial(add, masks), self._n_words, len(masks) * len(places))
-        self._n_since += len(masks) if weight == 1 else 0
+        self._n_since += len(masks) if waits else 0
 
     def planes(self) -> Integer[Tensor, "planes bytes"]:
         """The bit planes, lowest first, as uint8: ceil(n / 8) bytes each, packed like masks."""
+        planes = self.each_plane()
+        return torch.stack(planes) if planes else torch.empty(0, -(-self.n_weights // 8), dtype=torch.uint8)
+
+    def each_plane(self) -> list[Integer[Tensor, " bytes"]]:
+        """The rows of `planes`, which share memory with the votes."""
         self._settle()
         n_bytes = -(-self.n_weights // 8)
-        planes = np.empty((len(self._planes), n_bytes), np.uint8)
-        for stored, plane in zip(planes, self._planes, strict=True):
-            stored[:] = plane.view(np.uint8)[:n_bytes]
-        return torch.from_numpy(planes)
+        return [torch.from_numpy(plane.view(np.uint8)[:n_bytes]) for plane in self._planes]
 
     @classmethod
     def of_planes(cls, planes: Integer[Tensor, "planes bytes"], n_weights: int) -> PackedVotes:
@@ -116,18 +124,19 @@ class PackedVotes:
         return votes
 
     @classmethod
-    def of_counts(cls, counts: NDArray[np.uint64], total: int) -> PackedVotes:
+    def of_counts(cls, counts: NDArray[np.unsignedinteger[Any]], total: int) -> PackedVotes:
         """Pack votes that were counted elsewhere.
 
         Args:
-            counts: Votes for each weight, uint64 [n], none above ``total``.
+            counts: Votes for each weight, unsigned [n], none above ``total``.
             total: Votes cast.
         """
         votes = cls(len(counts))
         votes.total = total
         for place in range(total.bit_length()):
             words = np.zeros(votes._n_words, np.uint64)
-            bits = np.packbits((counts >> np.uint64(place)).astype(np.uint8) & 1, bitorder="little")
+            bit = (counts >> counts.dtype.type(place)).astype(np.uint8, copy=False) & 1
+            bits = np.packbits(bit, bitorder="little")
             words.view(np.uint8)[: len(bits)] = bits
             votes._planes.append(words)
         return votes
@@ -238,10 +247,10 @@ class PackedVotes:
         n_partners = min((~n_since & (n_since + 1)).bit_length() - 1, _N_WAITING)  # trailing ones
         for level in range(n_partners):
             output = outputs[level % 2]
-            _full_adder(self._planes[level][chunk], self._waiting[level, chunk], carry, output, scratch)
+            _full_adder(self._planes[level][chunk], self._waiting[level][chunk], carry, output, scratch)
             carry = output
         if n_partners < _N_WAITING:
-            self._waiting[n_partners, chunk] = carry
+            self._waiting[n_partners][chunk] = carry
         else:
             self._ripple(carry, n_partners, chunk, scratch)
 
@@ -264,10 +273,11 @@ class PackedVotes:
                 chunk = slice(first, first + size)
                 for level in range(_N_WAITING):
                     if self._n_since >> level & 1:
-                        self._ripple(self._waiting[level, chunk], level, chunk, scratch[:size])
+                        self._ripple(self._waiting[level][chunk], level, chunk, scratch[:size])
 
         _in_threads(settle, self._n_words, _N_WAITING)
         self._n_since = 0
+        self._waiting.clear()
 
     def _count(self, start: int, stop: int) -> NDArray[np.integer]:
         """Counts of the weights in ``[start, stop)``, from settled planes."""

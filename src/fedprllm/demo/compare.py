@@ -16,31 +16,38 @@ from typing import Any
 from torch import Tensor
 
 from fedprllm.api import PruneResult, prune
-from fedprllm.text.windows import evaluation_windows
 from fedprllm.config import PruneConfig
+from fedprllm.demo.speed import tokens_per_second
 from fedprllm.demo.texts import demo_texts
 from fedprllm.errors import ModelError, RunError
 from fedprllm.evaluation.perplexity import perplexities
-from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import read_sealed, write_sealed
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
+from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.progress import Progress, silent
+from fedprllm.text.windows import evaluation_windows
 
-__all__ = ["demo"]
+__all__ = ["demo", "demo_costs", "demo_model", "demo_summary"]
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WINDOW_LENGTH = 512
 _WINDOWS = 4
 _HELD_OUT_TOKENS = 2048
+# A fifth of the block parameters of SmolLM2-135M.
+_SMALLER = {"structure": "mlp=0.27", "sparsity": 0.0}
 # What the federated run is compared with. Only local-only makes a model for each participant.
 _WAYS: dict[str, dict[str, Any]] = {
     "local-only": {"strategy": "local-only"},
     "centralized": {"strategy": "centralized"},
     "local-only, gram": {"strategy": "local-only", "share": "gram"},
     "federated, gram": {"strategy": "iterative", "share": "gram"},
+    "local-only, smaller": {"strategy": "local-only", **_SMALLER},
+    "federated, smaller": {"strategy": "iterative", **_SMALLER},
 }
+_KEPT = "federated, smaller"  # a model that its reader may want to load
+_COSTS = "costs.json"
 
 
 def demo_model() -> Path:
@@ -91,19 +98,51 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
         measurements = out / f"{way}.json"
         if _known(measurements) is None:
             run = out / way
-            config = PruneConfig(**options, **choices)
+            config = PruneConfig(**{**options, **choices})
             result = prune(source, calibration, config, out=run, progress=progress)
             names = {f"{way}: {name}": folder for name, folder in result.model_dirs.items()}
             named = names if len(names) > 1 else {way: result.model_dir}
             _measured(measurements, named, held_out, progress)
-            shutil.rmtree(run)  # these models, half a gigabyte each, serve only the comparison
+            if way != _KEPT:
+                shutil.rmtree(run)  # these models, half a gigabyte each, serve only the comparison
         comparison |= _measured(measurements, {}, held_out, progress)
     config = PruneConfig(**options)
     result = prune(source, calibration, config, out=out / "federated", progress=progress)
     comparison |= _measured(out / "federated.json", {"federated": result.model_dir}, held_out, progress)
+    _weigh(out / _COSTS, {"dense": model, "sparse": result.model_dir, "smaller": out / _KEPT / "model"})
     record = result.record.model_copy(update={"comparison": comparison})
     write_sealed(result.out / "result.json", record.as_json())
     return PruneResult.load(result.out)
+
+
+def _weigh(file: Path, models: Mapping[str, Path]) -> None:
+    """Measure the size of the models' files in bytes, and the speed of those of different shapes."""
+    if _known(file) is None:
+        n_bytes = {
+            name: sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            for name, folder in models.items()
+        }
+        speed = tokens_per_second({name: models[name] for name in ("dense", "smaller")})
+        write_sealed(file, {"bytes": n_bytes, "tokens_per_second": speed})
+
+
+def demo_costs(out: Path) -> dict[str, tuple[str, str]]:
+    """Size of the file in MB and generated tokens per second, in words, by way of pruning.
+
+    Args:
+        out: The folder of a complete demo.
+    """
+    found = read_sealed(out / _COSTS)
+    sizes = {name: f"{n_bytes / 1e6:.0f}" for name, n_bytes in found["bytes"].items()}
+    speeds = {name: f"{speed:.1f}" for name, speed in found["tokens_per_second"].items()}
+    # Zeros are stored and multiplied like any other number.
+    sparse = sizes["sparse"], "as dense"
+    return {
+        "dense": (sizes["dense"], speeds["dense"]),
+        "masks: together": sparse,
+        "Gram: together": sparse,
+        "smaller: together": (sizes["smaller"], speeds["smaller"]),
+    }
 
 
 def _measured(
@@ -146,6 +185,8 @@ def demo_summary(comparison: Mapping[str, Sequence[Perplexity]]) -> dict[str, li
         "masks: all text in one place": table["centralized"],
         **_alone(table, texts, "local-only, gram", "Gram"),
         "Gram: together": table["federated, gram"],
+        **_alone(table, texts, "local-only, smaller", "smaller"),
+        "smaller: together": table["federated, smaller"],
     }
     return {name: [*values, sum(values) / len(values)] for name, values in rows.items()}
 

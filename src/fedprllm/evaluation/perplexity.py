@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from jaxtyping import Int
@@ -27,7 +28,15 @@ from fedprllm.text.documents import say_left_out
 from fedprllm.text.sources import Source, named_sources
 from fedprllm.text.windows import Bos, evaluation_windows
 
-__all__ = ["Perplexity", "evaluate", "perplexities", "window_length_for", "window_losses"]
+__all__ = [
+    "Perplexity",
+    "evaluate",
+    "losses_by_text",
+    "perplexities",
+    "perplexities_of",
+    "window_length_for",
+    "window_losses",
+]
 
 DEFAULT_WINDOW_LENGTH = 2048
 
@@ -99,13 +108,35 @@ def perplexities(
     Raises:
         ModelError: A loss is not finite.
     """
+    return perplexities_of(model, texts, losses_by_text(model, texts, progress, weights_of))
+
+
+def losses_by_text(
+    model: BlockwiseModel,
+    texts: Mapping[str, Sequence[Int[Tensor, " tokens"]]],
+    progress: Progress = silent,
+    weights_of: Callable[[Block], Weights] = lambda _: UNCHANGED,
+) -> dict[str, list[float]]:
+    """As `window_losses`, for several texts in one walk over the blocks."""
     windows = [window for text in texts.values() for window in text]
-    losses = window_losses(model, windows, progress, weights_of)
-    results, first = [], 0
+    losses = iter(window_losses(model, windows, progress, weights_of))
+    return {name: list(islice(losses, len(text))) for name, text in texts.items()}
+
+
+def perplexities_of(
+    model: BlockwiseModel,
+    texts: Mapping[str, Sequence[Int[Tensor, " tokens"]]],
+    losses: Mapping[str, Sequence[float]],
+) -> list[Perplexity]:
+    """The perplexities that follow from the losses of every text's windows.
+
+    Raises:
+        ModelError: A loss is not finite.
+    """
+    results = []
     for name, text in texts.items():
         n_tokens = sum(len(window) - 1 for window in text)
-        nll = math.fsum(losses[first : first + len(text)]) / n_tokens
-        first += len(text)
+        nll = math.fsum(losses[name]) / n_tokens
         if not math.isfinite(nll):
             raise ModelError(
                 f"the loss on '{name}' is {nll}: numbers beyond the range of {str(model.dtype)[6:]} arose on "

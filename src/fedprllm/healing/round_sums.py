@@ -70,6 +70,12 @@ class RoundSums:
         total = self.words[:-_N_FIGURES].to(torch.float64) * GRADIENTS.spacing
         return total / max(self.n_tokens, 1)
 
+    def n_too_large(self, n_windows: int) -> int:
+        """Number of entries of the gradient that are larger than those of so many windows can be."""
+        most = int(n_windows * GRADIENTS.limit / GRADIENTS.spacing)
+        low, high = self.words[:-_N_FIGURES] < -most, self.words[:-_N_FIGURES] > most
+        return int((low | high).sum())
+
     @property
     def n_tokens(self) -> int:
         """Number of predicted tokens behind the gradient."""

@@ -9,9 +9,14 @@ import torch
 
 from fedprllm.healing.config import HealConfig
 from fedprllm.healing.round_sums import RoundSums
-from fedprllm.pruning.secure_sums import SecureSession, terms_of
+from fedprllm.secure.in_process import Parties
+from fedprllm.secure.terms import Terms
 
 __all__ = ["SecureRounds"]
+
+
+def _name(number: int) -> str:
+    return f"round {number:04d}"
 
 
 class SecureRounds:
@@ -26,15 +31,12 @@ class SecureRounds:
     """
 
     def __init__(self, names: Sequence[str], config: HealConfig) -> None:
-        n_rounds = config.rounds + 1
-        samples = {name: range(n_rounds) for name in names}
-        about = {"heal": config.model_dump(mode="json")}
-        self._session = SecureSession(terms_of(samples, n_rounds, about))
+        rounds = {_name(number): list(names) for number in range(config.rounds + 1)}
+        self._parties = Parties(Terms(rounds, {"heal": config.model_dump(mode="json")}))
 
     def total(self, number: int, by_name: Mapping[str, RoundSums]) -> RoundSums:
         """What the server learns of a round: the sum over participants."""
-        name_of_sum = f"block {number:04d}"
         for name, sums in by_name.items():
-            self._session.hide(name_of_sum, name, sums.words.numpy().view(np.uint64))
-        words, _ = self._session.reveal(name_of_sum)
+            self._parties.add(_name(number), name, sums.words.numpy().view(np.uint64))
+        words = self._parties.total(_name(number))
         return RoundSums(torch.from_numpy(words.view(np.int64).copy()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from fedprllm.core.zeros import copy_pruned
+from fedprllm.models.tensor_file import Made, Writable
+from fedprllm.process import return_freed_memory
 
 if TYPE_CHECKING:
     from fedprllm.models.experts import UnfusedExperts
@@ -27,9 +30,11 @@ __all__ = [
     "Producer",
     "PrunedWeights",
     "Weights",
+    "return_freed_by",
 ]
 
 Hidden = Float[Tensor, "1 tokens hidden"]
+_LARGE = 2**28  # bytes of a block; below, what the C library keeps is little, and used again sooner
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +142,12 @@ class Linear:
         return matrix.T if self.transposed else matrix
 
 
+def return_freed_by(linears: Mapping[str, Linear]) -> None:
+    """Return to the system what the steps of a large block's walk have freed (docs/decisions/memory.md)."""
+    if sum(linear.n_weights * linear.dtype.itemsize for linear in linears.values()) >= _LARGE:
+        return_freed_memory()
+
+
 @dataclass
 class Block:
     """One decoder block with its weights in memory.
@@ -228,7 +239,7 @@ class Weights(Mapping[str, Tensor]):
         """What remains of a tensor of the block once its removed rows and columns are cut off."""
         return tensor
 
-    def remaining(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def remaining(self, tensors: Mapping[str, Tensor]) -> dict[str, Writable]:
         """The tensors of the block with these weights, as the pruned model stores them."""
         return {name: self.cut(name, self.get(name, tensor)) for name, tensor in tensors.items()}
 
@@ -271,6 +282,11 @@ class PrunedWeights(Weights):
         """Write a pruned weight to a tensor of the same shape, converting it to that tensor's precision."""
         mask = self._block.linears[name].stored(self._masks[name])
         copy_pruned(self._block.tensors[name], mask, target)
+
+    def remaining(self, tensors: Mapping[str, Tensor]) -> dict[str, Writable]:
+        """The tensors of the block with these weights, each pruned when it is written."""
+        pruned = {name: Made.like(tensors[name], partial(self.__getitem__, name)) for name in self}
+        return {**tensors, **pruned}
 
     def __getitem__(self, name: str) -> Tensor:
         pruned = torch.empty_like(self._block.tensors[name])

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from fedprllm.errors import ModelError
-from fedprllm.models.block import Block, Channels, Hidden, Linear
+from fedprllm.models.block import Block, Channels, Hidden, Linear, return_freed_by
 from fedprllm.models.channels import find_channels
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.experts import UnfusedExperts, reaching_all_experts
@@ -264,15 +264,17 @@ class BlockwiseModel:
     @contextmanager
     def block(self, index: int) -> Iterator[Block]:
         """Load one block, and release it when the ``with`` block ends."""
-        module = self._blocks[index]
-        loaded = self.checkpoint.load(self.names_in_block(index))
-        tensors = {name: t.to(self.device) for name, t in loaded.items()}
-        with self._materialized(tensors):
+        module, linears = self._blocks[index], self.linears[index]
+        return_freed_by(linears)
+        loaded = self.checkpoint.load(self.names_in_block(index)).items()
+        tensors = {name: t.to(self.device) for name, t in loaded}
+        del loaded
+        with self._materialized(tensors), ExitStack() as stack:
+            # A caller may still hold the block while it loads the next one.
+            stack.callback(tensors.clear)
             share = self.coverages[index]
-            notes = coverage_notes(module, self.linears[index], share)
-            yield Block(
-                index, self.linears[index], tensors, self._call_block, share, notes, self.experts[index]
-            )
+            notes = coverage_notes(module, linears, share)
+            yield Block(index, linears, tensors, self._call_block, share, notes, self.experts[index])
 
     def input_norms(self, index: int) -> dict[str, InputNorm]:
         """The normalizations of a block's inputs (see `fedprllm.models.norms.input_norms`).

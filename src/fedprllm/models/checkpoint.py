@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fedprllm.core.threads import in_threads
 from fedprllm.errors import ModelError
-from fedprllm.files import flush_file, read_json, save_tensors, write_json
+from fedprllm.files import flush_file, read_json, write_json
 from fedprllm.models.names import Stored, stored_tensors
 from fedprllm.models.side_files import side_files
+from fedprllm.models.tensor_file import Made, Writable, made, write_tensors
 
 __all__ = ["Checkpoint", "CheckpointWriter", "tensor_fingerprint"]
 
@@ -126,13 +127,22 @@ class Checkpoint:
         except SafetensorError as error:
             raise ModelError(f"{path} cannot be read: {error}. Delete it") from None
 
-    def load_unknown(self) -> dict[str, Tensor]:
-        """Load the tensors that the transformers model does not have, by their names in the files."""
-        tensors: dict[str, Tensor] = {}
-        for name in self.unknown:
-            with self._open(self._file_of[name]) as opened:
-                tensors[name] = opened.get_tensor(name).clone()
-        return tensors
+    def unread(self, names: Iterable[str]) -> dict[str, Writable]:
+        """Tensors under their names in the files, each read when it is written."""
+        return {key: self._unread(key) for key in dict.fromkeys(self._stored[name].key for name in names)}
+
+    def unread_unknown(self, keys: Iterable[str]) -> dict[str, Writable]:
+        """Some of the `unknown` tensors, each read when it is written."""
+        return {key: self._unread(key) for key in keys}
+
+    def _unread(self, key: str) -> Made:
+        return Made.like(self._mapped(key), lambda: self._mapped(key))
+
+    def _mapped(self, key: str) -> Tensor:
+        """A stored tensor whose entries are read when they are used."""
+        with self._open(self._file_of[key]) as opened:
+            tensor: Tensor = opened.get_tensor(key)
+            return tensor
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors have the same type, shape and bits; a few rows are in memory at a time."""
@@ -170,33 +180,35 @@ class Checkpoint:
                 found |= {name: opened.get_slice(stored.key)[:0].dtype for name, stored in wanted}
         return found
 
-    def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def as_stored(self, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
         """Tensors of the model under the names and in the form of the files.
+
+        Fused tensors are joined when they are written, one expert at a time.
 
         Args:
             tensors: Tensors by name; of a fused tensor, all parts of its first experts.
         """
-        n_experts: dict[str, int] = {}
-        for name in tensors:
-            stored = self._stored[name]
-            n_experts[stored.key] = max(n_experts.get(stored.key, 0), (stored.expert or 0) + 1)
-        found: dict[str, Tensor] = {}
+        found: dict[str, Writable] = {}
+        fused: dict[str, dict[int, list[tuple[Stored, Writable]]]] = {}
         for name, tensor in tensors.items():
             stored = self._stored[name]
             if stored.expert is None:
                 found[stored.key] = tensor
-                continue
-            if stored.key not in found:
-                found[stored.key] = torch.empty(
-                    [n_experts[stored.key], *self._shape(stored.key)[1:]], dtype=tensor.dtype
-                )
-            stored.view(found[stored.key]).copy_(tensor)
-        return found
+            else:
+                fused.setdefault(stored.key, {}).setdefault(stored.expert, []).append((stored, tensor))
+        return found | {key: self._joined(key, of_expert) for key, of_expert in fused.items()}
 
-    def _shape(self, key: str) -> list[int]:
-        opened: Any = self._open(self._file_of[key])
-        shape: list[int] = opened.get_slice(key).get_shape()
-        return shape
+    def _joined(self, key: str, of_expert: Mapping[int, Sequence[tuple[Stored, Writable]]]) -> Made:
+        """A fused tensor of the first experts."""
+        shape, dtype = self._mapped(key).shape[1:], of_expert[0][0][1].dtype
+
+        def expert(number: int) -> Tensor:
+            joined = torch.empty(shape, dtype=dtype)
+            for stored, tensor in of_expert[number]:
+                stored.part(joined).copy_(made(tensor))
+            return joined
+
+        return Made((len(of_expert), *shape), dtype, lambda: map(expert, range(len(of_expert))))
 
     @property
     def n_bytes(self) -> int:
@@ -271,7 +283,7 @@ class CheckpointWriter:
         number = 1 if block is None else self._number[block] + 2
         return self.folder / f"model-{number:05d}-of-{self.n_shards:05d}.safetensors"
 
-    def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, block: int, tensors: Mapping[str, Writable]) -> None:
         """Write a block's shard, given its tensors by their names in the transformers model."""
         self._save(block, self.source.as_stored(tensors))
 
@@ -283,10 +295,10 @@ class CheckpointWriter:
         number = self._number.get(int(found[2]))
         return None if number is None else f"{found[1]}{number}{found[3]}"
 
-    def _save(self, block: int | None, tensors: Mapping[str, Tensor]) -> None:
+    def _save(self, block: int | None, tensors: Mapping[str, Writable]) -> None:
         names = {name: self._renumbered(name) for name in tensors}
-        on_cpu = {new: tensors[name].cpu() for name, new in names.items() if new is not None}
-        save_tensors(self.shard_path(block), on_cpu, {"format": "pt"})
+        kept = {new: tensors[name] for name, new in names.items() if new is not None}
+        write_tensors(self.shard_path(block), kept, {"format": "pt"})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the blocks' tensors that have been written, by their names in the files."""
@@ -300,6 +312,7 @@ class CheckpointWriter:
         self,
         outside: Iterable[str],
         changed: Mapping[str, Any] = MappingProxyType({}),
+        left_out: Collection[str] = (),
         tensors: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Write everything outside the blocks, copy the files that belong to the model, write the index.
@@ -307,10 +320,13 @@ class CheckpointWriter:
         Args:
             outside: Names of the model's tensors outside all blocks.
             changed: Contents, as JSON values, of files that differ from the source's, by name.
+            left_out: Names, as the files have them, of tensors to leave out that the transformers model does
+                not have.
             tensors: Tensors outside the blocks that differ from the source's, by name.
         """
-        stored = self.source.as_stored(self.source.load(outside) | dict(tensors))
-        self._save(None, stored | self.source.load_unknown())
+        unknown = [name for name in self.source.unknown if name not in left_out]
+        stored = self.source.unread(outside) | self.source.as_stored(tensors)
+        self._save(None, stored | self.source.unread_unknown(unknown))
         for path in side_files(self.source.folder):
             (self.folder / path.parent).mkdir(exist_ok=True)
             if path.as_posix() in changed:

@@ -20,6 +20,7 @@ from fedprllm.files import read_json
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.experts import UnfusedExperts
+from fedprllm.models.further import further_layers, without_further_layers
 from fedprllm.models.smaller import Shapes, builds, entries_of, shapes_of, with_entry
 
 __all__ = ["Experts", "FewerExperts", "experts_of", "fewer_experts", "write_fewer_experts"]
@@ -139,7 +140,8 @@ def fewer_experts(model: BlockwiseModel, n_left: int) -> FewerExperts:
         ModelError: No entry of its ``config.json`` gives it so many experts.
     """
     experts = experts_of(model)
-    content: dict[str, Any] = read_json(model.folder / "config.json")
+    _refuse_unknown(model)
+    content = without_further_layers(model, read_json(model.folder / "config.json"))
     entries = [*entries_of(content), *entries_of(model.config.to_dict())]
     dense = shapes_of(model.skeleton)
     gone = tuple(
@@ -158,6 +160,21 @@ def fewer_experts(model: BlockwiseModel, n_left: int) -> FewerExperts:
         f"{n_left} instead of {experts.n_experts} experts and its router as many rows: use another model, or "
         "prune single weights"
     )
+
+
+def _refuse_unknown(model: BlockwiseModel) -> None:
+    """Refuse files with further experts: they would be as many as before.
+
+    Raises:
+        ModelError: They have.
+    """
+    left_out = set(further_layers(model))
+    further = [name for name in model.checkpoint.unknown if "expert" in name and name not in left_out]
+    if further:
+        raise ModelError(
+            f"{model.folder} holds experts that transformers does not load ('{further[0]}'), of which none "
+            "can be removed: expected experts in the blocks only; use another model, or prune single weights"
+        )
 
 
 def _routers(
@@ -211,7 +228,7 @@ def write_fewer_experts(folder: Path, model: BlockwiseModel, removed: Sequence[C
     for index, path in enumerate(experts.paths):
         with model.block(index) as block:
             writer.write(index, _without(block.tensors, path, kept[index], fewer.routers))
-    writer.finish(model.names_outside_blocks(), {"config.json": fewer.config})
+    writer.finish(model.names_outside_blocks(), {"config.json": fewer.config}, further_layers(model))
     # Runs the code of its blocks, which refuses some numbers of experts.
     BlockwiseModel(folder, str(model.dtype).removeprefix("torch."))
 

@@ -42,16 +42,12 @@ class Stored:
     interleaved: bool = False
     transposed: bool = False
 
-    def view(self, stored: Tensor) -> Tensor:
-        """The tensor as a view of the stored one."""
-        return stored if self.expert is None else self._part(stored[self.expert])
-
     def read(self, opened: Any) -> Tensor:
         """Read the tensor, and nothing else, from an open safetensors file."""
         if self.expert is None:
             tensor: Tensor = opened.get_tensor(self.key)
             return tensor
-        return self._part(opened.get_slice(self.key)[self.expert : self.expert + 1][0])
+        return self.part(opened.get_slice(self.key)[self.expert : self.expert + 1][0])
 
     def shape(self, stored: Sequence[int]) -> list[int]:
         """The tensor's shape, given that of the stored one."""
@@ -62,7 +58,8 @@ class Stored:
             shape.reverse()
         return [shape[0] // (1 if self.half is None else 2), *shape[1:]]
 
-    def _part(self, of_expert: Tensor) -> Tensor:
+    def part(self, of_expert: Tensor) -> Tensor:
+        """The tensor as a view of what is stored of its expert."""
         whole = of_expert.T if self.transposed and of_expert.ndim == 2 else of_expert
         if self.half is None:
             return whole

@@ -13,6 +13,7 @@ from fedprllm.errors import ModelError
 from fedprllm.files import read_json
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
+from fedprllm.models.further import further_layers, without_further_layers
 from fedprllm.models.guards import stored_prefix
 from fedprllm.models.smaller import Shapes, builds, entries_of, shapes_of, with_entry
 
@@ -41,7 +42,7 @@ def write_shorter(folder: Path, model: BlockwiseModel, dropped: Sequence[int]) -
     for index in kept:
         with model.block(index) as block:
             writer.write(index, block.tensors)
-    writer.finish(model.names_outside_blocks(), {"config.json": config})
+    writer.finish(model.names_outside_blocks(), {"config.json": config}, further_layers(model))
     _refuse_other_function(model, kept, folder)
 
 
@@ -58,7 +59,7 @@ def shorter_config(model: BlockwiseModel, kept: Sequence[int]) -> dict[str, Any]
     Raises:
         ModelError: There is no such entry.
     """
-    content: dict[str, Any] = read_json(model.folder / "config.json")
+    content = without_further_layers(model, read_json(model.folder / "config.json"))
     shapes = _shapes_without(model, kept)
     entries = list(entries_of(model.config.to_dict()))
     for path, value in entries:

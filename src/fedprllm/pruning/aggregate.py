@@ -16,7 +16,7 @@ from torch import Tensor
 from fedprllm.core.zeros import count_zeros
 from fedprllm.deciding import BlockDecision
 from fedprllm.errors import UpdateError
-from fedprllm.models.block import Block, Linear
+from fedprllm.models.block import Block, Linear, return_freed_by
 from fedprllm.models.norms import input_norms
 from fedprllm.pruning.agreement import Agreement
 from fedprllm.pruning.clock import Clock
@@ -94,6 +94,7 @@ class Aggregate(Generic[_Decided]):
                 coordinator refuses such updates before it adds anything up (`Ballots.outstanding`). Under
                 masks: the sum is none that honest participants can add up to.
         """
+        return_freed_by(self.block.linears)
         if self._secure is not None:
             self.totals = self._secure.totals(self.block, self.method)
         for name, reason in self._outstanding().items():
@@ -199,6 +200,7 @@ def decide_and_write(
         if announce is not None:
             announce(decision)
         decision.take_effect(aggregate.block)
+        return_freed_by(aggregate.block.linears)
     with clock.phase("write") if clock else nullcontext():
         if writer is not None:
             writer.write(aggregate.block.index, decision.weights.remaining(aggregate.block.tensors))

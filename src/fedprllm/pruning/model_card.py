@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import write_text
@@ -11,10 +13,9 @@ from fedprllm.pruning.records import Reduction, RunRecord
 
 __all__ = ["write_model_card"]
 
+_NAME = "README.md"
 _CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [pruned, {tag}, fedprllm]
+{header}
 ---
 # {title}
 
@@ -44,6 +45,13 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
 {saving}
+
+## Limits
+
+Pruning changes what a model does, and not evenly: what it rarely had to do suffers most. Before you use it,
+check what matters to you, for instance bias, refusals and languages other than those of the calibration
+text. {zeros_cost}
+
 Method: FedPrLLM (arXiv 2505.13547). Created with fedprllm {version}.
 """
 
@@ -52,6 +60,7 @@ _ZEROS = {
     "tag": "sparse",
     "unchanged": "Embedding and head are unchanged; pruned weights are exact zeros in a standard Hugging "
     "Face checkpoint.",
+    "zeros_cost": "Fine-tuning it as usual fills the zeros again.",
     "saving": "The zeros save memory and time only in software that exploits them (sparse kernels, sparse "
     "file formats).",
 }
@@ -59,25 +68,32 @@ _SMALLER = {
     "tag": "smaller",
     "unchanged": "Embedding and head are unchanged. It is a smaller dense model in a standard Hugging Face "
     "checkpoint.",
+    "zeros_cost": "It has the limits of the model it was made from.",
     "saving": "Whatever runs the dense model runs this one, faster and in less memory.",
 }
 
 
-def write_model_card(folder: Path, record: RunRecord) -> None:
+def write_model_card(folder: Path, record: RunRecord, dense: Path | None = None) -> None:
     """Write the model card, ``README.md``, into a pruned model's folder.
 
     Args:
         folder: The model's folder.
         record: The result of the run.
+        dense: Folder of the dense model, whose card says licence and language; by default, the card that the
+            pruned model has already.
     """
     config = record.config
     participants = record.participants.values()
     n, source = len(participants), _public_name(record.model.source)
     smaller = record.reduction
+    words = _ZEROS if smaller is None else _SMALLER
+    title = f"{Path(source).name}, " + (
+        f"{record.sparsity:.0%} sparse" if smaller is None else f"{smaller.of_blocks:.0%} smaller"
+    )
     text = _CARD.format(
-        **(_ZEROS if smaller is None else _SMALLER),
-        title=f"{Path(source).name}, "
-        + (f"{record.sparsity:.0%} sparse" if smaller is None else f"{smaller.of_blocks:.0%} smaller"),
+        **words,
+        header=_header(record, title, words["tag"], (folder if dense is None else dense) / _NAME),
+        title=title,
         source=source,
         outcome=f"pruned to {record.sparsity:.1%} zeros in the Linear layers of its decoder blocks"
         if smaller is None
@@ -99,7 +115,51 @@ def write_model_card(folder: Path, record: RunRecord) -> None:
         folder=folder.name,
         version=record.versions["fedprllm"],
     )
-    write_text(folder / "README.md", text)
+    write_text(folder / _NAME, text)
+
+
+def _header(record: RunRecord, title: str, tag: str, inherited: Path) -> str:
+    """The card's metadata in YAML, as model hubs read it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    from fedprllm.models.source import is_hub_id
+
+    source = record.model.source
+    measured = record.evaluation.get("model", [])
+    data = ModelCardData(
+        **_inherited(inherited),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", tag, "fedprllm"],
+        base_model=source if is_hub_id(source) and not Path(source).exists() else None,
+        model_name=title if measured else None,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=row.text,
+                metric_type="perplexity",
+                metric_value=round(row.perplexity, 4),
+            )
+            for row in measured
+            if math.isfinite(row.perplexity)
+        ]
+        or None,
+    )
+    text: str = data.to_yaml()
+    return text
+
+
+def _inherited(card: Path) -> dict[str, Any]:
+    """Licence and language that a model's card names; empty if it has none that can be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        known: Any = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except Exception:  # noqa: BLE001  whatever the libraries make of somebody's card
+        return {}
+    names = ("license", "license_name", "license_link", "language")
+    return {name: getattr(known, name) for name in names if getattr(known, name, None)}
 
 
 def _size(smaller: Reduction | None) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from fedprllm.config import PruneConfig
 from fedprllm.deciding.parts import lowest, n_removed
 from fedprllm.models.blockwise import BlockwiseModel
@@ -14,6 +12,7 @@ from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.fewer_experts import write_fewer_experts
 from fedprllm.models.shorter import write_shorter
 from fedprllm.models.smaller import write_rest
+from fedprllm.models.tensor_file import Writable
 from fedprllm.pruning.records import BlockRecord
 
 __all__ = ["ResultWriter", "dropped_blocks", "without_dropped"]
@@ -32,7 +31,7 @@ class ResultWriter:
         self._folder, self._model, self._config = folder, model, config
         self._writer = CheckpointWriter(folder, model.checkpoint, model.n_blocks)
 
-    def write(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, index: int, tensors: Mapping[str, Writable]) -> None:
         """Write a block, unless blocks or experts are removed at the end of the run."""
         if not {"depth", "experts"} & self._config.structures.keys():
             self._writer.write(index, tensors)

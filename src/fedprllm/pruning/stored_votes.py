@@ -13,14 +13,16 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
+import torch
 from jaxtyping import Integer
 from safetensors import safe_open
 from torch import Tensor
 
 from fedprllm.core.bitplanes import PackedVotes
 from fedprllm.errors import RunError
-from fedprllm.files import file_digest, save_tensors
+from fedprllm.files import file_digest
 from fedprllm.models.block import Linear
+from fedprllm.models.tensor_file import Made, write_tensors
 
 __all__ = ["StoredVotes", "save_votes"]
 
@@ -33,7 +35,13 @@ def save_votes(path: Path, votes: Mapping[str, PackedVotes], linears: Mapping[st
         for name in counted
     }
     if counted:
-        save_tensors(path, {name: packed.planes() for name, packed in counted.items()}, about)
+        write_tensors(path, {name: _planes(packed) for name, packed in counted.items()}, about)
+
+
+def _planes(votes: PackedVotes) -> Made:
+    """The planes of the votes on one matrix, which are not copied."""
+    planes = votes.each_plane()
+    return Made((len(planes), planes[0].numel() if planes else 0), torch.uint8, lambda: planes)
 
 
 class StoredVotes(Mapping[str, Tensor]):

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedprllm.core.masks import MaskViews
 from fedprllm.core.sums import ChangeStatistics, ExpertStatistics
 from fedprllm.deciding import BlockDecision, own_decision
-from fedprllm.models.block import UNCHANGED, Block, Weights
+from fedprllm.models.block import UNCHANGED, Block, Weights, return_freed_by
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.observe import BlockStatistics
 from fedprllm.pruning.clock import Clock
@@ -145,6 +145,7 @@ class Walker:
             weights: ``Contribution.weights``, or the server's weights if the participant follows the server;
                 with None, nothing is computed.
         """
+        return_freed_by(block.linears)
         if weights is not None and self.walks_on(block):
             with self.clock.phase("advance"):
                 self.participant.advance(block, weights)

@@ -29,6 +29,7 @@ from fedprllm.report.facts import (
     size,
     size_range,
 )
+from fedprllm.report.gain import gain
 from fedprllm.report.healing import healing_page
 from fedprllm.report.perplexity import compared, evaluated
 from fedprllm.report.pruning import agreement, ties, time, traffic, zeros
@@ -93,7 +94,7 @@ def _render(page: Page) -> str:
 
 def _pruning_page(result: PruneResult) -> Page:
     facts = Facts(result)
-    make = (setting, evaluated, compared, zeros, agreement, ties, traffic, time)
+    make = (setting, gain, evaluated, compared, zeros, agreement, ties, traffic, time)
     sections = [section for section in (one(facts) for one in make) if section is not None]
     return Page(f"{facts.model}: pruning report", _summary(facts), _tiles(facts), sections)
 

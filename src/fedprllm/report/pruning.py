@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import combinations
 from math import comb
 
 import numpy as np
 
-from fedprllm.pruning.records import type_of
+from fedprllm.pruning.records import BlockRecord, type_of
 from fedprllm.report import plots
 from fedprllm.report.facts import (
     Cell,
@@ -25,7 +26,7 @@ from fedprllm.report.facts import (
 )
 from fedprllm.sharing import SHARING
 
-__all__ = ["agreement", "ties", "time", "traffic", "zeros"]
+__all__ = ["agreement", "mean_agreement", "ties", "time", "traffic", "zeros"]
 
 # Sample size of `fedprllm.pruning.agreement` for each Linear.
 SAMPLE = 16_384
@@ -112,10 +113,16 @@ def agreement(facts: Facts) -> Section:
         why = "all text was pooled" if facts.strategy.pools_text else "there is only one participant"
         section.parts.append(f"Omitted: {why}, so there is only one mask.")
         return section
-    if not facts.blocks[0].agreement:
-        section.parts.append("Omitted: the participants share sums and make no masks of their own.")
-        return section
-    section.parts.extend([*_votes(facts), *_pairs(facts)])
+    if facts.blocks[0].agreement:
+        section.parts.extend([*_votes(facts), *_pairs(facts)])
+    elif facts.config.secure and facts.has_votes:
+        section.parts.extend([*_votes(facts), *_mean_of_pairs(facts)])
+    else:
+        section.parts.append(
+            "Omitted: votes were weighted by tokens under masks, so only their sums are known."
+            if facts.config.secure and facts.config.share in ("mask", "weights")
+            else "Omitted: the participants share sums and make no masks of their own."
+        )
     return section
 
 
@@ -200,6 +207,48 @@ def _pairs(facts: Facts) -> list[str | Plot]:
         ),
         Plot(curves, f"The same, averaged over all pairs, by block and type of Linear ({sampled})."),
     ]
+
+
+def _mean_of_pairs(facts: Facts) -> list[str | Plot]:
+    """What the sums of votes say about pairs: under masks (secure), nobody sees two participants' masks."""
+    by_type = {one: [mean_agreement(_histograms(r, one)) for r in facts.blocks] for one in facts.types}
+    mean = mean_agreement([one for record in facts.blocks for one in _histograms(record)])
+    chance = facts.pruned_share**2 + (1 - facts.pruned_share) ** 2
+    label = "Mean agreement by block and type of Linear. Means over blocks: " + ", ".join(
+        f"{path} {np.nanmean(values):.3f}" for path, values in by_type.items()
+    )
+    curves = plots.lines(by_type, label, ("block", "mean agreement"), (chance, "random masks"))
+    return [
+        f"On average, two participants agree on {percent(mean)} of the weights. Updates were added up under "
+        "masks (secure), so it is not known which ones agree more.",
+        Plot(curves, "Mean agreement over all pairs, counted from the votes, by block and type of Linear."),
+    ]
+
+
+def _histograms(record: BlockRecord, of_type: str | None = None) -> list[list[int]]:
+    """Vote histograms of a block's Linears."""
+    return [
+        linear.vote_histogram
+        for linear in record.linears.values()
+        if of_type in (None, linear.type) and linear.vote_histogram is not None
+    ]
+
+
+def mean_agreement(histograms: Sequence[Sequence[int]]) -> float:
+    """Share of weights that two participants treat alike, averaged over all pairs.
+
+    A weight with V of m votes is treated alike by ``V (V - 1) + (m - V) (m - V - 1)`` of ``m (m - 1)``
+    ordered pairs.
+
+    Args:
+        histograms: Number of weights by number of votes, m + 1 each.
+    """
+    alike = pairs = 0
+    for histogram in histograms:
+        m = len(histogram) - 1
+        alike += sum(n * (v * (v - 1) + (m - v) * (m - v - 1)) for v, n in enumerate(histogram))
+        pairs += sum(histogram) * m * (m - 1)
+    return alike / pairs if pairs else float("nan")
 
 
 def _mean_agreement(facts: Facts) -> tuple[np.ndarray, dict[str, list[float]]]:

@@ -13,6 +13,7 @@ against a malicious server, with signatures, on the complete graph of participan
 | `participant` | a participant's side |
 | `server` | the server's side |
 | `words` | votes as words |
+| `in_process` | all parties of a session in one process |
 
 This room knows neither models nor networks: names and words in, bytes and words out.
 """

@@ -37,6 +37,8 @@ __all__ = ["SESSION_BYTES", "SecureParticipant", "pair_key", "self_key", "statem
 
 SESSION_BYTES = 16
 
+_STEPS = ("advertise", "share", "receive")
+
 # The shares that one participant holds of another's secrets for a sum: of its mask key, and of its self seed.
 _Pair = tuple[bytes, bytes]
 
@@ -103,6 +105,7 @@ class SecureParticipant:
         self.name, self._identity, self._roster = name, identity, roster
         self._limits, self._journal = limits, journal
         self._members: list[str] = []
+        self._terms = Terms({})
         self._restore()
 
     def _restore(self) -> None:
@@ -115,6 +118,26 @@ class SecureParticipant:
             if entry is None:
                 return
             remember(entry)
+
+    @property
+    def terms(self) -> Terms:
+        """The terms of the session; empty before its keys were made."""
+        return self._terms
+
+    @property
+    def limit(self) -> int:
+        """The threshold of the session, once its keys were made."""
+        return self._limit
+
+    def check_order(self, step: str) -> None:
+        """Check that the step before this one was taken.
+
+        Raises:
+            SecureError: It was not.
+        """
+        before = _STEPS[_STEPS.index(step) - 1]
+        if self._journal.read(before) is None:
+            raise SecureError(f"the step '{step}' was asked for before '{before}'")
 
     # ---- 1: keys -------------------------------------------------------------------------------------
 
@@ -176,6 +199,7 @@ class SecureParticipant:
             SecureError: An advert is not from a participant of the roster, or was made for another session
                 or other terms; there are too few; or they were others before.
         """
+        self.check_order("share")
         question = keys.canonical({name: advert.hex() for name, advert in adverts.items()})
         if self._journal.read("share") is None:
             self._check_adverts(adverts)
@@ -259,6 +283,7 @@ class SecureParticipant:
             SecureError: A box is damaged or from nobody in the list, there are too few, or they were others
                 before.
         """
+        self.check_order("receive")
         question = keys.canonical({name: box.hex() for name, box in boxes.items()})
         for name in boxes:
             if name not in self._peers or name == self.name:
@@ -279,6 +304,11 @@ class SecureParticipant:
     def _remember_shares(self, opened: Mapping[str, dict[str, _Pair]], entry: Entry) -> None:
         self._held |= opened
         self._members = sorted([*json.loads(entry.question), self.name])
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether the boxes have been received."""
+        return bool(self._members)
 
     # ---- 4: the update -------------------------------------------------------------------------------
 
@@ -330,6 +360,20 @@ class SecureParticipant:
 
     # ---- 5 and 6: agreement, and shares of the masks ---------------------------------------------------
 
+    def check_survivors(self, survivors: Mapping[str, Collection[str]]) -> None:
+        """Check lists of survivors before anything is signed or remembered.
+
+        Raises:
+            SecureError: A list has too few names or others than contributors, or there is no list.
+        """
+        if not survivors:
+            raise SecureError("a list of no sums cannot be agreed on")
+        for name, names in survivors.items():
+            if len(set(names)) != len(names) or not set(names) <= set(self._contributors(name)):
+                raise SecureError(f"the survivors of '{name}' are not among its contributors")
+            if len(names) < self._least:
+                raise SecureError(f"'{name}': a sum of {len(names)} updates, expected at least {self._least}")
+
     def agree(self, survivors: Mapping[str, Collection[str]], decisions: bytes = b"") -> bytes:
         """Sign whose updates have arrived, once for every sum.
 
@@ -338,19 +382,13 @@ class SecureParticipant:
             decisions: Digest of all decisions so far, if participants follow them.
 
         Raises:
-            SecureError: A list has too few names or others than contributors, or was another before.
+            SecureError: `check_survivors` refuses them, or a list was another before.
         """
-        for name, names in survivors.items():
-            if len(set(names)) != len(names) or not set(names) <= set(self._contributors(name)):
-                raise SecureError(f"the survivors of '{name}' are not among its contributors")
-            if len(names) < self._least:
-                raise SecureError(f"'{name}': a sum of {len(names)} updates, expected at least {self._least}")
+        self.check_survivors(survivors)
         question = self._statement(survivors, decisions)
         entry = Entry(b"", b"")
         for name in sorted(survivors):
             entry = once(self._journal, f"agree {name}", question, lambda: (self._signature(question), b""))
-        if not survivors:
-            raise SecureError("a list of no sums cannot be agreed on")
         return entry.answer
 
     def _signature(self, said: bytes) -> bytes:
@@ -377,9 +415,9 @@ class SecureParticipant:
         Raises:
             SecureError: This participant has not signed these survivors, or too few others have.
         """
-        said = self._statement(survivors, decisions)
-        for name in survivors:
-            entry = self._journal.read(f"agree {name}")
+        signed = {name: self._journal.read(f"agree {name}") for name in survivors}
+        said = self._statement(survivors, decisions) if self.has_shares else b""
+        for name, entry in signed.items():
             if entry is None or entry.question != said:
                 raise SecureError(f"'{name}': this participant has not agreed to these survivors")
         if len(signatures) < self._limit:

@@ -14,19 +14,9 @@ from fedprllm.secure.words import Words
 
 __all__ = ["apply_streams"]
 
-_CHUNK = 2**17  # words: 1 MiB, which stays in the cache for all streams
-_ZEROS = bytes(8 * _CHUNK)
-
-
-class _Stream:
-    def __init__(self, key: bytes) -> None:
-        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-        self._buffer = bytearray(8 * _CHUNK)
-
-    def words(self, n: int) -> Words:
-        """The next n words, little-endian; valid until the next call."""
-        self._cipher.update_into(memoryview(_ZEROS)[: 8 * n], self._buffer)
-        return np.frombuffer(self._buffer, "<u8", n)
+# Words at a time: 128 KiB. A part of the update and the one buffer for all streams stay in the cache.
+_CHUNK = 2**14
+_ZEROS = memoryview(bytes(8 * _CHUNK))
 
 
 def apply_streams(words: Words, keys: Iterable[tuple[bytes, bool]]) -> None:
@@ -36,8 +26,14 @@ def apply_streams(words: Words, keys: Iterable[tuple[bytes, bool]]) -> None:
         words: The words, uint64 [n].
         keys: Keys of 32 bytes, each with whether its stream is added.
     """
-    streams = [(_Stream(key), added) for key, added in keys]
+    streams = [
+        (Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor(), np.add if added else np.subtract)
+        for key, added in keys
+    ]
+    buffer = bytearray(8 * min(len(words), _CHUNK))
     for start in range(0, len(words), _CHUNK):
         part = words[start : start + _CHUNK]
-        for stream, added in streams:
-            (np.add if added else np.subtract)(part, stream.words(len(part)), out=part)
+        stream = np.frombuffer(buffer, "<u8", len(part))
+        for cipher, add in streams:
+            cipher.update_into(_ZEROS[: part.nbytes], buffer)
+            add(part, stream, out=part)

@@ -7,12 +7,15 @@ of the sums as long as no count needs more than ``b`` bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Words", "n_words", "pack_counts", "unpack_counts"]
+__all__ = ["Counts", "Words", "n_words", "pack_counts", "unpack_counts"]
 
 Words = NDArray[np.uint64]
+Counts = NDArray[np.unsignedinteger[Any]]
 
 _WORD_BITS = 64
 
@@ -37,10 +40,11 @@ def pack_counts(counts: NDArray[np.generic], bits: int) -> Words:
     return words
 
 
-def unpack_counts(words: Words, bits: int, n: int) -> NDArray[np.uint64]:
-    """Reverse `pack_counts` for n counts."""
-    lowest = np.uint64(2**bits - 1)
-    counts = np.concatenate(
-        [(words >> np.uint64(place * bits)) & lowest for place in range(_WORD_BITS // bits)]
-    )
-    return counts[:n]
+def unpack_counts(words: Words, bits: int, n: int) -> Counts:
+    """Reverse `pack_counts` for n counts; they come in the smallest type that holds ``bits`` bits."""
+    size, lowest = len(words), np.uint64(2**bits - 1)
+    counts: Counts = np.empty(n, np.min_scalar_type(2**bits - 1))
+    for place in range(_WORD_BITS // bits):
+        part = counts[place * size : (place + 1) * size]
+        part[:] = (words[: len(part)] >> np.uint64(place * bits)) & lowest
+    return counts

@@ -76,6 +76,11 @@ class Layout:
         return {name: votes.n_weights for name, votes in sorted(self.empty.votes.items())}
 
     @property
+    def names(self) -> list[str]:
+        """Names of the tensors of an update that become words."""
+        return [*self._votes, *self._exact]
+
+    @property
     def n_words(self) -> int:
         """Length of an update in words."""
         votes = sum(n_words(n, self._bits) for n in self._votes.values())
@@ -129,7 +134,8 @@ class Layout:
                     f"'{name}': a weight has {int(counts.max())} votes of {votes_cast}: a participant has "
                     "cast more than its own"
                 )
-            votes[name] = PackedVotes.of_counts(counts * np.uint64(unit), votes_cast * unit)
+            scaled = counts if unit == 1 else counts * np.uint64(unit)
+            votes[name] = PackedVotes.of_counts(scaled, votes_cast * unit)
             start = stop
         sums = {}
         for name, total in self._exact.items():

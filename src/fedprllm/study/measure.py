@@ -16,8 +16,8 @@ from torch import Tensor
 from fedprllm.api import prune
 from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.zeros import count_zeros
-from fedprllm.evaluation.perplexity import Perplexity, perplexities
-from fedprllm.models.block import Block, PrunedWeights, Weights
+from fedprllm.evaluation.perplexity import Perplexity, losses_by_text, perplexities, perplexities_of
+from fedprllm.models.block import UNCHANGED, Block, PrunedWeights, Weights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.progress import Progress
 from fedprllm.pruning.aggregate import Aggregate
@@ -101,10 +101,9 @@ class Lab:
             out=folder,
             progress=_forwarded(advance, "pruning", each),
         )
-        models = {}
+        measured = _Measured(texts, advance)
         for name, model_dir in list(result.model_dirs.items())[:n_models]:
-            pruned = BlockwiseModel(model_dir, cell.config.dtype, cell.config.device)
-            models[name] = perplexities(pruned, texts, _forwarded(advance))
+            measured.add(name, BlockwiseModel(model_dir, cell.config.dtype, cell.config.device))
         run = result.record
         linears = [linear for _, linear in run.linears()]
         shutil.rmtree(folder)
@@ -114,7 +113,8 @@ class Lab:
             # The bytes actually sent: a participant may not prune every block.
             run.update_bytes_per_block,
             made="run",
-            models=models,
+            models=measured.models,
+            window_losses=measured.losses,
             n_zeros=run.n_zeros,
             n_pruned=sum(linear.n_pruned for linear in linears),
             n_ties=sum(linear.n_ties for linear in linears),
@@ -135,10 +135,11 @@ class Lab:
         }
         counts: Counter[str] = Counter()
         voted: Counter[int] = Counter()
+        measured = _Measured(texts, advance)
         if strategy.server_votes:
             agreement = _MeanAgreement()
             decide = self._server(cell, walking, walks, counts, voted, agreement)
-            models = {"model": perplexities(self._model, texts, _forwarded(advance), decide)}
+            measured.add("model", self._model, decide)
             shapes = [SHARING[cell.config.share].shapes(linears) for linears in self._model.linears]
             sent = [update_bytes(block) for block in shapes]
             extra = {
@@ -146,13 +147,22 @@ class Lab:
                 "agreement": agreement.mean(),
             }
         else:
-            models, extra, sent = {}, {}, [0]
+            extra, sent = {}, [0]
             for name, walk in walks.items():
                 decide = self._own(cell, walk, counts)
-                models[name] = perplexities(self._model, texts, _forwarded(advance), decide)
+                measured.add(name, self._model, decide)
             counts = Counter({key: value // len(walks) for key, value in counts.items()})
             counts["n_ties"] = sum(walk.record.n_ties for walk in walks.values()) // len(walks)
-        return self._record(cell, participants, sent, made="derived", models=models, **counts, **extra)
+        return self._record(
+            cell,
+            participants,
+            sent,
+            made="derived",
+            models=measured.models,
+            window_losses=measured.losses,
+            **counts,
+            **extra,
+        )
 
     def _server(
         self,
@@ -202,6 +212,23 @@ class Lab:
             return weights
 
         return decide
+
+
+class _Measured:
+    """Losses of the models of a cell on the same texts."""
+
+    def __init__(self, texts: Texts, advance: Advance) -> None:
+        self._texts, self._advance = texts, advance
+        self.models: dict[str, list[Perplexity]] = {}
+        self.losses: dict[str, dict[str, list[float]]] = {}
+
+    def add(
+        self, name: str, model: BlockwiseModel, weights_of: Callable[[Block], Weights] = lambda _: UNCHANGED
+    ) -> None:
+        """Measure a model; `weights_of` is that of `fedprllm.evaluation.perplexity.perplexities`."""
+        losses = losses_by_text(model, self._texts, _forwarded(self._advance), weights_of)
+        self.models[name] = perplexities_of(model, self._texts, losses)
+        self.losses[name] = losses
 
 
 class _MeanAgreement:

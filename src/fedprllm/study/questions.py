@@ -77,6 +77,14 @@ class StudyConfig(Settings):
         tuple[Annotated[int, Field(ge=1)], ...],
         Field(min_length=1, description="windows per participant"),
     ] = (2,)
+    ways: Annotated[
+        tuple[Literal["mask", "structure", "6:8", "gram"], ...],
+        Field(min_length=1, description="ways to prune in question no-sharing"),
+    ] = ("mask", "structure", "6:8", "gram")
+    against: Annotated[
+        tuple[Literal["public", "generated", "random", "with-public"], ...],
+        Field(min_length=1, description="text to compare with in question no-sharing"),
+    ] = (*STRANGERS, "with-public")
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...],
         Field(min_length=1, description="every cell is measured once per seed"),
@@ -151,7 +159,7 @@ class Question:
         paper: What the paper finds, or that it does not ask the question.
         grids: Function that makes the grids from the study's lists of values.
         pairs: Comparisons that answer the question, ``(axis, value, other value)`` with all else equal.
-        by: Axis for each of whose values the comparisons are made separately.
+        by: Axes for each of whose values the comparisons are made separately.
         needs_public: Whether it compares with public text.
     """
 
@@ -159,7 +167,7 @@ class Question:
     paper: str
     grids: Any
     pairs: tuple[tuple[str, Any, Any], ...] = ()
-    by: str = ""
+    by: tuple[str, ...] = ()
     needs_public: bool = False
 
 
@@ -169,17 +177,17 @@ def _domains(**values: Sequence[Any]) -> _Values:
 
 def _no_sharing(study: StudyConfig) -> list[_Values]:
     """Together, alone, and with text that nobody has to share, for each of several ways to prune."""
-    ways: list[_Values] = [
-        {"sparsity": study.sparsity, "share": ["mask"], "strategy": ["one-shot"]},
-        {"sparsity": study.sparsity, "share": ["gram"], "strategy": ["iterative"]},
-        {"pattern": ["6:8"], "share": ["gram"], "strategy": ["iterative"]},
-        {"structure": ["mlp=0.2"], "strategy": ["iterative"]},
-    ]
+    ways: dict[str, _Values] = {
+        "mask": {"sparsity": study.sparsity, "share": ["mask"], "strategy": ["one-shot"]},
+        "structure": {"structure": ["mlp=0.2"], "strategy": ["iterative"]},
+        "6:8": {"pattern": ["6:8"], "share": ["gram"], "strategy": ["iterative"]},
+        "gram": {"sparsity": study.sparsity, "share": ["gram"], "strategy": ["iterative"]},
+    }
     return [
         grid
-        for way in ways
+        for way in (ways[name] for name in study.ways)
         for grid in (
-            {**way, "partition": list(BY_DOMAIN)},
+            {**way, "partition": ["domain", *study.against]},
             _domains(**{**way, "strategy": ["local-only"]}),
         )
     ]
@@ -192,7 +200,7 @@ QUESTIONS: dict[str, Question] = {
         "no one anything; each is used in the amount that all participants have together.",
         _no_sharing,
         tuple(("partition", other, "domain") for other in (*STRANGERS, "with-public")),
-        "share",
+        ("structure", "share", "pattern", "sparsity"),
         needs_public=True,
     ),
     "methods": Question(
@@ -200,7 +208,7 @@ QUESTIONS: dict[str, Question] = {
         "Finding 4: pruning together beats pruning alone and comes close to pooled text.",
         lambda s: [{"sparsity": s.sparsity, "strategy": ["one-shot", "local-only", "centralized"]}],
         (("strategy", "local-only", "one-shot"), ("strategy", "centralized", "one-shot")),
-        "sparsity",
+        ("sparsity",),
     ),
     "groups": Question(
         "Comparison groups",
@@ -211,7 +219,7 @@ QUESTIONS: dict[str, Question] = {
             {"local_group": ["row", "layer", "column"], "server_group": ["layer", "row", "column"]},
         ],
         (("server_group", "layer", "row"), ("server_group", "layer", "column")),
-        "local_group",
+        ("local_group",),
     ),
     "ties": Question(
         "Tie rule",
@@ -221,21 +229,21 @@ QUESTIONS: dict[str, Question] = {
             {"sparsity": s.sparsity, "server_ties": list(_TIES)},
         ],
         (("server_ties", "index", "random"), ("server_ties", "index", "magnitude")),
-        "server_group",
+        ("server_group",),
     ),
     "scaling": Question(
         "Scaling the kept weights by the votes",
         "Finding 2: weight scaling hurts.",
         lambda s: [{"sparsity": s.sparsity, "scale_weights": [False, True]}],
         (("scale_weights", False, True),),
-        "sparsity",
+        ("sparsity",),
     ),
     "rounds": Question(
         "One round, or one round per block",
         "Finding 3: iterative is no better than one-shot.",
         lambda s: [{"sparsity": s.sparsity, "strategy": ["one-shot", "iterative"]}],
         (("strategy", "one-shot", "iterative"),),
-        "sparsity",
+        ("sparsity",),
     ),
     "participants": Question(
         "Number of participants",
@@ -244,7 +252,7 @@ QUESTIONS: dict[str, Question] = {
             {"strategy": ["one-shot", "local-only", "centralized"], "participants": s.participants},
         ],
         (("strategy", "local-only", "one-shot"), ("strategy", "centralized", "one-shot")),
-        "participants",
+        ("participants",),
     ),
     "windows": Question(
         "Amount of text per participant",
@@ -275,7 +283,7 @@ QUESTIONS: dict[str, Question] = {
         "Not asked in the paper; OWL's paper finds that it matters more than the criterion at high sparsity.",
         lambda s: [{"sparsity": s.sparsity, "allocation": ["uniform", "owl"]}],
         (("allocation", "uniform", "owl"),),
-        "sparsity",
+        ("sparsity",),
     ),
     "domains": Question(
         "Participants with different text",

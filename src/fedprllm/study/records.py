@@ -32,6 +32,8 @@ class CellRecord(Record):
         pruned_by_votes: Number of pruned weights by number of votes; None if unknown.
         agreement: Share of equal mask entries, [participant, participant]; None if unknown.
         seconds: Time spent measuring the cell, in seconds.
+        window_losses: Negative log-likelihood of each window in nats, by model and text; None if an earlier
+            version measured the cell.
     """
 
     setting: dict[str, Any]
@@ -50,6 +52,7 @@ class CellRecord(Record):
     pruned_by_votes: list[int] | None = None
     agreement: list[list[float]] | None = None
     seconds: float = 0.0
+    window_losses: dict[str, dict[str, list[float]]] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The record as JSON values; a field that is None because nothing was counted stays."""

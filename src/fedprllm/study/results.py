@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from fedprllm.config import PruneConfig
 from fedprllm.evaluation.results import Perplexity
+from fedprllm.study.intervals import interval
 from fedprllm.study.questions import QUESTIONS, Cell, StudyConfig
 from fedprllm.study.records import CellRecord, StudiedModel
 
@@ -26,6 +31,7 @@ __all__ = [
 ]
 
 Measured = tuple[Cell, CellRecord]
+Whose = Literal["any", "own", "others"]
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,18 @@ def _word(axis: str, value: Any) -> str:
     return short.get(axis, axis.replace("_", " ") + " {}").format(value)
 
 
+def _is_implied(config: PruneConfig, axis: str) -> bool:
+    """Whether other options of the cell say the value of an axis."""
+    has_pattern, has_structure = config.n_m is not None, config.structure is not None
+    implied = {
+        "structure": not has_structure,
+        "share": has_structure,
+        "pattern": not has_pattern,
+        "sparsity": has_pattern or has_structure,
+    }
+    return implied.get(axis, False)
+
+
 def _order(cells: Sequence[Cell]) -> Callable[[Measured], list[int]]:
     """A sort key that orders cells axis by axis, and the values of an axis as they first appear."""
     seen: dict[str, dict[str, int]] = {}
@@ -175,12 +193,15 @@ class Difference:
         base: Value of the axis to compare with.
         other: Value of the axis to compare.
         values: ``nll(other) - nll(base)`` for each pair, in nats per token.
+        interval: Ends of the 95 % interval of their mean (`fedprllm.study.intervals`); None if the losses of
+            single windows are unknown.
     """
 
     axis: str
     base: Any
     other: Any
     values: tuple[float, ...]
+    interval: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         worse = sum(value > 0 for value in self.values)
@@ -189,32 +210,101 @@ class Difference:
         spread = f", from {min(self.values):+.4f} to {max(self.values):+.4f}" if len(self.values) > 1 else ""
         return (
             f"{other} versus {base}: {mean(self.values):+.4f} nats per token{spread} (perplexity times "
-            f"{_ratio(ratio)}); worse in {worse} of {len(self.values)} pairs."
+            f"{_ratio(ratio)}{self._ends()}); worse in {worse} of {len(self.values)} pairs."
         )
+
+    def _ends(self) -> str:
+        if self.interval is None:
+            return ""
+        low, high = (math.exp(min(end, 700)) for end in self.interval)
+        return f", 95 % interval {_ratio(low)} to {_ratio(high)}"
 
 
 def _ratio(ratio: float) -> str:
     return f"{ratio:,.3f}" if ratio >= 0.01 else f"{ratio:.1e}"
 
 
-def paired(cells: Sequence[Measured], axis: str, base: Any, other: Any) -> Difference | None:
-    """Compare two values of an axis over all pairs of cells that agree in everything else."""
-    found: dict[str, dict[Any, dict[str, float]]] = {}
+def paired(
+    cells: Sequence[Measured], axis: str, base: Any, other: Any, whose: Whose = "any"
+) -> Difference | None:
+    """Compare two values of an axis over all pairs of cells that agree in everything else.
+
+    Args:
+        cells: The cells.
+        axis: The axis.
+        base: Value to compare with.
+        other: Value to compare.
+        whose: Of models that participants make alone, which to measure on a text: the one made with such text
+            alone (``own``), the ``others``, or ``any``, which means all.
+    """
+    found: dict[str, dict[Any, dict[str, _Loss]]] = {}
     for cell, record in cells:
-        rest = {name: value for name, value in cell.setting.items() if name != axis}
+        # How text is distributed also says among how many.
+        varied = (axis, "participants") if axis == "partition" else (axis,)
+        rest = {name: value for name, value in cell.setting.items() if name not in varied}
         value = _meant(cell, axis)
-        losses = {
-            text: mean(row.nll for rows in record.models.values() for row in rows if row.text == text)
-            for text in texts_of([(cell, record)])
-        }
+        losses = {text: _Loss.of(record, text, whose) for text in texts_of([(cell, record)])}
         found.setdefault(json.dumps([rest, cell.config.seed], sort_keys=True), {})[value] = losses
-    values = [
-        pair[other][text] - pair[base][text]
-        for pair in found.values()
-        if base in pair and other in pair
-        for text in pair[base]
+    pairs = [(pair[base], pair[other]) for pair in found.values() if base in pair and other in pair]
+    values = [after[text].nll - before[text].nll for before, after in pairs for text in before]
+    return Difference(axis, base, other, tuple(values), _interval(pairs)) if values else None
+
+
+def _models_for(record: CellRecord, text: str, whose: Whose) -> list[str]:
+    """The models to measure on a text: the one pruned with such text alone, or the others, or all."""
+    names = list(record.models)
+    if whose == "any" or text not in names:
+        return names
+    return [text] if whose == "own" else [name for name in names if name != text]
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """Losses on a text, averaged over the models of a cell.
+
+    Attributes:
+        nll: Mean over tokens, in nats.
+        by_window: The same for each window; None if unknown.
+    """
+
+    nll: float
+    by_window: Tensor | None
+
+    @classmethod
+    def of(cls, record: CellRecord, text: str, whose: Whose) -> _Loss:
+        models = _models_for(record, text, whose)
+        rows = [row for name in models for row in record.models[name] if row.text == text]
+        kept = record.window_losses
+        if kept is None:
+            return cls(mean(row.nll for row in rows), None)
+        # All windows of a text are equally long.
+        each = torch.tensor([kept[name][text] for name in models], dtype=torch.float64).mean(dim=0)
+        return cls(mean(row.nll for row in rows), each * len(each) / rows[0].n_tokens)
+
+
+def _together_or_alone(cells: Sequence[Measured]) -> list[str]:
+    """What participants with text of their own kinds gain on it, and on the others', by pruning together."""
+    of_domains = [(cell, record) for cell, record in cells if cell.partition == "domain"]
+    whose: dict[str, Whose] = {"a participant's own text": "own", "the others' text": "others"}
+    found = [
+        (words, paired(of_domains, "strategy", "local-only", together, which))
+        for words, which in whose.items()
+        for together in ("iterative", "one-shot")
     ]
-    return Difference(axis, base, other, tuple(values)) if values else None
+    return [f"on {words}, {difference}" for words, difference in found if difference is not None]
+
+
+def _interval(pairs: Sequence[tuple[Mapping[str, _Loss], Mapping[str, _Loss]]]) -> tuple[float, float] | None:
+    """The interval of the mean difference; a window counts with all of its pairs at once."""
+    by_text: dict[str, list[Tensor]] = {}
+    for before, after in pairs:
+        for text in before:
+            first, second = before[text].by_window, after[text].by_window
+            if first is None or second is None:
+                return None
+            by_text.setdefault(text, []).append(second - first)
+    means = [torch.stack(each).mean(dim=0) for each in by_text.values()]
+    return interval(means, [torch.ones_like(each) for each in means], "study") if means else None
 
 
 def closed_gap(cells: Sequence[Measured]) -> float | None:
@@ -256,13 +346,16 @@ def answers(results: Results, question: str) -> list[str]:
         return []
     parts: dict[str, list[Measured]] = {}
     for cell, record in cells:
-        where = _word(known.by, _meant(cell, known.by)) if known.by else ""
+        where = ", ".join(
+            _word(axis, _meant(cell, axis)) for axis in known.by if not _is_implied(cell.config, axis)
+        )
         parts.setdefault(where, []).append((cell, record))
     sentences = []
     for name, part in parts.items():
         differences = [paired(part, *pair) for pair in known.pairs]
         where = f"At {name}: " if len(parts) > 1 else ""
         sentences += [where + str(difference) for difference in differences if difference is not None]
+        sentences += [where + sentence for sentence in _together_or_alone(part)]
         gap = closed_gap(part)
         if gap is not None:
             closes = (

@@ -2,8 +2,7 @@
 
 Three models are pruned alike: with public text, with public text and the participant's own, half and half,
 and with its own text alone. All are measured on a part of its own text that none of them has seen. The
-windows of that part are the sample: the interval comes from resampling them (bootstrap; Efron & Tibshirani
-1993), paired, because all models are measured on the same windows.
+windows of that part are the sample from which the interval comes (`fedprllm.study.intervals`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from fedprllm.api import prune
 from fedprllm.config import PruneConfig
-from fedprllm.core.ties import generator
 from fedprllm.errors import DataError
 from fedprllm.evaluation.perplexity import window_losses
 from fedprllm.models.blockwise import BlockwiseModel
@@ -28,12 +26,11 @@ from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.progress import Progress, silent
 from fedprllm.pruning.inputs import make_participants
 from fedprllm.study.data import split
+from fedprllm.study.intervals import interval
 from fedprllm.text.windows import evaluation_windows
 
 __all__ = ["Gain", "Worth", "worth_it"]
 
-_N_RESAMPLES = 4000
-_LEVEL = 0.95
 _FEWEST_WINDOWS = 4
 
 
@@ -169,8 +166,6 @@ def _texts(
 
 def _gain(before: Tensor, after: Tensor, sizes: Tensor) -> Gain:
     """How far the perplexity falls from one model to the other, with the interval over the windows."""
-    draw = torch.randint(len(sizes), (_N_RESAMPLES, len(sizes)), generator=generator("worth it"))
-    falls = (before - after)[draw].sum(dim=1) / sizes[draw].sum(dim=1)
-    ends = torch.quantile(falls, torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64))
-    value = (before - after).sum() / sizes.sum()
-    return Gain(*(-math.expm1(-float(each)) for each in (value, *ends)))
+    value = float((before - after).sum() / sizes.sum())
+    ends = interval([before - after], [sizes], "worth it")
+    return Gain(*(-math.expm1(-each) for each in (value, *ends)))

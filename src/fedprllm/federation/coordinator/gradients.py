@@ -19,7 +19,7 @@ from fedprllm.healing.bounds import outstanding_gradients
 from fedprllm.healing.config import HealConfig
 from fedprllm.healing.participant import MOST_HELD_OUT
 from fedprllm.healing.records import RoundRecord
-from fedprllm.healing.round_sums import RoundSums
+from fedprllm.healing.round_sums import GRADIENTS, RoundSums
 from fedprllm.healing.run_folder import HealingRun
 from fedprllm.healing.server import HealingServer, end_round
 
@@ -116,6 +116,11 @@ class Gradients:
             raise UpdateError(
                 f"{whose} sums gradients over {sums.n_tokens} tokens in round {number}: expected "
                 f"{n_train * per_window}"
+            )
+        if sums.n_too_large(n_train):
+            raise UpdateError(
+                f"{whose} has a gradient larger than that of {n_train} windows in round {number}: expected "
+                f"numbers below {GRADIENTS.limit:.3g} for each window"
             )
         losses = (sums.loss, sums.n_tokens), (sums.held_out_loss, sums.n_held_out)
         for loss, n_tokens in losses:

@@ -351,7 +351,7 @@ def _finish(
             "files": run.model_files({"model": run.model_dir().name}),
         }
     )
-    write_model_card(run.model_dir(), record)
+    write_model_card(run.model_dir(), record, model.folder)
     return record
 
 

@@ -1,4 +1,7 @@
-"""The coordinator's decision about a block, as bytes: one bit per weight whenever that is sufficient."""
+"""The coordinator's decision about a block, as bytes: one bit per weight whenever that is sufficient.
+
+A decision travels packed where that is shorter: weights without their zeros, and masks that repeat.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fedprllm.deciding import BlockDecision
-from fedprllm.errors import UpdateError
+from fedprllm.errors import ModelError, UpdateError
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.names import from_wire, to_wire
 from fedprllm.models.block import UNCHANGED, Block, GivenWeights, NarrowedWeights, PrunedWeights, Weights
+from fedprllm.packing.message import pack_message, unpack_message
 from fedprllm.sharing.expert_outputs import SCORES, n_values, scores_on_grid
 from fedprllm.sharing.input_sums import SQUARES
 from fedprllm.sharing.pruned_weights import mask_name
@@ -46,7 +50,18 @@ def encode_decision(decision: BlockDecision, block: Block, run_id: bytes, digest
         tensors=to_wire(tensors, block.linears),
         n_tokens=0,
     )
-    return wire.encode(update)
+    return _packed(wire.encode(update), tensors)
+
+
+def _packed(message: bytes, tensors: Mapping[str, Tensor]) -> bytes:
+    """The message, packed if that is shorter."""
+    numbers = [tensor for tensor in tensors.values() if tensor.dtype.is_floating_point]
+    itemsize = numbers[0].dtype.itemsize if numbers else 1
+    # The numbers of most messages begin with the payload and have one type. Where they do not, the message
+    # is restored all the same, only longer.
+    n_payload = wire.payload_bytes(tensors)
+    n_after = wire.DIGEST_BYTES + n_payload % itemsize
+    return pack_message(message, len(message) - n_payload - wire.DIGEST_BYTES, n_after, itemsize)
 
 
 def _content(decision: BlockDecision, block: Block) -> tuple[str, Mapping[str, Tensor]]:
@@ -94,6 +109,10 @@ def decided_weights(message: bytes, block: Block, run_id: bytes, digest: bytes) 
     masks = expecting("mask", {name: linear.shape for name, linear in block.linears.items()})
     weights = expecting("weights", {name: tuple(block.tensors[name].shape) for name in block.linears})
     max_bytes = wire.max_message_bytes(weights)
+    try:
+        message = unpack_message(message, max_bytes)
+    except ModelError as error:
+        raise UpdateError(f"decision about block {block.index}: {error}; fetch it again") from None
     received = wire.decode(message, expect=None, max_bytes=max_bytes)
     removed = _removed(received.tensors, block)
     if removed:

@@ -27,6 +27,7 @@ from fedprllm.sharing import SHARING
 from fedprllm.sharing.interface import COUNTS, SINGLE, Wire
 
 __all__ = [
+    "DIGEST_BYTES",
     "GRADIENTS",
     "MASKED",
     "PARAMETERS",
@@ -36,6 +37,7 @@ __all__ = [
     "decode",
     "encode",
     "max_message_bytes",
+    "payload_bytes",
 ]
 
 VERSION = 2
@@ -49,7 +51,7 @@ _MAGIC = b"FEDPRLLM"
 # length of participant, number of tensors
 _FIXED = struct.Struct("<8sHHQ16s32sIQBBH")
 _ENTRY = struct.Struct("<BBB")  # length of name, encoding, number of dimensions
-_DIGEST_BYTES = hashlib.sha256().digest_size
+DIGEST_BYTES = hashlib.sha256().digest_size
 _MAX_U32 = 2**32 - 1
 _MAX_TOKENS = 2**63 - 1
 _CHECKED_AT_ONCE = 2**16  # values; bounds the memory needed to check a payload
@@ -184,7 +186,7 @@ def encode(update: Update) -> bytes:
 
     body = b"".join([participant, *table])
     payload_bytes = sum(payload.nbytes for payload in payloads)
-    total_bytes = _FIXED.size + len(body) + payload_bytes + _DIGEST_BYTES
+    total_bytes = _FIXED.size + len(body) + payload_bytes + DIGEST_BYTES
     fixed = _FIXED.pack(
         *(_MAGIC, VERSION, 0, total_bytes, update.run_id, update.model_fingerprint, update.block),
         *(update.n_tokens, kind.code, len(participant), len(update.tensors)),
@@ -222,7 +224,7 @@ def decode(data: bytes | bytearray | memoryview, *, expect: Expectation | None, 
     if expect is not None:
         _check_shapes(entries, expect.shapes)
 
-    content_bytes = offset + sum(entry.payload_bytes for entry in entries) + _DIGEST_BYTES
+    content_bytes = offset + sum(entry.payload_bytes for entry in entries) + DIGEST_BYTES
     if content_bytes != len(view):
         remedy = "the tensors in the table must fill the message exactly; send what encode returned"
         raise _refuse("payload", f"{content_bytes} bytes in total, by the table", len(view), remedy)
@@ -235,6 +237,11 @@ def decode(data: bytes | bytearray | memoryview, *, expect: Expectation | None, 
     return replace(header, tensors=tensors)
 
 
+def payload_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Number of bytes that the values of tensors take in a message, which ends with them and a digest."""
+    return sum(_payload_bytes(tensor.dtype, tuple(tensor.shape)) for tensor in tensors.values())
+
+
 def max_message_bytes(expect: Expectation) -> int:
     """Length in bytes of the longest message that can satisfy ``expect``.
 
@@ -242,7 +249,7 @@ def max_message_bytes(expect: Expectation) -> int:
         UpdateError: The kind of ``expect`` is unknown.
     """
     name_bytes = MAX_PARTICIPANT_BYTES if expect.participant is None else len(expect.participant.encode())
-    total_bytes = _FIXED.size + name_bytes + _DIGEST_BYTES
+    total_bytes = _FIXED.size + name_bytes + DIGEST_BYTES
     for name, shape in expect.shapes.items():
         dtypes = _allowed_dtypes(expect.kind, name)
         total_bytes += _ENTRY.size + len(name.encode()) + 4 * len(shape)
@@ -257,8 +264,8 @@ def _check_envelope(view: memoryview, max_bytes: int) -> None:
     """Check the length, the magic, the version, the flags and the checksum."""
     if len(view) > max_bytes:
         raise _refuse("length", f"at most {max_bytes} bytes", len(view), "send only what the run asks for")
-    if len(view) < _FIXED.size + _DIGEST_BYTES:
-        raise _refuse("length", f"at least {_FIXED.size + _DIGEST_BYTES} bytes", len(view), _CUT_OFF)
+    if len(view) < _FIXED.size + DIGEST_BYTES:
+        raise _refuse("length", f"at least {_FIXED.size + DIGEST_BYTES} bytes", len(view), _CUT_OFF)
     magic, version, flags, total_bytes = struct.unpack_from("<8sHHQ", view)
     if magic != _MAGIC:
         raise _refuse("magic", _MAGIC, magic, "this is not an update of fedprllm")
@@ -270,7 +277,7 @@ def _check_envelope(view: memoryview, max_bytes: int) -> None:
     if total_bytes != len(view):
         remedy = "the message was truncated or extended in transit; send it again"
         raise _refuse("total length", f"{len(view)} bytes, as received", total_bytes, remedy)
-    expected, found = hashlib.sha256(view[:-_DIGEST_BYTES]).digest(), bytes(view[-_DIGEST_BYTES:])
+    expected, found = hashlib.sha256(view[:-DIGEST_BYTES]).digest(), bytes(view[-DIGEST_BYTES:])
     if found != expected:
         raise _refuse("checksum", expected, found, "the message was damaged in transit; send it again")
 
@@ -284,7 +291,7 @@ def _read_header(view: memoryview) -> tuple[Update, int, int]:
     _check_range("n_tokens", n_tokens, 0, _most_tokens(_KIND_NAMES[code]))
     _check_range("number of tensors", n_tensors, 1, MAX_TENSORS)
     participant, offset = _read_text(
-        "participant", view[:-_DIGEST_BYTES], _FIXED.size, participant_bytes, MAX_PARTICIPANT_BYTES
+        "participant", view[:-DIGEST_BYTES], _FIXED.size, participant_bytes, MAX_PARTICIPANT_BYTES
     )
     header = Update(run_id, participant, block, _KIND_NAMES[code], fingerprint, {}, n_tokens)
     return header, n_tensors, offset
@@ -310,7 +317,7 @@ def _check_header(header: Update, n_tensors: int, expect: Expectation) -> None:
 
 def _read_table(view: memoryview, kind: str, n_tensors: int, offset: int) -> tuple[list[_Entry], int]:
     """Read the table of tensors at ``offset``. Returns its entries and the offset of the payload."""
-    view = view[:-_DIGEST_BYTES]
+    view = view[:-DIGEST_BYTES]
     entries: list[_Entry] = []
     for index in range(n_tensors):
         if len(view) < offset + _ENTRY.size:

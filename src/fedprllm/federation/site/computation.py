@@ -19,7 +19,6 @@ from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.site.consent import (
     TextBudget,
     ask,
-    check_request,
     check_text,
     own_seed,
     text_identity,
@@ -69,13 +68,12 @@ class Computation:
     # Model, text and consent -------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Check the request, open the model, compare it with the coordinator's, and read the text."""
+        """Open the model, compare it with the coordinator's, and read the text."""
         from fedprllm.federation.site.model import open_model
         from fedprllm.models.fingerprints import model_digest
         from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
         from fedprllm.pruning.inputs import make_participants
 
-        check_request(self.settings, self.job)
         expected = read_json(self.spool.path("fingerprints.json"))
         self.model = open_model(
             self.settings,

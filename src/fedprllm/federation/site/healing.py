@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprllm.federation.site.computation import Computation
+from fedprllm.federation.site.consent import check_request
 
 __all__ = ["HealingRounds"]
 
@@ -15,6 +16,8 @@ class HealingRounds(Computation):
 
     def run(self) -> None:
         """Compute the gradient of every round, waiting for the parameters that it begins with."""
+        check_request(self.settings, self.job)  # before the seconds that importing torch takes
+
         from fedprllm.healing.config import HealConfig
         from fedprllm.healing.in_process import Learner
         from fedprllm.healing.participant import HealingText

@@ -5,20 +5,18 @@ KIT/local/
   roster.json      public signing keys of all participants, pinned after their fingerprint was compared
 
 RUN/secure/        what was answered in the session; deleted at the end of the run
-FOLDER/unmasked.json   which sums this participant has helped to unmask
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from filelock import FileLock
 
-from fedprllm.errors import RunError, SecureError
+from fedprllm.errors import SecureError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.masks import (
     Agreement,
@@ -32,15 +30,16 @@ from fedprllm.federation.protocol.masks import (
 )
 from fedprllm.federation.site.consent import text_identity
 from fedprllm.federation.site.spool import Spool
-from fedprllm.files import read_json, read_sealed, write_json, write_private, write_sealed
+from fedprllm.federation.site.unmask_ledger import Bounds, UnmaskLedger
+from fedprllm.files import read_json, read_sealed, write_json, write_private
 from fedprllm.secure.journal import FileJournal
 from fedprllm.secure.keys import digest
 from fedprllm.secure.participant import SecureParticipant
 from fedprllm.secure.terms import Limits, Roster
 
-__all__ = ["Masking", "UnmaskLedger", "pin_roster", "pinned_roster", "signing_key"]
+__all__ = ["Masking", "pin_roster", "pinned_roster", "signing_key"]
 
-_KEY, _ROSTER, _LEDGER = "signing.key", "roster.json", "unmasked.json"
+_KEY, _ROSTER = "signing.key", "roster.json"
 
 
 def signing_key(local: Path, *, make: bool = False) -> Ed25519PrivateKey:
@@ -78,52 +77,6 @@ def pinned_roster(local: Path) -> Roster:
     return Roster({name: bytes.fromhex(key) for name, key in read_json(path).items()})
 
 
-class UnmaskLedger:
-    """Remembers whose updates were in each sum that this participant has helped to unmask.
-
-    Of two sums over almost the same participants, the difference is a sum over the few that are in one only.
-
-    Args:
-        folder: The participant's folder with its ledger and runs.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path, self._lock = folder / _LEDGER, FileLock(folder / ".unmasked.lock")
-
-    def spend(self, about: str, survivors: Sequence[str], min_sum: int) -> None:
-        """Record that a sum will be unmasked, unless its difference to an earlier one tells too much.
-
-        Args:
-            about: What the sums have in common: model, text and block.
-            survivors: Participants whose updates are in the sum.
-            min_sum: Fewest updates that a sum, and a difference of sums, may consist of.
-
-        Raises:
-            SecureError: It does; the message names the participants that would be exposed.
-        """
-        with self._lock:
-            known = self._known()
-            earlier = known.setdefault(about, [])
-            for names in earlier:
-                differing = sorted(set(names) ^ set(survivors))
-                if 0 < len(differing) < min_sum:
-                    raise SecureError(
-                        f"this sum and an earlier one of the same text differ by {', '.join(differing)} "
-                        "only, and would reveal what they share: let the same participants take part"
-                    )
-            if sorted(survivors) not in earlier:
-                earlier.append(sorted(survivors))
-                write_sealed(self._path, known)
-
-    def _known(self) -> dict[str, Any]:
-        try:
-            return read_sealed(self._path)
-        except FileNotFoundError:
-            return {}
-        except RunError as error:
-            raise SecureError(f"{error}. It says which sums were unmasked: restore it") from None
-
-
 class Masking:
     """A participant's side of the session of one run.
 
@@ -153,38 +106,41 @@ class Masking:
             SecureError: Answering could reveal this participant's update.
             UpdateError: The request cannot be read.
         """
-        one = self._participant
+        one, ledger = self._participant, UnmaskLedger(self._home)
         if op == "keys":
             return self._keys(Opening.read(payload))
         if op == "shares":
             return write_bytes_by_name(one.share(read_bytes_by_name(payload)))
         if op == "boxes":
-            one.receive(read_bytes_by_name(payload))
+            one.check_order("receive")
+            boxes = read_bytes_by_name(payload)
+            # Before receiving: from then on, updates are masked and may leave.
+            self._contribute(ledger, {*boxes, self._name})
+            one.receive(boxes)
             return b""
         agreement: Agreement = Agreement.read(payload)
         if op == "agree":
-            signature = one.agree(agreement.by_sum, self._decisions(agreement))
-            self._check_ledger(agreement)  # only lists that could be signed are remembered
-            return signature
+            one.check_survivors(agreement.by_sum)
+            # Before signing: shares are given for whatever was signed.
+            ledger.spend(self._by_quantity(agreement.survivors), self._least)
+            return one.agree(agreement.by_sum, self._decisions(agreement))
         signatures = {name: bytes.fromhex(digits) for name, digits in agreement.signatures.items()}
         shares = one.unmask(agreement.by_sum, signatures, self._decisions(agreement))
+        ledger.settle(self._job["run"], list(self._by_quantity(agreement.survivors)))
         found: Shares = {block: shares[sum_name(block)] for block in agreement.survivors}
         return write_shares(found)
 
     @property
     def may_mask(self) -> bool:
         """Whether the exchange of keys and shares is complete."""
-        return FileJournal(self._spool.path("secure")).read("receive") is not None
+        return self._participant.has_shares
 
     def mask(self, block: int, words: Any) -> Any:
         """Hide the update of a block, uint64 [n]."""
         return self._participant.mask(sum_name(block), words)
 
     def _keys(self, opening: Opening) -> bytes:
-        job, fingerprints = (
-            read_sealed(self._spool.path("job.json")),
-            read_json(self._spool.path("fingerprints.json")),
-        )
+        job, fingerprints = self._job, read_json(self._spool.path("fingerprints.json"))
         mine = sorted(block for block, names in opening.contributors.items() if self._name in names)
         named = {name for names in opening.contributors.values() for name in names}
         if mine != sorted(job["blocks"]) or named != set(job["participants"]):
@@ -192,20 +148,46 @@ class Masking:
         terms = terms_of(opening.contributors, job, fingerprints)
         return self._participant.advertise(bytes.fromhex(opening.session), terms)
 
+    def _contribute(self, ledger: UnmaskLedger, members: Collection[str]) -> None:
+        """Refuse a run whose sums would tell too much, even if all members' updates arrive."""
+        job, contributors = self._job, self._participant.terms.contributors
+        expected = {
+            block: [name for name in contributors[sum_name(block)] if name in members]
+            for block in job["blocks"]
+        }
+        bounds = Bounds(self._least, self._participant.limit, self._limits.max_colluding)
+        ledger.contribute(job["run"], self._by_quantity(expected), job["participants"], bounds)
+
     def _decisions(self, agreement: Agreement) -> bytes:
         """Digest of the decisions that this participant has received before the first of the blocks."""
         first = min(agreement.survivors, default=0)
         return decisions_digest([self._spool.decision_path(block) for block in range(first)])
 
-    def _check_ledger(self, agreement: Agreement) -> None:
-        model = digest(
-            json.dumps(read_json(self._spool.path("fingerprints.json")), sort_keys=True).encode()
-        ).hex()
-        job = read_sealed(self._spool.path("job.json"))
-        kind = "survey" if job["survey"] else "gradients" if job.get("heal") else job["config"]["share"]
-        text, ledger = text_identity(self._settings.data), UnmaskLedger(self._home)
-        for block, names in agreement.survivors.items():
-            ledger.spend(f"{model} {text} {kind} {block}", names, self._limits.min_sum)
+    @property
+    def _job(self) -> dict[str, Any]:
+        return read_sealed(self._spool.path("job.json"))
+
+    @property
+    def _least(self) -> int:
+        """Fewest updates of which two must be honest, and of which a combination of sums may consist."""
+        return max(self._limits.min_sum, self._limits.max_colluding + 2)
+
+    def _by_quantity(self, names: Mapping[int, Sequence[str]]) -> dict[str, Sequence[str]]:
+        """Names by block as names by what the block's sum can be combined with."""
+        fingerprints = read_json(self._spool.path("fingerprints.json"))
+        model = digest(json.dumps(fingerprints, sort_keys=True).encode()).hex()
+        about = f"{model} {text_identity(self._settings.data)} {_quantity(self._job)}"
+        return {f"{about} {block}": found for block, found in names.items()}
+
+
+def _quantity(job: Mapping[str, Any]) -> str:
+    """What a run adds up. Sums of one quantity can be combined, whatever the runs' other options."""
+    if job["survey"]:
+        return "survey"
+    if job.get("heal") is not None:
+        return "gradients"
+    # The average of weights follows from votes; all other sums are parts of Gram matrices, or like them.
+    return "votes" if job["config"]["share"] in ("mask", "weights") else "sums"
 
 
 def decisions_digest(paths: Sequence[Path]) -> bytes:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedprllm.errors import ConfigError, SecureError, UpdateError
+from fedprllm.errors import ConfigError, RunError, SecureError, UpdateError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.messages import (
     Code,
@@ -175,7 +175,7 @@ class Site:
         self._run = request.run
         write_json(self.folder / CURRENT, {"run": request.run, "process": os.getpid()}, durable=False)
         known = self.spool.known("job.json")
-        if known is not None and known != job:
+        if known is not None and (known != job or self._known_fingerprints() not in ({}, fingerprints)):
             return Reply(state="failed", code="other run")
         write_json(self.spool.path("fingerprints.json"), fingerprints)
         write_sealed(self.spool.path("job.json"), job)
@@ -186,6 +186,14 @@ class Site:
             self.spool.set_status("idle")
             self._crashes, self._ready_at_crash = 0, -1
         return self._state()
+
+    def _known_fingerprints(self) -> dict[str, str]:
+        """The identity of the model that the run began with; empty if it is missing or damaged."""
+        try:
+            found: dict[str, str] = read_json(self.spool.path("fingerprints.json"))
+        except (OSError, ValueError, RunError):
+            return {}
+        return found
 
     def _not_allowed(self, refused: Sequence[str]) -> str:
         granted = ", ".join(self.settings.allow)

@@ -23,7 +23,7 @@ from filelock import FileLock
 from fedprllm.errors import DataError, DiskFull, FedprllmError, SecureError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.site.computation import Computation
-from fedprllm.federation.site.consent import Refused
+from fedprllm.federation.site.consent import Refused, check_request
 from fedprllm.federation.site.process import Failed, end_with_parent, is_out_of_memory, limit_resources
 from fedprllm.federation.site.spool import Spool
 from fedprllm.files import free_bytes, is_full, read_json, read_sealed, save_tensors, write_sealed
@@ -134,6 +134,8 @@ class _Walk(Computation):
     """One participant's walk over the blocks, which reads and writes its spool."""
 
     def run(self) -> None:
+        check_request(self.settings, self.job)  # before the seconds that importing torch takes
+
         from fedprllm.federation.site.question import question_of
         from fedprllm.pruning.method import pruning_method, survey_method
         from fedprllm.pruning.survey import allocated

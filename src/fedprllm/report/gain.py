@@ -1,0 +1,46 @@
+"""What a user of the result gains, and what another way to prune would give."""
+
+from __future__ import annotations
+
+from fedprllm.pruning.records import Reduction
+from fedprllm.report.facts import Cell, Facts, Section, Table, percent, size
+
+__all__ = ["gain"]
+
+_SMALLER = (
+    "A smaller dense model: whatever runs the dense model runs this one, with fewer numbers to store and to "
+    "read for each token. How much faster that is depends on the machine and the software."
+)
+_ZEROS = (
+    "The files are as large as those of the dense model, and it is as fast: a zero is stored and multiplied "
+    "like any other number. `fedprllm pack` stores a zero as one bit and restores the files bit by bit. Only "
+    "software with kernels for sparse matrices is faster. For a model that is smaller and faster everywhere, "
+    "remove whole parts: `--structure mlp=0.2`."
+)
+_PATTERN = "Among the patterns N:M, those that keep more weights cost less: try 6:8 before 2:4."
+
+
+def gain(facts: Facts) -> Section:
+    """Size and speed of the result beside those of the dense model."""
+    reduction, pattern = facts.record.reduction, facts.config.n_m
+    section = Section("gain", "What a user of the result gains")
+    if reduction is None:
+        section.parts.append(_ZEROS)
+    else:
+        section.parts.extend([_SMALLER, _sizes(reduction)])
+    if pattern is not None and 2 * pattern[0] <= pattern[1]:
+        section.parts.append(_PATTERN)
+    return section
+
+
+def _sizes(found: Reduction) -> Table:
+    """Parameters and bytes before and after."""
+    numbers = {"parameters": found.n_parameters, "parameters of the blocks": found.n_block_parameters}
+    shown = {name: (f"{before:,}", f"{after:,}") for name, (before, after) in numbers.items()}
+    shown["weight files"] = size(found.n_bytes[0]), size(found.n_bytes[1])
+    shares = [1 - after / before for before, after in (*numbers.values(), found.n_bytes)]
+    rows: list[list[str | Cell]] = [
+        [name, before, Cell(after, f"-{percent(share)}")]
+        for (name, (before, after)), share in zip(shown.items(), shares, strict=True)
+    ]
+    return Table("Dense and smaller", ("", "dense", "smaller"), "lrr", rows)

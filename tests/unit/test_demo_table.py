@@ -1,0 +1,71 @@
+"""The demonstration's table: what is averaged, and that no sparse model is called smaller or faster."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fedprllm.demo import compare
+from fedprllm.demo.compare import demo_costs, demo_summary
+from fedprllm.demo.speed import tokens_per_second
+from fedprllm.evaluation.results import Perplexity
+
+
+def rows(**perplexity: float) -> list[Perplexity]:
+    return [
+        Perplexity(text=text, perplexity=value, nll=math.log(value), n_tokens=10, n_windows=1)
+        for text, value in perplexity.items()
+    ]
+
+
+def test_models_made_alone_are_shown_on_their_own_and_on_the_others_text():
+    comparison = {
+        name: rows(a=1.0, b=2.0)
+        for name in ("dense", "federated", "centralized", "federated, gram", "federated, smaller")
+    }
+    for way, extra in (("local-only", 0.0), ("local-only, gram", 1.0), ("local-only, smaller", 2.0)):
+        comparison[f"{way}: a"] = rows(a=10.0 + extra, b=20.0 + extra)
+        comparison[f"{way}: b"] = rows(a=30.0 + extra, b=40.0 + extra)
+    found = demo_summary(comparison)
+    assert found["smaller: alone, own text"] == [12.0, 42.0, 27.0]
+    assert found["smaller: alone, others' text"] == [32.0, 22.0, 27.0]
+    assert found["masks: alone, own text"] == [10.0, 40.0, 25.0]
+    assert list(found)[-1] == "smaller: together"
+    assert found["smaller: together"] == [1.0, 2.0, 1.5]
+
+
+def test_only_a_smaller_model_has_a_size_and_speed_of_its_own(tmp_path, small_model, monkeypatch):
+    smaller = tmp_path / "smaller"
+    smaller.mkdir()
+    (smaller / "model.safetensors").write_bytes(bytes(1_500_000))
+    monkeypatch.setattr(compare, "tokens_per_second", lambda models: dict.fromkeys(models, 12.34))
+    models = {"dense": small_model, "sparse": small_model, "smaller": smaller}
+    compare._weigh(tmp_path / "costs.json", models)
+    found = demo_costs(tmp_path)
+    n_bytes = sum(path.stat().st_size for path in small_model.glob("*.safetensors"))
+    assert found["dense"] == (f"{n_bytes / 1e6:.0f}", "12.3")
+    assert found["masks: together"] == found["Gram: together"] == (f"{n_bytes / 1e6:.0f}", "as dense")
+    assert found["smaller: together"] == ("2", "12.3")
+    monkeypatch.setattr(compare, "tokens_per_second", None)  # what is known is not measured again
+    compare._weigh(tmp_path / "costs.json", models)
+
+
+def test_speed_is_measured_in_one_thread_and_leaves_the_others(small_model):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    found = tokens_per_second({"one": small_model, "other": small_model})
+    assert list(found) == ["one", "other"]
+    assert all(speed > 0 and math.isfinite(speed) for speed in found.values())
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("way", [way for way in compare._WAYS if "smaller" in way])
+def test_the_smaller_model_is_a_configuration_that_can_be_run(way):
+    config = compare.PruneConfig(
+        **{"sparsity": 0.5, "windows": 4, "window_length": 512, **compare._WAYS[way]}
+    )
+    assert config.share == "channels"
+    assert config.sparsity == 0
