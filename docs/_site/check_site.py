@@ -61,6 +61,8 @@ class Reader(HTMLParser):
         self.loads += [given[name] for name in given if (tag, name) in _LOADS and _is_loaded(tag, given)]
         if tag == "a" and "href" in given:
             self.links.append(given["href"])
+        if "mermaid" in given.get("class", "").split():
+            self.faults.append("a mermaid diagram, whose script is loaded from another host: draw it as SVG")
         if tag == "img" and not given.get("alt"):
             self.faults.append(f"picture without a text alternative: {given.get('src')}")
 

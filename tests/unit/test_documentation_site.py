@@ -175,6 +175,7 @@ def test_a_good_site_has_no_fault(check_site, site):
         ('<link rel="stylesheet" href="https://example.org/a.css">', "loads from another host"),
         ('<link rel="preconnect" href="https://example.org">', "loads from another host"),
         ("<p>**Why.**\n* one</p>", "Markdown that was not understood"),
+        ('<pre class="mermaid"><code>x</code></pre>', "a mermaid diagram"),
         ("<p>::: fedprllm.prune</p>", "Markdown that was not understood"),
     ],
 )
