@@ -22,7 +22,7 @@ from fedprllm.errors import UpdateError
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.update import Expectation, Update, decode, encode, max_message_bytes
 
-N_PER_KIND = 15_000  # eleven kinds
+N_PER_KIND = 13_000  # thirteen kinds
 MAX_BYTES = 2**16  # limit for a message and for the memory that a refusal may take
 RUN_ID = bytes(range(16))
 FINGERPRINT = bytes(range(32))
@@ -53,6 +53,10 @@ def _tensors(kind: str, n_rows: int = 5) -> dict[str, torch.Tensor]:
         return {"influence": q.square().sum()[None], "more": up[0].abs().round() * 2.0**-64}
     if kind == "experts":
         return {"counts": (q > 0).sum(dim=1), "sums": (up.abs() * 2**24).to(torch.int64)}
+    if kind == "gradients":
+        return {"words": (q * 2**40).to(torch.int64), "more": torch.tensor([-1, 2**63 - 1])}
+    if kind == "parameters":
+        return {"parameters": q[0], "more": up}
     if kind == "masked":
         return {"attn.q": (q * 2**62).to(torch.int64), "windows": torch.tensor([-1, 2**63 - 1])}
     return {"q": q.bfloat16(), "q.mask": q > 0, "up": up.half(), "v": q[0]}
@@ -85,7 +89,7 @@ def _values(code: int, raw: bytes) -> list[Fraction]:
 
 
 KINDS = ["mask", "statistics", "gram", "weights", "outliers", "masked"]  # in the order of their codes
-KINDS += ["channels", "heads", "parts", "influence", "experts"]
+KINDS += ["channels", "heads", "parts", "influence", "experts", "gradients", "parameters"]
 # kind -> (b, e): values are multiples of 2^-b and below 2^e
 GRIDS = {2: (64, 48), 3: (22, 34), 5: (0, 53), 7: (22, 34), 8: (22, 34), 9: (22, 34), 10: (64, 48)}
 GRIDS[11] = (0, 53)
@@ -110,7 +114,7 @@ def _text(raw: bytes) -> str:
 def _codes_of(kind: int, name: bytes) -> set[int]:
     if kind == 4:
         return {1} if name.endswith(b".mask") else {2, 4, 5}
-    return {1: {1}, 5: {6}, 6: {6}, 11: {6}}.get(kind, {2})
+    return {1: {1}, 5: {6}, 6: {6}, 11: {6}, 12: {6}}.get(kind, {2})
 
 
 def is_valid(data: bytes, expect: Expectation | None) -> bool:
@@ -139,7 +143,7 @@ def _read(data: bytes, expect: Expectation | None) -> list[Tensor]:
     _require(take(8) == b"FEDPRLLM" and number(2) == 2 and number(2) == 0 and number(8) == len(data))
     run_id, fingerprint, block, n_tokens, kind = take(16), take(32), number(4), number(8), number(1)
     participant_bytes, n_tensors = number(1), number(2)
-    _require(1 <= kind <= 11 and n_tokens < (1 if kind == 6 else 2**63))
+    _require(1 <= kind <= 13 and n_tokens < (1 if kind == 6 else 2**63))
     _require(1 <= participant_bytes <= 128 and 1 <= n_tensors <= 4096)
     participant = _text(take(participant_bytes))
     table: list[tuple[bytes, int, tuple[int, ...]]] = []

@@ -11,6 +11,7 @@ from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.ties import TIES
 from fedprllm.deciding import DECISIONS, decision_of
 from fedprllm.federation.plan import KINDS
+from fedprllm.federation.protocol.update import GRADIENTS
 from fedprllm.pruning.method import pruning_method, survey_method
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.settings import choices_of
@@ -21,7 +22,7 @@ from tests.models import STRUCTURES
 def test_every_option_value_has_a_row_and_every_row_an_option_value():
     assert set(get_args(CriterionName)) == set(CRITERIA)
     assert set(get_args(ShareName)) == set(DECISIONS)
-    assert set(KINDS) == set(SHARING)
+    assert set(KINDS) == {*SHARING, GRADIENTS}
     aggregations = {row.aggregation for rows in DECISIONS.values() for row in rows}
     assert set(choices_of(PruneConfig.model_fields["aggregation"].annotation)) == aggregations
     assert set(choices_of(PruneConfig.model_fields["strategy"].annotation)) == set(STRATEGIES)
