@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 PAGE = "reference/command-line.md"
 PLACE = "<!-- the site lists every command here -->"
-_HEAD = "| | | default |\n|---|---|---|"
 _DEFAULT = re.compile(r" ?\[(?:default: )?(required|(?<=default: )[^\]]+)\]")
 
 
@@ -43,8 +42,15 @@ def _section(name: str, context: Any) -> str:
     shown = [one for one in command.get_params(context) if not getattr(one, "hidden", False)]
     for panel in dict.fromkeys(one.rich_help_panel for one in shown):
         rows = [_row(one, context) for one in shown if one.rich_help_panel == panel]
-        parts += [f"**{panel}**"] * bool(panel) + ["\n".join([_HEAD, *rows])]
+        parts += [f"**{panel}**"] * bool(panel) + [_table(rows)]
     return "\n\n".join(parts)
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    """A table of options, with a column of defaults if one of them has any."""
+    columns = 3 if any(default for _, _, default in rows) else 2
+    table = [("", "", "default"), ("---",) * 3, *rows]
+    return "\n".join(f"| {' | '.join(row[:columns])} |" for row in table)
 
 
 def _paragraphs(text: str | None) -> list[str]:
@@ -59,12 +65,12 @@ def _paragraph(part: str) -> str:
     return _escaped(" ".join(part.split()))
 
 
-def _row(option: Any, context: Any) -> str:
+def _row(option: Any, context: Any) -> tuple[str, str, str]:
     names, help_text = option.get_help_record(context)
     words = " ".join(Text.from_markup(help_text).plain.split())
-    default = _DEFAULT.search(words)
-    cells = _DEFAULT.sub("", words), default[1] if default else _default(option)
-    return f"| `{names.replace('|', '/')}` | {_escaped(cells[0])} | {_escaped(cells[1])} |"
+    found = _DEFAULT.search(words)
+    default = found[1] if found else _default(option)
+    return f"`{names.replace('|', '/')}`", _escaped(_DEFAULT.sub("", words)), _escaped(default)
 
 
 def _default(option: Any) -> str:
