@@ -25,7 +25,7 @@ def test_models_made_alone_are_shown_on_their_own_and_on_the_others_text():
         name: rows(a=1.0, b=2.0)
         for name in ("dense", "federated", "centralized", "federated, gram", "federated, smaller")
     }
-    for way, extra in (("local-only", 0.0), ("local-only, gram", 1.0), ("local-only, smaller", 2.0)):
+    for way, extra in (("local-only", 0.0), ("local-only, smaller", 2.0)):
         comparison[f"{way}: a"] = rows(a=10.0 + extra, b=20.0 + extra)
         comparison[f"{way}: b"] = rows(a=30.0 + extra, b=40.0 + extra)
     found = demo_summary(comparison)

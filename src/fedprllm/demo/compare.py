@@ -41,7 +41,6 @@ _SMALLER = {"structure": "mlp=0.27", "sparsity": 0.0}
 _WAYS: dict[str, dict[str, Any]] = {
     "local-only": {"strategy": "local-only"},
     "centralized": {"strategy": "centralized"},
-    "local-only, gram": {"strategy": "local-only", "share": "gram"},
     "federated, gram": {"strategy": "iterative", "share": "gram"},
     "local-only, smaller": {"strategy": "local-only", **_SMALLER},
     "federated, smaller": {"strategy": "iterative", **_SMALLER},
@@ -183,7 +182,6 @@ def demo_summary(comparison: Mapping[str, Sequence[Perplexity]]) -> dict[str, li
         **_alone(table, texts, "local-only", "masks"),
         "masks: together": table["federated"],
         "masks: all text in one place": table["centralized"],
-        **_alone(table, texts, "local-only, gram", "Gram"),
         "Gram: together": table["federated, gram"],
         **_alone(table, texts, "local-only, smaller", "smaller"),
         "smaller: together": table["federated, smaller"],

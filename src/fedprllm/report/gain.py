@@ -17,7 +17,10 @@ _ZEROS = (
     "software with kernels for sparse matrices is faster. For a model that is smaller and faster everywhere, "
     "remove whole parts: `--structure mlp=0.2`."
 )
-_PATTERN = "Among the patterns N:M, those that keep more weights cost less: try 6:8 before 2:4."
+_PATTERN = (
+    "Among the patterns N:M, those that keep more weights cost far less: try 6:8 before 2:4. On SmolLM2-135M,"
+    " with statistics of four kinds of text, 6:8 raised the perplexity from 10.9 to 12.7, and 2:4 to 62.6."
+)
 
 
 def gain(facts: Facts) -> Section:
