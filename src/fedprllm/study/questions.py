@@ -23,7 +23,11 @@ from fedprllm.settings import Settings
 __all__ = ["BY_DOMAIN", "PARTITIONS", "QUESTIONS", "STRANGERS", "Cell", "StudyConfig", "cells_of"]
 
 # One participant per domain, or instead of them one with text that nobody has to share, or both.
-STRANGERS = ("public", "generated", "random")
+STRANGERS: tuple[Literal["public"], Literal["generated"], Literal["random"]] = (
+    "public",
+    "generated",
+    "random",
+)
 BY_DOMAIN = ("domain", *STRANGERS, "with-public")
 PARTITIONS = ("iid", "dirichlet", *BY_DOMAIN)
 _Values = dict[str, Sequence[Any]]
