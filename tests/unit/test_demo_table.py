@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
 from fedprllm.demo import compare
-from fedprllm.demo.compare import demo_costs, demo_summary
-from fedprllm.demo.speed import tokens_per_second
+from fedprllm.demo.compare import demo_sizes, demo_summary
 from fedprllm.evaluation.results import Perplexity
 
 
@@ -36,30 +34,18 @@ def test_models_made_alone_are_shown_on_their_own_and_on_the_others_text():
     assert found["smaller: together"] == [1.0, 2.0, 1.5]
 
 
-def test_only_a_smaller_model_has_a_size_and_speed_of_its_own(tmp_path, small_model, monkeypatch):
+def test_only_a_smaller_model_has_another_size(tmp_path, small_model):
     smaller = tmp_path / "smaller"
     smaller.mkdir()
     (smaller / "model.safetensors").write_bytes(bytes(1_500_000))
-    monkeypatch.setattr(compare, "tokens_per_second", lambda models: dict.fromkeys(models, 12.34))
     models = {"dense": small_model, "sparse": small_model, "smaller": smaller}
-    compare._weigh(tmp_path / "costs.json", models)
-    found = demo_costs(tmp_path)
+    compare._weigh(tmp_path / "sizes.json", models)
+    found = demo_sizes(tmp_path)
     n_bytes = sum(path.stat().st_size for path in small_model.glob("*.safetensors"))
-    assert found["dense"] == (f"{n_bytes / 1e6:.0f}", "12.3")
-    assert found["masks: together"] == found["Gram: together"] == (f"{n_bytes / 1e6:.0f}", "as dense")
-    assert found["smaller: together"] == ("2", "12.3")
-    monkeypatch.setattr(compare, "tokens_per_second", None)  # what is known is not measured again
-    compare._weigh(tmp_path / "costs.json", models)
-
-
-def test_speed_is_measured_in_one_thread_and_leaves_the_others(small_model):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    found = tokens_per_second({"one": small_model, "other": small_model})
-    assert list(found) == ["one", "other"]
-    assert all(speed > 0 and math.isfinite(speed) for speed in found.values())
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(before)
+    assert found["dense"] == found["masks: together"] == found["Gram: together"] == f"{n_bytes / 1e6:.0f}"
+    assert found["smaller: together"] == "2"
+    compare._weigh(tmp_path / "sizes.json", {})  # what is known is not looked up again
+    assert demo_sizes(tmp_path) == found
 
 
 @pytest.mark.parametrize("way", [way for way in compare._WAYS if "smaller" in way])

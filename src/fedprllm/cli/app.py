@@ -427,7 +427,7 @@ def _demo(
     """Prune a real small model with four participants and compare with the alternatives."""
     PruneConfig(sparsity=sparsity)
     need_plots()
-    from fedprllm.demo.compare import demo, demo_costs, demo_summary
+    from fedprllm.demo.compare import demo, demo_sizes, demo_summary
     from fedprllm.report.page import write_report
 
     result = demo(out, sparsity, bars)
@@ -435,17 +435,18 @@ def _demo(
     assert comparison is not None, "the demonstration always compares"
     texts = [row.text for row in comparison["dense"]]
     table = Table(
-        *("pruned by", *texts, "mean", "file, MB", "tokens/s"),
+        *("pruned by", *texts, "mean", "MB"),
         title=f"perplexity on held-out text: {sparsity:.0%} zeros by masks and Gram matrices, and a model "
         "with 20% fewer parameters in its blocks",
-        caption="tokens per second of one thread; zeros by themselves change neither size nor speed",
+        caption="MB: size of the files, in which a zero takes as much space as any other number",
+        pad_edge=False,
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    costs = demo_costs(out)
+    sizes = demo_sizes(out)
     for name, values in demo_summary(comparison).items():
         style = "bold" if name.endswith("together") else ""
-        table.add_row(name, *(f"{value:.2f}" for value in values), *costs.get(name, ("", "")), style=style)
+        table.add_row(name, *(f"{value:.2f}" for value in values), sizes.get(name, ""), style=style)
     console.print(table)
     console.print(f"model    {escape(str(result.model_dir))}", soft_wrap=True)
     console.print(f"report   {escape(str(write_report(result.out)))}", soft_wrap=True)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fedprllm.api import PruneResult, prune
 from fedprllm.config import PruneConfig
-from fedprllm.demo.speed import tokens_per_second
 from fedprllm.demo.texts import demo_texts
 from fedprllm.errors import ModelError, RunError
 from fedprllm.evaluation.perplexity import perplexities
@@ -29,7 +28,7 @@ from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.progress import Progress, silent
 from fedprllm.text.windows import evaluation_windows
 
-__all__ = ["demo", "demo_costs", "demo_model", "demo_summary"]
+__all__ = ["demo", "demo_model", "demo_sizes", "demo_summary"]
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WINDOW_LENGTH = 512
@@ -46,7 +45,7 @@ _WAYS: dict[str, dict[str, Any]] = {
     "federated, smaller": {"strategy": "iterative", **_SMALLER},
 }
 _KEPT = "federated, smaller"  # a model that its reader may want to load
-_COSTS = "costs.json"
+_SIZES = "sizes.json"
 
 
 def demo_model() -> Path:
@@ -108,40 +107,38 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
     config = PruneConfig(**options)
     result = prune(source, calibration, config, out=out / "federated", progress=progress)
     comparison |= _measured(out / "federated.json", {"federated": result.model_dir}, held_out, progress)
-    _weigh(out / _COSTS, {"dense": model, "sparse": result.model_dir, "smaller": out / _KEPT / "model"})
+    _weigh(out / _SIZES, {"dense": model, "sparse": result.model_dir, "smaller": out / _KEPT / "model"})
     record = result.record.model_copy(update={"comparison": comparison})
     write_sealed(result.out / "result.json", record.as_json())
     return PruneResult.load(result.out)
 
 
 def _weigh(file: Path, models: Mapping[str, Path]) -> None:
-    """Measure the size of the models' files in bytes, and the speed of those of different shapes."""
+    """Keep the size of the models' files in bytes, if it is not known yet."""
     if _known(file) is None:
-        n_bytes = {
-            name: sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            for name, folder in models.items()
-        }
-        speed = tokens_per_second({name: models[name] for name in ("dense", "smaller")})
-        write_sealed(file, {"bytes": n_bytes, "tokens_per_second": speed})
+        write_sealed(
+            file,
+            {
+                name: sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+                for name, folder in models.items()
+            },
+        )
 
 
-def demo_costs(out: Path) -> dict[str, tuple[str, str]]:
-    """Size of the file in MB and generated tokens per second, in words, by way of pruning.
+def demo_sizes(out: Path) -> dict[str, str]:
+    """Size of a model's files in MB, by way of pruning.
 
     Args:
         out: The folder of a complete demo.
     """
-    found = read_sealed(out / _COSTS)
-    sizes = {name: f"{n_bytes / 1e6:.0f}" for name, n_bytes in found["bytes"].items()}
-    speeds = {name: f"{speed:.1f}" for name, speed in found["tokens_per_second"].items()}
-    # Zeros are stored and multiplied like any other number.
-    sparse = sizes["sparse"], "as dense"
-    return {
-        "dense": (sizes["dense"], speeds["dense"]),
-        "masks: together": sparse,
-        "Gram: together": sparse,
-        "smaller: together": (sizes["smaller"], speeds["smaller"]),
+    found = read_sealed(out / _SIZES)
+    rows = {
+        "dense": "dense",
+        "masks: together": "sparse",
+        "Gram: together": "sparse",
+        "smaller: together": "smaller",
     }
+    return {row: f"{found[name] / 1e6:.0f}" for row, name in rows.items()}
 
 
 def _measured(
@@ -181,7 +178,7 @@ def demo_summary(comparison: Mapping[str, Sequence[Perplexity]]) -> dict[str, li
         "dense": table["dense"],
         **_alone(table, texts, "local-only", "masks"),
         "masks: together": table["federated"],
-        "masks: all text in one place": table["centralized"],
+        "masks: pooled text": table["centralized"],
         "Gram: together": table["federated, gram"],
         **_alone(table, texts, "local-only, smaller", "smaller"),
         "smaller: together": table["federated, smaller"],
