@@ -28,7 +28,7 @@ def test_models_made_alone_are_shown_on_their_own_and_on_the_others_text():
         comparison[f"{way}: b"] = rows(a=30.0 + extra, b=40.0 + extra)
     found = demo_summary(comparison)
     assert found["smaller: alone, own text"] == [12.0, 42.0, 27.0]
-    assert found["smaller: alone, others' text"] == [32.0, 22.0, 27.0]
+    assert found["smaller: alone, others'"] == [32.0, 22.0, 27.0]
     assert found["masks: alone, own text"] == [10.0, 40.0, 25.0]
     assert list(found)[-1] == "smaller: together"
     assert found["smaller: together"] == [1.0, 2.0, 1.5]

@@ -193,7 +193,7 @@ def _alone(
     local = {text: table[f"{way}: {text}"] for text in texts}
     return {
         f"{shared}: alone, own text": [local[text][column] for column, text in enumerate(texts)],
-        f"{shared}: alone, others' text": [
+        f"{shared}: alone, others'": [
             sum(local[name][column] for name in texts if name != text) / (len(texts) - 1)
             for column, text in enumerate(texts)
         ],

@@ -88,7 +88,7 @@ class StudyConfig(Settings):
     against: Annotated[
         tuple[Literal["public", "generated", "random", "with-public"], ...],
         Field(min_length=1, description="text to compare with in question no-sharing"),
-    ] = (*STRANGERS, "with-public")
+    ] = ("public", "generated", "random", "with-public")
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...],
         Field(min_length=1, description="every cell is measured once per seed"),
