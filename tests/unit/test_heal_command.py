@@ -51,6 +51,20 @@ def test_a_run_is_healed_beside_its_model_and_reported(given, pruned):
     assert (result.model_dir / "README.md").read_text().count("## Healed") == 1
 
 
+def test_what_a_run_left_dense_gets_no_scale(given, tmp_path):
+    out = tmp_path / "run"
+    options = "--windows 4 --window-length 64 --exclude *.o_proj --out"
+    run("prune", given["model"], texts(given), options, out)
+    run("heal", out, texts(given), HEALING, "--rounds 2")
+    record = HealResult.load(out / "healed").record
+    assert record.config.exclude == ("*.o_proj",)
+    assert record.n_parameters == 3704 - 5 * 64
+    run("heal", out, texts(given), HEALING, "--rounds 2 --exclude *.q_proj --out", tmp_path / "other")
+    assert HealResult.load(tmp_path / "other").record.config.exclude == ("*.q_proj",)
+    run("heal", out / "healed", texts(given), HEALING, "--rounds 1")
+    assert HealResult.load(out / "healed" / "healed").record.config.exclude == ("*.o_proj",)
+
+
 def test_prune_heals_with_the_same_text_and_options(given, tmp_path):
     out = tmp_path / "both"
     options = "--windows 4 --window-length 64 --heal 3 --out"

@@ -63,8 +63,8 @@ def heal_command(
         """Recover what pruning cost: train norms, biases and one scale per row on everybody's text."""
         options = {name: value for name, value in given.items() if value not in (None, [])}
         fields = {name: options.pop(name) for name in list(options) if name in HealConfig.model_fields}
-        config = HealConfig(**fields)
         model, out = _places(options["model"], options.get("out"))
+        config = HealConfig(**({"exclude": _left_dense(Path(model).parent)} | fields))
         texts = participants(options)
         from fedprllm.healing.in_process import heal as compute
 
@@ -121,6 +121,15 @@ def _places(named: str, out: Path | None) -> tuple[str, Path]:
     if out is None:
         raise ConfigError("no out: name a folder to write to with --out")
     return named, out
+
+
+def _left_dense(run: Path) -> tuple[str, ...]:
+    """The Linears that a run was told to leave dense: they get no scale. Empty if the folder is no run's."""
+    if not (run / "result.json").is_file():
+        return ()
+    from fedprllm.healing.records import left_dense
+
+    return left_dense(run)
 
 
 def print_healed(result: HealResult, console: Console) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.healing.config import HealConfig
-from fedprllm.pruning.records import ModelRecord, ParticipantRecord, Record
+from fedprllm.pruning.records import ModelRecord, ParticipantRecord, Record, RunRecord
 
-__all__ = ["HealRecord", "RoundRecord"]
+__all__ = ["HealRecord", "RoundRecord", "left_dense"]
 
 
 class RoundRecord(Record):
@@ -83,3 +85,13 @@ class HealRecord(Record):
     def held_out(self) -> list[tuple[int, float]]:
         """Rounds in which held-out windows were measured, and the loss."""
         return [(one.number, one.held_out_loss) for one in self.rounds if one.held_out_loss is not None]
+
+
+def left_dense(run: Path) -> tuple[str, ...]:
+    """The Linears that a complete run, or a healing, was told to leave as they are: they get no scale.
+
+    Raises:
+        RunError: Its record is missing or damaged.
+    """
+    kind = HealRecord if (run / "rounds").is_dir() else RunRecord
+    return kind.read(run / "result.json").config.exclude

@@ -22,7 +22,7 @@ from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel
 from fedprllm.federation.protocol.results import Manifest
 from fedprllm.healing.config import HealConfig
-from fedprllm.healing.records import HealRecord
+from fedprllm.healing.records import HealRecord, left_dense
 from fedprllm.healing.result import heal_record, write_healed, write_healed_card
 from fedprllm.healing.round_sums import RoundSums
 from fedprllm.healing.run_folder import HealingRun
@@ -98,6 +98,9 @@ def conduct_healing(job: HealingJob) -> None:
     config = job.plan.healing
     assert config is not None, "the plan heals"
     source = healed_model(job.plan, job.folder.parent)
+    if job.plan.of and "exclude" not in config.model_fields_set:
+        # What was left dense gets no scale.
+        config = config.model_copy(update={"exclude": left_dense(job.folder.parent / job.plan.of)})
     model = BlockwiseModel(resolve_model(source), config.dtype, config.device, config.exclude)
     config = config.model_copy(update={"window_length": window_length_for(model, config.window_length)})
     tunable = TunableParameters(model)
