@@ -1,4 +1,4 @@
-"""165,000 corrupted messages: the reader accepts exactly the valid ones and raises only `UpdateError`.
+"""78,000 corrupted messages: the reader accepts exactly the valid ones and raises only `UpdateError`.
 
 A second reader in this file decides which are valid. It is slow, simple and written only from
 docs/wire-format.md. Most messages get a new checksum after they are corrupted, so that every check is
@@ -22,7 +22,7 @@ from fedprllm.errors import UpdateError
 from fedprllm.federation.protocol import update as wire
 from fedprllm.federation.protocol.update import Expectation, Update, decode, encode, max_message_bytes
 
-N_PER_KIND = 13_000  # thirteen kinds
+N_PER_KIND = 6_000  # thirteen kinds
 MAX_BYTES = 2**16  # limit for a message and for the memory that a refusal may take
 RUN_ID = bytes(range(16))
 FINGERPRINT = bytes(range(32))
@@ -334,6 +334,8 @@ def test_exactly_the_valid_messages_are_accepted(kind: str) -> None:
     update = _update(kind, _tensors(kind))
     message, asked = encode(update), _expectation(update)
     assert is_valid(message, asked)
+    for first in (message, message[:-1], b""):  # what the libraries allocate once is not the reader's
+        _decode(first, asked, measured=False)
     rng = random.Random(f"wire {kind}")
     n_accepted, complaints = 0, set()
     for index in range(N_PER_KIND):

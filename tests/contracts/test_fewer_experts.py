@@ -26,6 +26,7 @@ from fedprllm.federation.protocol.decision import decided_weights, encode_decisi
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
 from fedprllm.models.fewer_experts import experts_of, fewer_experts, write_fewer_experts
+from fedprllm.packing.message import unpack_message
 from fedprllm.pruning.method import pruning_method
 from fedprllm.sharing.expert_outputs import EXPERTS
 from fedprllm.sharing.interface import Ballot
@@ -309,7 +310,7 @@ def test_a_decision_on_the_wire_holds_the_scores(tiny, windows, tmp_path):
             decision = method.decide(totals, block, method.target)
             message = encode_decision(decision, block, bytes(16), bytes(32))
             assert len(decided_weights(message, block, bytes(16), bytes(32))) == 0
-            found = wire.decode(message, expect=None, max_bytes=len(message))
+            found = wire.decode(unpack_message(message, 2**20), expect=None, max_bytes=2**20)
             assert torch.equal(found.tensors["scores"], sums)
         assert decision.removed_experts == ([] if n == 1 else [0, 4])
 

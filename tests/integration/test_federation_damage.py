@@ -11,7 +11,7 @@ import pytest
 
 from fedprllm.errors import FedprllmWarning
 from fedprllm.federation.coordinator import rounds as coordinator_module
-from fedprllm.federation.site import worker
+from fedprllm.federation.site import computation
 from fedprllm.federation.site.consent import TextBudget, own_seed
 from fedprllm.federation.site.spool import Spool
 from fedprllm.files import read_json
@@ -73,7 +73,7 @@ class Federation:
 @pytest.fixture
 def paths(tmp_path, monkeypatch) -> dict[str, str]:
     monkeypatch.setattr(coordinator_module, "_POLL_S", 0.002)
-    monkeypatch.setattr(worker, "_DECISION_POLL_S", 0.002)
+    monkeypatch.setattr(computation, "_DECISION_POLL_S", 0.002)
     return texts(tmp_path / "texts", NAMES)
 
 

@@ -80,6 +80,11 @@ class OwnKeys(Federation):
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory, small_model):
     with OwnKeys(tmp_path_factory.mktemp("keys"), small_model, NAMES, 1500) as made:
+        for name in NAMES:  # any of the tests may be the first one
+            log = made.kit(name) / "engine" / "log.txt"
+            wait_until(
+                lambda log=log: log.exists() and "Successfully registered" in log.read_text(), f"{name}"
+            )
         yield made
 
 

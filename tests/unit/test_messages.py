@@ -50,7 +50,8 @@ def says(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["fedprllm", *map(str, words)])
         for module in (app_module, console_module, coordinator):
             for name in ("console", "errors"):
-                monkeypatch.setattr(getattr(module, name), "file", None, raising=False)
+                # Not the property: undone, it would keep the stream of this test, which is closed.
+                monkeypatch.setattr(getattr(module, name), "_file", None)
         try:
             main()
             status = 0

@@ -155,7 +155,10 @@ def _inherited(card: Path) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        known: Any = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        text = card.read_text(encoding="utf-8")
+        if not text.startswith("---"):  # without metadata, the library warns
+            return {}
+        known: Any = ModelCard(text, ignore_metadata_errors=True).data
     except Exception:  # noqa: BLE001  whatever the libraries make of somebody's card
         return {}
     names = ("license", "license_name", "license_link", "language")
