@@ -1,0 +1,1 @@
+"""The demonstration: a real model pruned by four participants, and by the alternatives."""
