@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=HealConfig().learning_rate)
     parser.add_argument("--starts", nargs="*", default=list(_STARTS), help=", ".join(_STARTS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="precision of the forward passes")
     parser.add_argument("--round-only", action="store_true", help="measure no perplexity")
     parser.add_argument("--quality-only", action="store_true", help="measure no memory and time")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of the large model")
@@ -95,6 +96,7 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
             config = PruneConfig(
                 windows=options.windows,
                 window_length=options.length,
+                dtype=options.dtype,
                 device=options.device,
                 **_STARTS[start],
             )
@@ -105,11 +107,12 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
                 rounds=options.rounds,
                 learning_rate=options.learning_rate,
                 window_length=options.length,
+                dtype=options.dtype,
                 device=options.device,
             )
             healed = heal(folder, texts, config, out=Path(temporary) / f"{start}, healed")
             before, after = (
-                _measured(one, held_out, options.length, options.device) for one in (folder, healed.model_dir)
+                _measured(one, held_out, options.length, options) for one in (folder, healed.model_dir)
             )
             rows.append(
                 {
