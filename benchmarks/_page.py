@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -512,6 +513,9 @@ def _summary(results: Mapping[str, Json]) -> str:
                 row["met"] = "failed"
             elif name in results:
                 figure = goal.figure(results[name])
+                if math.isnan(figure):  # the run left this part out
+                    rows.append(row)
+                    continue
                 row |= {"measured": shown(figure), "met": "yes" if goal.is_met(figure) else "**no**"}
             rows.append(row)
     return _table(rows)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -141,8 +142,8 @@ def _damages(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def damage(result: dict[str, Any], start: str) -> float:
-    """Damage of a healed model, in units of the votes' damage before healing."""
-    return float(next(row["damage healed"] for row in result["rows"] if row["start"] == start))
+    """Damage of a healed model, in units of the votes' damage before healing; NaN if it was left out."""
+    return float(next((row["damage healed"] for row in result["rows"] if row["start"] == start), math.nan))
 
 
 # Cost of a round -----------------------------------------------------------------------------------------
