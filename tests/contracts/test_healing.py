@@ -125,7 +125,7 @@ def test_blocks_that_stay_and_states_in_files_change_no_bit(tiny, windows, tmp_p
             assert loss == other_loss
 
 
-def test_one_block_is_in_memory_at_a_time(tiny, windows, monkeypatch):
+def test_one_block_is_in_memory_at_a_time(tiny, windows, monkeypatch, tmp_path):
     model, tunable = opened(tiny("llama"))
     n_open, most, reads = 0, 0, 0
     block = model.block
@@ -145,6 +145,14 @@ def test_one_block_is_in_memory_at_a_time(tiny, windows, monkeypatch):
     reads = 0
     gradients(model, tunable, tunable.initial(), windows(0, 3), stay=True)
     assert (most, reads) == (model.n_blocks, model.n_blocks)
+    # Also where a round measures nothing, or has nothing to train on.
+    text = HealingText(Participant("p", windows(0, 8)))
+    for number, n_reads in ((1, 2), (CONFIG.rounds, 1)):
+        most = reads = 0
+        limited = CONFIG.model_copy(update={"memory_limit": 1})
+        with Learner(model, limited, tmp_path / "spilled") as learner:
+            learner.contribute([text], tunable.initial(), number)
+        assert (most, reads) == (1, n_reads * model.n_blocks)
 
 
 # Sums ------------------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ def window_gradients(
         memory: Memory for the inputs of all blocks.
         advance: Called once for each window and block.
     """
+    if not windows:
+        return []  # without reading the model for nothing
     inputs = [HiddenStates(memory, f"heal-{index}") for index in range(model.n_blocks)]
     outputs = _forward(model, tunable, vector, windows, blocks, inputs, advance)
     gradients = [torch.zeros(tunable.n) for _ in windows]
@@ -110,7 +112,9 @@ def held_out_losses(
     blocks: OpenBlocks,
     advance: Advance,
 ) -> list[float]:
-    """The sum of each window's losses in nats."""
+    """The sum of each window's losses in nats; arguments as in `window_gradients`."""
+    if not windows:
+        return []
     outputs = _forward(model, tunable, vector, windows, blocks, None, advance)
     values = tunable.of_block(vector, None)
     with model.head(), torch.no_grad():

@@ -7,7 +7,7 @@ end, so a healed model has the tensors, shapes and zeros that it had before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,26 +61,27 @@ class TunableParameters:
         self._model = model
         self.n = 0
         self.slices: list[Slice] = []
+        self._by_block: dict[int | None, list[Slice]] = {}
+        # A mixture has tens of thousands of parameters, so they are listed once.
+        parameters = dict(model.skeleton.named_parameters(remove_duplicate=False))
         for index, linears in enumerate(model.linears):
-            for name in model.names_in_block(index):
-                self._add_vector(name, index)
+            self._add_vectors(model.names_in_block(index), index, parameters)
             for linear in linears.values():
                 self._add(linear.name, linear.shape[0], index, linear)
-        for name in model.vectors_after_blocks():
-            self._add_vector(name, None)
+        self._add_vectors(model.vectors_after_blocks(), None, parameters)
 
-    def _add_vector(self, name: str, block: int | None) -> None:
-        parameter = self._parameters.get(name)
-        is_trained = name.rpartition(".")[2] in _TRAINED and parameter is not None and parameter.ndim == 1
-        if parameter is not None and is_trained and parameter.is_floating_point():
-            self._add(name, parameter.numel(), block)
-
-    @property
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self._model.skeleton.named_parameters(remove_duplicate=False))
+    def _add_vectors(
+        self, names: Iterable[str], block: int | None, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        for name in names:
+            parameter = parameters.get(name)
+            is_trained = name.rpartition(".")[2] in _TRAINED and parameter is not None and parameter.ndim == 1
+            if parameter is not None and is_trained and parameter.is_floating_point():
+                self._add(name, parameter.numel(), block)
 
     def _add(self, name: str, n: int, block: int | None, linear: Linear | None = None) -> None:
         self.slices.append(Slice(name, self.n, n, block, linear))
+        self._by_block.setdefault(block, []).append(self.slices[-1])
         self.n += n
 
     def initial(self) -> Float[Tensor, " n"]:
@@ -97,7 +98,7 @@ class TunableParameters:
         return [vector[one.start : one.start + one.n] for one in self._of(block)]
 
     def _of(self, block: int | None) -> list[Slice]:
-        return [one for one in self.slices if one.block == block]
+        return self._by_block.get(block, [])
 
     def run_block(self, block: Block, hidden: Hidden, values: list[Tensor]) -> Hidden:
         """Compute a block's output with other parameters.
