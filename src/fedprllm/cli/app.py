@@ -6,7 +6,6 @@ its help text are defined in one place. Only the commands that compute import to
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,6 +35,7 @@ from fedprllm.cli.naming import named_texts
 from fedprllm.cli.packing import export_command, pack_command, unpack_command
 from fedprllm.cli.participant import ledger, participate
 from fedprllm.cli.roster import app as roster_app
+from fedprllm.cli.signature import with_options
 from fedprllm.cli.study import study_command
 from fedprllm.cli.worth import worth_command
 from fedprllm.config import PruneConfig
@@ -322,18 +322,7 @@ def _is_of(value: object, expected: type) -> bool:
 
 def _register_prune() -> None:
     options = _RUN_OPTIONS | {name: _field_option(name) for name in PruneConfig.model_fields}
-    _prune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
-            )
-            for name, (annotation, option) in options.items()
-        ]
-    )
-    _prune.__annotations__ = {
-        name: Annotated[annotation, option] for name, (annotation, option) in options.items()
-    }
-    app.command("prune", epilog=_EXAMPLES["prune"])(_prune)
+    app.command("prune", epilog=_EXAMPLES["prune"])(with_options(_prune, options))
 
 
 _register_prune()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from fedprllm.cli.console import noting
 from fedprllm.cli.naming import named_texts
+from fedprllm.cli.signature import with_options
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError
 from fedprllm.healing.config import HealConfig
@@ -88,20 +88,7 @@ def heal_command(
         ),
         **{name: field_option(name, HealConfig) for name in HealConfig.model_fields},
     }
-    annotated = {name: Annotated[annotation, option] for name, (annotation, option) in options.items()}
-    heal.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if name == "model" else None,
-                annotation=annotation,
-            )
-            for name, annotation in annotated.items()
-        ]
-    )
-    heal.__annotations__ = annotated
-    return heal
+    return with_options(heal, options, required=("model",))
 
 
 def _places(named: str, out: Path | None) -> tuple[str, Path]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedprllm.cli.console import need_plots, noting
+from fedprllm.cli.signature import with_options
 from fedprllm.settings import read_toml
 from fedprllm.study.questions import QUESTIONS, StudyConfig
 
@@ -54,22 +54,7 @@ def study_command(bars: Any, console: Console) -> Any:
         ),
     }
     options |= {name: _option(name) for name in StudyConfig.model_fields if name not in _NOT_HERE}
-    # Keyword-only parameters may have defaults in any order, so the order is that of the help page.
-    study.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if name == "out" else None,
-                annotation=Annotated[annotation, option],
-            )
-            for name, (annotation, option) in options.items()
-        ]
-    )
-    study.__annotations__ = {
-        name: Annotated[annotation, option] for name, (annotation, option) in options.items()
-    }
-    return study
+    return with_options(study, options, required=("out",))
 
 
 def _option(name: str) -> tuple[Any, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedprllm.cli.console import noting
+from fedprllm.cli.signature import with_options
 from fedprllm.config import PruneConfig
 
 if TYPE_CHECKING:
@@ -60,18 +60,7 @@ def worth_command(option: Callable[[str], tuple[Any, Any]], bars: Any, console: 
             _print(found, console)
 
     options = _options() | {name: option(name) for name in PruneConfig.model_fields if name not in _LEFT_OUT}
-    worth_it.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=annotation
-            )
-            if name not in _REQUIRED
-            else inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
-            for name, annotation in _annotated(options).items()
-        ]
-    )
-    worth_it.__annotations__ = _annotated(options)
-    return worth_it
+    return with_options(worth_it, options, _REQUIRED, _DEFAULTS)
 
 
 _REQUIRED = ("model", "data", "public")
@@ -86,10 +75,6 @@ def _options() -> dict[str, tuple[Any, Any]]:
         "eval_tokens": (int, typer.Option(min=2, help="most tokens of your text to hold out and measure on")),
         "as_json": (bool, typer.Option("--json", help="print JSON")),
     }
-
-
-def _annotated(options: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    return {name: Annotated[annotation, option] for name, (annotation, option) in options.items()}
 
 
 def _print(found: Worth, console: Console) -> None:
