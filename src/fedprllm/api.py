@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fedprllm.config import PruneConfig
@@ -16,9 +15,7 @@ from fedprllm.errors import ConfigError, RunError
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.fingerprints import model_digest
 from fedprllm.models.further import note_on_further_layers
-from fedprllm.models.identity import model_identity
 from fedprllm.models.in_memory import model_folder, source_name
 from fedprllm.models.side_files import left_out
 from fedprllm.models.source import resolve_model
@@ -31,6 +28,7 @@ from fedprllm.pruning.inputs import (
     Source,
     check_outside,
     evaluation_texts,
+    identity_of,
     make_participants,
     name_participants,
     pool,
@@ -51,11 +49,10 @@ from fedprllm.pruning.preflight import (
 from fedprllm.pruning.records import RunRecord
 from fedprllm.pruning.reduction import reduction
 from fedprllm.pruning.result_writer import without_dropped
-from fedprllm.pruning.run_folder import Run, versions
+from fedprllm.pruning.run_folder import Run
 from fedprllm.pruning.stored_votes import StoredVotes
 from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.survey import allocated, outlier_ratios, sampled, survey_in_process
-from fedprllm.text.windows import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -206,16 +203,7 @@ def _prune(
     samples = sampled(config, [member.name for member in members], walked.n_blocks)
     check_secure(walked, config, samples)
     tests = evaluation_texts(walked, eval_texts, config)
-    identity = {
-        "config": config.model_dump(mode="json"),
-        "model": {
-            "source": source,
-            "fingerprint": model_digest(model_identity(walked, progress)).hex(),
-        },
-        "participants": {member.name: member.describe().as_json() for member in members},
-        "evaluation": {name: fingerprint(torch.cat(text)) for name, text in tests.items()},
-        "versions": versions(),
-    }
+    identity = identity_of(config, source, walked, members, tests, progress)
     with Run(out, identity, needed_bytes(walked, members, config)) as run:
         if run.is_complete:
             run.check_result()

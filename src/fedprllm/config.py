@@ -16,7 +16,16 @@ from pydantic import BeforeValidator, ByteSize, Field, model_validator
 from fedprllm.errors import ConfigError, did_you_mean
 from fedprllm.settings import Settings
 
-__all__ = ["CriterionName", "PruneConfig", "ShareName"]
+__all__ = [
+    "Bos",
+    "CriterionName",
+    "Device",
+    "Dtype",
+    "LinearName",
+    "PruneConfig",
+    "ShareName",
+    "WindowLength",
+]
 
 Group = Literal["layer", "row", "column"]
 # Keys of `fedprllm.core.criteria.CRITERIA`.
@@ -43,6 +52,24 @@ SolverName = Literal[
     "sparsegpt",
     "alps",
 ]
+# Options of reading text and computing, which healing has as well.
+WindowLength = Annotated[
+    int | None,
+    Field(ge=2, description="tokens per window [default: 2048, or the model's limit if lower]"),
+]
+Bos = Annotated[
+    Literal["auto", "every", "start", "never"],
+    Field(
+        description="where to put a beginning-of-sequence token (auto: in every window if the tokenizer adds "
+        "one)"
+    ),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    Field(description="precision of the forward passes; weights keep the precision of the checkpoint"),
+]
+Device = Annotated[str, Field(description="where to compute: cpu, cuda, cuda:1, mps")]
+LinearName = Annotated[str, Field(min_length=1, max_length=200)]
 # What a structure removes, and what participants share for it.
 _STRUCTURES = {
     ("mlp",): "channels",
@@ -84,7 +111,7 @@ class PruneConfig(Settings):
         str, Field(description="unstructured, or N:M like 2:4 (at most N nonzeros in M consecutive inputs)")
     ] = "unstructured"
     exclude: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=200)], ...],
+        tuple[LinearName, ...],
         Field(
             max_length=100,
             description="Linears that stay dense: a name, or a pattern such as *.o_proj or model.layers.3.* "
@@ -178,22 +205,10 @@ class PruneConfig(Settings):
     windows: Annotated[
         int, Field(ge=0, description="calibration windows per participant; 0 uses all of its text")
     ] = 16
-    window_length: Annotated[
-        int | None,
-        Field(ge=2, description="tokens per window [default: 2048, or the model's limit if lower]"),
-    ] = None
-    bos: Annotated[
-        Literal["auto", "every", "start", "never"],
-        Field(
-            description="where to put a beginning-of-sequence token (auto: in every window if the tokenizer "
-            "adds one)"
-        ),
-    ] = "auto"
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        Field(description="precision of the forward passes; weights keep the precision of the checkpoint"),
-    ] = "float32"
-    device: Annotated[str, Field(description="where to compute: cpu, cuda, cuda:1, mps")] = "cpu"
+    window_length: WindowLength = None
+    bos: Bos = "auto"
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
     memory_limit: Annotated[
         ByteSize | None,
         # Excluded from the identity of a run because it does not change the result.

@@ -544,7 +544,7 @@ def _print_evaluation(record: RunRecord) -> None:
 
 
 def _print_run(folder: Path) -> None:
-    from fedprllm.federation.coordinator.results import is_healing
+    from fedprllm.healing.records import is_healing
 
     if is_healing(folder):
         _print_healing(folder)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import ByteSize, Field
 
-from fedprllm.config import PruneConfig
+from fedprllm.config import Bos, Device, Dtype, LinearName, PruneConfig, WindowLength
 from fedprllm.settings import Settings
 
 __all__ = ["HealConfig"]
@@ -30,7 +30,7 @@ class HealConfig(Settings):
         int, Field(ge=1, description="rounds between two measurements on held-out windows")
     ] = 10
     exclude: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=200)], ...],
+        tuple[LinearName, ...],
         Field(max_length=100, description="Linears without a scale, as in prune (repeat for several)"),
     ] = ()
     windows: Annotated[
@@ -41,22 +41,10 @@ class HealConfig(Settings):
             "all of its text",
         ),
     ] = 128
-    window_length: Annotated[
-        int | None,
-        Field(ge=2, description="tokens per window [default: 2048, or the model's limit if lower]"),
-    ] = None
-    bos: Annotated[
-        Literal["auto", "every", "start", "never"],
-        Field(
-            description="where to put a beginning-of-sequence token (auto: in every window if the tokenizer "
-            "adds one)"
-        ),
-    ] = "auto"
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        Field(description="precision of the forward passes; weights keep the precision of the checkpoint"),
-    ] = "float32"
-    device: Annotated[str, Field(description="where to compute: cpu, cuda, cuda:1, mps")] = "cpu"
+    window_length: WindowLength = None
+    bos: Bos = "auto"
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
     memory_limit: Annotated[
         ByteSize | None,
         Field(

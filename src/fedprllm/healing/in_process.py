@@ -21,12 +21,10 @@ from fedprllm.healing.gradients import OpenBlocks, held_out_losses, window_gradi
 from fedprllm.healing.participant import HealingText
 from fedprllm.healing.records import HealRecord, RoundRecord
 from fedprllm.healing.result import heal_record, write_healed, write_healed_card
-from fedprllm.healing.round_sums import RoundSums
+from fedprllm.healing.round_sums import RoundSums, round_bytes
 from fedprllm.healing.run_folder import HealingRun
-from fedprllm.healing.server import HealingServer, end_round
+from fedprllm.healing.server import HealingServer, end_masked_round, end_round
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.fingerprints import model_digest
-from fedprllm.models.identity import model_identity
 from fedprllm.models.in_memory import model_folder, source_name
 from fedprllm.models.source import resolve_model
 from fedprllm.models.tunable import TunableParameters
@@ -37,6 +35,7 @@ from fedprllm.pruning.inputs import (
     Source,
     check_outside,
     evaluation_texts,
+    identity_of,
     make_participants,
     name_participants,
     say_notes,
@@ -44,8 +43,6 @@ from fedprllm.pruning.inputs import (
 )
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.preflight import need_cryptography
-from fedprllm.pruning.run_folder import versions
-from fedprllm.text.windows import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,16 +150,7 @@ def _heal(
     config = config.model_copy(update={"window_length": reading.window_length})
     notes = say_notes(members)
     tests = evaluation_texts(model, eval_texts, reading)
-    identity = {
-        "config": config.model_dump(mode="json"),
-        "model": {
-            "source": source,
-            "fingerprint": model_digest(model_identity(model, progress)).hex(),
-        },
-        "participants": {member.name: member.describe().as_json() for member in members},
-        "evaluation": {name: fingerprint(torch.cat(text)) for name, text in tests.items()},
-        "versions": versions(),
-    }
+    identity = identity_of(config, source, model, members, tests, progress)
     with HealingRun(out, identity, model.checkpoint.n_bytes) as run:
         if run.is_complete:
             run.check_result()
@@ -213,7 +201,7 @@ class Learner:
     @property
     def n_bytes(self) -> int:
         """Payload of what a participant shares in a round, in bytes."""
-        return RoundSums.zeros(self.tunable.n).words.nbytes
+        return round_bytes(self.tunable.n)
 
     def n_steps(self, texts: Sequence[HealingText], number: int) -> int:
         """Number of steps that `contribute` reports for a round."""
@@ -243,9 +231,7 @@ class Learner:
         owners = [(text.name, window) for text in texts for window in text.windows_of(number, self.config)]
         windows = [window for _, window in owners]
         walked = (self.model, self.tunable, vector, windows, self._blocks, self._memory, advance)
-        for (name, window), (gradient, loss) in zip(
-            owners, window_gradients(*walked) if windows else [], strict=True
-        ):
+        for (name, window), (gradient, loss) in zip(owners, window_gradients(*walked), strict=True):
             sums[name].add_window(gradient, loss, len(window) - 1)
         owners = [(text.name, window) for text in texts for window in text.held_out_of(number, self.config)]
         windows = [window for _, window in owners]
@@ -313,7 +299,6 @@ def _round(
     if secure is None:
         record = end_round(server, by_name, begin)
     else:
-        total = {"": secure.total(server.number, by_name)}
-        record = end_round(server, total, begin).model_copy(update={"losses": {}})
+        record = end_masked_round(server, secure.total(server.number, by_name), begin)
     run.finish_round(record, server)
     return record

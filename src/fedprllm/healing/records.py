@@ -10,7 +10,7 @@ from fedprllm.evaluation.results import Perplexity
 from fedprllm.healing.config import HealConfig
 from fedprllm.pruning.records import ModelRecord, ParticipantRecord, Record, RunRecord
 
-__all__ = ["HealRecord", "RoundRecord", "left_dense"]
+__all__ = ["HealRecord", "RoundRecord", "is_healing", "left_dense"]
 
 
 class RoundRecord(Record):
@@ -87,11 +87,16 @@ class HealRecord(Record):
         return [(one.number, one.held_out_loss) for one in self.rounds if one.held_out_loss is not None]
 
 
+def is_healing(run: Path) -> bool:
+    """Whether a folder is that of a healing, not of a run that prunes."""
+    return (run / "rounds").is_dir()
+
+
 def left_dense(run: Path) -> tuple[str, ...]:
     """The Linears that a complete run, or a healing, was told to leave as they are: they get no scale.
 
     Raises:
         RunError: Its record is missing or damaged.
     """
-    kind = HealRecord if (run / "rounds").is_dir() else RunRecord
+    kind = HealRecord if is_healing(run) else RunRecord
     return kind.read(run / "result.json").config.exclude

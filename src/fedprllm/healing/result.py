@@ -13,7 +13,7 @@ from torch import Tensor
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.files import write_text
 from fedprllm.healing.records import HealRecord, RoundRecord
-from fedprllm.healing.round_sums import RoundSums
+from fedprllm.healing.round_sums import round_bytes
 from fedprllm.healing.run_folder import HealingRun
 from fedprllm.healing.server import HealingServer
 from fedprllm.models.blockwise import BlockwiseModel
@@ -72,7 +72,7 @@ def heal_record(
             **identity,
             "n_parameters": n_parameters,
             "n_model_parameters": sum(parameter.numel() for parameter in model.skeleton.parameters()),
-            "update_bytes": RoundSums.zeros(n_parameters).words.nbytes,
+            "update_bytes": round_bytes(n_parameters),
             "best_round": server.best_round,
             "rounds": records,
             "evaluation": evaluation,

@@ -9,12 +9,22 @@ from torch import Tensor
 from fedprllm.core.fixed_point import Grid
 from fedprllm.errors import UpdateError
 
-__all__ = ["GRADIENTS", "LOSSES", "RoundSums"]
+__all__ = ["GRADIENTS", "LOSSES", "RoundSums", "n_words", "round_bytes"]
 
 # A window's gradient has 24 significant bits in float32; coarser than the grid only where it is above 1.
 GRADIENTS = Grid(fraction_bits=24, magnitude_bits=24, n_words=1)
 LOSSES = Grid(fraction_bits=20, magnitude_bits=32, n_words=1)
 _N_FIGURES = 4
+
+
+def n_words(n: int) -> int:
+    """Number of words that a participant shares in a round, for n parameters."""
+    return n + _N_FIGURES
+
+
+def round_bytes(n: int) -> int:
+    """Payload of what a participant shares in a round, in bytes, for n parameters."""
+    return n_words(n) * torch.int64.itemsize
 
 
 class RoundSums:
@@ -31,7 +41,7 @@ class RoundSums:
     @classmethod
     def zeros(cls, n: int) -> RoundSums:
         """The sums over no windows, for n parameters."""
-        return cls(torch.zeros(n + _N_FIGURES, dtype=torch.int64))
+        return cls(torch.zeros(n_words(n), dtype=torch.int64))
 
     def add_window(self, gradient: Float[Tensor, " n"], loss: float, n_tokens: int) -> None:
         """Add the gradient of the sum of a window's losses, and that sum.
@@ -70,11 +80,10 @@ class RoundSums:
         total = self.words[:-_N_FIGURES].to(torch.float64) * GRADIENTS.spacing
         return total / max(self.n_tokens, 1)
 
-    def n_too_large(self, n_windows: int) -> int:
-        """Number of entries of the gradient that are larger than those of so many windows can be."""
-        most = int(n_windows * GRADIENTS.limit / GRADIENTS.spacing)
-        low, high = self.words[:-_N_FIGURES] < -most, self.words[:-_N_FIGURES] > most
-        return int((low | high).sum())
+    def exceeds(self, n_windows: int) -> bool:
+        """Whether an entry of the gradient is larger than that of so many windows can be."""
+        low, high = (int(extreme) for extreme in torch.aminmax(self.words[:-_N_FIGURES]))
+        return max(-low, high) > n_windows * GRADIENTS.limit / GRADIENTS.spacing
 
     @property
     def n_tokens(self) -> int:

@@ -22,7 +22,7 @@ from fedprllm.healing.config import HealConfig
 from fedprllm.healing.records import RoundRecord
 from fedprllm.healing.round_sums import RoundSums
 
-__all__ = ["HealingServer", "end_round"]
+__all__ = ["HealingServer", "end_masked_round", "end_round"]
 
 _WARM_UP = 5  # rounds
 _BETAS = (0.9, 0.99)
@@ -155,8 +155,20 @@ def end_round(server: HealingServer, by_name: Mapping[str, RoundSums], begin: fl
     """
     for name, reason in outstanding_gradients(by_name).items():
         raise UpdateError(f"participant '{name}': {reason}")
-    number, rate, taken_back = server.number, server.learning_rate, server.n_taken_back
     total = sum(by_name.values(), start=RoundSums.zeros(len(server.vector)))
+    losses = {name: one.loss for name, one in by_name.items() if one.n_tokens}
+    return end_masked_round(server, total, begin).model_copy(update={"losses": losses})
+
+
+def end_masked_round(server: HealingServer, total: RoundSums, begin: float) -> RoundRecord:
+    """Take the step and describe the round, where only the sum over participants is known.
+
+    Args:
+        server: The server, before the step.
+        total: The sum.
+        begin: When the round began, by `time.monotonic`.
+    """
+    number, rate, taken_back = server.number, server.learning_rate, server.n_taken_back
     server.take(total)
     return RoundRecord(
         number=number,
@@ -164,7 +176,6 @@ def end_round(server: HealingServer, by_name: Mapping[str, RoundSums], begin: fl
         n_tokens=total.n_tokens,
         loss=_known(total.loss),
         held_out_loss=_known(total.held_out_loss),
-        losses={name: one.loss for name, one in by_name.items() if one.n_tokens},
         taken_back=server.n_taken_back > taken_back,
         seconds=time.monotonic() - begin,
         figures=server.figures(),

@@ -19,8 +19,13 @@ from fedprllm.errors import ConfigError, DataError, FedprllmWarning, did_you_mea
 from fedprllm.evaluation.perplexity import window_length_for
 from fedprllm.files import distinct_names, names_of
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.fingerprints import model_digest
+from fedprllm.models.identity import model_identity
 from fedprllm.models.tokenizer import load_tokenizer
+from fedprllm.progress import Progress
 from fedprllm.pruning.participant import Participant
+from fedprllm.pruning.run_folder import versions
+from fedprllm.settings import Settings
 from fedprllm.text.documents import left_out, say_left_out
 from fedprllm.text.partition import partition
 from fedprllm.text.sources import (
@@ -34,7 +39,7 @@ from fedprllm.text.sources import (
     looks_like_text,
     named_sources,
 )
-from fedprllm.text.windows import evaluation_windows, token_windows
+from fedprllm.text.windows import evaluation_windows, fingerprint, token_windows
 
 __all__ = [
     "RESERVED_NAMES",
@@ -44,6 +49,7 @@ __all__ = [
     "Source",
     "check_outside",
     "evaluation_texts",
+    "identity_of",
     "make_participants",
     "name_participants",
     "pool",
@@ -384,6 +390,36 @@ def sources_of(
             yield from () if isinstance(item, Tensor) else item
     for sources in named_sources(eval_texts).values():
         yield from sources
+
+
+def identity_of(
+    config: Settings,
+    source: str,
+    model: BlockwiseModel,
+    members: Sequence[Participant],
+    tests: Mapping[str, Sequence[Tensor]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Everything that determines what a run in one process computes, as JSON values.
+
+    Args:
+        config: The resolved configuration.
+        source: The model as the user named it.
+        model: The model.
+        members: The participants.
+        tests: Windows of the texts to evaluate on, by name.
+        progress: Notified of every block whose weights are read.
+    """
+    return {
+        "config": config.model_dump(mode="json"),
+        "model": {
+            "source": source,
+            "fingerprint": model_digest(model_identity(model, progress)).hex(),
+        },
+        "participants": {member.name: member.describe().as_json() for member in members},
+        "evaluation": {name: fingerprint(torch.cat(list(text))) for name, text in tests.items()},
+        "versions": versions(),
+    }
 
 
 def _fewer_windows(participant: Participant, asked: int) -> list[str]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedprllm.pruning.secure_sums import SecureSums
 
 __all__ = [
+    "check_message",
     "check_message_size",
     "check_pattern_divides",
     "check_secure",
@@ -189,12 +190,27 @@ def check_message_size(
     updates = payloads(model, config, config.share, n_participants)
     for index, linears in enumerate(model.linears):
         n_bytes = max(updates[index], _block_decision_bytes(linears, config))
-        if n_bytes * _ENVELOPE > max_message_mb * 1e6:
-            raise ConfigError(
-                f"block {index} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, but the kits of this "
-                f"federation allow {max_message_mb:g} MB: {_less(config, 'masks')}raise the limit in every "
-                "kit's local/comm_config.json and max_message_mb in federation.json"
-            )
+        check_message(f"block {index}", n_bytes, max_message_mb, _less(config, "masks"))
+
+
+def check_message(what: str, n_bytes: int, max_message_mb: float, advice: str = "") -> None:
+    """Refuse a message that exceeds the kits' limit and could never arrive.
+
+    Args:
+        what: What takes it, for the error.
+        n_bytes: Its payload.
+        max_message_mb: The limit in MB (10^6 bytes).
+        advice: What else one could do.
+
+    Raises:
+        ConfigError: The message would be too large.
+    """
+    if n_bytes * _ENVELOPE > max_message_mb * 1e6:
+        raise ConfigError(
+            f"{what} takes messages of {n_bytes * _ENVELOPE / 1e6:.1f} MB, but the kits of this federation "
+            f"allow {max_message_mb:g} MB: {advice}raise the limit in every kit's local/comm_config.json and "
+            "max_message_mb in federation.json"
+        )
 
 
 def check_secure(model: BlockwiseModel, config: PruneConfig, samples: Mapping[str, Sequence[int]]) -> None:

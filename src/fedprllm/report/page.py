@@ -15,6 +15,7 @@ from fedprllm.api import PruneResult
 from fedprllm.errors import RunError
 from fedprllm.files import write_text
 from fedprllm.healing.in_process import HealResult
+from fedprllm.healing.records import is_healing
 from fedprllm.pruning.records import Reduction
 from fedprllm.pruning.run_folder import Run
 from fedprllm.report.facts import (
@@ -59,8 +60,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     _check_complete(run)
     if path.is_dir():
         raise RunError(f"{path} is a folder: expected the name of the HTML file to write")
-    is_healing = (run / "rounds").is_dir()
-    page = healing_page(HealResult.load(run)) if is_healing else _pruning_page(PruneResult.load(run))
+    page = healing_page(HealResult.load(run)) if is_healing(run) else _pruning_page(PruneResult.load(run))
     write_text(path, _render(page))
     return path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ from fedprllm.healing.bounds import outstanding_gradients
 from fedprllm.healing.config import HealConfig
 from fedprllm.healing.participant import MOST_HELD_OUT
 from fedprllm.healing.records import RoundRecord
-from fedprllm.healing.round_sums import GRADIENTS, RoundSums
+from fedprllm.healing.round_sums import GRADIENTS, RoundSums, n_words
 from fedprllm.healing.run_folder import HealingRun
-from fedprllm.healing.server import HealingServer, end_round
+from fedprllm.healing.server import HealingServer, end_masked_round, end_round
 
 __all__ = ["Gradients", "Healing"]
 
@@ -69,7 +69,7 @@ class Gradients:
             model_fingerprint=self._digest,
             block=number,
             kind=wire.GRADIENTS if self.masks is None else wire.MASKED,
-            shapes={WORDS: tuple(RoundSums.zeros(self._n).words.shape)},
+            shapes={WORDS: (n_words(self._n),)},
             participant=name,
         )
 
@@ -117,7 +117,7 @@ class Gradients:
                 f"{whose} sums gradients over {sums.n_tokens} tokens in round {number}: expected "
                 f"{n_train * per_window}"
             )
-        if sums.n_too_large(n_train):
+        if sums.exceeds(n_train):
             raise UpdateError(
                 f"{whose} has a gradient larger than that of {n_train} windows in round {number}: expected "
                 f"numbers below {GRADIENTS.limit:.3g} for each window"
@@ -147,7 +147,7 @@ class Gradients:
             UpdateError: Honest participants cannot add up to it. Nobody can say whose message is at fault.
         """
         names = masks.survivors(number)
-        total = np.zeros(len(RoundSums.zeros(self._n).words), "<u8")
+        total = np.zeros(n_words(self._n), "<u8")
         for name in names:
             total += self._read(number, name, self.path(number, name).read_bytes()).words.numpy().view("<u8")
         masks.unmask(number, total)
@@ -174,28 +174,16 @@ class Healing:
         self._run_id, self._digest = run_id, digest
         self.records: list[RoundRecord] = run.resume(server)
 
-    @property
-    def final_path(self) -> Path:
-        """File with the parameters of the result, for participants."""
-        return Publication(self._run.folder).decision_path(0)
-
     def decide(self, index: int, names: Sequence[str], still_in: Sequence[str]) -> None:
         """See `BlockDecider`."""
-        begin = time.monotonic()
-        sums = self._sums(index, names)
-        record = end_round(self._server, sums, begin).model_copy(
-            update={"participants": sorted(names), "still_in": sorted(still_in)}
-        )
-        if self._gradients.masks is not None:
-            record = record.model_copy(update={"losses": {}})
+        begin, masks = time.monotonic(), self._gradients.masks
+        if masks is None:
+            record = end_round(self._server, self._gradients.by_name(index, names), begin)
+        else:
+            record = end_masked_round(self._server, self._gradients.total(index, masks), begin)
+        record = record.model_copy(update={"participants": sorted(names), "still_in": sorted(still_in)})
         self._run.finish_round(record, self._server)
         self.records.append(record)
-
-    def _sums(self, number: int, names: Sequence[str]) -> Mapping[str, RoundSums]:
-        masks = self._gradients.masks
-        if masks is None:
-            return self._gradients.by_name(number, names)
-        return {"": self._gradients.total(number, masks)}
 
     def decision(self, index: int) -> bytes | None:
         """See `BlockDecider`."""
@@ -209,4 +197,4 @@ class Healing:
     def finish(self) -> None:
         """Keep the parameters of the result as a message for participants."""
         message = encode_parameters(self._server.result, 0, self._run_id, self._digest)
-        write_bytes(self.final_path, message)
+        write_bytes(Publication(self._run.folder).decision_path(0), message)

@@ -24,7 +24,7 @@ from fedprllm.federation.protocol.results import Manifest
 from fedprllm.healing.config import HealConfig
 from fedprllm.healing.records import HealRecord, left_dense
 from fedprllm.healing.result import heal_record, write_healed, write_healed_card
-from fedprllm.healing.round_sums import RoundSums
+from fedprllm.healing.round_sums import round_bytes
 from fedprllm.healing.run_folder import HealingRun
 from fedprllm.healing.server import HealingServer
 from fedprllm.models.blockwise import BlockwiseModel
@@ -33,6 +33,7 @@ from fedprllm.models.fingerprints import model_digest
 from fedprllm.models.identity import model_identity
 from fedprllm.models.source import build_skeleton, resolve_model
 from fedprllm.models.tunable import TunableParameters
+from fedprllm.pruning.preflight import check_message
 from fedprllm.pruning.run_folder import versions
 
 __all__ = ["HealingJob", "conduct_healing", "healed_model"]
@@ -104,7 +105,8 @@ def conduct_healing(job: HealingJob) -> None:
     model = BlockwiseModel(resolve_model(source), config.dtype, config.device, config.exclude)
     config = config.model_copy(update={"window_length": window_length_for(model, config.window_length)})
     tunable = TunableParameters(model)
-    _check_message_size(tunable.n, job.max_message_mb)
+    if job.max_message_mb is not None:
+        check_message("a round", round_bytes(tunable.n), job.max_message_mb)
     fingerprints = model_identity(model)
     identity: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
@@ -119,16 +121,6 @@ def conduct_healing(job: HealingJob) -> None:
             run.check_result()
         else:
             _conduct(job, config, model, tunable, fingerprints, identity, run)
-
-
-def _check_message_size(n: int, max_message_mb: float | None) -> None:
-    n_bytes = RoundSums.zeros(n).words.nbytes
-    if max_message_mb is not None and n_bytes * 1.02 > max_message_mb * 1e6:
-        raise ConfigError(
-            f"a round takes messages of {n_bytes / 1e6:.1f} MB, but the kits of this federation allow "
-            f"{max_message_mb:g} MB: raise the limit in every kit's local/comm_config.json and "
-            "max_message_mb in federation.json"
-        )
 
 
 def _conduct(

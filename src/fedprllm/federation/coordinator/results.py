@@ -31,10 +31,11 @@ from fedprllm.federation.protocol.results import (
     read_result_request,
 )
 from fedprllm.files import read_json, write_json, write_sealed
+from fedprllm.healing.records import HealRecord, is_healing
 from fedprllm.pruning.model_card import write_model_card
 from fedprllm.pruning.records import RunRecord
 
-__all__ = ["Publication", "ResultServer", "is_healing", "outcomes"]
+__all__ = ["Publication", "ResultServer", "outcomes"]
 
 _MAX_OFFERS = 100  # the newest
 _MISSING = pack(ResultReply(code="no such result"))
@@ -173,11 +174,6 @@ class ResultServer:
             _record_evaluation(publication.run)
 
 
-def is_healing(run: Path) -> bool:
-    """Whether a run heals instead of pruning."""
-    return (run / "rounds").is_dir()
-
-
 def _record_evaluation(run: Path) -> None:
     """Write the perplexities that participants reported into the run's record and model card."""
     reported = {name: found for name, found in sorted(outcomes(run).items()) if "pruned" in found}
@@ -187,8 +183,6 @@ def _record_evaluation(run: Path) -> None:
     }
     path = run / "result.json"
     if is_healing(run):
-        from fedprllm.healing.records import HealRecord
-
         evaluation = {"before": evaluation["dense"], "healed": evaluation["model"]}
         write_sealed(path, HealRecord.read(path).model_copy(update={"evaluation": evaluation}).as_json())
         return
