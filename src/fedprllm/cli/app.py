@@ -185,7 +185,7 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "heal": (
         int | None,
         typer.Option(
-            min=1, help="then heal the result on the same text, in so many rounds: OUT/healed/model"
+            min=1, help="then heal the result on the same text, in this many rounds: OUT/healed/model"
         ),
     ),
     "out": (Path | None, typer.Option(help="folder for the run", show_default=False)),
