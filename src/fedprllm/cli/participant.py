@@ -73,18 +73,21 @@ def participate(
         typer.Option("--require-secure", help="share only under masks, so that the server sees only sums"),
     ] = False,
     max_colluding: Annotated[
-        int, typer.Option(help="under masks: participants that may conspire with the server", min=0)
+        int,
+        typer.Option(help="under masks: participants that may conspire with the server", metavar="N", min=0),
     ] = 1,
-    min_sum: Annotated[int, typer.Option(help="under masks: fewest updates in a sum", min=3)] = 3,
+    min_sum: Annotated[
+        int, typer.Option(help="under masks: fewest updates in a sum", metavar="N", min=3)
+    ] = 3,
     min_windows: Annotated[int, typer.Option(help="fewest windows an update may be computed from")] = 16,
     min_tokens: Annotated[int, typer.Option(help="fewest tokens an update may be computed from")] = 8192,
     min_participants: Annotated[int, typer.Option(help="fewest participants a run may have")] = 3,
     runs_per_text: Annotated[int, typer.Option(help="number of runs that may use one text")] = 3,
     max_rounds: Annotated[
-        int, typer.Option(min=1, help="most rounds of healing in a run, each with one gradient")
+        int, typer.Option(metavar="N", min=1, help="most rounds of healing in a run, each with one gradient")
     ] = 100,
     min_gradient_tokens: Annotated[
-        int, typer.Option(min=1, help="fewest tokens that a gradient may be computed from")
+        int, typer.Option(metavar="N", min=1, help="fewest tokens that a gradient may be computed from")
     ] = 256,
     seed: Annotated[
         int | None,
@@ -112,7 +115,7 @@ def participate(
         bool, typer.Option("--yes", help="agree to every run within these limits without being asked")
     ] = False,
     max_message_mb: Annotated[
-        int, typer.Option(help="longest message to accept, in MB", min=1)
+        int, typer.Option(help="longest message to accept, in MB", metavar="N", min=1)
     ] = DEFAULT_MESSAGE_MB,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="compute and show what would be sent, without connecting")
