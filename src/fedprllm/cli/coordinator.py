@@ -470,7 +470,8 @@ class _Display:
             line = f"waiting for {', '.join(details['for'])}"
             self._show(line, line)
         elif what == "results":
-            line = f"the model is complete; {', '.join(details['waiting'])} are fetching it"
+            verb = "is" if len(details["waiting"]) == 1 else "are"
+            line = f"the model is complete; {', '.join(details['waiting'])} {verb} fetching it"
             self._show(line, line)
         elif what == "run":
             self._name = details["name"]

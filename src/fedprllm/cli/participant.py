@@ -304,11 +304,12 @@ def ledger(
     if as_json:
         print(json.dumps(lines, indent=1))
         return
-    table = Table("time (UTC)", "", "run", "block", "kind", "tensors", "bytes", "sha256", box=SIMPLE)
+    headings = ("time (UTC)", "", "run", "block", "kind", "tensors", "bytes", "sha256")
+    table = Table(*headings, box=SIMPLE, show_edge=False, padding=0)  # fits into 80 columns
     sent = [line for line in lines if line.get("direction", "sent") == "sent"]
     for line in lines:
         table.add_row(
-            line["time"][:19].replace("T", " "),
+            line["time"][:16].replace("T", " "),
             line.get("direction", "sent"),
             line["run"][:8],
             "" if line["block"] is None else str(line["block"]),
