@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks._harness import alternate, given, machine
-from benchmarks.solvers import _N_EVALUATION_TOKENS, _texts
+from benchmarks.solvers import N_EVALUATION_TOKENS, texts_of
 from fedprllm import PruneConfig, evaluate, prune
 from fedprllm.demo.compare import demo_model
 from fedprllm.models.source import resolve_model
@@ -89,7 +89,7 @@ def main() -> None:
 def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     model = resolve_model(options.model or demo_model())
     with tempfile.TemporaryDirectory() as temporary:
-        texts, held_out = _texts(options.texts, Path(temporary))
+        texts, held_out = texts_of(options.texts, Path(temporary))
         dense = _losses(model, held_out, options)
         rows: list[dict[str, Any]] = [{"structure": "none", "fewer parameters": 0.0, **_means(dense, dense)}]
         for structure in options.structures:
@@ -120,7 +120,7 @@ def _losses(model: Path, held_out: Mapping[str, Path], options: argparse.Namespa
         model,
         held_out,
         window_length=options.length,
-        max_tokens=_N_EVALUATION_TOKENS,
+        max_tokens=N_EVALUATION_TOKENS,
         dtype=options.dtype,
         device=options.device,
     )

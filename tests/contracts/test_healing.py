@@ -24,12 +24,13 @@ from fedprllm import (
     prune,
 )
 from fedprllm.healing.bounds import outstanding_gradients
-from fedprllm.healing.gradients import OpenBlocks, held_out_losses, window_gradients
+from fedprllm.healing.gradients import held_out_losses, window_gradients
 from fedprllm.healing.in_process import Learner
 from fedprllm.healing.participant import HealingText
 from fedprllm.healing.round_sums import RoundSums
 from fedprllm.healing.server import HealingServer
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.open_blocks import OpenBlocks
 from fedprllm.models.source import resolve_model
 from fedprllm.models.tunable import TunableParameters
 from fedprllm.pruning.hidden_states import HiddenMemory

@@ -117,10 +117,11 @@ class Gradients:
                 f"{whose} sums gradients over {sums.n_tokens} tokens in round {number}: expected "
                 f"{n_train * per_window}"
             )
-        if sums.exceeds(n_train):
+        if sums.exceeds(n_train, config.max_gradient_norm):
             raise UpdateError(
-                f"{whose} has a gradient larger than that of {n_train} windows in round {number}: expected "
-                f"numbers below {GRADIENTS.limit:.3g} for each window"
+                f"{whose} has a gradient longer than that of {n_train} windows can be in round {number}: "
+                f"expected a length of at most {config.max_gradient_norm:g} per token and numbers below "
+                f"{GRADIENTS.limit:.3g} for each window"
             )
         losses = (sums.loss, sums.n_tokens), (sums.held_out_loss, sums.n_held_out)
         for loss, n_tokens in losses:
