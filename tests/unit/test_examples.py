@@ -153,8 +153,10 @@ def test_a_notebook_is_listed_and_names_no_machine(notebook):
     assert not re.search(r"/(home|root|tmp|work|usr|Users)/|\\\\Users", json.dumps(outputs))
 
 
-def test_the_readme_s_python_runs(in_checkout):
+def test_the_readme_s_python_runs(in_checkout, capsys):
     (block,) = re.findall(r"^```python\n(.*?)^```", (EXAMPLES.parent / "README.md").read_text(), re.M | re.S)
-    names: dict[str, Any] = {}
-    exec(compile(block, "README.md", "exec"), names)
-    assert names["result"].model_dir == Path("run/model")
+    exec(compile(block, "README.md", "exec"), {})
+    folder, *votes, perplexity = capsys.readouterr().out.splitlines()
+    assert (in_checkout / folder / "config.json").exists()
+    assert "".join(votes).startswith("tensor([[")
+    assert float(perplexity) > 1
