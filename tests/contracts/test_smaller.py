@@ -1,4 +1,4 @@
-"""``smaller``: the structure is chosen by the loss on held-out windows, and removed as if it had been named."""
+"""``smaller``: the structure is chosen by the loss on held-out windows, and removed as if named."""
 
 from __future__ import annotations
 
@@ -85,14 +85,15 @@ def test_the_lowest_loss_decides(chosen):
 def test_candidates_remove_at_least_the_fraction(tiny, windows, tmp_path, name):
     model = BlockwiseModel(tiny(name))
     found = find_candidates(model, PruneConfig(smaller=0.2))
-    assert found.structures == {
-        "gemma3": ["mlp=0.33", "heads=3", "mlp=0.12,heads=2", "depth=1"],  # heads=1 has no configuration
-        "deepseek-v3": ["depth=2", "experts=4"],  # its first block is the smallest
-    }[name]
+    assert (
+        found.structures
+        == {
+            "gemma3": ["mlp=0.33", "heads=3", "mlp=0.12,heads=2", "depth=1"],  # heads=1 has no configuration
+            "deepseek-v3": ["depth=2", "experts=4"],  # its first block is the smallest
+        }[name]
+    )
     for number, structure in enumerate(found.structures):
-        result = prune(
-            tiny(name), [windows(0)], PruneConfig(structure=structure), out=tmp_path / str(number)
-        )
+        result = prune(tiny(name), [windows(0)], PruneConfig(structure=structure), out=tmp_path / str(number))
         assert result.record.reduction.of_blocks >= 0.2
 
 

@@ -43,7 +43,7 @@ Sample = Mapping[str, Sequence[int]]
 def walking(
     model: BlockwiseModel, participants: Sequence[Participant], samples: Sample, config: PruneConfig, run: Run
 ) -> Iterator[tuple[list[Participant], dict[str, Sequence[int]]]]:
-    """The participants that walk, and the blocks that each prunes; their hidden states are cleared at the end.
+    """The participants that walk, and the blocks that each prunes; in the end, hidden states are cleared.
 
     Args:
         model: The model.
