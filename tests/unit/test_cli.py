@@ -52,7 +52,7 @@ def test_prune_says_which_structure_it_chose(given, tmp_path):
     )  # fmt: skip
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     words = " ".join(output.split())
-    assert f"chosen {result['config']['structure']}: the lowest perplexity on the participants'" in words
+    assert f"chosen {result['config']['structure']}: the lowest perplexity on 62 held-out tokens" in words
     assert result["reduction"] is not None
 
 

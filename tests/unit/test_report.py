@@ -594,7 +594,8 @@ def test_the_choice_of_a_structure_is_explained(run_once):
     assert list(candidates) == ["mlp=0.3", "depth=1"]
     chosen = result["config"]["structure"]
     assert candidates[chosen]["loss"] == min(one["loss"] for one in candidates.values())
-    assert f"Chosen: {chosen}: the lowest perplexity on the participants' held-out windows" in page.text
+    n_tokens = candidates[chosen]["n_tokens"]
+    assert f"Chosen: {chosen}: the lowest perplexity on {n_tokens} held-out tokens of the" in page.text
     rows = page.tables["Structures to choose among"][1:]
     shown = [[name, one["of_blocks"], one["loss"]] for name, one in candidates.items()]
     expected = [[name, f"{part * 100:.1f} %", f"{math.exp(loss):,.2f}"] for name, part, loss in shown]

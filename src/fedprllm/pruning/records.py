@@ -350,8 +350,8 @@ class ChoiceRecord(Record):
             f"{one.structure} {one.perplexity:.2f}" for one in self.candidates if one is not self.chosen
         )
         why = (
-            f"the lowest perplexity on the participants' held-out windows, {self.chosen.perplexity:.2f} "
-            f"({others})"
+            f"the lowest perplexity on {self.chosen.n_tokens:,} held-out tokens of the participants, "
+            f"{self.chosen.perplexity:.2f} ({others})"
             if others
             else "the only structure that makes the blocks so much smaller"
         )
