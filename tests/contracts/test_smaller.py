@@ -14,6 +14,7 @@ from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.pruning.candidates import find_candidates
 from fedprllm.pruning.held_out import LossSum, divided
 from fedprllm.pruning.method import pruning_method
+from fedprllm.study.worth import worth_it
 from tests.contracts.test_walk import assert_same_bits
 
 
@@ -240,6 +241,11 @@ def test_a_candidate_that_gives_no_model_is_left_out(tiny, windows, tmp_path, mo
     assert result.record.choice.refused["depth=1"] == "something else at another position"
     with pytest.raises(ModelError, match=r"none of the structures depth=1 gives a model:\n  mlp: no entry"):
         prune(tiny("bloom"), [windows(0, 3)], PruneConfig(smaller=0.2), out=tmp_path / "none")
+
+
+def test_models_that_are_compared_lose_one_structure(tiny):
+    with pytest.raises(ConfigError, match="another structure for every model that is compared"):
+        worth_it(tiny("llama"), ["own.txt"], ["public.txt"], PruneConfig(smaller=0.2))
 
 
 def test_a_federation_names_the_structure():
