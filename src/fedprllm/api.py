@@ -195,7 +195,8 @@ def _prune(
     check_outside(out, sources_of(named, eval_texts))
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, config.dtype, config.device, config.exclude)
-    found = None if config.smaller is None else find_candidates(walked, config)
+    n = named.n_participants if isinstance(named, PooledData) else len(named)
+    found = None if config.smaller is None else find_candidates(walked, config, n)
     if found is None:
         check_pattern_divides(walked, config)
         check_structure(walked, config)

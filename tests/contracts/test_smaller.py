@@ -113,6 +113,11 @@ def test_what_a_limit_forbids_is_no_candidate(tiny):
     found = find_candidates(model, PruneConfig(smaller=0.2, max_update_mb=0.001))
     assert found.structures == ["depth=1"]
     assert "max_update_mb allows 0.001 MB" in found.refused["mlp"]
+    # In the clear a number of 4 bytes, under masks three words.
+    refused = find_candidates(model, PruneConfig(smaller=0.2, max_update_mb=1e-5)).refused
+    assert "depth" not in refused
+    with pytest.raises(ConfigError, match=r"depth: share influence would send 2\.4e-05 MB"):
+        find_candidates(model, PruneConfig(smaller=0.2, max_update_mb=1e-5, secure=True), 3)
 
 
 def test_sums_under_masks_choose_the_same(tiny, windows, tmp_path):

@@ -38,8 +38,13 @@ class Candidates:
     refused: dict[str, str]
 
 
-def find_candidates(model: BlockwiseModel, config: PruneConfig) -> Candidates:
+def find_candidates(model: BlockwiseModel, config: PruneConfig, n_participants: int = 1) -> Candidates:
     """The least of each kind of structure that removes ``config.smaller`` of the blocks' parameters.
+
+    Args:
+        model: The dense model.
+        config: How to prune.
+        n_participants: Number of participants; under masks, an update grows with it.
 
     Raises:
         ConfigError: There is none; the message says why, for every kind.
@@ -49,19 +54,21 @@ def find_candidates(model: BlockwiseModel, config: PruneConfig) -> Candidates:
     structures, refused = [], {}
     for name, way in WAYS.items():
         try:
-            structures += _first_usable(model, config, way(model, fraction))
+            structures += _first_usable(model, config, n_participants, way(model, fraction))
         except (ConfigError, ModelError) as error:
             refused[name] = str(error)
     if not structures:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
         raise ConfigError(
             f"smaller {config.smaller:g}: nothing that can be removed from {model.folder} makes its blocks "
-            f"{float(fraction):.1%} smaller: use another fraction or another model\n{reasons}"
+            f"{float(fraction):.1%} smaller: ask for less, or use another model\n{reasons}"
         )
     return Candidates(structures, refused)
 
 
-def _first_usable(model: BlockwiseModel, config: PruneConfig, structures: Iterator[str]) -> list[str]:
+def _first_usable(
+    model: BlockwiseModel, config: PruneConfig, n_participants: int, structures: Iterator[str]
+) -> list[str]:
     """The first structure that a run would not refuse; empty if there is none to try.
 
     Raises:
@@ -72,7 +79,7 @@ def _first_usable(model: BlockwiseModel, config: PruneConfig, structures: Iterat
         try:
             trial = config.with_structure(structure)
             check_structure(model, trial)
-            check_update_size(model, trial)
+            check_update_size(model, trial, n_participants)
         except (ConfigError, ModelError) as error:
             refusals.append(error)
         else:
