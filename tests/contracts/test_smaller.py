@@ -221,8 +221,8 @@ def test_too_much_is_refused_with_a_reason_for_every_structure(tiny, windows, tm
         prune(tiny("llama"), [windows(0)], PruneConfig(smaller=0.9), out=tmp_path / "run")
     words = str(refusal.value)
     assert "makes its blocks 90.0% smaller" in words
-    assert "\n  mlp: removing 46 of 48 from every block" in words
-    assert "\n  heads: removing 2 of 4 from every block" in words
+    assert "\n  mlp: removing 46 of 48 channels from every block" in words
+    assert "\n  heads: removing 2 of 4 heads from every block" in words
     assert "\n  depth: structure depth would drop 3 of 3 blocks" in words
     assert not (tmp_path / "run").exists()
 

@@ -103,15 +103,14 @@ def _heads(model: BlockwiseModel, fraction: Fraction) -> Iterator[str]:
 
 
 def _mlp_and_heads(model: BlockwiseModel, fraction: Fraction) -> Iterator[str]:
-    """About the fraction of the heads, and as many channels as are needed beside them."""
+    """About the fraction of the heads, and as many channels as are needed beside them, if any are."""
     heads, channels = part_of(model, "heads"), part_of(model, "mlp")
     share = max(1, round(fraction * heads.n_units / heads.n_groups)) * heads.n_groups
     most = heads.n_units - heads.n_groups
     for n in range(min(share, most), most + 1, heads.n_groups) if most else ():
         rest = fraction - _gone(model, "heads", n)
-        if rest <= 0:
-            raise ConfigError(f"removing {n} of {heads.n_units} heads from every block is enough")
-        yield f"mlp={_spelled(channels, _fewest(model, 'mlp', rest))},heads={n}"
+        if rest > 0:
+            yield f"mlp={_spelled(channels, _fewest(model, 'mlp', rest))},heads={n}"
 
 
 def _depth(model: BlockwiseModel, fraction: Fraction) -> Iterator[str]:
@@ -142,6 +141,9 @@ WAYS: dict[str, Callable[[BlockwiseModel, Fraction], Iterator[str]]] = {
 }
 
 
+_UNITS = {"mlp": "channels", "heads": "heads"}
+
+
 def _gone(model: BlockwiseModel, part: str, n: int) -> Fraction:
     """Fraction of the blocks' parameters that goes with n units of every block."""
     after = block_sizes(model, {part: part_of(model, part).n_units - n})
@@ -160,8 +162,8 @@ def _fewest(model: BlockwiseModel, part: str, fraction: Fraction) -> int:
     most = units.n_units - step
     if n > most:
         raise ConfigError(
-            f"removing {most} of {units.n_units} from every block, the most that can go, makes the blocks "
-            f"{float(_gone(model, part, most)):.1%} smaller"
+            f"removing {most} of {units.n_units} {_UNITS[part]} from every block, the most that can go, makes "
+            f"the blocks {float(_gone(model, part, most)):.1%} smaller"
         )
     return n
 
