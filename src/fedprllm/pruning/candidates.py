@@ -162,8 +162,8 @@ def _fewest(model: BlockwiseModel, part: str, fraction: Fraction) -> int:
     most = units.n_units - step
     if n > most:
         raise ConfigError(
-            f"removing {most} of {units.n_units} {_UNITS[part]} from every block, the most that can go, makes "
-            f"the blocks {float(_gone(model, part, most)):.1%} smaller"
+            f"removing {most} of {units.n_units} {_UNITS[part]} from every block, the most that can go, "
+            f"makes the blocks {float(_gone(model, part, most)):.1%} smaller"
         )
     return n
 
