@@ -184,6 +184,11 @@ class RunPlan(Settings):
             )
         if self.heal is not None and self.of and self.model:
             raise ConfigError(f"of names the run '{self.of}', and model '{self.model}': give one of them")
+        if self.healing is not None and self.healing.loss == "dense" and not self.of:
+            raise ConfigError(
+                "[heal] loss dense compares with the model before pruning, which is that of an earlier run: "
+                "name the run with of instead of the model"
+            )
 
     @property
     def healing(self) -> HealConfig | None:
