@@ -159,8 +159,8 @@ _METHOD = "What is pruned, and what is shared"
 _DETAILS = "Details of the method"
 # Panels of the help, by option; whatever is not listed is a detail.
 _PANELS = {
-    **dict.fromkeys(("sparsity", "pattern", "structure", "share", "strategy", "criterion"), _METHOD),
-    "secure": _METHOD,
+    **dict.fromkeys(("sparsity", "pattern", "structure", "smaller", "share"), _METHOD),
+    **dict.fromkeys(("strategy", "criterion", "secure"), _METHOD),
     **dict.fromkeys(("rounds", "round_windows", "learning_rate", "check_every"), "Rounds"),
     **dict.fromkeys(("windows", "window_length", "bos"), "Reading text"),
     **dict.fromkeys(("dtype", "device", "memory_limit", "seed"), "Computation"),
@@ -384,6 +384,8 @@ def _print_result(result: Any) -> None:
     record = result.record
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
+    if record.choice is not None:
+        console.print(f"chosen   {escape(record.choice.sentence)}", soft_wrap=True)
     print_sparsity(record)
     for name, folder in result.model_dirs.items():
         console.print(f"{escape(name):<8} {escape(str(folder))}", soft_wrap=True)
@@ -486,7 +488,7 @@ def _demo(
         column.justify = "right"
     sizes = demo_sizes(out)
     for name, values in demo_summary(comparison).items():
-        style = "bold" if name.endswith("together") else ""
+        style = "bold" if ": together" in name else ""
         table.add_row(name, *(f"{value:.2f}" for value in values), sizes.get(name, ""), style=style)
     console.print(table)
     console.print(f"model    {escape(str(result.model_dir))}", soft_wrap=True)

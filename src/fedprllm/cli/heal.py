@@ -142,7 +142,7 @@ def _pruned_from(run: Path) -> str | None:
         return None
     from fedprllm.healing.records import pruned_from
 
-    return pruned_from(run)
+    return pruned_from(run).source
 
 
 def print_healed(result: HealResult, console: Console) -> None:

@@ -95,7 +95,8 @@ class DenseDistance:
         assert target is not None
         for chunk, expected in zip(logits, self._predictions(target, window), strict=True):
             found = nn.functional.log_softmax(chunk, -1)
-            yield nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+            # Rounding takes a distance of zero below it.
+            yield nn.functional.kl_div(found, expected, reduction="sum", log_target=True).clamp_min(0)
 
     @torch.no_grad()
     def _predictions(self, hidden: Hidden, window: Tensor) -> Iterator[Tensor]:

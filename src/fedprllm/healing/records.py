@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from fedprllm.errors import ConfigError
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.healing.config import HealConfig
 from fedprllm.pruning.records import ModelRecord, ParticipantRecord, Record, RunRecord
@@ -104,10 +105,16 @@ def left_dense(run: Path) -> tuple[str, ...]:
     return kind.read(run / "result.json").config.exclude
 
 
-def pruned_from(run: Path) -> str:
-    """The model that a complete run pruned, as its user named it.
+def pruned_from(run: Path) -> ModelRecord:
+    """The model that a complete run pruned.
 
     Raises:
+        ConfigError: The run healed, and what it healed is not dense.
         RunError: The run's record is missing or damaged.
     """
-    return RunRecord.read(run / "result.json").model.source
+    if is_healing(run):
+        raise ConfigError(
+            f"loss dense compares with the model before pruning, and {run} is a healing: heal the result of "
+            "the run that pruned"
+        )
+    return RunRecord.read(run / "result.json").model

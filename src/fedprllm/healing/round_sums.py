@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fedprllm.core.fixed_point import Grid
 from fedprllm.errors import UpdateError
+from fedprllm.pruning.held_out import LOSSES, LossSum
 
-__all__ = ["GRADIENTS", "LOSSES", "RoundSums", "n_words", "round_bytes"]
+__all__ = ["GRADIENTS", "RoundSums", "n_words", "round_bytes"]
 
 # A window's gradient has 24 significant bits in float32; coarser than the grid only where it is above 1.
 GRADIENTS = Grid(fraction_bits=24, magnitude_bits=24, n_words=1)
-LOSSES = Grid(fraction_bits=20, magnitude_bits=32, n_words=1)
 _N_FIGURES = 4
 _FLOAT32_SLACK = 1 + 1e-5  # a clipped gradient is as long as it may be up to rounding
 
@@ -115,18 +115,14 @@ class RoundSums:
     @property
     def loss(self) -> float:
         """Mean loss per token in nats; NaN if there are no tokens."""
-        return _mean(int(self.words[-4]), self.n_tokens)
+        return LossSum(int(self.words[-4]), self.n_tokens).mean
 
     @property
     def held_out_loss(self) -> float:
         """Mean loss per token of held-out windows in nats; NaN if there are none."""
-        return _mean(int(self.words[-2]), self.n_held_out)
+        return LossSum(int(self.words[-2]), self.n_held_out).mean
 
 
 def _clipped(gradient: Float[Tensor, " n"], max_norm: float) -> Float[Tensor, " n"]:
     norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
     return gradient * (max_norm / norm) if norm > max_norm else gradient
-
-
-def _mean(units: int, n_tokens: int) -> float:
-    return units * LOSSES.spacing / n_tokens if n_tokens else float("nan")

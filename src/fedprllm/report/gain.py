@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedprllm.pruning.records import Reduction
-from fedprllm.report.facts import Cell, Facts, Section, Table, percent, size
+from fedprllm.pruning.records import ChoiceRecord, Reduction
+from fedprllm.report.facts import Cell, Facts, Section, Table, percent, perplexity, size
 
 __all__ = ["gain"]
 
@@ -31,9 +31,31 @@ def gain(facts: Facts) -> Section:
         section.parts.append(_ZEROS)
     else:
         section.parts.extend([_SMALLER, _sizes(reduction)])
+    if facts.record.choice is not None:
+        section.parts.extend(_choice(facts.record.choice))
     if pattern is not None and 2 * pattern[0] <= pattern[1]:
         section.parts.append(_PATTERN)
     return section
+
+
+def _choice(choice: ChoiceRecord) -> list[str | Table]:
+    """Which structures could have been removed, and what each would have cost."""
+    rows: list[list[str | Cell]] = [
+        [
+            Cell(one.structure, "chosen" if one is choice.chosen else ""),
+            percent(one.of_blocks),
+            perplexity(one.perplexity),
+        ]
+        for one in choice.candidates
+    ]
+    columns = ("structure", "fewer block parameters", "perplexity on held-out windows")
+    refused = [f"Not measured: {name} ({reason})." for name, reason in choice.refused.items()]
+    return [
+        f"Chosen: {choice.sentence}. At least {percent(choice.smaller)} of the blocks' parameters had to go. "
+        "For this comparison, each structure was removed on the basis of the other windows only.",
+        Table("Structures to choose among", columns, "lrr", rows),
+        *refused,
+    ]
 
 
 def _sizes(found: Reduction) -> Table:

@@ -17,11 +17,11 @@ from fedprllm.federation.protocol.parameters import WORDS, encode_parameters
 from fedprllm.files import write_bytes
 from fedprllm.healing.bounds import outstanding_gradients
 from fedprllm.healing.config import HealConfig
-from fedprllm.healing.participant import MOST_HELD_OUT
 from fedprllm.healing.records import RoundRecord
 from fedprllm.healing.round_sums import GRADIENTS, RoundSums, n_words
 from fedprllm.healing.run_folder import HealingRun
 from fedprllm.healing.server import HealingServer, end_masked_round, end_round
+from fedprllm.pruning.held_out import MOST_HELD_OUT
 
 __all__ = ["Gradients", "Healing"]
 
