@@ -104,6 +104,8 @@ def _sizes(facts: Facts) -> Table:
         rows.append(["packed with fedprllm pack", "", _packed(kept)])
     speed = "as fast" if found is None else "depends on machine and software"
     rows.append(["speed in ordinary software", "", speed])
+    if not any(before for _, before, _ in rows):
+        return Table("Size and speed", ("", "this model"), "lr", [[name, after] for name, _, after in rows])
     return Table("Size and speed", ("", "dense", "this model"), "lrr", rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -13,6 +13,7 @@ from fedprllm.report.layout import Cell, Notes, Section, Table, Verdict, code
 from fedprllm.report.words import (
     change,
     count,
+    factor,
     listed,
     mean_perplexity,
     percent,
@@ -120,26 +121,35 @@ def _how_to_measure(facts: Facts) -> str:
 
 def headline(facts: Facts, texts: Sequence[Text]) -> str:
     """The answer in a sentence; empty if nothing was measured."""
-    pairs = _own_pairs(texts)
-    if pairs:
-        elsewhere = _elsewhere(texts)
-        better = sum(ratio < 1 - _EQUAL for ratio in pairs.values())
-        sentence = (
-            "Pruning together gave a better model than pruning alone "
-            f"{_of(better, len(pairs))} on their own text"
-        )
-        if elsewhere:
-            further = sum(ratio < 1 - _EQUAL for ratio in elsewhere.values())
-            sentence += f", and {_of(further, len(elsewhere))} on the others' text"
-        return f"{sentence}."
-    return cost(facts, texts)
+    own, elsewhere = _own_pairs(texts), _elsewhere(texts)
+    where = {
+        "on their own text": own,
+        "on the others' text" if own else "on average over the texts": elsewhere,
+    }
+    found = {words: ratios for words, ratios in where.items() if ratios}
+    if not found:
+        return cost(facts, texts)
+    names = {name for ratios in found.values() for name in ratios}
+    if len(names) == 1:
+        return _for_one(next(iter(names)), own, elsewhere)
+    counts = [f"{_better_for(list(ratios.values()))} {words}" for words, ratios in found.items()]
+    return f"Pruning together gave a better model than pruning alone {', and '.join(counts)}."
 
 
-def _of(k: int, n: int) -> str:
-    if n == 1:
-        return "for the one participant measured" if k else "not for the one participant measured"
-    which = "none" if k == 0 else "all" if k == n else f"{k}"
-    return f"for all {n} participants" if k == n else f"for {which} of {n} participants"
+def _for_one(name: str, own: Mapping[str, float], elsewhere: Mapping[str, float]) -> str:
+    where = {"on its own text": own.get(name), "on other text": elsewhere.get(name)}
+    parts = [
+        f"{'a better' if ratio < 1 - _EQUAL else 'no better'} model {words}"
+        for words, ratio in where.items()
+        if ratio is not None
+    ]
+    return f"For {name}, pruning together gave {' and '.join(parts)}, compared with pruning alone."
+
+
+def _better_for(ratios: Sequence[float]) -> str:
+    n = len(ratios)
+    k = sum(ratio < 1 - _EQUAL for ratio in ratios)
+    return f"for all {n} participants" if k == n else f"for {k or 'none'} of {n} participants"
 
 
 def _own_pairs(texts: Sequence[Text]) -> dict[str, float]:
@@ -153,24 +163,24 @@ def _own_pairs(texts: Sequence[Text]) -> dict[str, float]:
 
 def _elsewhere(texts: Sequence[Text]) -> dict[str, float]:
     """On the others' text, the same, by participant: the geometric mean over texts."""
-    logs: dict[str, list[float]] = {}
+    logs: dict[str, list[float]] = {name: [] for text in texts for name in text.alone}
     for text in texts:
         for name, alone in text.others.items():
             if text.pruned is not None and 0 < text.pruned / alone < math.inf:
-                logs.setdefault(name, []).append(math.log(text.pruned / alone))
-    known = {text.name for text in texts}
-    return {name: math.exp(math.fsum(each) / len(each)) for name, each in logs.items() if name in known}
+                logs[name].append(math.log(text.pruned / alone))
+    return {name: math.exp(math.fsum(each) / len(each)) for name, each in logs.items() if each}
 
 
 def _compared(texts: Sequence[Text]) -> list[str]:
     """For whom the model made together is better than its own, worse or the same, and by how much."""
+    own = _own_pairs(texts)
     return [
-        *_split(_own_pairs(texts), "on their own text"),
-        *_split(_elsewhere(texts), "on the others' text"),
+        *_split(own, "on their own text"),
+        *_split(_elsewhere(texts), "on the others' text" if own else "on average over the texts"),
     ]
 
 
-def _split(ratios: dict[str, float], where: str) -> list[str]:
+def _split(ratios: Mapping[str, float], where: str) -> list[str]:
     better = {name: ratio for name, ratio in ratios.items() if ratio < 1 - _EQUAL}
     worse = {name: ratio for name, ratio in ratios.items() if ratio > 1 + _EQUAL}
     same = [name for name in ratios if name not in better and name not in worse]
@@ -188,7 +198,7 @@ def _beside(ratios: Iterable[float], whose: str) -> str:
     """How perplexities compare with others: a range of percentages or, if they are far apart, of factors."""
     ratios = sorted(ratios)
     if ratios[-1] >= _FACTORS or not _same_sign(ratios):
-        low, high = f"{ratios[0]:,.1f}", f"{ratios[-1]:,.1f}"
+        low, high = factor(ratios[0]), factor(ratios[-1])
         return f"{low if low == high else f'{low} to {high}'} times {whose}"
     side = "lower" if ratios[-1] < 1 else "higher"
     return f"{_shares(ratios)} {side} than {whose}"
@@ -200,7 +210,7 @@ def _shares(ratios: Iterable[float]) -> str:
 
 def _costs(facts: Facts, texts: Sequence[Text]) -> list[str]:
     """What pruning cost, unless the verdict says that."""
-    if _own_pairs(texts):
+    if _own_pairs(texts) or _elsewhere(texts):
         return [cost(facts, texts)]
     if facts.strategy.server_votes and len(facts.participants) > 1:
         return [
@@ -221,7 +231,7 @@ def cost(facts: Facts, texts: Sequence[Text]) -> str:
         return ""
     lost = [name for name, ratio in costs.items() if not math.isfinite(ratio)]
     if lost:
-        return f"The pruned model is unusable on {listed(lost)}: its perplexity is beyond all numbers."
+        return f"The pruned model is unusable on {listed(lost)}: its perplexity is too large to be written."
     if len(costs) == 1:
         ((name, ratio),) = costs.items()
         text = next(text for text in texts if text.name == name)
@@ -246,7 +256,7 @@ def cost(facts: Facts, texts: Sequence[Text]) -> str:
     ends = (low, high) if costs[high] >= 1 else (high, low)
     by = " to ".join(f"{percent(abs(costs[name] - 1))} ({name})" for name in ends)
     if costs[high] >= _FACTORS:
-        by = f"{costs[low]:,.1f} ({low}) to {costs[high]:,.1f} ({high})"
+        by = f"{factor(costs[low])} ({low}) to {factor(costs[high])} ({high})"
         return f"Pruning multiplied the perplexity on {where} by {by}{mean}."
     return f"Pruning {verb} the perplexity on {where}, by {by}{mean}."
 
@@ -290,9 +300,7 @@ def _pooled(texts: Sequence[Text]) -> list[str]:
         return []
     mean = math.exp(math.fsum(map(math.log, both)) / len(both))
     if abs(mean - 1) <= _EQUAL:
-        return [
-            "With all text in one place, the perplexity would have been the same within {percent(_EQUAL)}."
-        ]
+        return [f"With all text in one place, the perplexity would be the same within {percent(_EQUAL)}."]
     side = "lower" if mean > 1 else "higher"
     by = percent(abs(1 / mean - 1))
     return [f"With all text in one place, the perplexity would be {by} {side}."]

@@ -25,6 +25,7 @@ from fedprllm.report.drawing import (
     Width,
     drawing,
 )
+from fedprllm.report.words import perplexity
 
 __all__ = ["MAX_NAMED", "bars", "grouped_bars", "heatmap", "lines", "shares", "shortened"]
 
@@ -120,7 +121,7 @@ def grouped_bars(
                 end = value if np.isfinite(value) else high
                 color = SERIES[(colors[name] - 1) % len(SERIES)] if colors[name] else MUTED
                 axes.barh(position, end, height=0.72, color=color)
-                text = f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if np.isfinite(value) else "∞"
+                text = f"{value:,.0f}" if 1000 <= value < 1e5 else perplexity(value)
                 inside = end == high
                 axes.annotate(
                     text,

@@ -51,6 +51,8 @@ def _answer(facts: Facts) -> str:
 def _rows(facts: Facts) -> list[list[str | Cell]]:
     config, per_block = facts.config, facts.record.update_bytes_per_block
     kinds = SHARING[config.share].content
+    if config.secure:
+        kinds += " Under masks, random numbers hide every value, which takes more bytes."
     survey = sum(facts.record.survey_bytes_per_block)
     if survey:
         kinds = f"{kinds.removesuffix('.')}; {_SURVEYED}."

@@ -40,7 +40,7 @@ def stored(folder: Path, n_zeros: int) -> Stored | None:
     paths = sorted(folder.glob("*.safetensors"))
     try:
         tensors = [tensor for path in paths for tensor in _tensors(path)]
-    except (OSError, ValueError, KeyError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
     if not any(n_values for n_values, _ in tensors):
         return None

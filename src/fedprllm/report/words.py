@@ -10,6 +10,7 @@ from fedprllm.evaluation.results import Perplexity
 __all__ = [
     "change",
     "count",
+    "factor",
     "listed",
     "mean_perplexity",
     "percent",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 _MOST_LISTED = 6
+_LARGE = 1e5  # larger numbers are written with a power of ten
 _UNIT = "\N{NO-BREAK SPACE}"  # between a number and its unit
 
 
@@ -70,8 +72,19 @@ def listed(names: Sequence[str]) -> str:
 
 
 def perplexity(value: float) -> str:
-    """A perplexity with two decimal places; ∞ beyond the range of floats."""
-    return f"{value:,.2f}" if math.isfinite(value) else "∞"
+    """A perplexity with two decimal places, or with its power of ten; ∞ beyond the range of floats."""
+    if not math.isfinite(value):
+        return "∞"
+    return f"{value:,.2f}" if value < _LARGE else _power(value)
+
+
+def factor(ratio: float) -> str:
+    """By what something is multiplied."""
+    return f"{ratio:,.1f}" if ratio < _LARGE else _power(ratio)
+
+
+def _power(value: float) -> str:
+    return f"{value:.1e}".replace("e+", "e")
 
 
 def change(value: float, dense: float) -> str:
@@ -79,7 +92,11 @@ def change(value: float, dense: float) -> str:
     ratio = value / dense
     if not math.isfinite(ratio):
         return ""
-    return f"{(ratio - 1) * 100:+.1f}{_UNIT}%" if ratio < 10 else f"{ratio:,.0f}{_UNIT}times"
+    return f"{(ratio - 1) * 100:+.1f}{_UNIT}%" if ratio < 10 else f"{_whole(ratio)}{_UNIT}times"
+
+
+def _whole(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio < _LARGE else _power(ratio)
 
 
 def mean_perplexity(rows: Sequence[Perplexity]) -> float:
