@@ -64,7 +64,7 @@ def texts_of(facts: Facts) -> list[Text]:
     """What was measured, text by text."""
     models = facts.measured
     own = facts.pruned_models[1]
-    pruned = own[0] if len(own) == 1 and facts.strategy.server_votes | facts.strategy.pools_text else None
+    pruned = own[0] if len(own) == 1 and (facts.strategy.server_votes or facts.strategy.pools_text) else None
     names = dict.fromkeys(row.text for rows in models.values() for row in rows)
     alone = {name.removeprefix("local-only: "): name for name in models if name.startswith("local-only: ")}
 

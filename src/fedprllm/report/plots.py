@@ -247,8 +247,9 @@ def heatmap(
             interpolation="none",
             aspect="equal" if square and len(rows) > printed else "auto",
         )
-        _name_cells(axes.yaxis, rows, width)
-        _name_cells(axes.xaxis, columns, width)
+        n_ticks = 16 if width is WIDE else 8
+        _name_cells(axes.yaxis, rows, width.names - 6, n_ticks)
+        _name_cells(axes.xaxis, columns, 20 if width is WIDE else 13, n_ticks)
         if len(columns) <= MAX_NAMED and len(columns) * max(map(len, columns)) > (
             80 if width is WIDE else 30
         ):
@@ -268,16 +269,16 @@ def heatmap(
     return drawn.svg
 
 
-def _name_cells(axis: Any, names: Sequence[str], width: Width) -> None:
+def _name_cells(axis: Any, names: Sequence[str], length: int, n_ticks: int) -> None:
     """Label all cells by name if they are few, and some of them by number if they are many."""
     _no_ticks(axis)
     if all(name.isdigit() for name in names) or len(names) > MAX_NAMED:
-        step = max(1, -(-len(names) // (16 if width is WIDE else 8)))
+        step = max(1, -(-len(names) // n_ticks))
         first = int(names[0]) if names[0].isdigit() else 1
         places = range(0, len(names), step)
         axis.set_ticks(places, [str(first + place) for place in places])
     else:
-        axis.set_ticks(range(len(names)), [shortened(name, 20 if width is WIDE else 13) for name in names])
+        axis.set_ticks(range(len(names)), [shortened(name, length) for name in names])
 
 
 def _print_values(axes: Axes, values: np.ndarray, colors: Colormap, scale: Normalize) -> None:

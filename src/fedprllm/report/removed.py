@@ -40,7 +40,9 @@ def _experts(blocks: list[BlockRecord]) -> Table | None:
         for record in blocks
         if record.removed_experts
     ]
-    return Table("Experts that were removed", ("block", "experts"), "ll", rows) if rows else None
+    return (
+        Table("Experts that were removed", ("block", "experts, counted from 0"), "ll", rows) if rows else None
+    )
 
 
 def _narrower(facts: Facts) -> Table | None:

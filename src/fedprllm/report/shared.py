@@ -13,6 +13,8 @@ __all__ = ["shared"]
 
 _SURVEYED = "before that, for OWL, each block's number of outliers or the sums to count them"
 
+_TELLS = "Whatever is computed from a text tells something about it: docs/security.md says what is promised."
+
 
 def shared(facts: Facts) -> Section:
     """What left each participant or, in one process, would leave it."""
@@ -27,6 +29,7 @@ def shared(facts: Facts) -> Section:
         return section
     section.parts.append(Verdict(_answer(facts)))
     section.parts.append(Table("What leaves a participant, and who sees it", ("", ""), "ll", _rows(facts)))
+    section.parts.append(_TELLS)
     section.parts.extend(_participants(facts))
     section.parts.append(
         "Measured on the updates that the coordinator received; if they differ, the largest counts."

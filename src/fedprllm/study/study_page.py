@@ -183,7 +183,7 @@ def _figures(
     label = f"Perplexity. {plots.describe(spreads)}."
     if not varying:
         panels = {text: {name: row[text] for name, row in spreads.items()} for text in texts}
-        caption = "Each dot is a seed, and each bar is the mean. The dashed line is the dense model."
+        caption = "Each dot is a seed, and each bar is the mean. The dashed line is the dense model, where it lies in the range shown."
         return [Plot(draw(plots.dots, panels, dense, label), caption)]
     axis = varying[0]
     methods: dict[str, list[Measured]] = {}
@@ -198,7 +198,12 @@ def _figures(
             for text, spread in next(iter(at.values())).items():
                 panels_by_number[text].setdefault(name, {})[number] = spread
     figure = draw(plots.curves, panels_by_number, dense, label, _NAMES[axis], doubling=_NUMBERS[axis])
-    return [Plot(figure, "Mean and standard deviation over seeds. The dashed line is the dense model.")]
+    return [
+        Plot(
+            figure,
+            "Mean and standard deviation over seeds. The dashed line is the dense model, where it lies in the range shown.",
+        )
+    ]
 
 
 def _without(cell: Cell, axis: str) -> Cell:

@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fedprllm.report.drawing import DASHES, MARKERS, MUTED, SERIES, WIDE, Width, drawing
 from fedprllm.report.plots import shortened
@@ -80,7 +80,8 @@ def curves(
         width: Width to draw for.
     """
     stacked = width is not WIDE
-    with drawing(label, 3.2 if not stacked else 0.5 + 2.2 * len(panels), width) as drawn:
+    n_methods = max(len(methods) for methods in panels.values())
+    with drawing(label, 0.2 * n_methods + 2.4 * len(panels) if stacked else 3.2, width) as drawn:
         all_axes = _panels(drawn.figure, drawn.axes, len(panels), stacked)
         for column, (axes, (text, methods)) in enumerate(zip(all_axes, panels.items(), strict=True)):
             for number, (name, points) in enumerate(methods.items()):
@@ -94,7 +95,7 @@ def curves(
                     markersize=4,
                     linewidth=1.4,
                     capsize=2,
-                    label=name if column == 0 else None,
+                    label=shortened(name, 44) if column == 0 else None,
                 )
             spreads = [spread for points in methods.values() for spread in points.values()]
             _limit(axes, [s.mean + sign * s.sd for s in spreads for sign in (-1, 1)], "y")
@@ -136,6 +137,7 @@ def _limit(axes: Axes, values: Sequence[float], axis: str) -> None:
         getattr(axes, f"{axis}axis").set_minor_locator(NullLocator())
         limits = (low / (high / low) ** 0.05, high * (high / low) ** 0.05)
     else:
+        getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(5))
         room = (high - low) * 0.08 or low * 0.05
         limits = (low - room, high + room)
     getattr(axes, f"set_{axis}lim")(*limits)
