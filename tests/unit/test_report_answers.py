@@ -106,6 +106,35 @@ def test_models_made_alone_are_compared_on_texts_of_nobody_too(run_once, edited)
     assert "was not measured" not in page.text
 
 
+def test_a_model_that_is_unusable_is_no_gain_and_one_made_alone_is_no_match(comparing):
+    infinite = float("inf")
+    page = comparing(
+        dense=(10, 10, 10),
+        together=(infinite, 20.0, infinite),
+        site_0=(20.0, 20.0, 20.0),
+        site_1=(20.0, infinite, 20.0),
+        site_2=(20.0, 20.0, infinite),
+    )
+    assert page.verdicts[0] == (
+        "Pruning together gave a better model than pruning alone for 1 of 3 participants on their own text, "
+        "and for none of 3 participants on the others' text."
+    )
+    assert (
+        "For site-0, the perplexity on their own text is ∞ times that of the model made alone." in page.text
+    )
+    assert "For site-2, the perplexity on their own text is the same within 1.0 %." in page.text
+    assert "The pruned model is unusable on site-0 and site-2" in page.text
+
+
+def test_without_the_dense_model_nothing_is_said_about_the_cost(run_once, edited):
+    def compare(result):
+        result["comparison"] = {"federated": measured(notes=12.0)}
+
+    page = report(edited(run_once(), compare))
+    assert page.tables["Perplexity by text"][1] == ["notes", "", "12.00"]
+    assert len(page.verdicts) == 1, "that about bytes"
+
+
 def evaluated(dense, pruned):
     def evaluate(result):
         result["evaluation"] = {"dense": measured(**dense), "model": measured(**pruned)}

@@ -95,11 +95,12 @@ def payoff(facts: Facts) -> Section:
     if not any(text.pruned is not None or text.alone for text in texts):
         section.parts.extend(["Not measured: the run had no evaluation text.", _how_to_measure(facts)])
         return section
-    section.parts.append(Verdict(headline(facts, texts)))
+    verdict = headline(facts, texts)
+    section.parts.extend([Verdict(verdict)] if verdict else [])
     notes = [*_compared(texts), *_costs(facts, texts), *_pooled(texts)]
     section.parts.extend([Notes(notes)] if notes else [])
     section.parts.append(_table(facts, texts))
-    section.parts.append("Perplexity on text that was not used for calibration; lower is better.")
+    section.parts.append("Lower is better; changes are relative to the dense model.")
     section.parts.extend(_missing(facts, texts))
     return section
 
@@ -155,20 +156,32 @@ def _better_for(ratios: Sequence[float]) -> str:
 def _own_pairs(texts: Sequence[Text]) -> dict[str, float]:
     """On each participant's own text, the perplexity together relative to alone."""
     return {
-        text.name: text.pruned / text.own
+        text.name: _ratio(text.pruned, text.own)
         for text in texts
-        if text.pruned is not None and text.own is not None and math.isfinite(text.pruned / text.own)
+        if text.pruned is not None and text.own is not None
     }
 
 
 def _elsewhere(texts: Sequence[Text]) -> dict[str, float]:
     """On the others' text, the same, by participant: the geometric mean over texts."""
-    logs: dict[str, list[float]] = {name: [] for text in texts for name in text.alone}
+    ratios: dict[str, list[float]] = {name: [] for text in texts for name in text.alone}
     for text in texts:
         for name, alone in text.others.items():
-            if text.pruned is not None and 0 < text.pruned / alone < math.inf:
-                logs[name].append(math.log(text.pruned / alone))
-    return {name: math.exp(math.fsum(each) / len(each)) for name, each in logs.items() if each}
+            if text.pruned is not None:
+                ratios[name].append(_ratio(text.pruned, alone))
+    return {name: _mean(each) for name, each in ratios.items() if each}
+
+
+def _ratio(value: float, other: float) -> float:
+    """One perplexity relative to another; two that are too large to be written are the same."""
+    return 1.0 if value == other else value / other
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    """Geometric mean: ∞ if a ratio is, since no gain elsewhere makes up for a model that is unusable."""
+    if math.inf in ratios:
+        return math.inf
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios)) if all(ratios) else 0.0
 
 
 def _compared(texts: Sequence[Text]) -> list[str]:
@@ -298,7 +311,7 @@ def _pooled(texts: Sequence[Text]) -> list[str]:
     ]
     if not both or not all(0 < ratio < math.inf for ratio in both):
         return []
-    mean = math.exp(math.fsum(map(math.log, both)) / len(both))
+    mean = _mean(both)
     if abs(mean - 1) <= _EQUAL:
         return [f"With all text in one place, the perplexity would be the same within {percent(_EQUAL)}."]
     side = "lower" if mean > 1 else "higher"

@@ -73,8 +73,6 @@ def listed(names: Sequence[str]) -> str:
 
 def perplexity(value: float) -> str:
     """A perplexity with two decimal places, or with its power of ten; ∞ beyond the range of floats."""
-    if not math.isfinite(value):
-        return "∞"
     return f"{value:,.2f}" if value < _LARGE else _power(value)
 
 
@@ -84,6 +82,8 @@ def factor(ratio: float) -> str:
 
 
 def _power(value: float) -> str:
+    if math.isinf(value):
+        return "∞"
     return f"{value:.1e}".replace("e+", "e")
 
 

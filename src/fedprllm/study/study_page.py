@@ -39,6 +39,7 @@ __all__ = ["write_page"]
 _NUMBERS = {"participants": True, "windows": True, "sparsity": False}
 _NAMES = {"participants": "participants", "windows": "windows per participant", "sparsity": "sparsity"}
 _MAX_PANELS = 3
+_DASHED = "The dashed line is the dense model, where it lies in the range shown."
 
 
 def write_page(results: Results, out: Path) -> None:
@@ -183,7 +184,7 @@ def _figures(
     label = f"Perplexity. {plots.describe(spreads)}."
     if not varying:
         panels = {text: {name: row[text] for name, row in spreads.items()} for text in texts}
-        caption = "Each dot is a seed, and each bar is the mean. The dashed line is the dense model, where it lies in the range shown."
+        caption = f"Each dot is a seed, and each bar is the mean. {_DASHED}"
         return [Plot(draw(plots.dots, panels, dense, label), caption)]
     axis = varying[0]
     methods: dict[str, list[Measured]] = {}
@@ -201,7 +202,7 @@ def _figures(
     return [
         Plot(
             figure,
-            "Mean and standard deviation over seeds. The dashed line is the dense model, where it lies in the range shown.",
+            f"Mean and standard deviation over seeds. {_DASHED}",
         )
     ]
 
