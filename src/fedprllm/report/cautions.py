@@ -77,18 +77,23 @@ def _event(line: str) -> dict[str, Any]:
 def _gone(facts: Facts, reasons: dict[str, str]) -> list[str]:
     """Participants that did not take part to the end, with the reason if it is known."""
     whole = len(facts.blocks)
-    sentences = []
-    for name in [*facts.participants, *(name for name in reasons if name not in facts.participants)]:
-        one = facts.participants.get(name)
-        n_blocks = (one.n_blocks or 0) if one else 0
-        if name in reasons:
-            took = f"shared {n_blocks:,} of {count(whole, 'block')}" if n_blocks else "shared nothing"
-            sentences.append(f"{name} {took} and was left out ({reasons[name]}).")
-    if not sentences and facts.dropouts and set(facts.fractions) == {1}:
-        sentences.append("Some blocks rest on fewer participants, because not all took part to the end.")
-    if sentences:
+    shared = {name: facts.participants[name].n_blocks or 0 for name in reasons if name in facts.participants}
+    sentences = [
+        f"{name} was left out ({reason}){_what_counts(shared.get(name, 0), whole)}"
+        for name, reason in reasons.items()
+    ]
+    if any(shared.get(name, 0) < whole for name in reasons):
         sentences.append("Blocks without a participant's updates rest on the others' text alone.")
+    elif not reasons and facts.dropouts and facts.config.block_fraction == "1":
+        sentences.append("Some blocks rest on fewer participants, because not all took part to the end.")
     return sentences
+
+
+def _what_counts(n_blocks: int, whole: int) -> str:
+    if not n_blocks:
+        return "; nothing of it is in the model."
+    of = "all blocks" if n_blocks == whole else f"{n_blocks:,} of {count(whole, 'block')}"
+    return f"; its updates of {of} count."
 
 
 def _ties(facts: Facts) -> list[str]:

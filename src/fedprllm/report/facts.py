@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +75,6 @@ class Facts:
             return self.evaluation
         own = {name: rows for name, rows in self.evaluation.items() if name not in self.comparison}
         return own | self.comparison
-
-    @property
-    def fractions(self) -> list[Fraction]:
-        """Fraction of the blocks that each participant was to prune."""
-        return list(self.config.block_fractions(list(self.participants)).values())
 
     @property
     def sent(self) -> dict[str, int]:
