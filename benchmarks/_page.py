@@ -392,6 +392,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("benchmarks.structure", "--structures", "mlp=0.27", "--windows", "8", "--alone", "--repeats", "0"),
         structure.tables,
     ),
+    "structure-chosen": Benchmark(
+        "Smaller models whose structure is chosen: what every candidate costs, a tenth and a fifth smaller",
+        ("benchmarks.structure", "--structures", "--smaller", "0.1", "0.2", "--repeats", "0"),
+        structure.tables,
+        (Goal("perplexity of the chosen structure / of the best candidate", structure.regret, 1.0),),
+    ),
     "structure-speed": Benchmark(
         "Speed of smaller models in transformers",
         ("benchmarks.structure", "--speed-only"),

@@ -102,6 +102,18 @@ def test_the_page_answers_first_and_says_no_false_word(given, pruned):
     assert "nothing left the machine" not in masked.text
 
 
+def test_a_run_is_healed_towards_the_model_that_it_pruned(given, pruned, tmp_path):
+    run("heal", pruned, texts(given), HEALING, "--rounds 2 --loss dense")
+    found = HealResult.load(pruned / "healed")
+    assert found.record.dense.source == str(given["model"])
+    out = tmp_path / "at-once"
+    options = "--windows 8 --window-length 64 --heal 2 --heal-loss dense --out"
+    run("prune", given["model"], texts(given), options, out)
+    assert HealResult.load(out / "healed").record.config.loss == "dense"
+    with pytest.raises(ConfigError, match="give --heal N too"):
+        run("prune", given["model"], texts(given), "--heal-loss dense --out", tmp_path / "no")
+
+
 def test_what_a_run_left_dense_gets_no_scale(given, tmp_path):
     out = tmp_path / "run"
     options = "--windows 4 --window-length 64 --exclude *.o_proj --out"

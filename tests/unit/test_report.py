@@ -494,6 +494,25 @@ def test_a_smaller_model_is_called_smaller(run_once):
     assert result["reduction"]["n_bytes"][1] < result["reduction"]["n_bytes"][0]
 
 
+def test_the_choice_of_a_structure_is_explained(run_once):
+    run = run_once(n=2, architecture="gpt2", smaller=0.2)
+    page, result = report(run), result_of(run)
+    candidates = {one["structure"]: one for one in result["choice"]["candidates"]}
+    assert list(candidates) == ["mlp=0.3", "depth=1"]
+    chosen = result["config"]["structure"]
+    assert candidates[chosen]["loss"] == min(one["loss"] for one in candidates.values())
+    n_tokens = candidates[chosen]["n_tokens"]
+    assert f"Chosen: {chosen}: the lowest perplexity on {n_tokens} held-out tokens of the" in page.text
+    rows = page.tables["Structures to choose among"][1:]
+    shown = [[name, one["of_blocks"], one["loss"]] for name, one in candidates.items()]
+    expected = [[name, f"{part * 100:.1f} %", f"{math.exp(loss):,.2f}"] for name, part, loss in shown]
+    assert [[row[0].removesuffix("chosen").strip(), *row[1:]] for row in rows] == expected
+    assert [row[0].endswith("chosen") for row in rows] == [name == chosen for name in candidates]
+    assert "Not measured: heads ('transformer.h.0' of GPT2LMHeadModel has 0 Linears" in page.text
+    card = (run / "model" / "README.md").read_text()
+    assert f"| structure removed | {chosen}, of 2 measured the one with the lowest loss" in card
+
+
 def test_dropped_blocks_are_no_part_of_the_figures(run_once):
     run = run_once(structure="depth=1")
     page, result = report(run), result_of(run)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -42,6 +42,9 @@ from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
 from fedprllm.process import use_large_pages
 from fedprllm.settings import Settings, choices_of, read_toml
+
+if TYPE_CHECKING:
+    from fedprllm.healing.config import HealConfig
 
 __all__ = ["main"]
 
@@ -132,8 +135,8 @@ _METHOD = "What is pruned, and what is shared"
 _DETAILS = "Details of the method"
 # Panels of the help, by option; whatever is not listed is a detail.
 _PANELS = {
-    **dict.fromkeys(("sparsity", "pattern", "structure", "share", "strategy", "criterion"), _METHOD),
-    "secure": _METHOD,
+    **dict.fromkeys(("sparsity", "pattern", "structure", "smaller", "share"), _METHOD),
+    **dict.fromkeys(("strategy", "criterion", "secure"), _METHOD),
     **dict.fromkeys(("rounds", "round_windows", "learning_rate", "check_every"), "Rounds"),
     **dict.fromkeys(("windows", "window_length", "bos"), "Reading text"),
     **dict.fromkeys(("dtype", "device", "memory_limit", "seed"), "Computation"),
@@ -188,6 +191,13 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
             min=1, help="then heal the result on the same text, in so many rounds: OUT/healed/model"
         ),
     ),
+    "heal_loss": (
+        str | None,
+        typer.Option(
+            help=escape("what --heal lowers: text or dense, as --loss of fedprllm heal [default: text]"),
+            metavar="NAME",
+        ),
+    ),
     "out": (Path | None, typer.Option(help="folder for the run", show_default=False)),
     "config": (
         Path | None,
@@ -239,7 +249,7 @@ def _prune(**given: Any) -> None:
         if name not in options:
             raise ConfigError(f"no {name}: {advice}")
     participants = _participants(options)
-    healing = healing_config(config, options["heal"]) if "heal" in options else None
+    healing = _healing(config, options)
 
     from fedprllm.api import prune
 
@@ -259,8 +269,25 @@ def _prune(**given: Any) -> None:
         texts = named_texts(options.get("eval", ()), "eval")
         out = Path(options["out"]) / "healed"
         with noting():
-            healed = heal(result.model_dir, participants, healing, out=out, eval_texts=texts, progress=bars)
+            healed = heal(
+                result.model_dir,
+                participants,
+                healing,
+                out=out,
+                dense=options["model"] if healing.loss == "dense" else None,
+                eval_texts=texts,
+                progress=bars,
+            )
         print_healed(healed, console)
+
+
+def _healing(config: PruneConfig, options: Mapping[str, Any]) -> HealConfig | None:
+    """The options of healing what the run leaves; None if it is not to be healed."""
+    if "heal" in options:
+        return healing_config(config, options["heal"], options.get("heal_loss"))
+    if "heal_loss" in options:
+        raise ConfigError("--heal-loss says what --heal lowers: give --heal N too, or leave it out")
+    return None
 
 
 def _participants(options: Mapping[str, Any]) -> Any:
@@ -303,6 +330,7 @@ _FILE_TYPES: dict[str, type] = {
     "partition": str,
     "alpha": float,
     "heal": int,
+    "heal_loss": str,
 }
 _EXPECTED: dict[type, str] = {
     str: "a text in quotation marks",
@@ -332,6 +360,8 @@ def _print_result(result: Any) -> None:
     record = result.record
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
+    if record.choice is not None:
+        console.print(f"chosen   {escape(record.choice.sentence)}", soft_wrap=True)
     print_sparsity(record)
     for name, folder in result.model_dirs.items():
         console.print(f"{escape(name):<8} {escape(str(folder))}", soft_wrap=True)

@@ -101,7 +101,9 @@ def write_model_card(folder: Path, record: RunRecord, dense: Path | None = None)
         participants=f"{n} participants that kept their text local" if n > 1 else "one participant",
         strategy=config.strategy,
         criterion=config.criterion,
-        goal=f"pattern | {config.pattern}" if smaller is None else f"structure removed | {config.structure}",
+        goal=f"pattern | {config.pattern}"
+        if smaller is None
+        else f"structure removed | {_structure(record)}",
         local_group=config.local_group,
         server_group=config.server_group,
         scaled="(m - votes) / m" if config.scale_weights else "none",
@@ -163,6 +165,14 @@ def _inherited(card: Path) -> dict[str, Any]:
         return {}
     names = ("license", "license_name", "license_link", "language")
     return {name: getattr(known, name) for name in names if getattr(known, name, None)}
+
+
+def _structure(record: RunRecord) -> str:
+    """The row that says what was removed, and how it was chosen."""
+    row, choice = f"structure removed | {record.config.structure}", record.choice
+    if choice is None or len(choice.candidates) < 2:
+        return row
+    return f"{row}, of {len(choice.candidates)} measured the one with the lowest loss on held-out text"
 
 
 def _size(smaller: Reduction | None) -> str:

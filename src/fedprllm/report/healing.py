@@ -21,6 +21,14 @@ from fedprllm.report.words import change, count, listed, mean_perplexity, percen
 
 __all__ = ["healing_page"]
 
+_ADAPTED = (
+    "Part of a gain is that the model knows the participants' text better, which is no recovery: heal the "
+    "dense model too, on the same text, and compare."
+)
+_TOWARD_DENSE = (
+    "Healing towards the dense model looks at the participants' text only: elsewhere it may recover less."
+)
+
 
 def healing_page(result: HealResult, run: Path) -> Page:
     """The page about a complete healing.
@@ -91,7 +99,8 @@ def _verdict(record: HealRecord) -> str:
     """Whether healing paid off, from the loss on held-out windows and the perplexities."""
     measured = dict(record.held_out)
     if measured and record.best_round == 0:
-        return "Healing did not pay off: the loss on held-out windows never fell, so the model is unchanged."
+        never = f"{_loss(record)} on held-out windows never fell"
+        return f"Healing did not pay off: {never}, so the model is unchanged."
     found = record.evaluation
     if found:
         before, healed = found["before"], found["healed"]
@@ -106,10 +115,17 @@ def _verdict(record: HealRecord) -> str:
     if not measured:
         return "Whether it helped was not measured."
     first, best = measured[0], measured[record.best_round]
-    return (
-        f"Healing lowered the loss on held-out windows from {first:.4f} to {best:.4f} nats per token: their "
-        f"perplexity fell by {percent(1 - math.exp(best - first))}."
+    figures = (
+        f"Healing lowered {_loss(record)} on held-out windows from {first:.4f} to {best:.4f} nats per token"
     )
+    if record.config.loss != "text":
+        return f"{figures}."
+    return f"{figures}: their perplexity fell by {percent(1 - math.exp(best - first))}."
+
+
+def _loss(record: HealRecord) -> str:
+    """What healing lowers."""
+    return "the loss" if record.config.loss == "text" else "the distance to the dense model's predictions"
 
 
 def _payoff(record: HealRecord) -> Section:
@@ -117,7 +133,7 @@ def _payoff(record: HealRecord) -> Section:
     measured = dict(record.held_out)
     if measured:
         section.parts.append(
-            f"Loss on the participants' held-out windows: {measured[0]:.4f} before, "
+            f"On the participants' held-out windows, {_loss(record)} was {measured[0]:.4f} before, "
             f"{measured[record.best_round]:.4f} with the parameters of the result, those of round "
             f"{record.best_round}."
         )
@@ -199,13 +215,9 @@ def _participants(record: HealRecord) -> Table:
 
 def _cautions(record: HealRecord, run: Path) -> Section:
     gone = [f"{name} was left out ({reason})." for name, reason in left_out(run).items()]
-    adapted = (
-        "Part of a gain is that the model knows the participants' text better, which is no recovery: heal "
-        "the dense model too, on the same text, and compare."
-    )
-    return Section(
-        "cautions", "What to be careful about", [Notes([*gone, *map(sentence, record.notes), adapted])]
-    )
+    always = _ADAPTED if record.config.loss == "text" else _TOWARD_DENSE
+    notes = Notes([*gone, *map(sentence, record.notes), always])
+    return Section("cautions", "What to be careful about", [notes])
 
 
 # Evidence --------------------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fedprllm.pruning.records import BlockRecord
+from fedprllm.pruning.records import BlockRecord, ChoiceRecord
 from fedprllm.report.facts import Facts
 from fedprllm.report.layout import Cell, Part, Section, Table
-from fedprllm.report.words import count
+from fedprllm.report.words import count, percent, perplexity
 
 __all__ = ["removed"]
 
@@ -15,9 +15,31 @@ def removed(facts: Facts) -> Section | None:
     if facts.record.reduction is None:
         return None
     parts: list[Part] = [f"The run removed {facts.config.structure}."]
+    if facts.record.choice is not None:
+        parts = _choice(facts.record.choice)
     for table in (_dropped(facts.blocks), _experts(facts.blocks), _narrower(facts)):
         parts.extend([table] if table is not None else [])
     return Section("removed", "What was removed", parts)
+
+
+def _choice(choice: ChoiceRecord) -> list[Part]:
+    """Which structures could have been removed, and what each would have cost."""
+    rows: list[list[str | Cell]] = [
+        [
+            Cell(one.structure, "chosen" if one is choice.chosen else ""),
+            percent(one.of_blocks),
+            perplexity(one.perplexity),
+        ]
+        for one in choice.candidates
+    ]
+    columns = ("structure", "fewer block parameters", "perplexity on held-out windows")
+    refused = [f"Not measured: {name} ({reason})." for name, reason in choice.refused.items()]
+    return [
+        f"Chosen: {choice.sentence}. At least {percent(choice.smaller)} of the blocks' parameters had to go. "
+        "For this comparison, each structure was removed on the basis of the other windows only.",
+        Table("Structures to choose among", columns, "lrr", rows),
+        *refused,
+    ]
 
 
 def _dropped(blocks: list[BlockRecord]) -> Table | None:
