@@ -254,16 +254,15 @@ def _curve(record: HealRecord) -> Section:
         for one in record.rounds
     ]
     names = ("round", "training text", "held-out text", "largest step", "")
-    table = Table("Every round", names, "rrrrl", rows)
+    table = Table("Every round", names, "lrrrl", rows)
     return Section("loss", "Loss by round", [Plot(figure, caption), table])
 
 
 def _time(record: HealRecord) -> Section:
     spent = sum(one.seconds for one in record.rounds)
     where = f"on {record.config.device} in {record.config.dtype}"
-    return Section(
-        "time", "Time", [f"{seconds(spent)} for all rounds {where}, reading and evaluating aside."]
-    )
+    words = f"{seconds(spent)} for all rounds {where}; reading and evaluating are not included."
+    return Section("time", "Time", [words])
 
 
 def _setting(record: HealRecord) -> Section:

@@ -39,12 +39,14 @@ __all__ = [
 MAX_ROWS = MAX_NAMED
 # Characters of a table's text that fit on a narrow page, and as many as the gap between two columns takes.
 _NARROW, _GAP = 46, 2
+_SHORT = 30  # words of a command that stay in one line, so that no break follows a hyphen
 _LEAST = 16  # characters of running text beside other columns
 
 
 def code(text: str) -> Markup:
     """Words of a command or a file, to put into a sentence."""
-    return Markup("<code>{}</code>").format(text)
+    kind = ' class="short"' if len(text) <= _SHORT else ""
+    return Markup(f"<code{kind}>{{}}</code>").format(text)
 
 
 @dataclass(frozen=True)
