@@ -23,6 +23,7 @@ from benchmarks._harness import machine
 from benchmarks._healed import (
     DENSE,
     STARTS,
+    VOTES,
     Healed,
     add_options,
     healed,
@@ -137,6 +138,13 @@ def _columns(
     if who in alone:
         columns["others"] = mean_of(perplexities, [name for name in kinds if name != who])
     return {name: round(value, 2) for name, value in columns.items()}
+
+
+def damage(result: dict[str, Any], start: str) -> float:
+    """What healing by all leaves of a loss in perplexity, in units of the votes' before healing."""
+    found = {(row["start"], row["healed on"]): row["all kinds"] for row in result["rows"]}
+    unit = found[VOTES, ""] - found[DENSE, ""]
+    return float((found[start, _TOGETHER] - found[DENSE, _TOGETHER]) / unit)
 
 
 def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -464,7 +464,7 @@ def _demo(
         column.justify = "right"
     sizes = demo_sizes(out)
     for name, values in demo_summary(comparison).items():
-        style = "bold" if name.endswith("together") else ""
+        style = "bold" if ": together" in name else ""
         table.add_row(name, *(f"{value:.2f}" for value in values), sizes.get(name, ""), style=style)
     console.print(table)
     console.print(f"model    {escape(str(result.model_dir))}", soft_wrap=True)
