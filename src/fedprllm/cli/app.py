@@ -75,20 +75,44 @@ def _common(
     """Prune one language model together. Texts stay where they are; only small updates are shared."""
 
 
-# Shown at the end of a command's help.
+# Shown at the end of each command's help.
 _EXAMPLES = {
-    "prune": "Example: fedprllm prune MODEL --participant north=a.jsonl --participant south=b.txt --out run",
-    "heal": "Example: fedprllm heal run --participant north=a.jsonl --participant south=b.txt --rounds 40",
-    "evaluate": "Example: fedprllm evaluate run/model --text held-out.txt",
-    "report": "Example: fedprllm report run",
-    "study": "Example: fedprllm study MODEL --data texts/ --out study",
-    "worth-it": "Example: fedprllm worth-it MODEL --data mine.jsonl --public public.txt",
-    "export": "Example: fedprllm export run --imatrix run.gguf",
-    "pack": "Example: fedprllm pack run/model",
-    "unpack": "Example: fedprllm unpack model.fedpack model",
-    "participate": "Example: fedprllm participate KIT --data notes/ --model MODEL",
-    "ledger": "Example: fedprllm ledger KIT",
+    "prune": "fedprllm prune MODEL --participant north=a.jsonl --participant south=b.txt --out run",
+    "heal": "fedprllm heal run --participant north=a.jsonl --participant south=b.txt --rounds 40",
+    "evaluate": "fedprllm evaluate run/model --text held-out.txt",
+    "report": "fedprllm report run",
+    "study": "fedprllm study MODEL --data texts/ --out study",
+    "worth-it": "fedprllm worth-it MODEL --data mine.jsonl --public public.txt",
+    "export": "fedprllm export run --imatrix run.gguf",
+    "pack": "fedprllm pack run/model",
+    "unpack": "fedprllm unpack model.fedpack model",
+    "participate": "fedprllm participate KIT --data notes/ --model MODEL",
+    "ledger": "fedprllm ledger KIT",
+    "demo": "fedprllm demo --out demo",
+    "identity new": "fedprllm identity new north",
+    "identity accept": "fedprllm identity accept north north.kit",
+    "identity renew": "fedprllm identity renew north",
+    "identity show": "fedprllm identity show north",
+    "roster key": "fedprllm roster key north",
+    "roster collect": "fedprllm roster collect north.signing south.signing west.signing",
+    "roster pin": "fedprllm roster pin north roster.json",
+    "roster show": "fedprllm roster show north",
+    "federation init": "fedprllm federation init plan.toml",
+    "federation sign": "fedprllm federation sign north.csr south.csr",
+    "federation renew": "fedprllm federation renew",
+    "federation serve": "fedprllm federation serve kits/server",
+    "federation run": "fedprllm federation run config.toml",
+    "federation stop": "fedprllm federation stop first",
+    "federation status": "fedprllm federation status",
+    "federation report": "fedprllm federation report first",
+    "federation revoke": "fedprllm federation revoke north",
+    "federation rehearse": "fedprllm federation rehearse --participants 4",
 }
+
+
+def _example(command: str) -> str:
+    return f"Example: {_EXAMPLES[command]}"
+
 
 # What an interrupted command leaves behind, where it is not nothing.
 _CONTINUE = {
@@ -188,7 +212,7 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "heal": (
         int | None,
         typer.Option(
-            min=1, help="then heal the result on the same text, in so many rounds: OUT/healed/model"
+            min=1, help="then heal the result on the same text, in this many rounds: OUT/healed/model"
         ),
     ),
     "heal_loss": (
@@ -350,7 +374,7 @@ def _is_of(value: object, expected: type) -> bool:
 
 def _register_prune() -> None:
     options = _RUN_OPTIONS | {name: _field_option(name) for name in PruneConfig.model_fields}
-    app.command("prune", epilog=_EXAMPLES["prune"])(with_options(_prune, options))
+    app.command("prune", epilog=_example("prune"))(with_options(_prune, options))
 
 
 _register_prune()
@@ -371,7 +395,7 @@ def _print_result(result: Any) -> None:
 # evaluate --------------------------------------------------------------------------------------
 
 
-@app.command("evaluate", epilog=_EXAMPLES["evaluate"])
+@app.command("evaluate", epilog=_example("evaluate"))
 def _evaluate(
     model: Annotated[str, typer.Argument(help="hub id, local Hugging Face folder or GGUF file")],
     text: Annotated[list[str] | None, typer.Option(help="text to evaluate on (repeat for several)")] = None,
@@ -438,7 +462,7 @@ def _evaluate(
 # demo ------------------------------------------------------------------------------------------
 
 
-@app.command("demo")
+@app.command("demo", epilog=_example("demo"))
 def _demo(
     out: Annotated[Path, typer.Option(help="folder for texts, runs and report")] = Path("demo"),
     sparsity: Annotated[float, typer.Option(help="fraction of the weights set to zero")] = 0.5,
@@ -474,7 +498,7 @@ def _demo(
 # report ----------------------------------------------------------------------------------------
 
 
-@app.command("report", epilog=_EXAMPLES["report"])
+@app.command("report", epilog=_example("report"))
 def _report(
     run: Annotated[Path, typer.Argument(help="folder of a finished run")],
     out: Annotated[
@@ -492,23 +516,24 @@ def _report(
 
 # study -----------------------------------------------------------------------------------------
 
-app.command("heal", epilog=_EXAMPLES["heal"])(
+app.command("heal", epilog=_example("heal"))(
     heal_command(_RUN_OPTIONS, _field_option, _participants, bars, console)
 )
-app.command("study", epilog=_EXAMPLES["study"])(study_command(bars, console))
-app.command("worth-it", epilog=_EXAMPLES["worth-it"])(worth_command(_field_option, bars, console))
+app.command("study", epilog=_example("study"))(study_command(bars, console))
+app.command("worth-it", epilog=_example("worth-it"))(worth_command(_field_option, bars, console))
 
 
 # federation ------------------------------------------------------------------------------------
 
-app.add_typer(federation_app, name="federation")
-app.add_typer(identity_app, name="identity")
-app.add_typer(roster_app, name="roster")
-app.command("export", epilog=_EXAMPLES["export"])(export_command)
-app.command("pack", epilog=_EXAMPLES["pack"])(pack_command)
-app.command("unpack", epilog=_EXAMPLES["unpack"])(unpack_command)
-app.command("participate", epilog=_EXAMPLES["participate"])(participate)
-app.command("ledger", epilog=_EXAMPLES["ledger"])(ledger)
+for _name, _group in {"federation": federation_app, "identity": identity_app, "roster": roster_app}.items():
+    for _command in _group.registered_commands:
+        _command.epilog = _example(f"{_name} {_command.name}")
+    app.add_typer(_group, name=_name)
+app.command("export", epilog=_example("export"))(export_command)
+app.command("pack", epilog=_example("pack"))(pack_command)
+app.command("unpack", epilog=_example("unpack"))(unpack_command)
+app.command("participate", epilog=_example("participate"))(participate)
+app.command("ledger", epilog=_example("ledger"))(ledger)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def write_model_card(folder: Path, record: RunRecord, dense: Path | None = None)
     Args:
         folder: The model's folder.
         record: The result of the run.
-        dense: Folder of the dense model, whose card says licence and language; by default, the card that the
+        dense: Folder of the dense model, whose card says license and language; by default, the card that the
             pruned model has already.
     """
     config = record.config
@@ -140,6 +140,7 @@ def _header(record: RunRecord, title: str, tag: str, inherited: Path) -> str:
                 task_type="text-generation",
                 dataset_type="text",
                 dataset_name=row.text,
+                dataset_config=row.text,  # results of one type and configuration would be merged
                 metric_type="perplexity",
                 metric_value=round(row.perplexity, 4),
             )
@@ -153,7 +154,7 @@ def _header(record: RunRecord, title: str, tag: str, inherited: Path) -> str:
 
 
 def _inherited(card: Path) -> dict[str, Any]:
-    """Licence and language that a model's card names; empty if it has none that can be read."""
+    """License and language that a model's card names; empty if it has none that can be read."""
     from huggingface_hub import ModelCard
 
     try:
