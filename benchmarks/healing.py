@@ -8,7 +8,9 @@ a model gets to know the participants' text, and that part is the dense model's 
 A round is measured at LLaMA-7B's width with random weights, in a process of its own: its memory, and its CPU
 time relative to the bare forward passes of the same windows.
 
-    python -m benchmarks.healing [--texts FOLDER] [--windows 16] [--length 512] [--rounds 40] [--quick]
+    python -m benchmarks.healing [--texts FOLDER] [--windows 16] [--length 512] [--rounds 100]
+        [--losses text dense] [--learning-rates 0.003 0.01] [--norms 1 inf]
+        [--device cuda --processes 8] [--quick]
     python -m benchmarks.healing --round-only [--blocks 4] [--folder /big/disk]
 """
 
@@ -27,10 +29,23 @@ from typing import Any
 import torch
 
 from benchmarks._harness import SEED, machine
+from benchmarks._healed import (
+    DENSE,
+    STARTS,
+    VOTES,
+    Healed,
+    add_options,
+    healed,
+    in_processes,
+    mean_of,
+    perplexities_of,
+    pruned,
+    workers,
+)
 from benchmarks._watched import GIB
 from benchmarks.large import Watch, make_checkpoint
-from benchmarks.solvers import _measured, _texts
-from fedprllm import HealConfig, PruneConfig, heal, prune
+from benchmarks.solvers import N_EVALUATION_TOKENS, texts_of
+from fedprllm import HealConfig
 from fedprllm.demo.compare import demo_model
 from fedprllm.evaluation.perplexity import window_losses
 from fedprllm.healing.in_process import Learner
@@ -39,30 +54,22 @@ from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
 from fedprllm.pruning.participant import Participant
 
-_STARTS: dict[str, dict[str, Any]] = {
-    "votes, 50 %": {},
-    "gram with admm, 50 %": {"share": "gram", "strategy": "iterative"},
-    "mlp=0.27": {"structure": "mlp=0.27", "strategy": "iterative"},
-}
+_GOALS = (VOTES, "gram with admm, 50 %", "mlp=0.27")
+_OPTIONS = ("learning rate", "longest gradient")
 _VOCABULARY = 32_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default=None, help="folder, hub id or GGUF file [SmolLM2-135M]")
-    parser.add_argument("--texts", type=Path, default=None, help="folder of texts")
-    parser.add_argument("--windows", type=int, default=16, help="calibration windows for pruning")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=HealConfig().learning_rate)
-    parser.add_argument("--starts", nargs="*", default=list(_STARTS), help=", ".join(_STARTS))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="precision of the forward passes")
+    add_options(parser, rounds=100)
+    parser.add_argument("--learning-rates", type=float, nargs="*", default=[HealConfig().learning_rate])
+    parser.add_argument("--norms", type=float, nargs="*", default=[HealConfig().max_gradient_norm])
+    parser.add_argument("--losses", nargs="*", default=["text"], help="text, dense")
+    parser.add_argument("--starts", nargs="*", default=list(_GOALS), help=", ".join(STARTS))
     parser.add_argument("--round-only", action="store_true", help="measure no perplexity")
     parser.add_argument("--quality-only", action="store_true", help="measure no memory and time")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of the large model")
     parser.add_argument("--folder", type=Path, help="folder with space for the large model")
-    parser.add_argument("--quick", action="store_true", help="few windows, to check that it runs")
     parser.add_argument("--measure-round", nargs=2, metavar=("MODEL", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_round:
@@ -76,7 +83,6 @@ def main() -> None:
         "windows": options.windows,
         "window_length": options.length,
         "rounds": options.rounds,
-        "learning_rate": options.learning_rate,
         "device": options.device,
         "rows": [] if options.round_only else _quality(options),
         "round": [] if options.quality_only else [_round(options)],
@@ -90,60 +96,78 @@ def main() -> None:
 
 def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     model = resolve_model(options.model or demo_model())
-    with tempfile.TemporaryDirectory() as temporary:
-        texts, held_out = _texts(options.texts, Path(temporary))
-        starts = {"dense": model}
-        for start in options.starts:
-            config = PruneConfig(
-                windows=options.windows,
-                window_length=options.length,
-                dtype=options.dtype,
-                device=options.device,
-                **_STARTS[start],
+    starts = [DENSE, *options.starts]
+    with tempfile.TemporaryDirectory() as temporary, workers(options) as pool:
+        out = Path(temporary)
+        texts, held_out = texts_of(options.texts, out)
+        folders = in_processes(pool, pruned, [(start, model, texts, out, options) for start in starts])
+        measured = (held_out, options, N_EVALUATION_TOKENS)
+        before = in_processes(pool, perplexities_of, [(folder, *measured) for folder in folders])
+        ways = [
+            Healed(
+                start,
+                folder,
+                model,
+                texts,
+                held_out,
+                options.rounds,
+                learning_rate=rate,
+                loss=loss,
+                max_gradient_norm=norm,
             )
-            starts[start] = prune(model, texts, config, out=Path(temporary) / start).model_dir
-        rows: list[dict[str, Any]] = []
-        for start, folder in starts.items():
-            config = HealConfig(
-                rounds=options.rounds,
-                learning_rate=options.learning_rate,
-                window_length=options.length,
-                dtype=options.dtype,
-                device=options.device,
-            )
-            healed = heal(folder, texts, config, out=Path(temporary) / f"{start}, healed")
-            before, after = (
-                _measured(one, held_out, options.length, options) for one in (folder, healed.model_dir)
-            )
-            rows.append(
-                {
-                    "start": start,
-                    "before": round(before, 2),
-                    "healed": round(after, 2),
-                    "best round": healed.record.best_round,
-                    "MB a round": round(healed.record.update_bytes / 1e6, 2),
-                }
-            )
-            print(rows[-1], file=sys.stderr)
+            for start, folder in zip(starts, folders, strict=True)
+            for loss in options.losses
+            for rate in options.learning_rates
+            for norm in options.norms
+            if not (start == DENSE and loss == "dense")  # it has nothing to approach
+        ]
+        after = in_processes(
+            pool,
+            healed,
+            [(way, out / f"{number}", options, N_EVALUATION_TOKENS) for number, way in enumerate(ways)],
+        )
+        names = list(held_out)
+        found = dict(zip(starts, before, strict=True))
+        rows = [
+            {
+                "start": way.start,
+                "loss": way.loss,
+                "learning rate": way.learning_rate,
+                "longest gradient": way.max_gradient_norm,
+                "before": round(mean_of(found[way.start], names), 2),
+                "healed": round(mean_of(result["perplexities"], names), 2),
+                "best round": result["best round"],
+                "MB a round": result["MB a round"],
+                "curve": result["curve"],
+            }
+            for way, result in zip(ways, after, strict=True)
+        ]
         return [row | _damages(row, rows) for row in rows]
 
 
 def _damages(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Damage before and after healing, relative to that of votes; empty where it is not defined."""
-    dense = rows[0]
-    votes = next((one for one in rows if one["start"].startswith("votes")), None)
-    if votes is None or row is dense:
+    """Damage before and after healing, relative to that of votes; empty where it is not defined.
+
+    A model that was healed on text is compared with the dense model healed the same way; one that was healed
+    towards the dense model, with the dense model as it is.
+    """
+    dense = [one for one in rows if one["start"] == DENSE]
+    votes = next((one for one in rows if one["start"] == VOTES), None)
+    if votes is None or row["start"] == DENSE:
         return {"damage before": "", "damage healed": ""}
-    unit = votes["before"] - dense["before"]
+    same = next(one for one in dense if all(one[name] == row[name] for name in _OPTIONS))
+    unit = votes["before"] - same["before"]
+    reference = same["before"] if row["loss"] == "dense" else same["healed"]
     return {
-        "damage before": round((row["before"] - dense["before"]) / unit, 3),
-        "damage healed": round((row["healed"] - dense["healed"]) / unit, 3),
+        "damage before": round((row["before"] - same["before"]) / unit, 3),
+        "damage healed": round((row["healed"] - reference) / unit, 3),
     }
 
 
 def damage(result: dict[str, Any], start: str) -> float:
-    """Damage of a healed model, in units of the votes' damage before healing; NaN if it was left out."""
-    return float(next((row["damage healed"] for row in result["rows"] if row["start"] == start), math.nan))
+    """Least damage of a healed model, in units of the votes' before healing; NaN if it was left out."""
+    found = [row["damage healed"] for row in result["rows"] if row["start"] == start]
+    return float(min(found, default=math.nan))
 
 
 # Cost of a round -----------------------------------------------------------------------------------------
@@ -211,7 +235,8 @@ def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         f"perplexity before and after {result['rounds']} rounds of one window of {result['window_length']} "
         f"tokens a participant, pruned with {result['windows']} windows, on {result['device']}"
     )
-    return {title: result["rows"], "one round of two windows, one block in memory": result["round"]}
+    rows = [{name: value for name, value in row.items() if name != "curve"} for row in result["rows"]]
+    return {title: rows, "one round of two windows, one block in memory": result["round"]}
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def _row(
             sums = learner.contribute(parts, server.vector, server.number)
             sums["p00"] = _changed(sums["p00"], _ATTACKS[attack])
             if not masked:
-                for name in outstanding_gradients(sums):
+                for name in _refused(sums, config):
                     del sums[name]
                     refused = True
             try:
@@ -118,6 +118,14 @@ def _row(
     }
     print(row, file=sys.stderr)
     return row
+
+
+def _refused(sums: dict[str, RoundSums], config: HealConfig) -> set[str]:
+    """Whom the coordinator refuses by name: one that no window can have made, or out of proportion."""
+    too_long = {
+        name for name, one in sums.items() if one.exceeds(config.round_windows, config.max_gradient_norm)
+    }
+    return too_long | set(outstanding_gradients({name: sums[name] for name in sums if name not in too_long}))
 
 
 def _text(number: int) -> Documents:

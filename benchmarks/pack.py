@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks._harness import given, machine
-from benchmarks.solvers import _texts
+from benchmarks.solvers import texts_of
 from fedprllm import PruneConfig, prune
 from fedprllm.core.masks import PruneMask
 from fedprllm.deciding import BlockDecision
@@ -63,7 +63,7 @@ def main() -> None:
 
 def _result(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     dense = _in_bfloat16(resolve_model(options.model or demo_model()), scratch / "dense")
-    texts, _ = _texts(options.texts, scratch)
+    texts, _ = texts_of(options.texts, scratch)
     n_dense = _file_bytes(dense)
     rows = [_row("dense", _packed(dense, scratch), n_dense)]
     for way in options.ways:

@@ -29,7 +29,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks._harness import given, machine
-from benchmarks.solvers import _texts
+from benchmarks.solvers import texts_of
 from fedprllm import PruneConfig, prune
 from fedprllm.demo.compare import demo_model
 from fedprllm.export.imatrix import export_importance_matrix
@@ -62,7 +62,7 @@ def main() -> None:
 def _result(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     source = options.model or demo_model()
     folder = resolve_model(source)
-    texts, held_out = _texts(options.texts, scratch)
+    texts, held_out = texts_of(options.texts, scratch)
     kinds = _spread(sorted(texts), options.kinds)
     plain = {kind: _plain(held_out[kind], scratch / f"{kind}.txt") for kind in kinds}
     plain_model = scratch / "model.gguf"

@@ -39,7 +39,7 @@ _WAYS: dict[str, dict[str, Any]] = {
     "gram, admm": {**_GRAM, "solver": "admm"},
     "gram, alps": {**_GRAM, "solver": "alps"},
 }
-_N_EVALUATION_TOKENS = 2048
+N_EVALUATION_TOKENS = 2048
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     n_windows, length = (1, 64) if options.quick else (options.windows, options.length)
     model = resolve_model(options.model or demo_model())
     with tempfile.TemporaryDirectory() as temporary:
-        texts, held_out = _texts(options.texts, Path(temporary))
+        texts, held_out = texts_of(options.texts, Path(temporary))
         dense = _measured(model, held_out, length, options)
         rows = [_row("dense", dense, dense, dense)]
         for way in options.ways:
@@ -91,18 +91,18 @@ def main() -> None:
                 "options": given(),
                 "device": options.device,
                 "rows": rows,
-                "machine": machine() | _gpu(options.device),
+                "machine": machine() | gpu_name(options.device),
             }
         )
     )
 
 
-def _gpu(device: str) -> dict[str, str]:
+def gpu_name(device: str) -> dict[str, str]:
     """Name of the GPU, if there is one at work."""
     return {"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
 
 
-def _texts(folder: Path | None, temporary: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+def texts_of(folder: Path | None, temporary: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Each participant's text, and its held-out text."""
     if folder is None:
         files = demo_texts(temporary / "texts")
@@ -119,7 +119,7 @@ def _measured(model: Path, held_out: Mapping[str, Path], length: int, options: a
         model,
         held_out,
         window_length=length,
-        max_tokens=_N_EVALUATION_TOKENS,
+        max_tokens=N_EVALUATION_TOKENS,
         dtype=options.dtype,
         device=options.device,
     )

@@ -3,9 +3,12 @@
 Every participant has one kind of text (see `benchmarks.solvers`). The perplexity is the geometric mean over
 held-out text of all kinds; with ``--alone``, every participant also makes a smaller model from its own text
 only, which is measured on its own and on the others' kinds. Speed is measured in transformers with random
-weights, because it depends on the shapes only: a prompt of 256 tokens, and 8 tokens one by one.
+weights, because it depends on the shapes only: a prompt of 256 tokens, and 8 tokens one by one. With
+``--smaller``, a structure is also chosen, and every candidate is measured on the evaluation text too, so that
+one sees whether the choice was right.
 
     python -m benchmarks.structure [--texts FOLDER] [--windows 16] [--length 512] [--alone] [--quick]
+                                   [--structures mlp=0.27 ...] [--smaller 0.1 0.2]
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks._harness import alternate, given, machine
-from benchmarks.solvers import _N_EVALUATION_TOKENS, _texts
+from benchmarks.solvers import N_EVALUATION_TOKENS, texts_of
 from fedprllm import PruneConfig, evaluate, prune
 from fedprllm.demo.compare import demo_model
 from fedprllm.models.source import resolve_model
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--structures", nargs="*", default=list(_STRUCTURES))
+    parser.add_argument("--smaller", nargs="*", type=float, default=[], help="fractions to choose for")
     parser.add_argument("--alone", action="store_true", help="compare with each participant's own text")
     parser.add_argument("--repeats", type=int, default=3, help="repeats of the timings; 0 leaves them out")
     parser.add_argument("--shapes", nargs="*", default=list(_SHAPES), choices=list(_SHAPES))
@@ -67,7 +71,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few windows, to check that it runs")
     options = parser.parse_args()
     if options.quick:
-        options.windows, options.length, options.repeats = 1, 64, min(options.repeats, 1)
+        options.windows, options.length, options.repeats = 2, 64, min(options.repeats, 1)
+    rows, choices = ([], []) if options.speed_only else _quality(options)
     result = {
         "benchmark": "structure",
         "quick": options.quick,
@@ -76,7 +81,8 @@ def main() -> None:
         "window_length": options.length,
         "device": options.device,
         "dtype": options.dtype,
-        "rows": [] if options.speed_only else _quality(options),
+        "rows": rows,
+        "choices": choices,
         "speed": _speed(options) if options.repeats else [],
         "machine": machine(),
     }
@@ -86,22 +92,19 @@ def main() -> None:
 # Quality -------------------------------------------------------------------------------------------------
 
 
-def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
+_Row = dict[str, Any]
+
+
+def _quality(options: argparse.Namespace) -> tuple[list[_Row], list[_Row]]:
+    """Rows about structures that are named, and about those that are chosen."""
     model = resolve_model(options.model or demo_model())
     with tempfile.TemporaryDirectory() as temporary:
-        texts, held_out = _texts(options.texts, Path(temporary))
+        texts, held_out = texts_of(options.texts, Path(temporary))
         dense = _losses(model, held_out, options)
-        rows: list[dict[str, Any]] = [{"structure": "none", "fewer parameters": 0.0, **_means(dense, dense)}]
+        rows: list[_Row] = [{"structure": "none", "fewer parameters": 0.0, **_means(dense, dense)}]
         for structure in options.structures:
             for strategy in ("iterative", "local-only") if options.alone else ("iterative",):
-                config = PruneConfig(
-                    structure=structure,
-                    strategy=strategy,
-                    windows=options.windows,
-                    window_length=options.length,
-                    dtype=options.dtype,
-                    device=options.device,
-                )
+                config = _config(options, structure=structure, strategy=strategy)
                 found = prune(model, texts, config, out=Path(temporary) / f"{structure}-{strategy}")
                 assert found.record.reduction is not None
                 fewer = {"fewer parameters": round(found.record.reduction.of_blocks, 3)}
@@ -111,7 +114,52 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
                     about = {"structure": structure, "text of": own or "all", **fewer}
                     rows.append(about | _means(losses, dense, own))
                     print(rows[-1], file=sys.stderr)
-        return rows
+        choices: list[_Row] = []
+        for fraction in options.smaller:
+            choices += _choices(fraction, model, texts, held_out, dense, options, Path(temporary))
+        return rows, choices
+
+
+def _choices(
+    fraction: float,
+    model: Path,
+    texts: Mapping[str, Path],
+    held_out: Mapping[str, Path],
+    dense: Mapping[str, float],
+    options: argparse.Namespace,
+    temporary: Path,
+) -> list[_Row]:
+    """Every candidate, as the participants' held-out windows and as the evaluation text see it."""
+    chosen = prune(model, texts, _config(options, smaller=fraction), out=temporary / f"smaller-{fraction}")
+    choice, rows = chosen.record.choice, []
+    assert choice is not None
+    for one in choice.candidates:
+        found = chosen
+        if one.structure != choice.chosen.structure:
+            config = _config(options, structure=one.structure)
+            found = prune(model, texts, config, out=temporary / f"{one.structure}-{fraction}")
+        row = {
+            "smaller": fraction,
+            "structure": one.structure,
+            "fewer parameters": round(one.of_blocks, 3),
+            "held-out windows": round(one.perplexity, 2),
+            **_means(_losses(found.model_dir, held_out, options), dense),
+            "chosen": "yes" if found is chosen else "",
+        }
+        rows.append(row)
+        print(row, file=sys.stderr)
+    return rows
+
+
+def _config(options: argparse.Namespace, **method: Any) -> PruneConfig:
+    """The options of reading and computing, with a method."""
+    return PruneConfig(
+        **{"strategy": "iterative", **method},
+        windows=options.windows,
+        window_length=options.length,
+        dtype=options.dtype,
+        device=options.device,
+    )
 
 
 def _losses(model: Path, held_out: Mapping[str, Path], options: argparse.Namespace) -> dict[str, float]:
@@ -120,7 +168,7 @@ def _losses(model: Path, held_out: Mapping[str, Path], options: argparse.Namespa
         model,
         held_out,
         window_length=options.length,
-        max_tokens=_N_EVALUATION_TOKENS,
+        max_tokens=N_EVALUATION_TOKENS,
         dtype=options.dtype,
         device=options.device,
     )
@@ -214,7 +262,19 @@ def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     windows = f"{result['windows']} windows of {result['window_length']} tokens"
     title = f"{windows}, forward passes in {precision} on {result['device']}"
     speed = "times as fast as the dense model, in CPU seconds of one thread, in transformers, float32"
-    return {name: found for name, found in ((title, rows), (speed, result["speed"])) if found}
+    choices = "structures to choose among; perplexity on the evaluation text, and on held-out windows"
+    found = ((title, rows), (choices, result.get("choices")), (speed, result["speed"]))
+    return {name: each for name, each in found if each}
+
+
+def regret(result: dict[str, Any]) -> float:
+    """Largest ratio of a chosen structure's perplexity to the lowest among its candidates."""
+    ratios = []
+    for row in result["choices"]:
+        if row["chosen"]:
+            same = [one["perplexity"] for one in result["choices"] if one["smaller"] == row["smaller"]]
+            ratios.append(row["perplexity"] / min(same))
+    return max(ratios)
 
 
 def damage(result: dict[str, Any], structure: str) -> float:

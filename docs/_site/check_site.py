@@ -124,6 +124,8 @@ def main() -> None:
     site = Path(sys.argv[1])
     found = list(faults(site))
     pages = len(list(site.rglob("*.html")))
+    if not pages:
+        sys.exit(f"{site} holds no pages: build them first (make docs)")
     print(
         "\n".join(found)
         or f"{site}: {pages} pages, every link leads somewhere, nothing is loaded from elsewhere"

@@ -49,7 +49,7 @@ def _section(name: str, context: Any) -> str:
 def _table(rows: list[tuple[str, str, str]]) -> str:
     """A table of options, with a column of defaults if one of them has any."""
     columns = 3 if any(default for _, _, default in rows) else 2
-    table = [("", "", "default"), ("---",) * 3, *rows]
+    table = [("option", "meaning", "default"), ("---",) * 3, *rows]
     return "\n".join(f"| {' | '.join(row[:columns])} |" for row in table)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedprllm.pruning.inputs import Documents, PooledData
     from fedprllm.pruning.records import BlockRecord, LinearRecord, ParticipantRecord, RunRecord
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Names that need torch are imported when they are first used: ``fedprllm --help`` must answer at once.
 _LAZY = {

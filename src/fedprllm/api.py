@@ -20,8 +20,9 @@ from fedprllm.models.in_memory import model_folder, source_name
 from fedprllm.models.side_files import left_out
 from fedprllm.models.source import resolve_model
 from fedprllm.progress import Progress, silent
-from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
-from fedprllm.pruning.in_process import prune_in_process
+from fedprllm.pruning.candidates import Candidates, find_candidates
+from fedprllm.pruning.choice import check_held_out, choose
+from fedprllm.pruning.in_process import prune_in_process, walking
 from fedprllm.pruning.inputs import (
     ParticipantInputs,
     PooledData,
@@ -31,7 +32,6 @@ from fedprllm.pruning.inputs import (
     identity_of,
     make_participants,
     name_participants,
-    pool,
     say_notes,
     sources_of,
 )
@@ -195,46 +195,54 @@ def _prune(
     check_outside(out, sources_of(named, eval_texts))
     folder = resolve_model(model, progress=progress)
     walked = BlockwiseModel(folder, config.dtype, config.device, config.exclude)
-    check_pattern_divides(walked, config)
-    check_structure(walked, config)
-    check_update_size(walked, config)
+    n = named.n_participants if isinstance(named, PooledData) else len(named)
+    found = None if config.smaller is None else find_candidates(walked, config, n)
+    if found is None:
+        check_pattern_divides(walked, config)
+        check_structure(walked, config)
+        check_update_size(walked, config)
     members, config = make_participants(walked, named, config)
     say_notes(members)
     samples = sampled(config, [member.name for member in members], walked.n_blocks)
-    check_secure(walked, config, samples)
+    if found is not None:
+        check_held_out(members)
+    for one in [config] if found is None else map(config.with_structure, found.structures):
+        check_secure(walked, one, samples)
     tests = evaluation_texts(walked, eval_texts, config)
     identity = identity_of(config, source, walked, members, tests, progress)
     with Run(out, identity, needed_bytes(walked, members, config)) as run:
         if run.is_complete:
             run.check_result()
         else:
-            _run(walked, members, samples, config, run, tests, identity, progress)
+            _run(walked, members, samples, config, found, run, tests, identity, progress)
     return PruneResult.load(out)
 
 
 def _run(
     model: BlockwiseModel,
     members: list[Participant],
-    samples: dict[str, list[int]],
+    samples: Mapping[str, Sequence[int]],
     config: PruneConfig,
+    found: Candidates | None,
     run: Run,
     tests: Mapping[str, Sequence[Tensor]],
     identity: Mapping[str, Any],
     progress: Progress,
 ) -> None:
+    choice = None
+    if found is not None:
+        choice = choose(model, members, samples, found, config, run, progress)
+        config = config.with_structure(choice.chosen.structure)
+        identity = {**identity, "config": config.model_dump(mode="json")}
     strategy = STRATEGIES[config.strategy]
-    walking = [pool(members)] if strategy.pools_text else members
-    memory = HiddenMemory(run.spilled_folder, config.memory_limit)
-    for participant in walking:
-        participant.hidden = HiddenStates(memory, participant.name)
-    samples = {one.name: samples.get(one.name, list(range(model.n_blocks))) for one in walking}
-    outliers = survey_in_process(model, walking, config, samples, run, progress)
-    method = pruning_method(config)
-    methods = {None: method} | {
-        name: method.with_sparsities(allocated(model, counts, config)) for name, counts in outliers.items()
-    }
-    prune_in_process(model, walking, methods, run, progress, samples)
-    memory.clear()
+    with walking(model, members, samples, config, run) as (walkers, samples):
+        outliers = survey_in_process(model, walkers, config, samples, run, progress)
+        method = pruning_method(config)
+        methods = {None: method} | {
+            name: method.with_sparsities(allocated(model, counts, config))
+            for name, counts in outliers.items()
+        }
+        prune_in_process(model, walkers, methods, run, progress, samples)
     if strategy.server_votes or strategy.pools_text:
         models = {"model": run.model_dir()}
     else:
@@ -253,8 +261,9 @@ def _run(
             "models": folders,
             "n_prunable": sum(block.n_weights for block in blocks),
             "reduction": reduction(model, next(iter(models.values()))),
+            "choice": choice,
             "coverage": model.coverage,
-            "n_participants": len(walking),
+            "n_participants": len(walkers),
             **_traffic(model, samples, config, identity["participants"]),
             "outlier_ratios": outlier_ratios(outliers),
             "evaluation": evaluation,

@@ -157,6 +157,15 @@ class PruneConfig(Settings):
             "both; depth=N drops N blocks; experts=N removes N experts of every block"
         ),
     ] = None
+    smaller: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="remove at least this fraction of the parameters of the blocks: the structure is "
+            "chosen whose model has the lowest loss on held-out windows of all participants",
+        ),
+    ] = None
     max_update_mb: Annotated[
         float | None, Field(gt=0, description="refuse the run if a participant would share more MB per block")
     ] = None
@@ -237,7 +246,11 @@ class PruneConfig(Settings):
     @classmethod
     def _imply_sharing(cls, values: Any) -> Any:
         """With a structure, derive what is shared, and prune no single weights, unless something is given."""
-        if not isinstance(values, Mapping) or values.get("structure") is None:
+        if not isinstance(values, Mapping):
+            return values
+        if values.get("smaller") is not None and "pattern" not in values:
+            values = {"sparsity": 0.0, **values}
+        if values.get("structure") is None:
             return values
         parts = str(_spell_fractions(values["structure"])).split(",")
         names = tuple(sorted(part.partition("=")[0].strip() for part in parts))
@@ -254,6 +267,7 @@ class PruneConfig(Settings):
                 "to zero, for example 0.5"
             )
         self._check_structure()
+        self._check_smaller()
         if self.pattern != "unstructured":
             self._check_pattern()
         self._check_sharing()
@@ -294,6 +308,34 @@ class PruneConfig(Settings):
                     f"{option} applies to single weights, which a structure does not prune: leave it out, "
                     "and prune the smaller model in a second run"
                 )
+
+    def _check_smaller(self) -> None:
+        if self.smaller is None:
+            return
+        if self.structure is not None:
+            raise ConfigError(
+                f"smaller chooses a structure, found structure {self.structure} beside it: give one of them"
+            )
+        if "share" in self.model_fields_set:
+            raise ConfigError(
+                f"smaller chooses what is removed, and with it what is shared, found share {self.share}: "
+                "leave share out"
+            )
+        if self.strategy == "local-only":
+            raise ConfigError(
+                "smaller chooses by the loss on the text of all participants, found strategy local-only: run "
+                "every participant by itself, or use one-shot or iterative"
+            )
+        self.with_structure("depth=1")
+
+    def with_structure(self, structure: str) -> PruneConfig:
+        """The same options, with a structure in place of ``smaller``.
+
+        Raises:
+            ConfigError: An option contradicts this structure.
+        """
+        given = {name: getattr(self, name) for name in self.model_fields_set if name != "smaller"}
+        return PruneConfig(**{**given, "structure": structure})
 
     def _check_removed_at_the_end(self) -> None:
         """Refuse strategies that need each block as the pruned model has it while the walk goes on."""
@@ -450,6 +492,8 @@ class PruneConfig(Settings):
     @property
     def goal(self) -> str:
         """What the run prunes to, in words."""
+        if self.smaller is not None:
+            return f"blocks with at least {self.smaller:.0%} fewer parameters"
         if self.structures:
             return " and ".join(
                 _PARTS[name].format(f"{float(amount):.0%}" if amount < 1 else amount)

@@ -17,6 +17,7 @@ from fedprllm import (
     Documents,
     FedprllmWarning,
     HealConfig,
+    ModelError,
     PruneConfig,
     SecureError,
     UpdateError,
@@ -24,12 +25,14 @@ from fedprllm import (
     prune,
 )
 from fedprllm.healing.bounds import outstanding_gradients
-from fedprllm.healing.gradients import OpenBlocks, held_out_losses, window_gradients
+from fedprllm.healing.gradients import held_out_losses, window_gradients
 from fedprllm.healing.in_process import Learner
+from fedprllm.healing.objectives import DenseDistance
 from fedprllm.healing.participant import HealingText
 from fedprllm.healing.round_sums import RoundSums
 from fedprllm.healing.server import HealingServer
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.open_blocks import OpenBlocks
 from fedprllm.models.source import resolve_model
 from fedprllm.models.tunable import TunableParameters
 from fedprllm.pruning.hidden_states import HiddenMemory
@@ -225,6 +228,79 @@ def test_a_gradient_out_of_proportion_is_refused_and_named():
     assert outstanding_gradients(honest).keys() == {"p2"}
     assert "as long as the other participants' median" in outstanding_gradients(honest)["p2"]
     assert outstanding_gradients({name: honest[name] for name in ("p0", "p2")}) == {}
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 3.0, 1e6])
+def test_a_long_gradient_is_shortened_and_none_counts_for_more(factor):
+    gradient = torch.randn(500, generator=torch.Generator().manual_seed(1))
+    gradient *= factor * 10 / gradient.norm()
+    sums = RoundSums.zeros(500)
+    sums.add_window(gradient, 1.0, 10, max_norm=1.0)
+    assert float(sums.gradient.norm()) == pytest.approx(min(factor, 1.0), rel=1e-4)
+    assert torch.nn.functional.cosine_similarity(
+        sums.gradient, gradient.double(), dim=0
+    ).item() == pytest.approx(1.0, abs=1e-6)
+    assert not sums.exceeds(1, 1.0)
+    assert (sums + sums).exceeds(1, 1.0) is False  # twice the tokens
+    longer = RoundSums(sums.words.clone())
+    longer.words[:-4] *= 2
+    assert longer.exceeds(1, 1.0) == (factor > 0.5)
+
+
+# Towards the dense model -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_the_distance_to_the_dense_model_and_its_gradient_are_autograds(name, tiny, windows, tmp_path):
+    pruned = prune(tiny(name), [windows(0)], out=tmp_path / "run").model_dir
+    model, tunable = opened(pruned)
+    dense = BlockwiseModel(resolve_model(tiny(name)))
+    window = windows(0)[0]
+    with OpenBlocks(model, stay=False) as blocks, OpenBlocks(dense, stay=False) as dense_blocks:
+        ((gradient, loss),) = window_gradients(
+            model,
+            tunable,
+            tunable.initial(),
+            [window],
+            blocks,
+            HiddenMemory(),
+            lambda _: None,
+            DenseDistance(dense, dense_blocks),
+        )
+    whole = Whole(pruned).model
+    parameters = {key: value.requires_grad_() for key, value in whole.named_parameters()}
+    with torch.no_grad():
+        expected = torch.log_softmax(Whole(tiny(name)).model(window[None]).logits[0, :-1], -1)
+    found = torch.log_softmax(whole(window[None]).logits[0, :-1], -1)
+    distance = (expected.exp() * (expected - found)).sum()
+    distance.backward()
+    assert loss == pytest.approx(float(distance.detach()), rel=1e-4)
+    for one in tunable.slices:
+        wanted = parameters[one.name].grad
+        if one.linear is not None:
+            wanted = (one.linear.stored(wanted) * one.linear.stored(parameters[one.name].detach())).sum(1)
+        got = gradient[one.start : one.start + one.n]
+        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())), one.name
+
+
+def test_the_dense_model_is_at_no_distance_from_itself(tiny, windows, tmp_path):
+    config = CONFIG.model_copy(update={"loss": "dense"})
+    members = [windows(0, 8), windows(1, 8)]
+    result = heal(tiny("llama"), members, config, out=tmp_path / "healed", dense=tiny("llama"))
+    assert dict(result.record.held_out)[0] == pytest.approx(0, abs=1e-5)
+    assert result.record.dense.source == str(tiny("llama"))
+
+
+def test_a_dense_model_that_cannot_be_compared_is_refused(tiny, windows, tmp_path, small_model):
+    towards = CONFIG.model_copy(update={"loss": "dense"})
+    for config, dense, message in (
+        (towards, None, "none is named"),
+        (CONFIG, tiny("llama"), "loss text does not compare with it"),
+        (towards, small_model, "name the model that it was pruned from"),
+    ):
+        with pytest.raises((ConfigError, ModelError), match=message):
+            heal(tiny("llama"), [windows(0, 8)], config, out=tmp_path / "healed", dense=dense)
+    assert not (tmp_path / "healed").exists()
 
 
 # The result ------------------------------------------------------------------------------------

@@ -80,20 +80,22 @@ def ledger(tmp_path, name):
     return read_ledger(tmp_path / name / "fedprllm" / "ledger.jsonl")
 
 
-def in_process(tmp_path, paths, model=SMALL_MODEL):
+def in_process(tmp_path, paths, model=SMALL_MODEL, loss="text"):
     participants = {name: [path] for name, path in paths.items()}
-    return heal(model, participants, HealConfig(**OPTIONS), out=tmp_path / "in-process")
+    dense = SMALL_MODEL if loss == "dense" else None
+    config = HealConfig(**OPTIONS, loss=loss)
+    return heal(model, participants, config, out=tmp_path / "in-process", dense=dense)
 
 
-@pytest.mark.parametrize("secure", [False, True])
-def test_the_healed_model_has_the_same_bits_as_in_one_process_everywhere(tmp_path, federation, secure):
+@pytest.mark.parametrize(("secure", "loss"), [(False, "text"), (True, "dense")])
+def test_the_healed_model_has_the_same_bits_as_in_one_process_everywhere(tmp_path, federation, secure, loss):
     channel = federation()
     assert conduct(tmp_path, make_plan(SMALL_MODEL), channel, NAMES) == "complete"
     for name in NAMES:
         collector(tmp_path, name).collect()
-    plan = healing_plan(of="run", secure=secure)
+    plan = healing_plan(of="run", secure=secure, loss=loss)
     assert conduct(tmp_path, plan, channel, NAMES) == "complete", outcome(tmp_path)
-    expected = in_process(tmp_path, channel.paths, tmp_path / "runs" / "run" / "model")
+    expected = in_process(tmp_path, channel.paths, tmp_path / "runs" / "run" / "model", loss)
     assert expected.record.best_round > 0
     same_model(tmp_path / "runs" / "healed" / "model", expected.model_dir)
     for name in NAMES:
@@ -201,16 +203,17 @@ def gradient_message(message: bytes, change) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "most"),
     [
-        (lambda words: words[:-4].mul_(1000), "as long as the other participants' median"),
-        (lambda words: words[:1].fill_(2**60), "a gradient larger than that of 1 windows in round 0"),
-        (lambda words: words[-3:-2].mul_(2), "claims 62 tokens in round 0"),
-        (lambda words: words[-4:-3].neg_(), "has a loss of -"),
-        (lambda words: words[-1:].add_(31 * 9), "held-out tokens in round 0"),
+        (lambda words: words[:-4].mul_(2), "a gradient longer than that of 1 windows can be in round 0", 1),
+        (lambda words: words[:-4].mul_(1000), "as long as the other participants' median", 1e9),
+        (lambda words: words[:1].fill_(2**60), "a gradient longer than that of 1 windows can be", 1e9),
+        (lambda words: words[-3:-2].mul_(2), "claims 62 tokens in round 0", 1),
+        (lambda words: words[-4:-3].neg_(), "has a loss of -", 1),
+        (lambda words: words[-1:].add_(31 * 9), "held-out tokens in round 0", 1),
     ],
 )
-def test_a_hostile_gradient_is_refused_by_name(tmp_path, federation, change, reason):
+def test_a_hostile_gradient_is_refused_by_name(tmp_path, federation, change, reason, most):
     from fedprllm.federation.protocol.messages import pack
 
     channel = federation()
@@ -223,7 +226,8 @@ def test_a_hostile_gradient_is_refused_by_name(tmp_path, federation, change, rea
         return pack(reply, gradient_message(bytes(payload), change))
 
     channel.meddle = meddle
-    assert conduct(tmp_path, healing_plan(), channel, NAMES) == "complete", outcome(tmp_path)
+    plan = healing_plan(max_gradient_norm=most)
+    assert conduct(tmp_path, plan, channel, NAMES) == "complete", outcome(tmp_path)
     assert {event["participant"] for event in events(tmp_path)} == {"south"}
     assert any(reason in event["reason"] for event in events(tmp_path)), events(tmp_path)
 
@@ -251,6 +255,7 @@ def test_limits_of_a_participant_hold(tmp_path, federation, settings, options, c
         ({"heal": {}}, "model is missing"),
         ({"heal": {}, "of": "run", "model": "m"}, "give one of them"),
         ({"heal": {}, "of": "run", "prune": {"sparsity": 0.5}}, "prune in one run, and heal its result"),
+        ({"heal": {"loss": "dense"}, "model": "m"}, "name the run with of instead of the model"),
         ({"heal": {"rounds": 0}, "of": "run"}, "rounds: input should be greater than or equal to 1"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -111,8 +114,10 @@ def test_the_ledger_is_shown(tmp_path):
     summary = {"kind": "mask", "n_tokens": 64, "shapes": {"w": [2, 3], "v": [1, 1]}}
     for block in range(2):
         append_ledger(tmp_path / "fedprllm" / "ledger.jsonl", "ab" * 16, block, summary, b"x" * 1234)
-    result = CliRunner().invoke(app, ["ledger", str(tmp_path)], catch_exceptions=False)
+    digest = hashlib.sha256(b"x" * 1234).hexdigest()[:8]
+    result = CliRunner().invoke(app, ["ledger", str(tmp_path)], catch_exceptions=False, env={"COLUMNS": "80"})
     assert "2 updates, 2,468 bytes" in result.output
+    assert len(re.findall(rf"\d\d:\d\d sent .*abababab .*mask .* 1,234 +{digest}", result.output)) == 2
     result = CliRunner().invoke(app, ["ledger", str(tmp_path), "--json"], catch_exceptions=False)
     assert '"block": 1' in result.output
 

@@ -737,6 +737,7 @@ def test_another_tokenizer_is_another_model(tmp_path, model, federation):
         (b"{}", {"sparsity": "much"}),
         (b"{}", {"unknown": 1}),
         (b"{}", {"block_fraction": {"a": []}}),
+        (b"{}", {"smaller": 0.2}),
     ],
 )
 def test_a_start_that_cannot_be_used_is_a_bad_request(tmp_path, federation, payload, config):
@@ -783,6 +784,15 @@ def test_an_update_that_would_be_too_large_is_refused_before_anything_is_asked(t
         r"share gram would send 0\.\d+ MB for block 0, but max_update_mb allows 0\.05 MB", reason
     )
     assert not channel.sent
+
+
+def test_a_survey_cannot_be_had_beside_the_options(federation):
+    """Outliers would leave a participant that allows masks only."""
+    site = federation(allow=["mask"]).sites["north"]
+    for config, code in (({}, "bad request"), ({"allocation": "owl"}, "kind not allowed")):
+        request = Request(op="start", run="0" * 32, model="m", config=config, participants=NAMES, survey=True)
+        assert read_reply(site.answer(pack(request, b"{}")))[0].code == code
+    assert not list(site.folder.glob("runs/*/job.json"))
 
 
 def test_a_survey_is_in_the_ledger_and_has_to_be_allowed(tmp_path, model, federation):

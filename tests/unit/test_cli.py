@@ -45,6 +45,17 @@ def test_help_names_every_option_with_its_default():
     assert "default: one-shot" in " ".join(output.replace("│", " ").split())
 
 
+def test_prune_says_which_structure_it_chose(given, tmp_path):
+    output = run(
+        "prune", given["model"], "--participant", given["a"], "--participant", given["b"], "--windows 2",
+        "--window-length 32 --smaller 0.15 --out", tmp_path / "run",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    words = " ".join(output.split())
+    assert f"chosen {result['config']['structure']}: the lowest perplexity on 62 held-out tokens" in words
+    assert result["reduction"] is not None
+
+
 def test_prune_evaluate_report(given, tmp_path):
     out = tmp_path / "run"
     output = run(

@@ -21,7 +21,15 @@ def rows(**perplexity: float) -> list[Perplexity]:
 def test_models_made_alone_are_shown_on_their_own_and_on_the_others_text():
     comparison = {
         name: rows(a=1.0, b=2.0)
-        for name in ("dense", "federated", "centralized", "federated, gram", "federated, smaller")
+        for name in (
+            "dense",
+            "dense, healed",
+            "federated",
+            "federated, healed",
+            "centralized",
+            "federated, gram",
+            "federated, smaller",
+        )
     }
     for way, extra in (("local-only", 0.0), ("local-only, smaller", 2.0)):
         comparison[f"{way}: a"] = rows(a=10.0 + extra, b=20.0 + extra)
@@ -42,7 +50,8 @@ def test_only_a_smaller_model_has_another_size(tmp_path, small_model):
     compare._weigh(tmp_path / "sizes.json", models)
     found = demo_sizes(tmp_path)
     n_bytes = sum(path.stat().st_size for path in small_model.glob("*.safetensors"))
-    assert found["dense"] == found["masks: together"] == found["Gram: together"] == f"{n_bytes / 1e6:.0f}"
+    sparse = {found[name] for name in ("masks: together", "masks: together, healed", "Gram: together")}
+    assert {found["dense"]} == sparse == {f"{n_bytes / 1e6:.0f}"}
     assert found["smaller: together"] == "2"
     compare._weigh(tmp_path / "sizes.json", {})  # what is known is not looked up again
     assert demo_sizes(tmp_path) == found

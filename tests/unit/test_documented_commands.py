@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from fedprllm.cli.app import app
 from fedprllm.federation.plan import Plan, RunPlan
@@ -64,6 +65,30 @@ def test_commands_are_found_and_faults_too():
     assert [fault(line) for line in lines] == [None, "no option --rouns of heal", None]
     assert fault("fedprllm federation sing a.csr") == "no command sing"
     assert sum(len(list(shown(page.read_text(encoding="utf-8")))) for page in PAGES) > 100
+
+
+def leaves(command, path: str = "fedprllm") -> Iterator[tuple[str, str]]:
+    """Commands that do something, and what their help ends with."""
+    if below := getattr(command, "commands", {}):
+        for name, one in below.items():
+            yield from leaves(one, f"{path} {name}")
+    elif not command.hidden:
+        yield path, command.epilog or ""
+
+
+@pytest.mark.parametrize(("path", "epilog"), list(leaves(get_command(app))), ids=lambda value: value[9:30])
+def test_every_help_text_ends_with_an_example_that_is_understood(path, epilog):
+    example = epilog.removeprefix("Example: ")
+    assert f"{example} ".startswith(f"{path} ")
+    assert fault(example) is None
+
+
+def test_no_option_is_cut_at_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for path, _ in leaves(get_command(app)):
+        shown = CliRunner().invoke(app, [*path.split()[1:], "--help"]).stdout
+        assert max(map(len, shown.splitlines())) == 80
+        assert not [line for line in shown.splitlines() if re.search(r"--\S*…", line)], path
 
 
 def configurations() -> Iterator[tuple[Path, str]]:

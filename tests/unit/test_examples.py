@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from tests.datasets_like import Rows
 from tests.library_text import library_text
@@ -101,3 +104,59 @@ def test_a_script_is_listed_and_names_its_command(script):
     assert f"({script.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
     tree = ast.parse(script.read_text(encoding="utf-8"))
     assert f"python examples/{script.name} " in ast.get_docstring(tree)
+
+
+@pytest.fixture
+def in_checkout(tmp_path, monkeypatch):
+    """A folder that reads like the checkout and may be written to; one thread, for tests run side by side."""
+    for name in ("docs", "tests"):
+        (tmp_path / name).symlink_to(EXAMPLES.parent / name)
+    (tmp_path / "examples").mkdir()
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("notebook", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_what_it_shows(notebook, in_checkout, monkeypatch, capsys):
+    monkeypatch.chdir(in_checkout / "examples")
+    names: dict[str, Any] = {}
+    for cell in code_cells(notebook):
+        exec(compile("".join(cell["source"]), notebook.name, "exec"), names)
+        if names.get("figure"):
+            names["plt"].close(names.pop("figure"))
+        stored = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+        # Perplexities and votes follow Python's texts; what is printed about them does not.
+        assert without_numbers(capsys.readouterr().out) == without_numbers(stored)
+    perplexity = names["perplexity"]
+    for kind in names["held_out"]:
+        alone = {name: perplexity[f"alone: {name}"][kind] for name in names["texts"]}
+        assert perplexity["together: Gram"][kind] < min(alone.values())
+
+
+def code_cells(notebook: Path) -> list[dict[str, Any]]:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r" *[\d.,]+", "#", text)
+
+
+@pytest.mark.parametrize("notebook", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_is_listed_and_names_no_machine(notebook):
+    assert f"({notebook.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    outputs = [output for cell in code_cells(notebook) for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    assert not re.search(r"/(home|root|tmp|work|usr|Users)/|\\\\Users", json.dumps(outputs))
+
+
+def test_the_readme_s_python_runs(in_checkout, capsys):
+    (block,) = re.findall(r"^```python\n(.*?)^```", (EXAMPLES.parent / "README.md").read_text(), re.M | re.S)
+    exec(compile(block, "README.md", "exec"), {})
+    folder, *votes, perplexity = capsys.readouterr().out.splitlines()
+    assert (in_checkout / folder / "config.json").exists()
+    assert "".join(votes).startswith("tensor([[")
+    assert float(perplexity) > 1

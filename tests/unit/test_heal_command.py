@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 
 import pytest
 
 from fedprllm import ConfigError, HealConfig, HealResult
 from fedprllm.errors import FedprllmError
+from fedprllm.files import write_sealed
+from fedprllm.report.page import write_report
 from tests.contracts.test_walk import assert_same_bits
+from tests.report_pages import Page
 from tests.unit import test_cli
 from tests.unit.test_cli import run
 
@@ -49,6 +54,64 @@ def test_a_run_is_healed_beside_its_model_and_reported(given, pruned):
     assert "healing report" in page
     assert "Loss by round" in page
     assert (result.model_dir / "README.md").read_text().count("## Healed") == 1
+
+
+def page_of(folder, change):
+    """The page of a healing whose record was changed."""
+    result = json.loads((folder / "result.json").read_text())
+    change(result)
+    write_sealed(folder / "result.json", result)
+    return Page(write_report(folder))
+
+
+def test_the_page_answers_first_and_says_no_false_word(given, pruned):
+    run("heal", pruned, texts(given), HEALING, "--rounds 2 --eval", given["c"])
+    folder = pruned / "healed"
+
+    def values(before, healed):
+        def change(result):
+            for name, value in (("before", before), ("healed", healed)):
+                for row in result["evaluation"][name]:
+                    row |= {"perplexity": value, "nll": math.log(value)}
+
+        return change
+
+    def unhealed(result):
+        result["best_round"] = 0
+
+    def federated(result):
+        result |= {"run_id": "ab" * 16, "notes": ["<b> was loud"]}
+        result["config"]["secure"] = True
+        result["evaluation"] = {}
+
+    (text,) = (
+        row["text"] for row in json.loads((folder / "result.json").read_text())["evaluation"]["before"]
+    )
+    page = page_of(folder, lambda result: result.update(best_round=2))
+    assert page.headings[:2] == ["What you got", "Did it pay off?"]
+    assert 'from_pretrained("healed/model")' in page.text
+    worse = page_of(folder, values(10.0, 11.0))
+    assert worse.verdicts[0] == f"Healing did not lower the perplexity on {text}: 10.00 → 11.00 (+10.0 %)."
+    better = page_of(folder, values(10.0, 9.0))
+    assert better.verdicts[0] == f"Healing lowered the perplexity on {text}: 10.00 → 9.00 (-10.0 %)."
+    assert better.left["seen by the server"] == "each participant's gradients, one by one"
+    assert page_of(folder, unhealed).verdicts[0].startswith("Healing did not pay off:")
+    masked = page_of(folder, federated)
+    assert masked.left["seen by the server"] == "only sums over participants"
+    assert "<b>" not in masked.html
+    assert "nothing left the machine" not in masked.text
+
+
+def test_a_run_is_healed_towards_the_model_that_it_pruned(given, pruned, tmp_path):
+    run("heal", pruned, texts(given), HEALING, "--rounds 2 --loss dense")
+    found = HealResult.load(pruned / "healed")
+    assert found.record.dense.source == str(given["model"])
+    out = tmp_path / "at-once"
+    options = "--windows 8 --window-length 64 --heal 2 --heal-loss dense --out"
+    run("prune", given["model"], texts(given), options, out)
+    assert HealResult.load(out / "healed").record.config.loss == "dense"
+    with pytest.raises(ConfigError, match="give --heal N too"):
+        run("prune", given["model"], texts(given), "--heal-loss dense --out", tmp_path / "no")
 
 
 def test_what_a_run_left_dense_gets_no_scale(given, tmp_path):

@@ -11,7 +11,7 @@ from fedprllm import Perplexity, prune
 from fedprllm.pruning.model_card import write_model_card
 
 
-def test_the_model_card_inherits_licence_and_language_and_states_perplexities(tiny, windows, tmp_path):
+def test_the_model_card_inherits_license_and_language_and_states_perplexities(tiny, windows, tmp_path):
     model = tmp_path / "dense"
     shutil.copytree(tiny("llama"), model)
     card = "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\ntags: [chat]\n---\n# Dense\n"
@@ -24,13 +24,17 @@ def test_the_model_card_inherits_licence_and_language_and_states_perplexities(ti
         ["pruned", "sparse", "fedprllm"],
     )
     assert data.base_model is None, "a folder is no name that others know"
-    rows = [Perplexity(text="held out", perplexity=12.34567, nll=2.5, n_tokens=9, n_windows=1)]
+    rows = [
+        Perplexity(text=text, perplexity=value, nll=2.5, n_tokens=9, n_windows=1)
+        for text, value in {"held out": 12.34567, "north": 8.5}.items()
+    ]
     record = result.record.model_copy(update={"evaluation": {"dense": rows, "model": rows}})
     record = record.model_copy(update={"model": record.model.model_copy(update={"source": "some/model"})})
     write_model_card(result.model_dir, record)
     data = ModelCard.load(result.model_dir / "README.md").data
     assert (data.license, data.base_model) == ("apache-2.0", "some/model")
-    assert [(one.dataset_name, one.metric_value) for one in data.eval_results] == [("held out", 12.3457)]
+    measured = [(one.dataset_name, one.metric_value) for one in data.eval_results]
+    assert measured == [("held out", 12.3457), ("north", 8.5)]
 
 
 @pytest.mark.parametrize("card", ["", "---\n: [\n---\n", "---\nlicense: [\n---\n", "no metadata"])

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from importlib.resources import files
-from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,129 +13,16 @@ import pytest
 import torch
 
 from fedprllm import PruneConfig, RunError, prune
-from fedprllm.files import write_sealed
 from fedprllm.pruning import agreement
-from fedprllm.report import pruning
+from fedprllm.report.agreement import SAMPLE, mean_agreement
 from fedprllm.report.page import write_report
-
-VOID = {"meta", "br", "link", "img", "input", "hr"}
-LINKS = {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}
-
-
-class Page(HTMLParser):
-    """The content of a page: tags with their attributes, text, and tables by caption."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.html = path.read_text(encoding="utf-8")
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self._open: list[str] = []
-        self._caption, self._cell = "", ""
-        self._rows: list[list[str]] = []
-        self.feed(self.html)
-        assert not self._open, f"never closed: {self._open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self._open.append(tag)
-        if tag == "table":
-            self._rows, self._caption = [], ""
-        elif tag == "tr":
-            self._rows.append([])
-        elif tag in ("td", "th"):
-            self._cell = ""
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-        if tag in ("td", "th"):
-            self._rows[-1].append(" ".join(self._cell.split()))
-        elif tag == "table":
-            self.tables[self._caption.strip()] = self._rows
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self._open:
-            return
-        self.texts.append(data)
-        if "caption" in self._open:
-            self._caption += data
-        self._cell += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    @property
-    def headings(self) -> list[str]:
-        return re.findall(r"<h2[^>]*>([^<]*)</h2>", self.html)
-
-
-def report(run: Path) -> Page:
-    return Page(write_report(run))
-
-
-def windows_of(n: int, n_windows: int = 2) -> dict[str, torch.Tensor]:
-    return {
-        f"site-{number}": torch.randint(
-            4, 128, (n_windows, 16), generator=torch.Generator().manual_seed(number)
-        )
-        for number in range(n)
-    }
-
-
-@pytest.fixture(scope="module")
-def run_once(tiny, tmp_path_factory):
-    """``run_once(n, **options)`` returns the folder of a run, which is computed once."""
-    made: dict[str, Path] = {}
-
-    def get(n: int = 3, architecture: str = "llama", n_windows: int = 2, **options: Any) -> Path:
-        key = repr((n, architecture, n_windows, sorted(options.items())))
-        if key not in made:
-            out = tmp_path_factory.mktemp("runs") / "run"
-            prune(tiny(architecture), windows_of(n, n_windows), PruneConfig(**options), out=out)
-            made[key] = out
-        return made[key]
-
-    return get
-
-
-@pytest.fixture
-def edited(tmp_path):
-    """``edited(run, change)`` returns a copy of a run with a changed result."""
-
-    def get(run: Path, change: Any) -> Path:
-        out = tmp_path / "edited"
-        out.mkdir()
-        shutil.copyfile(run / "run.json", out / "run.json")
-        result = json.loads((run / "result.json").read_text())
-        change(result)
-        write_sealed(out / "result.json", result)
-        return out
-
-    return get
-
-
-def measured(**perplexities: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "text": text,
-            "perplexity": value if math.isfinite(value) else "inf",
-            "nll": math.log(value) if math.isfinite(value) else 800.0,
-            "n_tokens": 4321,
-            "n_windows": 9,
-        }
-        for text, value in perplexities.items()
-    ]
-
-
-def result_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "result.json").read_text())
-
+from tests.report_pages import (
+    LINKS,
+    measured,
+    report,
+    result_of,
+    windows_of,
+)
 
 # Content ----------------------------------------------------------------------------------
 
@@ -153,39 +36,52 @@ def test_page_holds_the_figures_of_the_record(run_once, edited):
 
     run = edited(run_once(), evaluate)
     page, result = report(run), result_of(run)
-    configuration = {row[0]: row[1:] for row in page.tables["Configuration"]}
+    configuration = {row[0]: row[1:] for row in page.tables["All options"]}
+    words = {"True": "yes", "False": "no", "None": "not set", "[]": "none"}
     for name, value in result["config"].items():
         shown, meaning = configuration[name.replace("_", "-")]
         assert meaning == PruneConfig.model_fields[name].description
-        words = {"True": "yes", "False": "no", "None": "not set"}
-        assert shown.split(" default: ")[0] == words.get(str(value), str(value))
+        assert shown == words.get(str(value), str(value))
+    per_block = result["update_bytes_per_block"]
     assert page.tables["Participants and their calibration text"][1:] == [
-        [f"site-{number}", "2", "16", "32"] for number in range(3)
+        [f"site-{number}", "2", "16", "32", "3 of 3", f"{sum(per_block):,}"] for number in range(3)
     ]
     assert ["torch", result["versions"]["torch"]] in page.tables["Model and versions"]
-    assert result["model"]["fingerprint"][:12] in page.text
-    assert page.tables["Perplexity by model and text"] == [
-        ["model", "notes", "letters"],
-        ["dense", "10.00", "40.00"],
-        ["one-shot", "12.50 +25.0 %", "48.00 +20.0 %"],
+    assert result["model"]["fingerprint"] in page.text
+    assert page.tables["Perplexity by text"] == [
+        ["text", "dense", "pruned together"],
+        ["notes", "10.00", "12.50 +25.0 %"],
+        ["letters", "40.00", "48.00 +20.0 %"],
     ]
-    assert "20.00 dense, 24.49 pruned (+22.5 %, geometric mean over 2 texts)" in page.text
-    per_block = result["update_bytes_per_block"]
-    assert page.tables["Payload of one participant"][1:] == [
-        ["per block", f"{per_block[0]:,} bytes", f"{per_block[0]} bytes"],
-        ["in total", f"{sum(per_block):,} bytes", f"{sum(per_block) / 1000:.1f} kB"],
-        ["rounds", "1", ""],
-    ]
+    assert "10.00 → 24.49" not in page.text
+    assert "20.00 → 24.49 +22.5 %, geometric mean over 2 texts" in page.text
+    assert page.left["per block"] == f"{per_block[0]:,} bytes"
+    assert page.left["in total"] == f"{sum(per_block):,} bytes ({sum(per_block) / 1000:.1f} kB)"
+    assert page.left["rounds"].startswith("1: ")
+
+
+def test_the_answers_come_first_then_the_evidence_then_the_settings(run_once):
+    page = report(run_once())
     assert page.headings == [
-        "Settings",
-        "What a user of the result gains",
-        "Perplexity",
+        "What you got",
+        "Did it pay off?",
+        "What would leave each participant",
+        "What to be careful about",
+        "Evidence",
+        "How it was made",
+    ]
+    assert re.findall(r"<h3[^>]*>([^<]*)</h3>", page.html) == [
         "Sparsity",
         "How much the participants agree",
         "Prunes decided by a tie",
-        "What each participant would send",
         "Time",
+        "Settings",
     ]
+    folded = re.findall(r"<details>(.*?)</details>", page.html, flags=re.DOTALL)
+    assert any("All options" in part for part in folded)
+    assert any("Model and versions" in part for part in folded)
+    changed = report(run_once(sparsity=0.25)).tables["Options that are not at their default"]
+    assert [row[:2] for row in changed[1:]] == [["sparsity", "0.25 default: 0.5"], ["window-length", "16"]]
 
 
 def test_sparsity_ties_and_seconds_are_sums_over_blocks(run_once):
@@ -194,8 +90,11 @@ def test_sparsity_ties_and_seconds_are_sums_over_blocks(run_once):
     linears = [linear for record in blocks for linear in record["linears"].values()]
     n_zeros = sum(linear["n_zeros"] for linear in linears)
     n_weights = sum(math.prod(linear["shape"]) for linear in linears)
-    assert f"pruned to {n_zeros / n_weights * 100:.1f} % zeros by 3 participants, one-shot." in page.text
-    assert "Uniform: every Linear of every block has 50.0 % zeros." in page.text
+    assert f"Pruned to {n_zeros / n_weights * 100:.1f} % zeros by 3 participants, one-shot." in page.text
+    assert (
+        "Uniform: every Linear of every block has 50.0 % zeros, including those of the dense model."
+        in page.text
+    )
     rows = page.tables["The server's decision"]
     for path, n_pruned, n_ties, share in rows[1:]:
         chosen = [linear for linear in linears if path in (linear["kind"], "all Linears")]
@@ -204,7 +103,8 @@ def test_sparsity_ties_and_seconds_are_sums_over_blocks(run_once):
     assert len(rows) == 1 + 7 + 1
     observed = sum(record["seconds"]["observe"] for record in blocks)
     shown = f"{observed:.1f} s" if observed >= 1 else f"{observed:.2f} s"
-    assert f"observe {shown}" in " ".join(tag[1].get("aria-label", "") for tag in page.tags)
+    labels = " ".join(" ".join(tag[1].get("aria-label", "") for tag in page.tags).split())
+    assert f"observe {shown}" in labels
 
 
 def test_agreement_is_the_mean_weighted_by_weights(run_once):
@@ -227,7 +127,7 @@ def test_agreement_is_the_mean_weighted_by_weights(run_once):
     assert "sparsity s = 0.25 agree on s² + (1 - s)² = 0.625" in page.text
     assert "(56.2 % if masks were random)" in page.text
     assert "estimated from a sample of 16,384 weights per Linear" in page.text
-    assert agreement._SAMPLE == pruning.SAMPLE == 16_384
+    assert agreement._SAMPLE == SAMPLE == 16_384
 
 
 @pytest.mark.parametrize("m", [2, 3, 7])
@@ -235,7 +135,7 @@ def test_the_mean_agreement_of_pairs_follows_from_the_votes(m):
     masks = torch.rand((m, 500), generator=torch.Generator().manual_seed(m)) < 0.3
     pairs = [(masks[a] == masks[b]).double().mean() for a in range(m) for b in range(a)]
     histogram = masks.sum(dim=0).bincount(minlength=m + 1).tolist()
-    assert pruning.mean_agreement([histogram]) == pytest.approx(float(sum(pairs)) / len(pairs))
+    assert mean_agreement([histogram]) == pytest.approx(float(sum(pairs)) / len(pairs))
 
 
 def test_under_masks_only_the_mean_agreement_is_known(run_once):
@@ -269,8 +169,10 @@ def test_sparsity_that_differs_is_said_and_notes_are_listed(run_once, edited):
         result["blocks"][1]["notes"] = ["damping raised to 0.1"]
 
     page = report(edited(run_once(), differ))
-    assert "The Linears have between 50.0 % and 75.0 % zeros." in page.text
-    assert page.tables["Deviations from the requested settings"][1:] == [["1", "damping raised to 0.1"]]
+    assert "The Linears have between 50.0 % and 75.0 % zeros, including" in page.text
+    assert "<li>Damping raised to 0.1.</li>" in page.html
+    assert page.tables["Share of zeros"][0] == ["type of Linear", "block 0", "block 1", "block 2"]
+    assert page.tables["Share of zeros"][1][1:] == ["50.0 %", "75.0 %", "50.0 %"]
 
 
 # Omissions ----------------------------------------------------------------------------
@@ -279,10 +181,10 @@ def test_sparsity_that_differs_is_said_and_notes_are_listed(run_once, edited):
 @pytest.mark.parametrize(
     ("n", "options", "said", "absent"),
     [
-        (3, {}, "Not measured: the run had no evaluation text.", "Comparison with other models"),
+        (3, {}, "Not measured: the run had no evaluation text.", "Perplexity by text"),
         (1, {}, "Omitted: there is only one participant", "votes to prune"),
         (3, {"strategy": "centralized"}, "Omitted: all text was pooled", "The server's decision"),
-        (3, {"strategy": "centralized"}, "No updates: the text itself was pooled.", "would send 0"),
+        (3, {"strategy": "centralized"}, "No updates: the text itself was pooled,", "would send 0"),
         (
             3,
             {"strategy": "local-only"},
@@ -290,7 +192,7 @@ def test_sparsity_that_differs_is_said_and_notes_are_listed(run_once, edited):
             "The server's decision",
         ),
         (3, {"strategy": "local-only"}, "This run held no vote", "Each participant would send"),
-        (3, {"strategy": "iterative"}, "3 rounds of communication", "Omitted"),
+        (3, {"strategy": "iterative"}, "3: after each block the server returns", "Omitted"),
         (3, {"criterion": "magnitude"}, "All masks are identical", "Pairwise agreement of the masks:"),
         (3, {"share": "statistics"}, "make no masks of their own", "votes to prune"),
         (
@@ -320,7 +222,7 @@ def test_experts_have_a_row_for_all_of_them(run_once):
     linears = [one for block in result_of(run)["blocks"] for one in block["linears"].values()]
     n_pruned = sum(one["n_pruned"] for one in linears if one["kind"].endswith(".down_proj"))
     assert f"{n_pruned:,}" in page.html
-    assert "the text of " in page.html, "how far each text reached"
+    assert "The text of " in page.html, "how far each text reached"
 
 
 def test_gpt2_and_patterns(run_once):
@@ -351,10 +253,8 @@ def test_comparison_has_its_own_table(run_once, edited):
         ["local-only: south", "∞", "200.00 10 times"],
         ["federated", "12.00 +20.0 %", "24.00 +20.0 %"],
     ]
-    assert "Comparison with other models" in page.headings
-    assert "Perplexity" not in page.headings
     # The head quotes the comparison when the run itself measured nothing.
-    assert "14.14 dense, 16.97 pruned (+20.0 %" in page.text
+    assert "14.14 → 16.97 +20.0 %" in page.text
 
 
 def test_many_models_are_summed_up_in_the_figure_only(run_once, edited):
@@ -368,8 +268,9 @@ def test_many_models_are_summed_up_in_the_figure_only(run_once, edited):
     page = report(edited(run_once(), evaluate))
     assert len(page.tables["Perplexity by model and text"]) == 1 + 31
     labels = " ".join(attributes["aria-label"] for tag, attributes in page.tags if tag == "svg")
-    assert "dense 10.00, lowest of 30 models 20.00, median of 30 models 34.00" in labels
-    assert "10.00 dense, 20.00 to 49.00 pruned (on a)" in page.text
+    assert "dense 10.00, local-only, lowest of 30 20.00, local-only, highest of 30 49.00" in labels
+    assert "10.00 → 20.00 to 49.00 on a" in page.text
+    assert "perplexities 2.0 to 4.9 times the dense model's." in page.text
 
 
 # The page itself -------------------------------------------------------------------------------
@@ -393,12 +294,15 @@ def test_page_is_accessible(run_once):
     page = report(run_once())
     names = [tag for tag, _ in page.tags]
     figures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(figures) == 5
+    n_figures = names.count("figure")
+    assert n_figures == 4
+    assert len(figures) == 2 * n_figures, "each is drawn for wide and for narrow pages"
+    assert page.html.count("The numbers of this figure") == n_figures - 1, "the time is in the figure's text"
     assert all(figure["role"] == "img" and len(figure["aria-label"]) > 40 for figure in figures)
     assert all(attributes["scope"] in ("row", "col") for tag, attributes in page.tags if tag == "th")
     assert names.count("table") == names.count("caption") > 0
     assert names.count("h1") == 1
-    assert names.count("figure") == names.count("figcaption") == 5
+    assert names.count("figcaption") == n_figures
     assert dict(page.tags)["html"]["lang"] == "en"
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -418,7 +322,7 @@ def _luminance(color: str) -> float:
 
 def test_colors_have_contrast_in_light_and_dark():
     """WCAG 2.1 contrast ratios: 4.5 for text, 3 for graphics."""
-    css = files("fedprllm.report").joinpath("template.html").read_text(encoding="utf-8")
+    css = files("fedprllm.report").joinpath("style.css").read_text(encoding="utf-8")
     schemes = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)
     assert len(schemes) == 2
     for scheme in schemes:
@@ -527,10 +431,10 @@ def test_allocation_and_unequal_shares_are_shown(run_once):
     ]
     sent = {name: participant["update_bytes"] for name, participant in result["participants"].items()}
     assert sent["site-1"] < sent["site-0"] == sent["site-2"]
-    rows = page.tables["Payload of one participant"]
-    assert rows[1][:2] == ["before pruning, to find outliers", f"{8 * len(ratios)} bytes"]
-    assert rows[3][1] == f"{sent['site-1']:,} to {sent['site-0']:,} bytes"
-    assert page.tables["By participant"][2] == ["site-1", "1", f"{sent['site-1']:,} bytes"]
+    assert page.left["before pruning, to find outliers"] == f"{8 * len(ratios)} bytes"
+    assert page.left["in total"].startswith(f"{sent['site-1']:,} to {sent['site-0']:,} bytes")
+    rows = page.tables["Participants and their calibration text"]
+    assert rows[2] == ["site-1", "2", "16", "32", "1 of 3", f"{sent['site-1']:,}"]
     assert "Some blocks received fewer votes because" in page.text
 
 
@@ -550,9 +454,8 @@ def test_bytes_are_said_for_every_way_of_sharing(run_once, share):
             "weights": bits + 4 * n_weights,
         }[share]
     )
-    rows = page.tables["Payload of one participant"]
-    assert rows[1][1] == f"{per_block[0]:,} bytes"
-    assert rows[2][1] == f"{sum(per_block):,} bytes"
+    assert page.left["per block"].startswith(f"{per_block[0]:,} bytes")
+    assert page.left["in total"].startswith(f"{sum(per_block):,} bytes")
     assert {participant["update_bytes"] for participant in result["participants"].values()} == {
         sum(per_block)
     }
@@ -566,12 +469,16 @@ def test_a_smaller_model_is_called_smaller(run_once):
         result["reduction"][key] for key in ("n_parameters", "n_block_parameters")
     )
     share = f"{(1 - small / dense) * 100:.1f} %"
-    assert f"llama was made {share} smaller (parameters of its decoder blocks) by 3 participants" in page.text
+    assert f"Made {share} smaller (parameters of its decoder blocks) by 3 participants" in page.text
     assert f"{(1 - after / before) * 100:.1f} %" in page.text
     assert f"of all {before:,}, {share} of the blocks'" in page.text
     assert "whatever runs the dense model runs this one" in page.text
     assert "as fast: a zero" not in page.text
-    assert f"parameters of the blocks {dense:,} {small:,} -{share}" in page.text
+    assert ["parameters of the blocks", f"{dense:,}", f"{small:,} -{share}"] in page.tables["Size and speed"]
+    assert "zeros" not in page.tables["Size and speed"][1][0]
+    assert "Prunes decided by a tie" not in page.text
+    narrower = page.tables["Outputs by inputs of the Linears"]
+    assert ["mlp.down_proj", "32 by 48", "32 by 34 3 Linears"] in narrower
     linears = {linear["kind"]: linear for linear in result["blocks"][0]["linears"].values()}
     assert linears["mlp.down_proj"]["shape"] == [32, 34]
     assert linears["mlp.down_proj"]["dense_shape"] == [32, 48]
@@ -587,12 +494,33 @@ def test_a_smaller_model_is_called_smaller(run_once):
     assert result["reduction"]["n_bytes"][1] < result["reduction"]["n_bytes"][0]
 
 
+def test_the_choice_of_a_structure_is_explained(run_once):
+    run = run_once(n=2, architecture="gpt2", smaller=0.2)
+    page, result = report(run), result_of(run)
+    candidates = {one["structure"]: one for one in result["choice"]["candidates"]}
+    assert list(candidates) == ["mlp=0.3", "depth=1"]
+    chosen = result["config"]["structure"]
+    assert candidates[chosen]["loss"] == min(one["loss"] for one in candidates.values())
+    n_tokens = candidates[chosen]["n_tokens"]
+    assert f"Chosen: {chosen}: the lowest perplexity on {n_tokens} held-out tokens of the" in page.text
+    rows = page.tables["Structures to choose among"][1:]
+    shown = [[name, one["of_blocks"], one["loss"]] for name, one in candidates.items()]
+    expected = [[name, f"{part * 100:.1f} %", f"{math.exp(loss):,.2f}"] for name, part, loss in shown]
+    assert [[row[0].removesuffix("chosen").strip(), *row[1:]] for row in rows] == expected
+    assert [row[0].endswith("chosen") for row in rows] == [name == chosen for name in candidates]
+    assert "Not measured: heads ('transformer.h.0' of GPT2LMHeadModel has 0 Linears" in page.text
+    card = (run / "model" / "README.md").read_text()
+    assert f"| structure removed | {chosen}, of 2 measured the one with the lowest loss" in card
+
+
 def test_dropped_blocks_are_no_part_of_the_figures(run_once):
     run = run_once(structure="depth=1")
     page, result = report(run), result_of(run)
     dropped = [record["block"] for record in result["blocks"] if record.get("dropped")]
     assert len(dropped) == 1
-    assert "llama was made 33.3 % smaller" in page.text
+    assert "Made 33.3 % smaller" in page.text
+    states = [row[2] for row in page.tables["Blocks by how far they turn the hidden states"][1:]]
+    assert [number for number, state in enumerate(states) if state == "dropped"] == dropped
     weights = [linear["shape"] for record in result["blocks"] for linear in record["linears"].values()]
     assert result["n_prunable"] == sum(map(math.prod, weights))
-    assert page.tables["Payload of one participant"][1][1] == "4 bytes"
+    assert page.left["per block"] == "4 bytes"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,6 +44,9 @@ from fedprllm.lean import start_lean
 from fedprllm.process import use_large_pages
 from fedprllm.settings import Settings, choices_of, read_toml
 
+if TYPE_CHECKING:
+    from fedprllm.healing.config import HealConfig
+
 __all__ = ["main"]
 
 app = typer.Typer(
@@ -73,20 +76,44 @@ def _common(
     """Prune one language model together. Texts stay where they are; only small updates are shared."""
 
 
-# Shown at the end of a command's help.
+# Shown at the end of each command's help.
 _EXAMPLES = {
-    "prune": "Example: fedprllm prune MODEL --participant north=a.jsonl --participant south=b.txt --out run",
-    "heal": "Example: fedprllm heal run --participant north=a.jsonl --participant south=b.txt --rounds 40",
-    "evaluate": "Example: fedprllm evaluate run/model --text held-out.txt",
-    "report": "Example: fedprllm report run",
-    "study": "Example: fedprllm study MODEL --data texts/ --out study",
-    "worth-it": "Example: fedprllm worth-it MODEL --data mine.jsonl --public public.txt",
-    "export": "Example: fedprllm export run --imatrix run.gguf",
-    "pack": "Example: fedprllm pack run/model",
-    "unpack": "Example: fedprllm unpack model.fedpack model",
-    "participate": "Example: fedprllm participate KIT --data notes/ --model MODEL",
-    "ledger": "Example: fedprllm ledger KIT",
+    "prune": "fedprllm prune MODEL --participant north=a.jsonl --participant south=b.txt --out run",
+    "heal": "fedprllm heal run --participant north=a.jsonl --participant south=b.txt --rounds 40",
+    "evaluate": "fedprllm evaluate run/model --text held-out.txt",
+    "report": "fedprllm report run",
+    "study": "fedprllm study MODEL --data texts/ --out study",
+    "worth-it": "fedprllm worth-it MODEL --data mine.jsonl --public public.txt",
+    "export": "fedprllm export run --imatrix run.gguf",
+    "pack": "fedprllm pack run/model",
+    "unpack": "fedprllm unpack model.fedpack model",
+    "participate": "fedprllm participate KIT --data notes/ --model MODEL",
+    "ledger": "fedprllm ledger KIT",
+    "demo": "fedprllm demo --out demo",
+    "identity new": "fedprllm identity new north",
+    "identity accept": "fedprllm identity accept north north.kit",
+    "identity renew": "fedprllm identity renew north",
+    "identity show": "fedprllm identity show north",
+    "roster key": "fedprllm roster key north",
+    "roster collect": "fedprllm roster collect north.signing south.signing west.signing",
+    "roster pin": "fedprllm roster pin north roster.json",
+    "roster show": "fedprllm roster show north",
+    "federation init": "fedprllm federation init plan.toml",
+    "federation sign": "fedprllm federation sign north.csr south.csr",
+    "federation renew": "fedprllm federation renew",
+    "federation serve": "fedprllm federation serve kits/server",
+    "federation run": "fedprllm federation run config.toml",
+    "federation stop": "fedprllm federation stop first",
+    "federation status": "fedprllm federation status",
+    "federation report": "fedprllm federation report first",
+    "federation revoke": "fedprllm federation revoke north",
+    "federation rehearse": "fedprllm federation rehearse --participants 4",
 }
+
+
+def _example(command: str) -> str:
+    return f"Example: {_EXAMPLES[command]}"
+
 
 # What an interrupted command leaves behind, where it is not nothing.
 _CONTINUE = {
@@ -134,8 +161,8 @@ _METHOD = "What is pruned, and what is shared"
 _DETAILS = "Details of the method"
 # Panels of the help, by option; whatever is not listed is a detail.
 _PANELS = {
-    **dict.fromkeys(("sparsity", "pattern", "structure", "share", "strategy", "criterion"), _METHOD),
-    "secure": _METHOD,
+    **dict.fromkeys(("sparsity", "pattern", "structure", "smaller", "share"), _METHOD),
+    **dict.fromkeys(("strategy", "criterion", "secure"), _METHOD),
     **dict.fromkeys(("rounds", "round_windows", "learning_rate", "check_every"), "Rounds"),
     **dict.fromkeys(("windows", "window_length", "bos"), "Reading text"),
     **dict.fromkeys(("dtype", "device", "memory_limit", "seed"), "Computation"),
@@ -187,7 +214,14 @@ _RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "heal": (
         int | None,
         typer.Option(
-            min=1, help="then heal the result on the same text, in so many rounds: OUT/healed/model"
+            min=1, help="then heal the result on the same text, in this many rounds: OUT/healed/model"
+        ),
+    ),
+    "heal_loss": (
+        str | None,
+        typer.Option(
+            help=escape("what --heal lowers: text or dense, as --loss of fedprllm heal [default: text]"),
+            metavar="NAME",
         ),
     ),
     "out": (Path | None, typer.Option(help="folder for the run", show_default=False)),
@@ -241,7 +275,7 @@ def _prune(**given: Any) -> None:
         if name not in options:
             raise ConfigError(f"no {name}: {advice}")
     participants = _participants(options)
-    healing = healing_config(config, options["heal"]) if "heal" in options else None
+    healing = _healing(config, options)
 
     from fedprllm.api import prune
 
@@ -261,8 +295,25 @@ def _prune(**given: Any) -> None:
         texts = named_texts(options.get("eval", ()), "eval")
         out = Path(options["out"]) / "healed"
         with noting():
-            healed = heal(result.model_dir, participants, healing, out=out, eval_texts=texts, progress=bars)
+            healed = heal(
+                result.model_dir,
+                participants,
+                healing,
+                out=out,
+                dense=options["model"] if healing.loss == "dense" else None,
+                eval_texts=texts,
+                progress=bars,
+            )
         print_healed(healed, console)
+
+
+def _healing(config: PruneConfig, options: Mapping[str, Any]) -> HealConfig | None:
+    """The options of healing what the run leaves; None if it is not to be healed."""
+    if "heal" in options:
+        return healing_config(config, options["heal"], options.get("heal_loss"))
+    if "heal_loss" in options:
+        raise ConfigError("--heal-loss says what --heal lowers: give --heal N too, or leave it out")
+    return None
 
 
 def _participants(options: Mapping[str, Any]) -> Any:
@@ -305,6 +356,7 @@ _FILE_TYPES: dict[str, type] = {
     "partition": str,
     "alpha": float,
     "heal": int,
+    "heal_loss": str,
 }
 _EXPECTED: dict[type, str] = {
     str: "a text in quotation marks",
@@ -324,7 +376,7 @@ def _is_of(value: object, expected: type) -> bool:
 
 def _register_prune() -> None:
     options = _RUN_OPTIONS | {name: _field_option(name) for name in PruneConfig.model_fields}
-    app.command("prune", epilog=_EXAMPLES["prune"])(with_options(_prune, options))
+    app.command("prune", epilog=_example("prune"))(with_options(_prune, options))
 
 
 _register_prune()
@@ -334,6 +386,8 @@ def _print_result(result: Any) -> None:
     record = result.record
     if result.evaluation:
         console.print(perplexity_table(result.evaluation))
+    if record.choice is not None:
+        console.print(f"chosen   {escape(record.choice.sentence)}", soft_wrap=True)
     print_sparsity(record)
     for name, folder in result.model_dirs.items():
         console.print(f"{escape(name):<8} {escape(str(folder))}", soft_wrap=True)
@@ -343,7 +397,7 @@ def _print_result(result: Any) -> None:
 # evaluate --------------------------------------------------------------------------------------
 
 
-@app.command("evaluate", epilog=_EXAMPLES["evaluate"])
+@app.command("evaluate", epilog=_example("evaluate"))
 def _evaluate(
     model: Annotated[str, typer.Argument(help="hub id, local Hugging Face folder or GGUF file")],
     text: Annotated[list[str] | None, typer.Option(help="text to evaluate on (repeat for several)")] = None,
@@ -410,7 +464,7 @@ def _evaluate(
 # demo ------------------------------------------------------------------------------------------
 
 
-@app.command("demo")
+@app.command("demo", epilog=_example("demo"))
 def _demo(
     out: Annotated[Path, typer.Option(help="folder for texts, runs and report")] = Path("demo"),
     sparsity: Annotated[float, typer.Option(help="fraction of the weights set to zero")] = 0.5,
@@ -436,7 +490,7 @@ def _demo(
         column.justify = "right"
     sizes = demo_sizes(out)
     for name, values in demo_summary(comparison).items():
-        style = "bold" if name.endswith("together") else ""
+        style = "bold" if ": together" in name else ""
         table.add_row(name, *(f"{value:.2f}" for value in values), sizes.get(name, ""), style=style)
     console.print(table)
     console.print(f"model    {escape(str(result.model_dir))}", soft_wrap=True)
@@ -446,7 +500,7 @@ def _demo(
 # report ----------------------------------------------------------------------------------------
 
 
-@app.command("report", epilog=_EXAMPLES["report"])
+@app.command("report", epilog=_example("report"))
 def _report(
     run: Annotated[Path, typer.Argument(help="folder of a finished run")],
     out: Annotated[
@@ -464,23 +518,24 @@ def _report(
 
 # study -----------------------------------------------------------------------------------------
 
-app.command("heal", epilog=_EXAMPLES["heal"])(
+app.command("heal", epilog=_example("heal"))(
     heal_command(_RUN_OPTIONS, _field_option, _participants, bars, console)
 )
-app.command("study", epilog=_EXAMPLES["study"])(study_command(bars, console))
-app.command("worth-it", epilog=_EXAMPLES["worth-it"])(worth_command(_field_option, bars, console))
+app.command("study", epilog=_example("study"))(study_command(bars, console))
+app.command("worth-it", epilog=_example("worth-it"))(worth_command(_field_option, bars, console))
 
 
 # federation ------------------------------------------------------------------------------------
 
-app.add_typer(federation_app, name="federation")
-app.add_typer(identity_app, name="identity")
-app.add_typer(roster_app, name="roster")
-app.command("export", epilog=_EXAMPLES["export"])(export_command)
-app.command("pack", epilog=_EXAMPLES["pack"])(pack_command)
-app.command("unpack", epilog=_EXAMPLES["unpack"])(unpack_command)
-app.command("participate", epilog=_EXAMPLES["participate"])(participate)
-app.command("ledger", epilog=_EXAMPLES["ledger"])(ledger)
+for _name, _group in {"federation": federation_app, "identity": identity_app, "roster": roster_app}.items():
+    for _command in _group.registered_commands:
+        _command.epilog = _example(f"{_name} {_command.name}")
+    app.add_typer(_group, name=_name)
+app.command("export", epilog=_example("export"))(export_command)
+app.command("pack", epilog=_example("pack"))(pack_command)
+app.command("unpack", epilog=_example("unpack"))(unpack_command)
+app.command("participate", epilog=_example("participate"))(participate)
+app.command("ledger", epilog=_example("ledger"))(ledger)
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def rehearse(
         bool, typer.Option("--secure", help="add updates up under masks, so that only sums are seen")
     ] = False,
     heal: Annotated[
-        int | None, typer.Option(min=1, help="then heal the result, in so many rounds", show_default=False)
+        int | None, typer.Option(min=1, help="then heal the result, in this many rounds", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the run and the ledgers")] = Path("rehearsal"),
     keep_kits: Annotated[
@@ -470,7 +470,8 @@ class _Display:
             line = f"waiting for {', '.join(details['for'])}"
             self._show(line, line)
         elif what == "results":
-            line = f"the model is complete; {', '.join(details['waiting'])} are fetching it"
+            verb = "is" if len(details["waiting"]) == 1 else "are"
+            line = f"the model is complete; {', '.join(details['waiting'])} {verb} fetching it"
             self._show(line, line)
         elif what == "run":
             self._name = details["name"]

@@ -28,8 +28,13 @@ _SHARED = ("participant", "data", "participants", "partition", "alpha", "eval")
 _INHERITED = ("exclude", "window_length", "bos", "dtype", "device", "memory_limit", "seed")
 
 
-def healing_config(config: PruneConfig, rounds: int) -> HealConfig:
+def healing_config(config: PruneConfig, rounds: int, loss: str | None = None) -> HealConfig:
     """The options of healing what a run leaves.
+
+    Args:
+        config: The options of the run.
+        rounds: Number of rounds.
+        loss: What to lower; None for the default.
 
     Raises:
         ConfigError: The run leaves a model for each participant.
@@ -39,7 +44,8 @@ def healing_config(config: PruneConfig, rounds: int) -> HealConfig:
             "--heal heals one model together, and strategy local-only leaves one for each participant: use "
             "another strategy, or heal each model with 'fedprllm heal'"
         )
-    return HealConfig(rounds=rounds, **{name: getattr(config, name) for name in _INHERITED})
+    inherited = {name: getattr(config, name) for name in _INHERITED}
+    return HealConfig(rounds=rounds, **inherited, **({} if loss is None else {"loss": loss}))
 
 
 def heal_command(
@@ -65,6 +71,9 @@ def heal_command(
         fields = {name: options.pop(name) for name in list(options) if name in HealConfig.model_fields}
         model, out = _places(options["model"], options.get("out"))
         config = HealConfig(**({"exclude": _left_dense(Path(model).parent)} | fields))
+        dense = options.get("dense")
+        if config.loss == "dense" and dense is None:
+            dense = _pruned_from(Path(model).parent)
         texts = participants(options)
         from fedprllm.healing.in_process import heal as compute
 
@@ -74,6 +83,7 @@ def heal_command(
                 texts,
                 config,
                 out=out,
+                dense=dense,
                 eval_texts=named_texts(options.get("eval", ()), "eval"),
                 progress=bars,
             )
@@ -81,6 +91,13 @@ def heal_command(
 
     options: dict[str, tuple[Any, Any]] = {
         "model": (str, typer.Argument(help="folder of a finished run, or a model as for prune")),
+        "dense": (
+            str | None,
+            typer.Option(
+                help=escape("model before pruning, for --loss dense [default: the one that RUN pruned]"),
+                show_default=False,
+            ),
+        ),
         **{name: run_options[name] for name in _SHARED},
         "out": (
             Path | None,
@@ -117,6 +134,15 @@ def _left_dense(run: Path) -> tuple[str, ...]:
     from fedprllm.healing.records import left_dense
 
     return left_dense(run)
+
+
+def _pruned_from(run: Path) -> str | None:
+    """The model that a run pruned; None if the folder is no run's."""
+    if not (run / "result.json").is_file():
+        return None
+    from fedprllm.healing.records import pruned_from
+
+    return pruned_from(run).source
 
 
 def print_healed(result: HealResult, console: Console) -> None:

@@ -73,18 +73,21 @@ def participate(
         typer.Option("--require-secure", help="share only under masks, so that the server sees only sums"),
     ] = False,
     max_colluding: Annotated[
-        int, typer.Option(help="under masks: participants that may conspire with the server", min=0)
+        int,
+        typer.Option(help="under masks: participants that may conspire with the server", metavar="N", min=0),
     ] = 1,
-    min_sum: Annotated[int, typer.Option(help="under masks: fewest updates in a sum", min=3)] = 3,
+    min_sum: Annotated[
+        int, typer.Option(help="under masks: fewest updates in a sum", metavar="N", min=3)
+    ] = 3,
     min_windows: Annotated[int, typer.Option(help="fewest windows an update may be computed from")] = 16,
     min_tokens: Annotated[int, typer.Option(help="fewest tokens an update may be computed from")] = 8192,
     min_participants: Annotated[int, typer.Option(help="fewest participants a run may have")] = 3,
     runs_per_text: Annotated[int, typer.Option(help="number of runs that may use one text")] = 3,
     max_rounds: Annotated[
-        int, typer.Option(min=1, help="most rounds of healing in a run, each with one gradient")
+        int, typer.Option(metavar="N", min=1, help="most rounds of healing in a run, each with one gradient")
     ] = 100,
     min_gradient_tokens: Annotated[
-        int, typer.Option(min=1, help="fewest tokens that a gradient may be computed from")
+        int, typer.Option(metavar="N", min=1, help="fewest tokens that a gradient may be computed from")
     ] = 256,
     seed: Annotated[
         int | None,
@@ -112,7 +115,7 @@ def participate(
         bool, typer.Option("--yes", help="agree to every run within these limits without being asked")
     ] = False,
     max_message_mb: Annotated[
-        int, typer.Option(help="longest message to accept, in MB", min=1)
+        int, typer.Option(help="longest message to accept, in MB", metavar="N", min=1)
     ] = DEFAULT_MESSAGE_MB,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="compute and show what would be sent, without connecting")
@@ -301,11 +304,12 @@ def ledger(
     if as_json:
         print(json.dumps(lines, indent=1))
         return
-    table = Table("time (UTC)", "", "run", "block", "kind", "tensors", "bytes", "sha256", box=SIMPLE)
+    headings = ("time (UTC)", "", "run", "block", "kind", "tensors", "bytes", "sha256")
+    table = Table(*headings, box=SIMPLE, show_edge=False, padding=0)  # fits into 80 columns
     sent = [line for line in lines if line.get("direction", "sent") == "sent"]
     for line in lines:
         table.add_row(
-            line["time"][:19].replace("T", " "),
+            line["time"][:16].replace("T", " "),
             line.get("direction", "sent"),
             line["run"][:8],
             "" if line["block"] is None else str(line["block"]),

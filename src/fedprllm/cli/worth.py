@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["worth_command"]
 
 # A participant alone has no one to share with, and nothing to compare with strategy local-only.
-_LEFT_OUT = ("strategy", "max_update_mb", "block_fraction", "weighting", "aggregation")
+# Models that are compared must lose the same structure.
+_LEFT_OUT = ("strategy", "max_update_mb", "block_fraction", "weighting", "aggregation", "smaller")
 _NAMES = {
     "dense": "the model as it is",
     "public": "pruned with public text",

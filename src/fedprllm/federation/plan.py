@@ -155,6 +155,13 @@ class RunPlan(Settings):
                 f"strategy '{config.strategy}' cannot run in a federation: expected one of "
                 f"{', '.join(FEDERATED)}; 'fedprllm prune' runs the others"
             )
+        if config.smaller is not None:
+            raise ConfigError(
+                f"smaller {config.smaller:g} measures a pruned model for every structure that it could "
+                "choose, and participants have a model only once a run has ended: run 'fedprllm prune "
+                f"--smaller {config.smaller:g}' on text that you may use, which names the structure, and "
+                'write it under [prune], for instance structure = "mlp=0.27"'
+            )
         if self.participants and self.quorum > len(self.participants):
             raise ConfigError(
                 f"a quorum of {self.quorum} cannot be reached by {len(self.participants)} participants: "
@@ -177,6 +184,11 @@ class RunPlan(Settings):
             )
         if self.heal is not None and self.of and self.model:
             raise ConfigError(f"of names the run '{self.of}', and model '{self.model}': give one of them")
+        if self.healing is not None and self.healing.loss == "dense" and not self.of:
+            raise ConfigError(
+                "[heal] loss dense compares with the model before pruning, which is that of an earlier run: "
+                "name the run with of instead of the model"
+            )
 
     @property
     def healing(self) -> HealConfig | None:

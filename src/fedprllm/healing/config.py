@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
@@ -25,7 +25,22 @@ class HealConfig(Settings):
     round_windows: Annotated[
         int, Field(ge=1, description="windows whose gradient a participant adds up in a round")
     ] = 1
+    loss: Annotated[
+        Literal["text", "dense"],
+        Field(
+            description="what to lower: text, the loss of predicting the next token, or dense, the distance "
+            "to what the dense model predicts (Kullback-Leibler divergence)"
+        ),
+    ] = "text"
     learning_rate: Annotated[float, Field(gt=0, le=1, description="largest step of a parameter")] = 0.003
+    max_gradient_norm: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="longest gradient of the mean loss on a window; a longer one is shortened to it, so "
+            "that no window and no participant has more weight than this",
+        ),
+    ] = 1.0
     check_every: Annotated[
         int, Field(ge=1, description="rounds between two measurements on held-out windows")
     ] = 10

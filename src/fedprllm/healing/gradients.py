@@ -8,58 +8,24 @@ into memory, they are read once for all rounds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from types import TracebackType
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedprllm.healing.objectives import NextToken, Objective
 from fedprllm.models.block import Block, Hidden
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.open_blocks import OpenBlocks
 from fedprllm.models.tunable import TunableParameters
 from fedprllm.progress import Advance
 from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
 
-__all__ = ["OpenBlocks", "WindowGradient", "held_out_losses", "window_gradients"]
+__all__ = ["WindowGradient", "held_out_losses", "window_gradients"]
 
 WindowGradient = tuple[Float[Tensor, " n"], float]
-
-
-class OpenBlocks:
-    """The blocks of a model, one at a time in memory or, if they may stay, all.
-
-    Args:
-        model: The model.
-        stay: Whether blocks stay in memory until the ``with`` block ends.
-    """
-
-    def __init__(self, model: BlockwiseModel, *, stay: bool) -> None:
-        self._model, self._stay = model, stay
-        self._stack = ExitStack()
-        self._open: dict[int, Block] = {}
-
-    def __enter__(self) -> OpenBlocks:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.clear()
-        self._stack.close()
-
-    @contextmanager
-    def at(self, index: int) -> Iterator[Block]:
-        """Have a block in memory inside the ``with`` block."""
-        with ExitStack() as stack:
-            if index not in self._open:
-                keeper = self._stack if self._stay else stack
-                block = keeper.enter_context(self._model.block(index))
-                if not self._stay:
-                    yield block
-                    return
-                self._open[index] = block
-            yield self._open[index]
+_NEXT_TOKEN = NextToken()
 
 
 def window_gradients(
@@ -70,6 +36,7 @@ def window_gradients(
     blocks: OpenBlocks,
     memory: HiddenMemory,
     advance: Advance,
+    objective: Objective = _NEXT_TOKEN,
 ) -> list[WindowGradient]:
     """Gradient of the sum of each window's losses with respect to the parameters, and that sum.
 
@@ -81,16 +48,21 @@ def window_gradients(
         blocks: The model's blocks.
         memory: Memory for the inputs of all blocks.
         advance: Called once for each window and block.
+        objective: The loss.
     """
     if not windows:
         return []  # without reading the model for nothing
+    # On the device once a round, not for every window and block.
+    vector = vector.to(model.device)
     inputs = [HiddenStates(memory, f"heal-{index}") for index in range(model.n_blocks)]
     outputs = _forward(model, tunable, vector, windows, blocks, inputs, advance)
-    gradients = [torch.zeros(tunable.n) for _ in windows]
+    gradients = [torch.zeros_like(vector) for _ in windows]
     losses, behind = [], []
-    with model.head():
-        for output, window, gradient in zip(outputs, windows, gradients, strict=True):
-            loss, back = _backward_head(tunable, vector, output, window, gradient)
+    targets = objective.targets(windows)
+    with model.head(), objective.head():
+        for output, window, target, gradient in zip(outputs, windows, targets, gradients, strict=True):
+            chunks = _ChunkLosses(tunable, objective, window, target)
+            loss, back = _backward_head(tunable, vector, output, chunks, gradient)
             losses.append(loss)
             behind.append(back)
     for index in reversed(range(model.n_blocks)):
@@ -111,16 +83,19 @@ def held_out_losses(
     windows: Sequence[Tensor],
     blocks: OpenBlocks,
     advance: Advance,
+    objective: Objective = _NEXT_TOKEN,
 ) -> list[float]:
     """The sum of each window's losses in nats; arguments as in `window_gradients`."""
     if not windows:
         return []
+    vector = vector.to(model.device)
     outputs = _forward(model, tunable, vector, windows, blocks, None, advance)
     values = tunable.of_block(vector, None)
-    with model.head(), torch.no_grad():
+    targets = objective.targets(windows)
+    with model.head(), objective.head(), torch.no_grad():
         return [
-            sum(float(loss) for _, loss in _chunk_losses(tunable, output, window, values))
-            for output, window in zip(outputs, windows, strict=True)
+            sum(float(loss) for loss in _ChunkLosses(tunable, objective, window, target).of(output, values))
+            for output, window, target in zip(outputs, windows, targets, strict=True)
         ]
 
 
@@ -151,19 +126,23 @@ def _leaves(tunable: TunableParameters, vector: Tensor, block: int | None) -> li
     return [value.detach().clone().requires_grad_() for value in tunable.of_block(vector, block)]
 
 
-def _chunk_losses(
-    tunable: TunableParameters, hidden: Hidden, window: Tensor, values: list[Tensor]
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield the number of positions of a chunk and the sum of their losses."""
-    start = 1
-    for logits in tunable.logits(hidden, window, values):
-        tokens = window[start : start + len(logits)].to(logits.device)
-        start += len(logits)
-        yield len(logits), nn.functional.cross_entropy(logits, tokens, reduction="sum")
+@dataclass(frozen=True)
+class _ChunkLosses:
+    """The losses of a window, a chunk of positions at a time."""
+
+    tunable: TunableParameters
+    objective: Objective
+    window: Tensor
+    target: Hidden | None
+
+    def of(self, hidden: Hidden, values: list[Tensor]) -> Iterator[Tensor]:
+        """Yield the sum of the losses of each chunk, given the last block's output."""
+        logits = self.tunable.logits(hidden, self.window, values)
+        yield from self.objective.losses(logits, self.window, self.target)
 
 
 def _backward_head(
-    tunable: TunableParameters, vector: Tensor, hidden: Hidden, window: Tensor, gradient: Tensor
+    tunable: TunableParameters, vector: Tensor, hidden: Hidden, chunks: _ChunkLosses, gradient: Tensor
 ) -> tuple[float, Tensor]:
     """Put the gradient outside the blocks; returns the loss and the gradient of the last block's output."""
     values = _leaves(tunable, vector, None)
@@ -171,7 +150,7 @@ def _backward_head(
     back, total = torch.zeros_like(hidden), 0.0
     found = [torch.zeros_like(value) for value in values]
     with torch.enable_grad():
-        for _, loss in _chunk_losses(tunable, leaf, window, values):
+        for loss in chunks.of(leaf, values):
             grads = torch.autograd.grad(loss, [leaf, *values], allow_unused=True)
             total += float(loss.detach())
             back += _or_zeros(grads[0], back)

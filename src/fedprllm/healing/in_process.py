@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedprllm.errors import ConfigError, RunError
+from fedprllm.errors import ConfigError, ModelError, RunError
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.healing.config import HealConfig
-from fedprllm.healing.gradients import OpenBlocks, held_out_losses, window_gradients
+from fedprllm.healing.gradients import held_out_losses, window_gradients
+from fedprllm.healing.objectives import DenseDistance, NextToken, Objective
 from fedprllm.healing.participant import HealingText
 from fedprllm.healing.records import HealRecord, RoundRecord
 from fedprllm.healing.result import heal_record, write_healed, write_healed_card
@@ -25,7 +26,10 @@ from fedprllm.healing.round_sums import RoundSums, round_bytes
 from fedprllm.healing.run_folder import HealingRun
 from fedprllm.healing.server import HealingServer, end_masked_round, end_round
 from fedprllm.models.blockwise import BlockwiseModel
+from fedprllm.models.fingerprints import model_digest
+from fedprllm.models.identity import model_identity
 from fedprllm.models.in_memory import model_folder, source_name
+from fedprllm.models.open_blocks import OpenBlocks
 from fedprllm.models.source import resolve_model
 from fedprllm.models.tunable import TunableParameters
 from fedprllm.progress import Progress, silent
@@ -90,6 +94,7 @@ def heal(
     config: HealConfig | None = None,
     *,
     out: str | Path,
+    dense: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     eval_texts: Source | Sequence[Source] | Mapping[str, Source] = (),
     progress: Progress = silent,
@@ -107,6 +112,7 @@ def heal(
         participants: As for `fedprllm.prune`.
         config: How to heal.
         out: Folder of the healing, made if it does not exist.
+        dense: The model before pruning, for ``loss="dense"``: hub id, folder or GGUF file.
         tokenizer: Of a model in memory, where participants hold text.
         eval_texts: Texts on which the model is evaluated before and after; none by default.
         progress: Called with what is done and how many steps it takes (see `fedprllm.progress`).
@@ -128,13 +134,52 @@ def heal(
         raise ConfigError(
             f"config must be a HealConfig, found {type(config).__name__}: HealConfig(**options)"
         )
+    check_dense(config, dense)
     with model_folder(model, tokenizer) as folder:
-        return _heal(folder, source_name(model), participants, config, Path(out), eval_texts, progress)
+        return _heal(folder, source_name(model), dense, participants, config, Path(out), eval_texts, progress)
+
+
+def check_dense(config: HealConfig, dense: str | Path | None) -> None:
+    """Check that the dense model is named if and only if the loss compares with it.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if config.loss == "dense" and dense is None:
+        raise ConfigError(
+            "loss dense compares with the model before pruning, and none is named: name it with dense"
+        )
+    if config.loss != "dense" and dense is not None:
+        raise ConfigError(
+            f"the dense model {dense} is named, but loss {config.loss} does not compare with it: choose loss "
+            "dense, or do not name it"
+        )
+
+
+def open_dense(dense: str | Path, model: BlockwiseModel, config: HealConfig) -> BlockwiseModel:
+    """Open the model before pruning.
+
+    Args:
+        dense: Hub id, folder or GGUF file.
+        model: The model to heal.
+        config: The options of healing.
+
+    Raises:
+        ModelError: It cannot be opened, or has another vocabulary.
+    """
+    found = BlockwiseModel(resolve_model(dense), config.dtype, config.device)
+    if found.vocabulary_size != model.vocabulary_size:
+        raise ModelError(
+            f"the dense model {dense} has {found.vocabulary_size:,} tokens and the model to heal "
+            f"{model.vocabulary_size:,}: name the model that it was pruned from"
+        )
+    return found
 
 
 def _heal(
     folder: str | Path,
     source: str,
+    dense: str | Path | None,
     participants: ParticipantInputs,
     config: HealConfig,
     out: Path,
@@ -151,11 +196,18 @@ def _heal(
     notes = say_notes(members)
     tests = evaluation_texts(model, eval_texts, reading)
     identity = identity_of(config, source, model, members, tests, progress)
+    teacher = None
+    if dense is not None:
+        teacher = open_dense(dense, model, config)
+        identity["dense"] = {
+            "source": str(dense),
+            "fingerprint": model_digest(model_identity(teacher, progress)).hex(),
+        }
     with HealingRun(out, identity, model.checkpoint.n_bytes) as run:
         if run.is_complete:
             run.check_result()
         else:
-            _run(model, members, config, run, tests, identity, notes, progress)
+            _run(model, teacher, members, config, run, tests, identity, notes, progress)
     return HealResult.load(out)
 
 
@@ -180,18 +232,29 @@ class Learner:
     Args:
         model: The model.
         config: The options of healing.
-        spilled: Folder for hidden states beyond the memory limit.
+        spilled: Folder for hidden states beyond the memory limit; its previous content is deleted.
+        dense: The dense model, for the loss ``dense``.
     """
 
-    def __init__(self, model: BlockwiseModel, config: HealConfig, spilled: Path) -> None:
+    def __init__(
+        self, model: BlockwiseModel, config: HealConfig, spilled: Path, dense: BlockwiseModel | None = None
+    ) -> None:
         self.model, self.config = model, config
         self.tunable = TunableParameters(model)
         self._memory = HiddenMemory(spilled, config.memory_limit)
         self._stack = ExitStack()
         self._blocks = OpenBlocks(model, stay=_stays(model, config))
+        self._objective: Objective = NextToken()
+        self._dense_blocks: OpenBlocks | None = None
+        if config.loss == "dense":
+            assert dense is not None, "the loss compares with the dense model"
+            self._dense_blocks = OpenBlocks(dense, stay=_stays(dense, config))
+            self._objective = DenseDistance(dense, self._dense_blocks)
 
     def __enter__(self) -> Learner:
         self._stack.enter_context(self._blocks)
+        if self._dense_blocks is not None:
+            self._stack.enter_context(self._dense_blocks)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -230,12 +293,15 @@ class Learner:
         sums = {text.name: RoundSums.zeros(self.tunable.n) for text in texts}
         owners = [(text.name, window) for text in texts for window in text.windows_of(number, self.config)]
         windows = [window for _, window in owners]
-        walked = (self.model, self.tunable, vector, windows, self._blocks, self._memory, advance)
-        for (name, window), (gradient, loss) in zip(owners, window_gradients(*walked), strict=True):
-            sums[name].add_window(gradient, loss, len(window) - 1)
+        model, tunable, most = self.model, self.tunable, self.config.max_gradient_norm
+        found = window_gradients(
+            model, tunable, vector, windows, self._blocks, self._memory, advance, self._objective
+        )
+        for (name, window), (gradient, loss) in zip(owners, found, strict=True):
+            sums[name].add_window(gradient, loss, len(window) - 1, most)
         owners = [(text.name, window) for text in texts for window in text.held_out_of(number, self.config)]
         windows = [window for _, window in owners]
-        losses = held_out_losses(self.model, self.tunable, vector, windows, self._blocks, advance)
+        losses = held_out_losses(model, tunable, vector, windows, self._blocks, advance, self._objective)
         for (name, window), loss in zip(owners, losses, strict=True):
             sums[name].add_held_out(loss, len(window) - 1)
         return sums
@@ -255,6 +321,7 @@ def _stays(model: BlockwiseModel, config: HealConfig) -> bool:
 
 def _run(
     model: BlockwiseModel,
+    dense: BlockwiseModel | None,
     members: Sequence[Participant],
     config: HealConfig,
     run: HealingRun,
@@ -265,7 +332,7 @@ def _run(
 ) -> None:
     texts = [HealingText(member) for member in members]
     secure = secure_rounds([member.name for member in members], config)
-    with Learner(model, config, run.spilled_folder) as learner:
+    with Learner(model, config, run.spilled_folder, dense) as learner:
         server = HealingServer(learner.tunable.initial(), config)
         records = run.resume(server)
         todo = range(len(records), config.rounds + 1)

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fedprllm.healing.config import HealConfig
+from fedprllm.pruning.held_out import divided
 from fedprllm.pruning.participant import Participant
 
-__all__ = ["MOST_HELD_OUT", "HealingText"]
-
-_HELD_OUT = 8  # one window in so many
-MOST_HELD_OUT = 4
+__all__ = ["HealingText"]
 
 
 class HealingText:
@@ -28,10 +26,8 @@ class HealingText:
     """
 
     def __init__(self, participant: Participant) -> None:
-        windows = participant.windows
         self.name = participant.name
-        n = min(max(1, len(windows) // _HELD_OUT), MOST_HELD_OUT) if len(windows) > 1 else 0
-        self.training, self.held_out = windows[: len(windows) - n], windows[len(windows) - n :]
+        self.training, self.held_out = divided(participant.windows)
 
     def windows_of(self, number: int, config: HealConfig) -> Sequence[Tensor]:
         """Windows whose gradient it shares in a round: the next ones, and at the end the first ones again.

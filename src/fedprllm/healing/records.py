@@ -6,11 +6,12 @@ from pathlib import Path
 
 from pydantic import Field
 
+from fedprllm.errors import ConfigError
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.healing.config import HealConfig
 from fedprllm.pruning.records import ModelRecord, ParticipantRecord, Record, RunRecord
 
-__all__ = ["HealRecord", "RoundRecord", "is_healing", "left_dense"]
+__all__ = ["HealRecord", "RoundRecord", "is_healing", "left_dense", "pruned_from"]
 
 
 class RoundRecord(Record):
@@ -52,6 +53,7 @@ class HealRecord(Record):
     Attributes:
         config: The resolved configuration.
         model: Which model was healed.
+        dense: The model before pruning, where the loss compares with it.
         participants: The participants by name.
         n_parameters: Number of parameters that were trained.
         n_model_parameters: Number of parameters of the model.
@@ -68,6 +70,7 @@ class HealRecord(Record):
 
     config: HealConfig
     model: ModelRecord
+    dense: ModelRecord | None = None
     participants: dict[str, ParticipantRecord]
     n_parameters: int
     n_model_parameters: int
@@ -100,3 +103,18 @@ def left_dense(run: Path) -> tuple[str, ...]:
     """
     kind = HealRecord if is_healing(run) else RunRecord
     return kind.read(run / "result.json").config.exclude
+
+
+def pruned_from(run: Path) -> ModelRecord:
+    """The model that a complete run pruned.
+
+    Raises:
+        ConfigError: The run healed, and what it healed is not dense.
+        RunError: The run's record is missing or damaged.
+    """
+    if is_healing(run):
+        raise ConfigError(
+            f"loss dense compares with the model before pruning, and {run} is a healing: heal the result of "
+            "the run that pruned"
+        )
+    return RunRecord.read(run / "result.json").model

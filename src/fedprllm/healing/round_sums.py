@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedprllm.core.fixed_point import Grid
 from fedprllm.errors import UpdateError
+from fedprllm.pruning.held_out import LOSSES, LossSum
 
-__all__ = ["GRADIENTS", "LOSSES", "RoundSums", "n_words", "round_bytes"]
+__all__ = ["GRADIENTS", "RoundSums", "n_words", "round_bytes"]
 
 # A window's gradient has 24 significant bits in float32; coarser than the grid only where it is above 1.
 GRADIENTS = Grid(fraction_bits=24, magnitude_bits=24, n_words=1)
-LOSSES = Grid(fraction_bits=20, magnitude_bits=32, n_words=1)
 _N_FIGURES = 4
+_FLOAT32_SLACK = 1 + 1e-5  # a clipped gradient is as long as it may be up to rounding
 
 
 def n_words(n: int) -> int:
@@ -43,13 +46,21 @@ class RoundSums:
         """The sums over no windows, for n parameters."""
         return cls(torch.zeros(n_words(n), dtype=torch.int64))
 
-    def add_window(self, gradient: Float[Tensor, " n"], loss: float, n_tokens: int) -> None:
+    def add_window(
+        self, gradient: Float[Tensor, " n"], loss: float, n_tokens: int, max_norm: float = math.inf
+    ) -> None:
         """Add the gradient of the sum of a window's losses, and that sum.
+
+        Args:
+            gradient: The gradient.
+            loss: The sum.
+            n_tokens: Number of predicted tokens of the window.
+            max_norm: Longest gradient per token (Euclidean norm); a longer one is shortened to it.
 
         Raises:
             UpdateError: A number is not finite or too large.
         """
-        rounded = GRADIENTS.rounded(gradient.detach().cpu())
+        rounded = GRADIENTS.rounded(_clipped(gradient.detach().cpu(), max_norm * n_tokens))
         if not bool((rounded.abs() < GRADIENTS.limit).all()):
             raise UpdateError(
                 f"a gradient holds NaN or a number of {GRADIENTS.limit:.3g} or more: expected the gradient "
@@ -80,10 +91,16 @@ class RoundSums:
         total = self.words[:-_N_FIGURES].to(torch.float64) * GRADIENTS.spacing
         return total / max(self.n_tokens, 1)
 
-    def exceeds(self, n_windows: int) -> bool:
-        """Whether an entry of the gradient is larger than that of so many windows can be."""
-        low, high = (int(extreme) for extreme in torch.aminmax(self.words[:-_N_FIGURES]))
-        return max(-low, high) > n_windows * GRADIENTS.limit / GRADIENTS.spacing
+    def exceeds(self, n_windows: int, max_norm: float = math.inf) -> bool:
+        """Whether the gradient is longer than the clipped gradients of that many windows can add up to."""
+        words = self.words[:-_N_FIGURES]
+        low, high = (int(extreme) for extreme in torch.aminmax(words))
+        if max(-low, high) > n_windows * GRADIENTS.limit / GRADIENTS.spacing:
+            return True
+        # Rounding moves each entry of a window's gradient by at most half a unit.
+        rounding = n_windows * math.sqrt(words.numel()) * GRADIENTS.spacing
+        norm = float(words.to(torch.float64).norm()) * GRADIENTS.spacing
+        return norm > max_norm * self.n_tokens * _FLOAT32_SLACK + rounding
 
     @property
     def n_tokens(self) -> int:
@@ -98,13 +115,14 @@ class RoundSums:
     @property
     def loss(self) -> float:
         """Mean loss per token in nats; NaN if there are no tokens."""
-        return _mean(int(self.words[-4]), self.n_tokens)
+        return LossSum(int(self.words[-4]), self.n_tokens).mean
 
     @property
     def held_out_loss(self) -> float:
         """Mean loss per token of held-out windows in nats; NaN if there are none."""
-        return _mean(int(self.words[-2]), self.n_held_out)
+        return LossSum(int(self.words[-2]), self.n_held_out).mean
 
 
-def _mean(units: int, n_tokens: int) -> float:
-    return units * LOSSES.spacing / n_tokens if n_tokens else float("nan")
+def _clipped(gradient: Float[Tensor, " n"], max_norm: float) -> Float[Tensor, " n"]:
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    return gradient * (max_norm / norm) if norm > max_norm else gradient

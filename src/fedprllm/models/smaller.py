@@ -7,6 +7,7 @@ without weights, exactly the shapes of the smaller tensors.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedprllm.models.source import build_skeleton
 
 __all__ = [
     "Shapes",
+    "block_sizes",
     "builds",
     "entries_of",
     "fitting_config",
@@ -103,6 +105,23 @@ def _narrowed(model: BlockwiseModel, shapes: Shapes, part: str, n_units: int) ->
                     shape[axis] = shape[axis] // channels.n_units * n_units
                     shapes[name] = tuple(shape)
     return shapes
+
+
+def block_sizes(model: BlockwiseModel, kept: Mapping[str, int] | None = None) -> list[int]:
+    """Number of parameters of every block.
+
+    Args:
+        model: The dense model.
+        kept: Number of units that every block keeps, by part; all by default.
+    """
+    shapes = shapes_of(model.skeleton)
+    for part, n_units in (kept or {}).items():
+        shapes = _narrowed(model, shapes, part, n_units)
+    blocks = [(name, model.skeleton.get_submodule(name)) for name in model.block_names]
+    return [
+        sum(math.prod(shapes[f"{name}.{inner}"]) for inner, _ in block.named_parameters())
+        for name, block in blocks
+    ]
 
 
 def write_rest(writer: CheckpointWriter, model: BlockwiseModel) -> None:

@@ -169,7 +169,9 @@ def _scaled(linears: Mapping[str, Linear], scales: Mapping[str, Tensor]) -> Iter
 def _scaling(scale: Tensor) -> Any:
     def apply(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
         bias: Tensor | None = module.bias
-        factor = scale.to(output.dtype)
-        return output * factor if bias is None else (output - bias) * factor + bias
+        # In float32: bfloat16 has no number between 1 and 1.0078.
+        exact = output.to(torch.float32)
+        scaled = exact * scale if bias is None else (exact - bias) * scale + bias
+        return scaled.to(output.dtype)
 
     return apply

@@ -6,33 +6,58 @@ is read once and written once, regardless of the number of participants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fedprllm.config import PruneConfig
 from fedprllm.deciding import BlockDecision
 from fedprllm.models.block import Block
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.progress import Progress
 from fedprllm.pruning.aggregate import Aggregate, decide_and_write
 from fedprllm.pruning.clock import Clock
+from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
+from fedprllm.pruning.inputs import pool
 from fedprllm.pruning.method import Method
 from fedprllm.pruning.participant import Participant
 from fedprllm.pruning.preflight import secure_sums
 from fedprllm.pruning.records import ExpertsRecord
 from fedprllm.pruning.result_writer import ResultWriter
 from fedprllm.pruning.run_folder import Run
+from fedprllm.pruning.strategies import STRATEGIES
 from fedprllm.pruning.walk import Walker
 
 if TYPE_CHECKING:
     from fedprllm.pruning.secure_sums import SecureSums
 
-__all__ = ["prune_in_process"]
+__all__ = ["prune_in_process", "walking"]
 
 Advance = Callable[[int], None]
 Sample = Mapping[str, Sequence[int]]
+
+
+@contextmanager
+def walking(
+    model: BlockwiseModel, participants: Sequence[Participant], samples: Sample, config: PruneConfig, run: Run
+) -> Iterator[tuple[list[Participant], dict[str, Sequence[int]]]]:
+    """The participants that walk, and the blocks that each prunes; in the end, hidden states are cleared.
+
+    Args:
+        model: The model.
+        participants: All participants, in the order of their names.
+        samples: The blocks that each participant prunes, by name.
+        config: The resolved configuration; its strategy may pool the text.
+        run: An open run, whose folder holds the hidden states beyond the memory limit.
+    """
+    walkers = [pool(participants)] if STRATEGIES[config.strategy].pools_text else list(participants)
+    memory = HiddenMemory(run.spilled_folder, config.memory_limit)
+    for participant in walkers:
+        participant.hidden = HiddenStates(memory, participant.name)
+    yield walkers, {one.name: samples.get(one.name, list(range(model.n_blocks))) for one in walkers}
+    memory.clear()
 
 
 def prune_in_process(

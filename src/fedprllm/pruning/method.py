@@ -12,6 +12,7 @@ from fedprllm.core.criteria import CRITERIA
 from fedprllm.core.groups import GroupName
 from fedprllm.core.owl import Outliers
 from fedprllm.deciding import BlockDecision, decision_of
+from fedprllm.errors import ConfigError
 from fedprllm.models.block import Block
 from fedprllm.pruning.strategies import STRATEGIES, Strategy
 from fedprllm.sharing import SHARING, Sharing, Target, Totals
@@ -71,7 +72,16 @@ class Method(Generic[_Decided]):
 
 
 def pruning_method(config: PruneConfig) -> Method[BlockDecision]:
-    """The method that a run prunes with."""
+    """The method that a run prunes with.
+
+    Raises:
+        ConfigError: The run still has to choose what it removes, which only a run in one process can.
+    """
+    if config.smaller is not None:
+        raise ConfigError(
+            f"smaller {config.smaller:g} leaves the structure to be chosen, which only 'fedprllm prune' can: "
+            "name the structure, for instance mlp=0.2"
+        )
     decision = decision_of(config)
     return Method(
         Target(config),

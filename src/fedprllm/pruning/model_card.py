@@ -79,7 +79,7 @@ def write_model_card(folder: Path, record: RunRecord, dense: Path | None = None)
     Args:
         folder: The model's folder.
         record: The result of the run.
-        dense: Folder of the dense model, whose card says licence and language; by default, the card that the
+        dense: Folder of the dense model, whose card says license and language; by default, the card that the
             pruned model has already.
     """
     config = record.config
@@ -101,7 +101,9 @@ def write_model_card(folder: Path, record: RunRecord, dense: Path | None = None)
         participants=f"{n} participants that kept their text local" if n > 1 else "one participant",
         strategy=config.strategy,
         criterion=config.criterion,
-        goal=f"pattern | {config.pattern}" if smaller is None else f"structure removed | {config.structure}",
+        goal=f"pattern | {config.pattern}"
+        if smaller is None
+        else f"structure removed | {_structure(record)}",
         local_group=config.local_group,
         server_group=config.server_group,
         scaled="(m - votes) / m" if config.scale_weights else "none",
@@ -138,6 +140,7 @@ def _header(record: RunRecord, title: str, tag: str, inherited: Path) -> str:
                 task_type="text-generation",
                 dataset_type="text",
                 dataset_name=row.text,
+                dataset_config=row.text,  # results of one type and configuration would be merged
                 metric_type="perplexity",
                 metric_value=round(row.perplexity, 4),
             )
@@ -151,7 +154,7 @@ def _header(record: RunRecord, title: str, tag: str, inherited: Path) -> str:
 
 
 def _inherited(card: Path) -> dict[str, Any]:
-    """Licence and language that a model's card names; empty if it has none that can be read."""
+    """License and language that a model's card names; empty if it has none that can be read."""
     from huggingface_hub import ModelCard
 
     try:
@@ -163,6 +166,14 @@ def _inherited(card: Path) -> dict[str, Any]:
         return {}
     names = ("license", "license_name", "license_link", "language")
     return {name: getattr(known, name) for name in names if getattr(known, name, None)}
+
+
+def _structure(record: RunRecord) -> str:
+    """The row that says what was removed, and how it was chosen."""
+    row, choice = f"structure removed | {record.config.structure}", record.choice
+    if choice is None or len(choice.candidates) < 2:
+        return row
+    return f"{row}, of {len(choice.candidates)} measured the one with the lowest loss on held-out text"
 
 
 def _size(smaller: Reduction | None) -> str:

@@ -271,6 +271,7 @@ def needed_bytes(model: BlockwiseModel, participants: Sequence[Participant], con
     """Upper bound on the disk space of a run: models, votes, two sets of hidden states, spilled states."""
     strategy = STRATEGIES[config.strategy]
     n_models = 1 if strategy.server_votes or strategy.pools_text else len(participants)
+    n_models += config.smaller is not None  # a candidate's, before the run's own
     hidden_size = model.config.get_text_config().hidden_size
     n_tokens = sum(participant.n_tokens for participant in participants)
     state = n_tokens * hidden_size * model.dtype.itemsize if CRITERIA[config.criterion].uses_inputs else 0

@@ -6,6 +6,7 @@ Each is stored as JSON under the names of its fields, except that a Linear's ``p
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from fedprllm.files import unsealed
 
 __all__ = [
     "BlockRecord",
+    "CandidateRecord",
+    "ChoiceRecord",
     "ExpertsRecord",
     "LinearRecord",
     "ModelRecord",
@@ -301,6 +304,60 @@ class Reduction(Record):
         return 1 - after / before
 
 
+class CandidateRecord(Record):
+    """A structure that a run could remove, and what its model lost.
+
+    Attributes:
+        structure: As in `PruneConfig.structure`.
+        of_blocks: Fraction of the blocks' parameters that goes with it.
+        loss: Mean loss per token of its model in nats, on the held-out windows of all participants.
+        n_tokens: Number of predicted tokens in these windows.
+    """
+
+    structure: str
+    of_blocks: float
+    loss: float
+    n_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+
+class ChoiceRecord(Record):
+    """How a run chose the structure that it removes.
+
+    Attributes:
+        smaller: Fraction of the blocks' parameters that had to go at least.
+        candidates: What it chose among.
+        refused: Why other ways to make the model smaller were not among them, by name.
+    """
+
+    smaller: float
+    candidates: list[CandidateRecord]
+    refused: dict[str, str] = {}
+
+    @property
+    def chosen(self) -> CandidateRecord:
+        """The candidate with the lowest loss; of equal ones the first."""
+        return min(self.candidates, key=lambda one: one.loss)
+
+    @property
+    def sentence(self) -> str:
+        """What was chosen and why, as a sentence without its period."""
+        others = ", ".join(
+            f"{one.structure} {one.perplexity:.2f}" for one in self.candidates if one is not self.chosen
+        )
+        why = (
+            f"the lowest perplexity on {self.chosen.n_tokens:,} held-out tokens of the participants, "
+            f"{self.chosen.perplexity:.2f} ({others})"
+            if others
+            else "the only structure that makes the blocks so much smaller"
+        )
+        return f"{self.chosen.structure}: {why}"
+
+
 class RunRecord(Record):
     """The result of a complete run: ``result.json``.
 
@@ -314,6 +371,7 @@ class RunRecord(Record):
         models: Folders of the pruned models by name, relative to the run's folder.
         n_prunable: Number of prunable weights of the pruned model.
         reduction: How much smaller the model became by losing whole parts; None if it lost none.
+        choice: How the structure was chosen; None if the user named it, or none was removed.
         coverage: Share of the weight matrices inside the blocks that is prunable; None in records of earlier
             versions.
         n_participants: Number of participants that walked through the model.
@@ -337,6 +395,7 @@ class RunRecord(Record):
     models: dict[str, str]
     n_prunable: int
     reduction: Reduction | None = None
+    choice: ChoiceRecord | None = None
     coverage: float | None = None
     n_participants: int
     rounds: int

@@ -9,6 +9,7 @@ RUN/
   state/spilled/            hidden states beyond the memory limit, while a process is running
   model/                    the pruned model, moved here as a whole once it is complete
   participants/NAME/model/  the same for each participant, under local-only
+  choice.json, candidates/  what was measured to choose a structure (`fedprllm.pruning.choice`)
   result.json               the result (written last: its existence marks the run as complete)
 
 Every file is on the disk before a record names it, and the records hold the digests of the files and of
@@ -242,6 +243,24 @@ class Run:
     def survey_records(self) -> list[SurveyRecord]:
         """The records of the finished blocks of a survey."""
         return [SurveyRecord.read(self._record_path(block)) for block in range(self.n_finished)]
+
+    def kept(self, name: str, what: str) -> dict[str, Any] | None:
+        """What an earlier process stored before the first block; None if there is nothing.
+
+        Args:
+            name: Name of the file.
+            what: What happens again if it is damaged.
+
+        Warns:
+            FedprllmWarning: It is damaged.
+        """
+        try:
+            return read_sealed(self.folder / name)
+        except FileNotFoundError:
+            return None
+        except RunError as error:
+            warnings.warn(FedprllmWarning(f"{error}; {what} again"), stacklevel=3)
+            return None
 
     # Damage ------------------------------------------------------------------------------------
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedprllm.config import PruneConfig
 from fedprllm.core.layer_sampling import sample_blocks
 from fedprllm.core.owl import Outliers, allocate
-from fedprllm.errors import ConfigError, FedprllmWarning, RunError
-from fedprllm.files import read_sealed, write_sealed
+from fedprllm.errors import ConfigError
+from fedprllm.files import write_sealed
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.progress import Progress
 from fedprllm.pruning.aggregate import Aggregate
@@ -57,7 +55,7 @@ def survey_in_process(
     path = run.folder / "allocation.json"
     method = survey_method(config)
     groups = _surveyed_together(config, participants)
-    kept = _kept(path)
+    kept = run.kept(path.name, "the outliers are counted")
     if kept is None:
         counts = {}
         with progress("counting outliers", model.n_blocks * len(participants)) as advance:
@@ -71,17 +69,6 @@ def survey_in_process(
         write_sealed(path, counts)
         kept = counts
     return {name: [Outliers(*pair) for pair in kept[name or ""]] for name in groups}
-
-
-def _kept(path: Path) -> dict[str, Any] | None:
-    """The counts of an earlier process; None if there are none, or if they are damaged and counted again."""
-    try:
-        return read_sealed(path)
-    except FileNotFoundError:
-        return None
-    except RunError as error:
-        warnings.warn(FedprllmWarning(f"{error}; the outliers are counted again"), stacklevel=2)
-        return None
 
 
 def _surveyed_together(

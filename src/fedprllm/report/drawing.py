@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,10 +28,15 @@ __all__ = [
     "LINE",
     "MARKERS",
     "MUTED",
+    "NARROW",
     "PAGE",
     "SEQUENTIAL",
     "SERIES",
+    "WIDE",
     "Drawing",
+    "Drawn",
+    "Width",
+    "draw",
     "drawing",
     "standalone",
 ]
@@ -48,7 +55,22 @@ SEQUENTIAL = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 1,
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 MARKERS = "osD^vP*X"
 
-_WIDTH = 7.5
+
+@dataclass(frozen=True)
+class Width:
+    """A width to draw a figure for.
+
+    Attributes:
+        inches: The width.
+        names: Number of characters of a name that fit beside an axis.
+    """
+
+    inches: float
+    names: int
+
+
+# A figure is drawn twice, with letters of one size, because one that is shrunk for a phone cannot be read.
+WIDE, NARROW = Width(7.5, 26), Width(3.8, 22)
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -86,17 +108,39 @@ class Drawing:
 
     Args:
         height: Height in inches.
-        width: Width in inches.
+        width: Width to draw for.
     """
 
-    def __init__(self, height: float, width: float = _WIDTH) -> None:
-        self.figure = Figure(figsize=(width, height))
+    def __init__(self, height: float, width: Width = WIDE) -> None:
+        self.figure = Figure(figsize=(width.inches, height))
         self.axes: Axes = self.figure.add_subplot()
         self.svg = Markup()
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A figure for a wide page and for a narrow one."""
+
+    wide: Markup
+    narrow: Markup
+
+
+def draw(plot: Callable[..., Markup], *arguments: Any, **options: Any) -> Drawn:
+    """Draw a figure for both widths.
+
+    Args:
+        plot: A function of `fedprllm.report.plots`, or another that takes ``width``.
+        arguments: Its arguments.
+        options: Its keyword arguments.
+    """
+    return Drawn(
+        plot(*arguments, **options, width=WIDE),
+        plot(*arguments, **options, width=NARROW),
+    )
+
+
 @contextmanager
-def drawing(label: str, height: float, width: float = _WIDTH) -> Iterator[Drawing]:
+def drawing(label: str, height: float, width: Width = WIDE) -> Iterator[Drawing]:
     """Draw a figure in the report's style.
 
     The style builds on matplotlib's own defaults: a user's matplotlibrc must not change the page.
@@ -104,18 +148,21 @@ def drawing(label: str, height: float, width: float = _WIDTH) -> Iterator[Drawin
     Args:
         label: Description of the figure, read out by screen readers.
         height: Height in inches.
-        width: Width in inches.
+        width: Width to draw for.
     """
-    with context(["default", _STYLE | {"svg.hashsalt": label}]), warnings.catch_warnings():
+    with (
+        context(["default", _STYLE | {"svg.hashsalt": f"{width.inches} {label}"}]),
+        warnings.catch_warnings(),
+    ):
         # Names may contain characters that matplotlib's font lacks, but the page's fonts have.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        drawn = Drawing(height, width)
-        yield drawn
+        made = Drawing(height, width)
+        yield made
         stream = io.StringIO()
-        drawn.figure.savefig(
+        made.figure.savefig(
             stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
-    drawn.svg = _inline(stream.getvalue(), label)
+    made.svg = _inline(stream.getvalue(), label)
 
 
 def _inline(svg: str, label: str) -> Markup:

@@ -1,96 +1,99 @@
-"""How pruning changed the perplexity: this run's models and the models they are compared with."""
+"""Every perplexity that was measured: this run's models and the models they are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from fedprllm.report import plots
-from fedprllm.report.facts import Cell, Facts, Perplexities, Plot, Section, Table, change, perplexity
+from fedprllm.report.drawing import draw
+from fedprllm.report.facts import Facts
+from fedprllm.report.layout import Cell, Part, Plot, Section, Table
+from fedprllm.report.words import change, perplexity
 
-__all__ = ["compared", "evaluated"]
+__all__ = ["perplexities"]
 
 # With more models than this, the figure shows a summary; the table always lists all of them.
 _MAX_DRAWN = 12
+_TWO = 2  # the dense model and another one, which the answer has already
+_MAX_COLUMNS = 6
 
 
-def evaluated(facts: Facts) -> Section | None:
-    """The perplexities measured by the run itself; None if the record holds only a comparison."""
-    if facts.evaluation:
-        note = "Lower is better; changes are relative to the dense model."
-        own = facts.pruned_models[1]
-        return Section("perplexity", "Perplexity", [note, *_perplexities(facts.evaluation, own)])
-    if facts.comparison:
+def perplexities(facts: Facts) -> Section | None:
+    """All models on all texts; None if nothing was measured."""
+    models = facts.measured
+    if not models:
         return None
-    return Section("perplexity", "Perplexity", ["Not measured: the run had no evaluation text."])
-
-
-def compared(facts: Facts) -> Section | None:
-    """The comparison's models, preceded by those models of the run that the comparison lacks."""
-    if not facts.comparison:
-        return None
-    models = {name: rows for name, rows in facts.evaluation.items() if name not in facts.comparison}
-    models |= facts.comparison
-    own = [name for name in (*facts.pruned_models[1], "federated") if name in models]
-    note = "Perplexity; lower is better, and changes are relative to the dense model."
-    return Section("comparison", "Comparison with other models", [note, *_perplexities(models, own)])
-
-
-def _perplexities(models: Perplexities, own: Sequence[str]) -> list[str | Table | Plot]:
+    own = [name for name in dict.fromkeys((*facts.pruned_models[1], "federated")) if name in models]
     values = {model: {row.text: row.perplexity for row in rows} for model, rows in models.items()}
     texts = list(dict.fromkeys(text for row in values.values() for text in row))
-    dense = values.get("dense", {})
-    rows: list[list[str | Cell]] = []
-    for model, row in values.items():
-        cells = [
-            Cell(
-                perplexity(row[text]),
-                change(row[text], dense[text]) if model != "dense" and text in dense else "",
-            )
-            if text in row
-            else Cell("")
-            for text in texts
-        ]
-        rows.append([model, *cells])
-    strong = (
-        frozenset(number for number, model in enumerate(values) if model in own)
-        if len(own) == 1
-        else frozenset()
-    )
-    table = Table(
-        "Perplexity by model and text", ("model", *texts), "l" + "r" * len(texts), rows, strong, True
-    )
+    parts: list[Part] = []
+    if len(values) > _TWO:
+        parts += ["Lower is better; changes are relative to the dense model.", _table(values, texts, own)]
     n_tokens = {row.text: row.n_tokens for rows in models.values() for row in rows}
-    measured = "; ".join(f"{text}: {count:,}" for text, count in n_tokens.items())
+    measured = "; ".join(f"{text}: {n:,}" for text, n in n_tokens.items())
     shown, colors = _to_draw(values, own)
     groups = {text: {model: row[text] for model, row in shown.items() if text in row} for text in texts}
-    figure = plots.grouped_bars(groups, colors, _describe(groups), "perplexity")
-    return [table, Plot(figure, f"Perplexity by text. Number of predicted tokens: {measured}.")]
+    figure = draw(plots.grouped_bars, groups, colors, _describe(groups), "perplexity")
+    caption = f"Perplexity by text; lower is better. Number of predicted tokens: {measured}."
+    return Section("perplexity", "Perplexity of every model", [*parts, Plot(figure, caption)])
+
+
+def _table(values: Mapping[str, Mapping[str, float]], texts: Sequence[str], own: Sequence[str]) -> Table:
+    """One row per model or, if there are many texts, one row per text."""
+    dense = values.get("dense", {})
+
+    def cell(model: str, text: str) -> Cell:
+        value = values[model].get(text)
+        if value is None:
+            return Cell("")
+        return Cell(
+            perplexity(value), change(value, dense[text]) if model != "dense" and text in dense else ""
+        )
+
+    if len(texts) > max(_MAX_COLUMNS, len(values)):
+        by_text: list[list[str | Cell]] = [[text, *(cell(model, text) for model in values)] for text in texts]
+        columns = ("text", *values)
+        return Table(
+            "Perplexity by text and model", columns, "l" + "r" * len(values), by_text, frozenset(), True
+        )
+    rows: list[list[str | Cell]] = [[model, *(cell(model, text) for text in texts)] for model in values]
+    strong = frozenset(number for number, model in enumerate(values) if len(own) == 1 and model in own)
+    return Table(
+        "Perplexity by model and text", ("model", *texts), "l" + "r" * len(texts), rows, strong, True
+    )
 
 
 def _to_draw(
     values: Mapping[str, Mapping[str, float]], own: Sequence[str]
 ) -> tuple[dict[str, Mapping[str, float]], dict[str, int]]:
-    """The models to draw: all of them or, if there are many, the lowest, median and highest per text."""
-    shown: dict[str, Mapping[str, float]] = dict(values)
-    if len(values) > _MAX_DRAWN:
-        others = [row for model, row in values.items() if model != "dense"]
-        shown = {model: row for model, row in values.items() if model == "dense"}
-        for name, rank in {"lowest": 0.0, "median": 0.5, "highest": 1.0}.items():
-            shown[f"{name} of {len(others)} models"] = {
-                text: sorted(row[text] for row in others)[round(rank * (len(others) - 1))]
-                for text in others[0]
-            }
+    """The models to draw, and their colors: one for each family, and one for the run's own model.
+
+    A family are the models that participants made alone in one way. Of many models, only the lowest and the
+    highest of each family are drawn.
+    """
+    families: dict[str, list[str]] = {}
+    for model in values:
+        families.setdefault(model.split(":")[0] if ": " in model else model, []).append(model)
+    shown: dict[str, Mapping[str, float]] = {}
     colors: dict[str, int] = {}
-    for model in shown:
-        family = model.split(":")[0]
-        if model == "dense":
-            colors[model] = 0
-        elif model in own or len(values) > _MAX_DRAWN:
-            colors[model] = 1
-        else:
-            known = {name.split(":")[0]: number for name, number in colors.items() if number > 1}
-            colors[model] = known.get(family, 2 + len(known))
+    for family, models in families.items():
+        some = {model: values[model] for model in models}
+        if len(values) > _MAX_DRAWN and len(models) > 1:
+            some = _ends(family, list(some.values()))
+        number = 0 if family == "dense" else 1 if set(models) & set(own) else 1 + max(1, *colors.values(), 1)
+        shown |= some
+        colors |= dict.fromkeys(some, number)
     return shown, colors
+
+
+def _ends(family: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """The lowest and the highest value of a family on each text."""
+    texts = dict.fromkeys(text for row in rows for text in row)
+    found = {text: [row[text] for row in rows if text in row] for text in texts}
+    return {
+        f"{family}, lowest of {len(rows)}": {text: min(each) for text, each in found.items()},
+        f"{family}, highest of {len(rows)}": {text: max(each) for text, each in found.items()},
+    }
 
 
 def _describe(groups: Mapping[str, Mapping[str, float]]) -> str:

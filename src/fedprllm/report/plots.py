@@ -13,28 +13,41 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from fedprllm.report.drawing import DASHES, MARKERS, MUTED, PAGE, SEQUENTIAL, SERIES, Drawing, drawing
+from fedprllm.report.drawing import (
+    DASHES,
+    MARKERS,
+    MUTED,
+    PAGE,
+    SEQUENTIAL,
+    SERIES,
+    WIDE,
+    Drawing,
+    Width,
+    drawing,
+)
+from fedprllm.report.words import perplexity
 
-__all__ = ["MAX_NAMED", "MAX_PRINTED", "bars", "grouped_bars", "heatmap", "lines", "shares"]
+__all__ = ["MAX_NAMED", "bars", "grouped_bars", "heatmap", "lines", "shares", "shortened"]
 
-# Heatmaps with at most this many rows have their values printed into the cells.
-MAX_PRINTED = 12
+# Heatmaps with at most this many rows have values printed into their cells; narrow ones with at most half.
+_MAX_PRINTED = 12
 # Heatmaps with more rows than this number the rows instead of naming them.
 MAX_NAMED = 24
 
 
-def _short(name: str, length: int = 26) -> str:
-    """A name, truncated to fit beside an axis."""
-    return name if len(name) <= length else name[: length - 1] + "…"
+def shortened(name: str, length: int) -> str:
+    """A name that fits beside an axis: of a long one, its ends, which tell it from others."""
+    tail = length // 2
+    return name if len(name) <= length else f"{name[: length - tail - 1]}…{name[-tail:]}"
 
 
 def _no_ticks(axis: Any) -> None:
     axis.set_tick_params(length=0)
 
 
-def _row_axis(axes: Axes, positions: Sequence[float], names: Sequence[str]) -> None:
+def _row_axis(axes: Axes, positions: Sequence[float], names: Sequence[str], width: Width) -> None:
     """Rows from top to bottom, with their names on the left."""
-    axes.set_yticks(positions, [_short(name) for name in names])
+    axes.set_yticks(positions, [shortened(name, width.names) for name in names])
     axes.set_ylim(max(positions) + 0.6, min(positions) - 0.6)
     _no_ticks(axes.yaxis)
     axes.spines["left"].set_visible(False)
@@ -43,30 +56,36 @@ def _row_axis(axes: Axes, positions: Sequence[float], names: Sequence[str]) -> N
 # Bars ------------------------------------------------------------------------------------------
 
 
-def bars(values: Mapping[str, float], texts: Sequence[str], label: str) -> Markup:
+def bars(values: Mapping[str, float], texts: Sequence[str], label: str, *, width: Width = WIDE) -> Markup:
     """One horizontal bar per name, with a text at its end.
 
     Args:
         values: Length of the bar by name.
         texts: Text at the end of each bar.
         label: Description of the figure.
+        width: Width to draw for.
     """
-    with drawing(label, 0.25 + 0.27 * len(values)) as drawn:
+    with drawing(label, 0.25 + 0.27 * len(values), width) as drawn:
         axes = drawn.axes
         rows = range(len(values))
         axes.barh(rows, list(values.values()), height=0.66, color=SERIES[0])
         longest = max(values.values(), default=0) or 1
         for row, value, text in zip(rows, values.values(), texts, strict=True):
             axes.text(value + longest * 0.01, row, text, va="center", fontsize=8.5)
-        axes.set_xlim(0, longest * 1.22)
-        _row_axis(axes, rows, list(values))
+        axes.set_xlim(0, longest * (1.22 if width is WIDE else 1.75))
+        _row_axis(axes, rows, list(values), width)
         axes.spines["bottom"].set_visible(False)
         axes.set_xticks([])
     return drawn.svg
 
 
 def grouped_bars(
-    groups: Mapping[str, Mapping[str, float]], colors: Mapping[str, int], label: str, axis_label: str
+    groups: Mapping[str, Mapping[str, float]],
+    colors: Mapping[str, int],
+    label: str,
+    axis_label: str,
+    *,
+    width: Width = WIDE,
 ) -> Markup:
     """Groups of horizontal bars, each group below its name, with the values at the ends of the bars.
 
@@ -77,17 +96,19 @@ def grouped_bars(
         colors: Number of the series color by row; 0 is muted.
         label: Description of the figure.
         axis_label: Label of the value axis.
+        width: Width to draw for.
     """
     values = [value for group in groups.values() for value in group.values()]
     finite = [value for value in values if np.isfinite(value)] or [1.0]
     logarithmic = max(finite) > 10 * min(finite) >= 10
     high = max(finite) ** 1.13 if logarithmic else max(finite) * 1.13
-    with drawing(label, 0.45 + 0.235 * sum(len(group) + 1.25 for group in groups.values())) as drawn:
+    height = 0.45 + 0.235 * sum(len(group) + 1.25 for group in groups.values())
+    with drawing(label, height, width) as drawn:
         axes = drawn.axes
         positions, names, position = [], [], 0.0
         for group, rows in groups.items():
             axes.annotate(
-                _short(group, 60),
+                shortened(group, 2 * width.names),
                 (0, position),
                 xycoords=("axes fraction", "data"),
                 xytext=(4, 0),
@@ -100,7 +121,7 @@ def grouped_bars(
                 end = value if np.isfinite(value) else high
                 color = SERIES[(colors[name] - 1) % len(SERIES)] if colors[name] else MUTED
                 axes.barh(position, end, height=0.72, color=color)
-                text = f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if np.isfinite(value) else "∞"
+                text = f"{value:,.0f}" if 1000 <= value < 1e5 else perplexity(value)
                 inside = end == high
                 axes.annotate(
                     text,
@@ -123,23 +144,27 @@ def grouped_bars(
         axes.xaxis.grid(True)
         axes.set_axisbelow(True)
         _no_ticks(axes.xaxis)
-        _row_axis(axes, positions, names)
+        _row_axis(axes, positions, names, width)
         axes.set_ylim(max(positions) + 0.6, -0.7)
         axes.spines["bottom"].set_visible(False)
     return drawn.svg
 
 
-def shares(rows: Mapping[str, Sequence[float]], label: str, axis_label: str) -> Markup:
+def shares(
+    rows: Mapping[str, Sequence[float]], label: str, axis_label: str, *, width: Width = WIDE
+) -> Markup:
     """One stacked bar per row with the shares of 0, 1, 2, ... from dark to light.
 
     Args:
         rows: Shares by row; those of a row add up to 1.
         label: Description of the figure.
         axis_label: Label of the color key.
+        width: Width to draw for.
     """
     n = max(len(parts) for parts in rows.values())
     scale = Normalize(0, max(n - 1, 1))
-    with drawing(label, 1.0 + 0.27 * len(rows)) as drawn:
+    narrowest, n_ticks = (0.055, 6) if width is WIDE else (0.16, 3)
+    with drawing(label, 1.0 + 0.27 * len(rows), width) as drawn:
         axes = drawn.axes
         parts = np.array(list(rows.values()))
         starts = np.cumsum(parts, axis=1) - parts
@@ -147,17 +172,20 @@ def shares(rows: Mapping[str, Sequence[float]], label: str, axis_label: str) -> 
         under = np.pad(np.minimum(parts[:, 1:], 0.004), ((0, 0), (0, 1)))
         for number in range(n):
             color = SEQUENTIAL(scale(number))
-            width = parts[:, number] + under[:, number]
-            axes.barh(range(len(rows)), width, left=starts[:, number], height=0.78, color=color, linewidth=0)
+            lengths = parts[:, number] + under[:, number]
+            axes.barh(
+                range(len(rows)), lengths, left=starts[:, number], height=0.78, color=color, linewidth=0
+            )
             for row, part in enumerate(parts[:, number]):
-                if n <= 9 and part >= 0.055:
+                if n <= 9 and part >= narrowest:
                     middle = starts[row, number] + part / 2
                     ink, text = _readable(color), f"{part * 100:.0f} %"
                     axes.text(middle, row, text, ha="center", va="center", color=ink, fontsize=8)
         axes.set_xlim(0, 1)
-        axes.set_xticks(np.linspace(0, 1, 6), [f"{share * 100:.0f} %" for share in np.linspace(0, 1, 6)])
+        ticks = np.linspace(0, 1, n_ticks)
+        axes.set_xticks(ticks, [f"{share * 100:.0f} %" for share in ticks])
         _no_ticks(axes.xaxis)
-        _row_axis(axes, range(len(rows)), list(rows))
+        _row_axis(axes, range(len(rows)), list(rows), width)
         axes.spines["bottom"].set_visible(False)
         axes.set_xlabel("share of weights")
         _steps(drawn, n, axis_label)
@@ -193,6 +221,7 @@ def heatmap(
     *,
     limits: tuple[float, float],
     names: tuple[str, str, str],
+    width: Width = WIDE,
 ) -> Markup:
     """A matrix drawn in colors; NaN values stay blank.
 
@@ -203,10 +232,12 @@ def heatmap(
         label: Description of the figure.
         limits: Values of the darkest and the lightest color.
         names: Names of the column axis, the row axis and the values.
+        width: Width to draw for.
     """
+    printed = _MAX_PRINTED if width is WIDE else _MAX_PRINTED // 2
     square = list(rows) == list(columns)
-    height = 0.7 + (0.3 if square else 0.23) * len(rows) if len(rows) <= MAX_NAMED else 6.2
-    with drawing(label, max(height, 1.8)) as drawn:
+    height = 0.7 + (0.3 if square else 0.23) * len(rows) if len(rows) <= MAX_NAMED else width.inches * 0.83
+    with drawing(label, max(height, 1.8), width) as drawn:
         axes = drawn.axes
         image = axes.imshow(
             np.ma.masked_invalid(values),
@@ -214,11 +245,14 @@ def heatmap(
             vmin=limits[0],
             vmax=limits[1],
             interpolation="none",
-            aspect="equal" if square and len(rows) > MAX_PRINTED else "auto",
+            aspect="equal" if square and len(rows) > printed else "auto",
         )
-        _name_cells(axes.yaxis, rows)
-        _name_cells(axes.xaxis, columns)
-        if len(columns) <= MAX_NAMED and len(columns) * max(map(len, columns)) > 80:
+        n_ticks = 16 if width is WIDE else 8
+        _name_cells(axes.yaxis, rows, width.names - 6, n_ticks)
+        _name_cells(axes.xaxis, columns, 20 if width is WIDE else 13, n_ticks)
+        if len(columns) <= MAX_NAMED and len(columns) * max(map(len, columns)) > (
+            80 if width is WIDE else 30
+        ):
             axes.tick_params(axis="x", labelrotation=90)
         axes.set_xlabel(names[0])
         axes.set_ylabel(names[1])
@@ -226,7 +260,7 @@ def heatmap(
         if max(len(rows), len(columns)) <= 48:
             axes.vlines(np.arange(len(columns) - 1) + 0.5, -0.5, len(rows) - 0.5, PAGE, linewidth=1)
             axes.hlines(np.arange(len(rows) - 1) + 0.5, -0.5, len(columns) - 0.5, PAGE, linewidth=1)
-        if square and len(rows) <= MAX_PRINTED:
+        if square and len(rows) <= printed:
             _print_values(axes, values, SEQUENTIAL, Normalize(*limits))
         bar = drawn.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
         bar.outline.set_visible(False)
@@ -235,16 +269,16 @@ def heatmap(
     return drawn.svg
 
 
-def _name_cells(axis: Any, names: Sequence[str]) -> None:
+def _name_cells(axis: Any, names: Sequence[str], length: int, n_ticks: int) -> None:
     """Label all cells by name if they are few, and some of them by number if they are many."""
     _no_ticks(axis)
     if all(name.isdigit() for name in names) or len(names) > MAX_NAMED:
-        step = max(1, -(-len(names) // 16))
+        step = max(1, -(-len(names) // n_ticks))
         first = int(names[0]) if names[0].isdigit() else 1
         places = range(0, len(names), step)
         axis.set_ticks(places, [str(first + place) for place in places])
     else:
-        axis.set_ticks(range(len(names)), [_short(name, 20) for name in names])
+        axis.set_ticks(range(len(names)), [shortened(name, length) for name in names])
 
 
 def _print_values(axes: Axes, values: np.ndarray, colors: Colormap, scale: Normalize) -> None:
@@ -268,6 +302,7 @@ def lines(
     reference: tuple[float, str],
     *,
     bridged: bool = False,
+    width: Width = WIDE,
 ) -> Markup:
     """One line per name over 0, 1, 2, ..., distinguished by color, dash pattern and marker.
 
@@ -277,9 +312,11 @@ def lines(
         names: Names of the horizontal and the vertical axis.
         reference: A value drawn as a horizontal line, and its name.
         bridged: Draw a line on across NaN instead of leaving a gap.
+        width: Width to draw for.
     """
     n = max(len(values) for values in series.values())
-    with drawing(label, 3.4) as drawn:
+    below = 0 if width is WIDE else 0.2 * -(-len(series) // 2)
+    with drawing(label, (3.4 if width is WIDE else 2.7) + below, width) as drawn:
         axes = drawn.axes
         for number, (name, values) in enumerate(series.items()):
             places = [at for at, value in enumerate(values) if not (bridged and math.isnan(value))]
@@ -291,18 +328,21 @@ def lines(
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=4 if n <= 16 else 3,
                 linewidth=1.4,
-                label=_short(name),
+                label=shortened(name, width.names),
             )
         _level(axes, *reference)
         axes.set_xlabel(names[0])
         axes.set_ylabel(names[1])
         axes.set_xlim(-0.4, n - 0.6)
-        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(16 if width is WIDE else 8, integer=True))
         axes.yaxis.grid(True)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
-        drawn.figure.legend(loc="outside right upper", handlelength=3, borderaxespad=0)
+        if width is WIDE:
+            drawn.figure.legend(loc="outside right upper", handlelength=3, borderaxespad=0)
+        else:
+            drawn.figure.legend(loc="outside lower center", ncols=2, handlelength=3, borderaxespad=0)
     return drawn.svg
 
 

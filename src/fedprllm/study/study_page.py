@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from fedprllm.files import write_text
 from fedprllm.report import plots as report_plots
-from fedprllm.report.drawing import standalone
-from fedprllm.report.facts import Cell as TableCell
-from fedprllm.report.facts import Plot, Section, Table, count, percent, seconds, size
+from fedprllm.report.drawing import draw, standalone
+from fedprllm.report.layout import Cell as TableCell
+from fedprllm.report.layout import Notes, Page, Part, Plot, Section, Table, render
+from fedprllm.report.setting import model_and_versions, options
+from fedprllm.report.words import count, percent, perplexity, seconds, size
 from fedprllm.study import study_plots as plots
 from fedprllm.study.domains import own_and_others
 from fedprllm.study.questions import QUESTIONS, Cell
@@ -38,37 +39,67 @@ __all__ = ["write_page"]
 _NUMBERS = {"participants": True, "windows": True, "sparsity": False}
 _NAMES = {"participants": "participants", "windows": "windows per participant", "sparsity": "sparsity"}
 _MAX_PANELS = 3
+_DASHED = "The dashed line is the dense model, where it lies in the range shown."
 
 
 def write_page(results: Results, out: Path) -> None:
     """Write ``report.html``, and each of its figures to ``plots/`` as an SVG file."""
-    sections = [_section(results, question) for question in results.questions]
-    sections.append(_setting(results))
-    for section in sections:
+    page = _page(results)
+    for section in page.sections:
         figures = [part for part in section.parts if isinstance(part, Plot)]
-        for number, figure in enumerate(figures):
+        for number, plot in enumerate(figures):
             name = section.name.replace(" ", "-") + (f"-{number + 1}" if number else "")
-            write_text(out / "plots" / f"{name}.svg", standalone(figure.svg))
-    template = files("fedprllm.report").joinpath("template.html").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+            write_text(out / "plots" / f"{name}.svg", standalone(plot.figure.wide))
+    write_text(out / "report.html", render(page, "results.json beside this page"))
+
+
+def _page(results: Results) -> Page:
     model = Path(results.model.source).name
-    page = environment.from_string(template).render(
-        title=f"{model}: a study of federated pruning",
-        source="results.json beside this page",
-        summary=_summary(results, model),
-        tiles=_tiles(results),
-        sections=sections,
+    questions = [_section(results, question) for question in results.questions]
+    return Page(
+        "a study of federated pruning",
+        model,
+        _summary(results),
+        _tiles(results),
+        [_findings(results)],
+        questions,
+        [_setting(results)],
     )
-    write_text(out / "report.html", page)
 
 
-def _summary(results: Results, model: str) -> str:
+def _findings(results: Results) -> Section:
+    """The lowest perplexity on each text, and the first answer to each question."""
+    section = Section("findings", "What was found")
+    found = []
+    for question in results.questions:
+        title = QUESTIONS[question].title if question in QUESTIONS else question
+        first = next(iter(answers(results, question)), None)
+        link = Markup('<a href="#{}">{}</a>').format(question, title)
+        found.append(Markup("{}: {}").format(link, first) if first else link)
+    section.parts.extend([Notes(found), _lowest(results)])
+    return section
+
+
+def _lowest(results: Results) -> Table:
+    """The setting with the lowest mean perplexity on each text."""
+    lowest: dict[str, tuple[float, str]] = {}
+    for name, row in spread_by_text(results.cells).items():
+        for text, spread in row.items():
+            lowest[text] = min(lowest.get(text, (spread.mean, name)), (spread.mean, name))
+    dense = {row.text: row.perplexity for row in results.dense}
+    rows: list[list[str | TableCell]] = [
+        [text, perplexity(dense[text]) if text in dense else "", perplexity(value), name]
+        for text, (value, name) in lowest.items()
+    ]
+    caption = "Lowest perplexity of a pruned model, mean over seeds"
+    return Table(caption, ("text", "dense", "pruned", "setting"), "lrrl", rows)
+
+
+def _summary(results: Results) -> str:
     dense = ", ".join(f"{row.text} {row.perplexity:.2f}" for row in results.dense[:_MAX_PANELS])
     settings = len({json.dumps(cell.setting, sort_keys=True) for cell, _ in results.cells})
     return (
-        f"{count(settings, 'setting')} on {model}, each with {count(len(results.config.seeds), 'seed')}. "
+        f"{count(settings, 'setting')}, each with {count(len(results.config.seeds), 'seed')}. "
         f"Perplexity of the dense model: {dense}."
     )
 
@@ -90,7 +121,7 @@ def _section(results: Results, question: str) -> Section:
     section = Section(question, known.title if known else question)
     if known:
         section.parts.append(known.paper)
-    section.parts.extend(answers(results, question))
+    section.parts.extend([Notes(sentences)] if (sentences := answers(results, question)) else [])
     spreads = spread_by_text(cells)
     different = cells[0][0].partition != "iid"
     if different:
@@ -145,7 +176,7 @@ def _unwanted(by_votes: Sequence[int] | None) -> str:
 
 def _figures(
     cells: Sequence[Measured], spreads: Mapping[str, Mapping[str, Spread]], dense: Mapping[str, float]
-) -> list[str | Table | Plot]:
+) -> list[Part]:
     texts = texts_of(cells)
     if len(texts) > _MAX_PANELS:
         return []
@@ -153,8 +184,8 @@ def _figures(
     label = f"Perplexity. {plots.describe(spreads)}."
     if not varying:
         panels = {text: {name: row[text] for name, row in spreads.items()} for text in texts}
-        caption = "Each dot is a seed, and each bar is the mean. The dashed line is the dense model."
-        return [Plot(plots.dots(panels, dense, label), caption)]
+        caption = f"Each dot is a seed, and each bar is the mean. {_DASHED}"
+        return [Plot(draw(plots.dots, panels, dense, label), caption)]
     axis = varying[0]
     methods: dict[str, list[Measured]] = {}
     stripped = [_without(cell, axis) for cell, _ in cells]
@@ -167,8 +198,13 @@ def _figures(
             at = spread_by_text([one for one in some if one[0].setting[axis] == number])
             for text, spread in next(iter(at.values())).items():
                 panels_by_number[text].setdefault(name, {})[number] = spread
-    figure = plots.curves(panels_by_number, dense, label, _NAMES[axis], doubling=_NUMBERS[axis])
-    return [Plot(figure, "Mean and standard deviation over seeds. The dashed line is the dense model.")]
+    figure = draw(plots.curves, panels_by_number, dense, label, _NAMES[axis], doubling=_NUMBERS[axis])
+    return [
+        Plot(
+            figure,
+            f"Mean and standard deviation over seeds. {_DASHED}",
+        )
+    ]
 
 
 def _without(cell: Cell, axis: str) -> Cell:
@@ -179,7 +215,7 @@ def _without(cell: Cell, axis: str) -> Cell:
     return replace(cell, config=cell.config.model_copy(update={axis: plain}))
 
 
-def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
+def _agreement(cells: Sequence[Measured]) -> list[Part]:
     """Pairwise agreement of the masks, for the setting with the most participants and its first seed."""
     shared = [(cell, record) for cell, record in cells if record.agreement]
     if not shared:
@@ -194,7 +230,8 @@ def _agreement(cells: Sequence[Measured]) -> list[str | Table | Plot]:
     label = (
         f"Pairwise agreement of masks at sparsity {cell.config.sparsity:g}, mean {np.nanmean(values):.4f}."
     )
-    figure = report_plots.heatmap(
+    figure = draw(
+        report_plots.heatmap,
         values,
         names,
         names,
@@ -213,27 +250,8 @@ def _setting(results: Results) -> Section:
         "stored updates, which gives the same weights. Every perplexity was measured by forward passes "
         "through the pruned model."
     )
-    fields = type(results.config).model_fields
-    rows: list[list[str | TableCell]] = [
-        [name.replace("_", "-"), _plain(value), fields[name].description or ""]
-        for name, value in results.config.model_dump(mode="json").items()
-    ]
-    section.parts.append(Table("The study", ("option", "value", "meaning"), "lll", rows))
+    section.parts.extend(options(results.config))
     model = results.model
-    software: list[list[str | TableCell]] = [
-        ["model", model.source],
-        ["fingerprint", f"{model.fingerprint[:12]}… (SHA-256 of its weights, shortened)"],
-        ["prunable weights", f"{model.n_prunable:,}"],
-        *[list[str | TableCell]([name, number]) for name, number in results.versions.items()],
-    ]
-    section.parts.append(Table("Model and versions", ("", ""), "lp", software))
+    about = [["prunable weights", f"{model.n_prunable:,}"]]
+    section.parts.extend(model_and_versions(model.source, model.fingerprint, about, results.versions))
     return section
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, list):
-        return (
-            ", ".join(Path(item).name if isinstance(item, str) else json.dumps(item) for item in value)
-            or "none"
-        )
-    return "not set" if value is None else str(value)

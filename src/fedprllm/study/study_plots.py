@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from fedprllm.report.drawing import DASHES, MARKERS, MUTED, SERIES, drawing
+from fedprllm.report.drawing import DASHES, MARKERS, MUTED, SERIES, WIDE, Width, drawing
+from fedprllm.report.plots import shortened
 from fedprllm.study.results import Spread
 
 __all__ = ["curves", "dots"]
@@ -17,17 +19,23 @@ __all__ = ["curves", "dots"]
 Panels = Mapping[str, Mapping[str, Spread]]
 
 
-def dots(panels: Panels, dense: Mapping[str, float], label: str) -> Markup:
+def dots(panels: Panels, dense: Mapping[str, float], label: str, *, width: Width = WIDE) -> Markup:
     """One panel per text with one row per setting, in which dots are seeds and a bar is their mean.
+
+    Panels are side by side or, on a narrow page, one below the other.
 
     Args:
         panels: Perplexity by setting by text; every text has the same settings.
         dense: Perplexity of the dense model by text.
         label: Description of the figure.
+        width: Width to draw for.
     """
     names = list(next(iter(panels.values())))
-    with drawing(label, 0.9 + 0.25 * len(names)) as drawn:
-        all_axes = _panels(drawn.figure, drawn.axes, len(panels))
+    stacked = width is not WIDE
+    names_fit = width.names if stacked else 2 * width.names
+    height = (0.9 + 0.25 * len(names)) * (len(panels) if stacked else 1)
+    with drawing(label, height, width) as drawn:
+        all_axes = _panels(drawn.figure, drawn.axes, len(panels), stacked)
         for column, (axes, (text, rows)) in enumerate(zip(all_axes, panels.items(), strict=True)):
             _limit(axes, [value for spread in rows.values() for value in spread.values], "x")
             low, high = axes.get_xlim()
@@ -41,7 +49,8 @@ def dots(panels: Panels, dense: Mapping[str, float], label: str) -> Markup:
             if text in dense and low <= dense[text] <= high:
                 axes.axvline(dense[text], color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
             axes.set_title(text, loc="left")
-            axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
+            shown = names if column == 0 or stacked else [""] * len(names)
+            axes.set_yticks(range(len(names)), [shortened(name, names_fit) for name in shown])
             axes.set_ylim(len(names) - 0.4, -0.6)
             axes.tick_params(length=0)
             axes.xaxis.grid(True)
@@ -58,6 +67,7 @@ def curves(
     axis_label: str,
     *,
     doubling: bool,
+    width: Width = WIDE,
 ) -> Markup:
     """One panel per text with one curve per method over a number; error bars are one standard deviation.
 
@@ -67,9 +77,12 @@ def curves(
         label: Description of the figure.
         axis_label: Label of the horizontal axis.
         doubling: Whether the horizontal axis is logarithmic to base 2.
+        width: Width to draw for.
     """
-    with drawing(label, 3.2) as drawn:
-        all_axes = _panels(drawn.figure, drawn.axes, len(panels))
+    stacked = width is not WIDE
+    n_methods = max(len(methods) for methods in panels.values())
+    with drawing(label, 0.2 * n_methods + 2.4 * len(panels) if stacked else 3.2, width) as drawn:
+        all_axes = _panels(drawn.figure, drawn.axes, len(panels), stacked)
         for column, (axes, (text, methods)) in enumerate(zip(all_axes, panels.items(), strict=True)):
             for number, (name, points) in enumerate(methods.items()):
                 axes.errorbar(
@@ -82,7 +95,7 @@ def curves(
                     markersize=4,
                     linewidth=1.4,
                     capsize=2,
-                    label=name if column == 0 else None,
+                    label=shortened(name, 44) if column == 0 else None,
                 )
             spreads = [spread for points in methods.values() for spread in points.values()]
             _limit(axes, [s.mean + sign * s.sd for s in spreads for sign in (-1, 1)], "y")
@@ -100,15 +113,16 @@ def curves(
             axes.set_axisbelow(True)
             axes.tick_params(length=0)
         all_axes[0].set_ylabel("perplexity")
-        drawn.figure.legend(loc="outside upper right", ncols=3, handlelength=3, borderaxespad=0)
+        columns = 1 if stacked else 3
+        drawn.figure.legend(loc="outside upper right", ncols=columns, handlelength=3, borderaxespad=0)
     return drawn.svg
 
 
-def _panels(figure: object, first: Axes, n: int) -> list[Axes]:
-    """Replace a drawing's axes by ``n`` axes side by side."""
+def _panels(figure: Figure, first: Axes, n: int, stacked: bool) -> list[Axes]:
+    """Replace a drawing's axes by ``n`` axes side by side or one below the other."""
     first.remove()
-    made: list[Axes] = [figure.add_subplot(1, n, number + 1) for number in range(n)]  # type: ignore[attr-defined]
-    return made
+    rows, columns = (n, 1) if stacked else (1, n)
+    return [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
 
 
 def _limit(axes: Axes, values: Sequence[float], axis: str) -> None:
@@ -123,6 +137,7 @@ def _limit(axes: Axes, values: Sequence[float], axis: str) -> None:
         getattr(axes, f"{axis}axis").set_minor_locator(NullLocator())
         limits = (low / (high / low) ** 0.05, high * (high / low) ** 0.05)
     else:
+        getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(5))
         room = (high - low) * 0.08 or low * 0.05
         limits = (low - room, high + room)
     getattr(axes, f"set_{axis}lim")(*limits)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedprllm.api import prune
 from fedprllm.config import PruneConfig
-from fedprllm.errors import DataError
+from fedprllm.errors import ConfigError, DataError
 from fedprllm.evaluation.perplexity import window_losses
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.source import resolve_model
@@ -97,6 +97,11 @@ def worth_it(
     Raises:
         ConfigError, DataError, ModelError: An input is invalid; detected before anything is computed.
     """
+    if config.smaller is not None:
+        raise ConfigError(
+            f"smaller {config.smaller:g} could choose another structure for every model that is compared: "
+            "name one structure for all"
+        )
     opened = BlockwiseModel(
         resolve_model(model, progress=progress), config.dtype, config.device, config.exclude
     )

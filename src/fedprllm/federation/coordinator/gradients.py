@@ -17,11 +17,11 @@ from fedprllm.federation.protocol.parameters import WORDS, encode_parameters
 from fedprllm.files import write_bytes
 from fedprllm.healing.bounds import outstanding_gradients
 from fedprllm.healing.config import HealConfig
-from fedprllm.healing.participant import MOST_HELD_OUT
 from fedprllm.healing.records import RoundRecord
 from fedprllm.healing.round_sums import GRADIENTS, RoundSums, n_words
 from fedprllm.healing.run_folder import HealingRun
 from fedprllm.healing.server import HealingServer, end_masked_round, end_round
+from fedprllm.pruning.held_out import MOST_HELD_OUT
 
 __all__ = ["Gradients", "Healing"]
 
@@ -117,10 +117,11 @@ class Gradients:
                 f"{whose} sums gradients over {sums.n_tokens} tokens in round {number}: expected "
                 f"{n_train * per_window}"
             )
-        if sums.exceeds(n_train):
+        if sums.exceeds(n_train, config.max_gradient_norm):
             raise UpdateError(
-                f"{whose} has a gradient larger than that of {n_train} windows in round {number}: expected "
-                f"numbers below {GRADIENTS.limit:.3g} for each window"
+                f"{whose} has a gradient longer than that of {n_train} windows can be in round {number}: "
+                f"expected a length of at most {config.max_gradient_norm:g} per token and numbers below "
+                f"{GRADIENTS.limit:.3g} for each window"
             )
         losses = (sums.loss, sums.n_tokens), (sums.held_out_loss, sums.n_held_out)
         for loss, n_tokens in losses:

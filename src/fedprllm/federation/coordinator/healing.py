@@ -22,7 +22,7 @@ from fedprllm.federation.plan import RunPlan
 from fedprllm.federation.protocol.channel import Channel
 from fedprllm.federation.protocol.results import Manifest
 from fedprllm.healing.config import HealConfig
-from fedprllm.healing.records import HealRecord, left_dense
+from fedprllm.healing.records import HealRecord, left_dense, pruned_from
 from fedprllm.healing.result import heal_record, write_healed, write_healed_card
 from fedprllm.healing.round_sums import round_bytes
 from fedprllm.healing.run_folder import HealingRun
@@ -146,7 +146,8 @@ def _conduct(
     gradients = Gradients(tunable.n, config, job.run_id, digest, updates, masks)
     server = HealingServer(tunable.initial(), config)
     healing = Healing(gradients, server, run, job.run_id, digest)
-    ask = Ask(job.run_id, config.reading, fingerprints, samples, heal=config, of=job.of)
+    dense = pruned_from(run.folder.parent / job.plan.of) if config.loss == "dense" else None
+    ask = Ask(job.run_id, config.reading, fingerprints, samples, heal=config, of=job.of, dense=dense)
     coordinator = Coordinator(
         ask, gradients, healing, job.plan, job.names, run, job.channel, folder, job.stopped, job.revoked
     )
@@ -155,7 +156,7 @@ def _conduct(
     write_healed(run.unfinished_model_dir(), model, tunable, server.result)
     run.publish_model()
     participants = {name: _described(name, config, healing) for name in job.names}
-    about = {**identity, "participants": participants}
+    about = {**identity, "participants": participants, "dense": dense}
     record = heal_record(about, model, tunable.n, server, healing.records, run)
     write_healed_card(run.model_dir(), model.folder, record)
     still_in = list(coordinator.participants)

@@ -34,6 +34,7 @@ from fedprllm.federation.protocol.messages import Operation, Reason, Reply, Requ
 from fedprllm.files import append_line, write_bytes, write_json
 from fedprllm.healing.config import HealConfig
 from fedprllm.models.identity import entry_name
+from fedprllm.pruning.records import ModelRecord
 from fedprllm.pruning.run_folder import Run
 
 __all__ = ["Ask", "Coordinator"]
@@ -82,6 +83,7 @@ class Ask:
         outliers: Outliers by block that the survey found.
         heal: Resolved options of healing; None of a run that prunes. Its rounds count as blocks.
         of: Id of the run whose result is healed, in hexadecimal digits; empty if it is another model.
+        dense: The model before pruning, where healing compares with it.
     """
 
     run_id: bytes
@@ -92,6 +94,7 @@ class Ask:
     outliers: Sequence[Outliers] = ()
     heal: HealConfig | None = None
     of: str = ""
+    dense: ModelRecord | None = None
 
 
 class Coordinator:
@@ -280,7 +283,7 @@ class Coordinator:
             request = Request(
                 op="start",
                 run=self._run_id,
-                model=self.plan.model,
+                model=self.plan.model if self._ask_for.dense is None else self._ask_for.dense.source,
                 config=self._ask_for.config.model_dump(mode="json"),
                 survey=self._ask_for.survey,
                 blocks=list(blocks),
@@ -288,6 +291,7 @@ class Coordinator:
                 outliers=[(found.n_outliers, found.n_scores) for found in self._ask_for.outliers],
                 heal=None if self._ask_for.heal is None else self._ask_for.heal.model_dump(mode="json"),
                 of=self._ask_for.of,
+                dense="" if self._ask_for.dense is None else self._ask_for.dense.fingerprint,
             )
             alike = [name for name in names if tuple(self._samples[name]) == blocks]
             answers |= self._ask(alike, request, payload)

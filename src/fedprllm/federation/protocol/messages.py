@@ -117,6 +117,8 @@ class Request(Header):
         outliers: Number of outlying scores and of all scores, by block, from the survey.
         heal: The resolved `HealConfig` of a run that heals; None of one that prunes.
         of: Id of the run whose result is healed; empty if the model is no such result.
+        dense: Digest of the dense model's weights, 64 hexadecimal digits, where healing compares with it;
+            ``model`` is then its name.
         reason: Why the participant was left out.
     """
 
@@ -131,6 +133,7 @@ class Request(Header):
     outliers: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]] = []
     heal: dict[str, Any] | None = None
     of: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""
+    dense: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     reason: Reason = ""
 
 

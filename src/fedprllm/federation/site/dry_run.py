@@ -149,7 +149,7 @@ def _first_round(settings: SiteSettings, plan: RunPlan, name: str) -> Preview:
 
     from fedprllm.federation.protocol import update as wire
     from fedprllm.federation.protocol.parameters import WORDS
-    from fedprllm.healing.in_process import Learner
+    from fedprllm.healing.in_process import Learner, open_dense
     from fedprllm.healing.participant import HealingText
     from fedprllm.models.blockwise import BlockwiseModel
     from fedprllm.models.source import resolve_model
@@ -170,7 +170,17 @@ def _first_round(settings: SiteSettings, plan: RunPlan, name: str) -> Preview:
     (participant,), reading = make_participants(model, {name: list(settings.data)}, config.reading)
     say_notes([participant])
     config = config.model_copy(update={"window_length": reading.window_length})
-    with tempfile.TemporaryDirectory() as folder, Learner(model, config, Path(folder) / "states") as learner:
+    dense = None
+    if config.loss == "dense":
+        if settings.model is None:
+            raise ConfigError(
+                "loss dense compares with the model before pruning: name your copy with --model"
+            )
+        dense = open_dense(settings.model, model, config)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Learner(model, config, Path(folder) / "states", dense) as learner,
+    ):
         text = HealingText(participant)
         (sums,) = learner.contribute([text], learner.tunable.initial(), 0).values()
     update = wire.Update(

@@ -11,6 +11,9 @@ from fedprllm.federation.site.consent import check_request
 __all__ = ["HealingRounds"]
 
 
+_TOWARDS = {"text": "", "dense": ", towards what the dense model predicts"}
+
+
 class HealingRounds(Computation):
     """One participant's rounds, which read and write its spool."""
 
@@ -18,6 +21,7 @@ class HealingRounds(Computation):
         """Compute the gradient of every round, waiting for the parameters that it begins with."""
         check_request(self.settings, self.job)  # before the seconds that importing torch takes
 
+        from fedprllm.federation.site.model import open_dense
         from fedprllm.healing.config import HealConfig
         from fedprllm.healing.in_process import Learner
         from fedprllm.healing.participant import HealingText
@@ -27,8 +31,11 @@ class HealingRounds(Computation):
         config = options.model_copy(
             update={"device": self.config.device, "memory_limit": self.settings.memory_limit}
         )
-        text = HealingText(self.participant)
-        with Learner(self.model, config, self.spool.spilled_folder) as learner:
+        text, dense = HealingText(self.participant), None
+        if config.loss == "dense":
+            named, digest = self.job["model"], self.job["dense"]
+            dense = open_dense(self.settings, named, digest, config.dtype, config.device)
+        with Learner(self.model, config, self.spool.spilled_folder, dense) as learner:
             n_bytes = learner.n_bytes
             self.ask_for_consent(lambda n_runs, most: self._question(config, n_bytes, n_runs, most))
             for number in range(self.spool.n_ready, config.rounds + 1):
@@ -59,6 +66,12 @@ class HealingRounds(Computation):
         else:
             self.keep(number, wire.GRADIENTS, {WORDS: sums.words}, sums.n_tokens)
 
+    @property
+    def _named(self) -> str:
+        """The model to heal, for people."""
+        of = self.job.get("of")
+        return f"the result of run {of}" if of else Path(self.job["model"]).name
+
     def _question(self, config: Any, n_bytes: int, n_runs: int, most: int) -> dict[str, Any]:
         """Describe what healing asks of the participant, without anything of the text itself."""
         participant = self.participant
@@ -66,8 +79,8 @@ class HealingRounds(Computation):
         return {
             "run": self.job["run"],
             "lines": [
-                ["model", f"{Path(self.job['model']).name}, identical to yours in every tensor and setting"],
-                ["purpose", f"heal it in {config.rounds} rounds"],
+                ["model", f"{self._named}, identical to yours in every tensor and setting"],
+                ["purpose", f"heal it in {config.rounds} rounds{_TOWARDS[config.loss]}"],
                 ["participants", ", ".join(sorted(self.job["participants"]))],
                 [
                     "you send",

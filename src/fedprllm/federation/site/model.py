@@ -9,11 +9,11 @@ from fedprllm.errors import ModelError
 from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.site.process import Failed
 from fedprllm.models.blockwise import BlockwiseModel
-from fedprllm.models.fingerprints import first_difference
+from fedprllm.models.fingerprints import first_difference, model_digest
 from fedprllm.models.identity import describe_difference, model_identity, number_of
 from fedprllm.models.source import is_hub_id, resolve_model
 
-__all__ = ["earlier_result", "open_model"]
+__all__ = ["earlier_result", "open_dense", "open_model"]
 
 
 def earlier_result(out: Path, run: str) -> Path:
@@ -59,19 +59,8 @@ def open_model(
     Raises:
         Failed: There is no copy, or it is not the same model.
     """
-    source = str(earlier) if earlier is not None else settings.model or named
-    if earlier is None and settings.model is None and not is_hub_id(named):
-        # The coordinator must not choose which local files are opened.
-        raise Failed(
-            "model missing",
-            message=f"the coordinator's model is at {named}, a path on its own machine: get the same "
-            "model and name your copy with --model",
-        )
-    try:
-        folder = resolve_model(source)
-    except ModelError as error:
-        raise Failed("model missing", message=str(error)) from None
-    model = BlockwiseModel(folder, dtype, device, exclude)
+    source = str(earlier) if earlier is not None else _own_copy(settings, named)
+    model = BlockwiseModel(_resolved(source), dtype, device, exclude)
     found = model_identity(model)
     different = first_difference(expected, found)
     if different is not None:
@@ -84,3 +73,46 @@ def open_model(
             number_of(different, found),
         )
     return model
+
+
+def open_dense(settings: SiteSettings, named: str, digest: str, dtype: str, device: str) -> BlockwiseModel:
+    """Open the participant's copy of the dense model that healing compares with.
+
+    Args:
+        settings: The participant's settings, which may name its copy.
+        named: The coordinator's name for it.
+        digest: Digest of its weights, in hexadecimal digits.
+        dtype: Precision of the forward pass.
+        device: Device to compute on.
+
+    Raises:
+        Failed: There is no copy, or it is not the same model.
+    """
+    source = _own_copy(settings, named)
+    dense = BlockwiseModel(_resolved(source), dtype, device)
+    if model_digest(model_identity(dense)).hex() != digest:
+        raise Failed(
+            "model differs",
+            message=f"the model at {source} is not the one that the coordinator's run pruned: get the same "
+            "copy and name it with --model",
+        )
+    return dense
+
+
+def _own_copy(settings: SiteSettings, named: str) -> str:
+    """The participant's copy of a model, or its hub id."""
+    if settings.model is None and not is_hub_id(named):
+        # The coordinator must not choose which local files are opened.
+        raise Failed(
+            "model missing",
+            message=f"the coordinator's model is at {named}, a path on its own machine: get the same "
+            "model and name your copy with --model",
+        )
+    return settings.model or named
+
+
+def _resolved(source: str) -> Path:
+    try:
+        return resolve_model(source)
+    except ModelError as error:
+        raise Failed("model missing", message=str(error)) from None

@@ -159,11 +159,8 @@ class Site:
     # Computing ---------------------------------------------------------------------------------
 
     def _start(self, request: Request, payload: memoryview) -> Reply:
-        from fedprllm.config import PruneConfig
-
         spool = Spool(self.folder / "runs" / request.run)
-        kinds = PruneConfig(**request.config).kinds if request.heal is None else ("gradients",)
-        refused = [kind for kind in kinds if kind not in self.settings.allow]
+        refused = [kind for kind in _kinds(request) if kind not in self.settings.allow]
         if refused:
             spool.set_status("failed", "kind not allowed", message=self._not_allowed(refused))
             return Reply(state="failed", code="kind not allowed")
@@ -299,3 +296,21 @@ class Site:
         if self.settings.record is not None:
             number = next(self._numbers)
             write_bytes(Path(self.settings.record) / f"{os.getpid()}-{number:06d}.message", reply)
+
+
+def _kinds(request: Request) -> tuple[str, ...]:
+    """All kinds of update that a start request would have a participant send.
+
+    Raises:
+        ConfigError: Its options are invalid, leave open what is pruned, or do not go with a survey.
+    """
+    from fedprllm.config import PruneConfig
+
+    if request.heal is not None:
+        return ("gradients",)
+    config = PruneConfig(**request.config)
+    if config.smaller is not None:
+        raise ConfigError("a request must name a structure, found smaller")
+    if request.survey and config.allocation == "uniform":
+        raise ConfigError("a survey belongs to allocation owl, found allocation uniform")
+    return config.kinds
