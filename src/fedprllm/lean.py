@@ -1,6 +1,6 @@
 """Start a process of ours without what it never uses of torch: the compiler and the distributed runtime.
 
-transformers imports both in any case, which takes longer than everything else together
+transformers imports both in any case, which takes more than a third of the time from start to computation
 (docs/decisions/start.md). A program that imports the library keeps torch as it is.
 """
 
