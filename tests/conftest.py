@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,8 +12,11 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Libraries and tests are made to stay: they are not searched for garbage while they are imported, nor later.
+gc.disable()
+
 # Shapes written in annotations are checked while testing, and only then.
-import tests.shape_checks
+import tests.shape_checks  # noqa: E402
 
 tests.shape_checks.install()
 
@@ -49,6 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needs = "shared" in getattr(item, "fixturenames", ())
         if needs != (item.get_closest_marker("shared") is not None):
             raise pytest.UsageError(f"{item.nodeid}: the fixture and the mark `shared` belong together")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,16 @@ _STEP = re.compile(
     r"In `(?P<file>[^`]+)`, above the line `(?P<line>[^`]+)`:\n\n```python\n(?P<code>.*?)```", re.DOTALL
 )
 _PRUNE = """
-import sys, torch
+import sys
+from fedprllm.lean import start_lean
+start_lean()
+import torch
 from fedprllm import PruneConfig, prune
 windows = torch.randint(4, 128, (2, 16), generator=torch.Generator().manual_seed(0))
-model, out, *options = sys.argv[1:]
-prune(model, [windows], PruneConfig(**dict(option.split("=") for option in options)), out=out)
+model, out, *runs = sys.argv[1:]
+for run in runs:
+    config = PruneConfig(**dict(option.split("=") for option in run.split()))
+    prune(model, [windows], config, out=f"{out}/{run}")
 """
 
 
@@ -58,11 +63,14 @@ def python(copy: Path, *words: object) -> None:
 
 @pytest.fixture
 def pruned(tmp_path, tiny):
-    def run(copy: Path, *options: str) -> dict:
-        out = tmp_path / "-".join(options)
-        python(copy, "-c", _PRUNE, tiny("llama"), out, *options)
+    def weights(out: Path) -> dict:
         files = sorted((out / "model").glob("*.safetensors"))
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+    def run(copy: Path, *runs: str) -> list[dict]:
+        """The weights of runs with these options."""
+        python(copy, "-c", _PRUNE, tiny("llama"), tmp_path, *runs)
+        return [weights(tmp_path / run) for run in runs]
 
     return run
 
@@ -71,8 +79,7 @@ def test_a_criterion_is_a_function_a_row_and_a_name(tmp_path, pruned):
     copy = changed_copy(tmp_path / "copy", "Add a criterion")
     tests = ["tests/oracles/test_criteria_oracle.py", "tests/contracts/test_tables.py"]
     python(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "energy or oracle or row")
-    weights = pruned(copy, "criterion=energy")
-    other = pruned(copy, "criterion=wanda")
+    weights, other = pruned(copy, "criterion=energy", "criterion=wanda")
     name = "model.layers.0.mlp.up_proj.weight"
     assert (weights[name] == 0).sum() == weights[name].numel() // 2
     # The square of a weight weighs it more against the norm of its input.
@@ -81,7 +88,8 @@ def test_a_criterion_is_a_function_a_row_and_a_name(tmp_path, pruned):
 
 def test_a_decision_is_a_function_and_a_row(tmp_path, pruned):
     copy = changed_copy(tmp_path / "copy", "Add a way to decide")
-    ours = pruned(copy, "share=gram", "solver=diagonal", "strategy=iterative")
-    theirs = pruned(copy, "share=statistics", "strategy=iterative")
+    ours, theirs = pruned(
+        copy, "share=gram solver=diagonal strategy=iterative", "share=statistics strategy=iterative"
+    )
     for name, weight in theirs.items():
         assert (ours[name] == weight).all(), name

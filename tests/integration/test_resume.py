@@ -19,6 +19,8 @@ from tests.isolation import torch_threads
 
 _CHILD = """
 import sys
+from fedprllm.lean import start_lean
+start_lean()
 import torch
 from fedprllm import PruneConfig, prune
 model, out = sys.argv[1:]

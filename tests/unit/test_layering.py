@@ -16,7 +16,7 @@ ROOT = Path(fedprllm.__file__).parent
 # floors below it, not from other rooms on its own floor.
 FLOORS = [
     ["errors"],
-    ["settings", "files", "progress", "process"],
+    ["settings", "files", "progress", "process", "lean"],
     ["config"],
     ["core"],
     ["models", "text", "secure"],

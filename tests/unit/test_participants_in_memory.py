@@ -96,7 +96,7 @@ def test_a_generator_of_participants_is_refused(tiny, windows, tmp_path):
 
 def test_a_string_is_one_path_everywhere(small_model, tmp_path):
     path = tmp_path / "x.txt"
-    path.write_text(STORY * 200)
+    path.write_text(STORY * 20)
     (one,) = evaluate(small_model, str(path), window_length=64, max_tokens=256)
     assert one.text == "x"
     assert name_participants(PooledData(str(path), 2)) == PooledData(str(path), 2)

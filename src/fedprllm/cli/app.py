@@ -40,6 +40,7 @@ from fedprllm.cli.study import study_command
 from fedprllm.cli.worth import worth_command
 from fedprllm.config import PruneConfig
 from fedprllm.errors import ConfigError, FedprllmError, RunError, did_you_mean
+from fedprllm.lean import start_lean
 from fedprllm.process import use_large_pages
 from fedprllm.settings import Settings, choices_of, read_toml
 
@@ -129,6 +130,7 @@ def main() -> None:
     try:
         with interruptible():
             use_large_pages()
+            start_lean()
             app()
     except (FedprllmError, OSError) as error:
         sys.exit(explain(error))

@@ -202,7 +202,9 @@ def _slopes(outputs: Tensor, leaves: list[Tensor], weights: Tensor) -> list[Tens
     """Gradients of a weighted sum; zeros where there is no connection."""
     if not outputs.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(outputs, leaves, weights, retain_graph=True, allow_unused=True)
+    # Given as its last argument, the weights would have torch import sympy.
+    total = (outputs * weights).sum()
+    found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
     return [
         torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, found, strict=True)
     ]

@@ -20,6 +20,7 @@ from fedprllm.federation.plan import SiteSettings
 from fedprllm.federation.protocol.results import Manifest, Measured, read_manifest
 from fedprllm.federation.site.process import Failed, end_with_parent, is_out_of_memory, limit_resources
 from fedprllm.files import free_bytes, read_json, rename, write_json, write_text
+from fedprllm.lean import start_lean
 from fedprllm.process import use_large_pages
 
 __all__ = ["MANIFEST", "OUTCOME", "main"]
@@ -197,4 +198,5 @@ def _measured(settings: SiteSettings, dense: Path, pruned: Path) -> dict[str, An
 
 if __name__ == "__main__":
     use_large_pages()
+    start_lean()
     sys.exit(main(sys.argv[1:]))

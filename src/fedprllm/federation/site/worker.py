@@ -27,6 +27,7 @@ from fedprllm.federation.site.consent import Refused, check_request
 from fedprllm.federation.site.process import Failed, end_with_parent, is_out_of_memory, limit_resources
 from fedprllm.federation.site.spool import Spool
 from fedprllm.files import free_bytes, is_full, read_json, read_sealed, save_tensors, write_sealed
+from fedprllm.lean import start_lean
 from fedprllm.process import use_large_pages
 
 __all__ = ["main"]
@@ -244,4 +245,5 @@ class _Walk(Computation):
 
 if __name__ == "__main__":
     use_large_pages()
+    start_lean()
     sys.exit(main(sys.argv[1:]))
