@@ -19,7 +19,11 @@ from fedprllm.pruning.hidden_states import HiddenMemory
 from fedprllm.pruning.participant import Participant
 from tests.contracts.test_walk import assert_same_bits, weights_of
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    # torch 2.11 says so in the first backward pass of a thread, and makes the context.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+]
 
 WAYS = {
     "votes": {},
