@@ -24,6 +24,8 @@ from tests.isolation import torch_threads
 pytestmark = [pytest.mark.federation, pytest.mark.filterwarnings("ignore")]
 
 _CLI = "from fedprllm.cli.app import main; main()"
+_SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "federation_in_one_script.py"
+_EXAMPLE = f"import runpy; runpy.run_path({str(_SCRIPT)!r}, run_name='__main__')"
 QUICK = ["--windows", "2", "--window-length", "32"]
 
 
@@ -49,19 +51,21 @@ def given(small_model, tmp_path):
     return small_model, paths, [*options, *(word for path in paths.values() for word in ("--data", path))]
 
 
-def test_a_rehearsal_gives_the_model_of_a_run_in_one_process_and_leaves_no_process(given, tmp_path):
-    model, paths, options = given
+def test_a_rehearsal_gives_the_model_of_a_run_in_one_process_and_leaves_no_process(
+    given, tmp_path, monkeypatch
+):
+    """The rehearsal is the one of examples/, which compares it with a run in one process itself."""
+    model, paths, _ = given
     folder = tmp_path / "rehearsal"
-    output = finish(rehearse(folder, *options, *QUICK))
+    # The number that the command gives each site.
+    monkeypatch.setenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+    output = finish(start(_EXAMPLE, str(model), *paths.values(), "--out", str(tmp_path), *QUICK))
+    assert output.endswith("\n0 parameters differ\n")
     assert "50.00%" in output
     assert output.count("the same model") == len(paths)
     assert not processes_of(folder)
     assert sorted(path.name for path in folder.iterdir()) == [".rehearsal", "ledgers", "run"]
-    config = PruneConfig(windows=2, window_length=32)
-    participants = {name: [path] for name, path in paths.items()}
-    with torch_threads(max(1, (os.cpu_count() or 1) // 2)):  # the number that the command gives each site
-        expected = prune(model, participants, config, out=tmp_path / "alone")
-    same_model(folder / "run" / "model", expected.model_dir)
+    same_model(folder / "run" / "model", tmp_path / "one-process" / "model")
     sent = read_json(folder / "run" / "result.json")["participants"]
     for name in paths:
         lines = read_ledger(folder / "ledgers" / f"{name}.jsonl")
