@@ -7,8 +7,11 @@ import math
 import pytest
 
 from fedprllm.demo import compare
-from fedprllm.demo.compare import demo_sizes, demo_summary
+from fedprllm.demo.compare import demo_sizes, demo_speeds, demo_summary
+from fedprllm.demo.speed import tokens_per_second
 from fedprllm.evaluation.results import Perplexity
+from fedprllm.files import write_sealed
+from fedprllm.progress import silent
 
 
 def rows(**perplexity: float) -> list[Perplexity]:
@@ -55,6 +58,20 @@ def test_only_a_smaller_model_has_another_size(tmp_path, small_model):
     assert found["smaller: together"] == "2"
     compare._weigh(tmp_path / "sizes.json", {})  # what is known is not looked up again
     assert demo_sizes(tmp_path) == found
+
+
+def test_every_kind_of_model_has_a_speed(tmp_path, small_model):
+    found = tokens_per_second({"dense": small_model, "smaller": small_model}, silent, n_tokens=2)
+    assert found.keys() == {"dense", "smaller"}
+    assert all(rate > 0 for rate in found.values())
+    write_sealed(tmp_path / "speeds.json", {"dense": 9.96, "sparse": 10.0, "smaller": 12.04})
+    shown = demo_speeds(tmp_path)
+    assert (shown["dense"], shown["masks: together, healed"], shown["smaller: together"]) == (
+        "10.0",
+        "10.0",
+        "12.0",
+    )
+    assert shown.keys() == compare._SHOWN.keys()
 
 
 @pytest.mark.parametrize("way", [way for way in compare._WAYS if "smaller" in way])

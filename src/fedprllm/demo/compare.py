@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedprllm.api import PruneResult, prune
 from fedprllm.config import PruneConfig
+from fedprllm.demo.speed import tokens_per_second
 from fedprllm.demo.texts import demo_texts
 from fedprllm.errors import ModelError, RunError
 from fedprllm.evaluation.perplexity import perplexities
@@ -30,7 +31,7 @@ from fedprllm.models.tokenizer import load_tokenizer
 from fedprllm.progress import Progress, silent
 from fedprllm.text.windows import evaluation_windows
 
-__all__ = ["demo", "demo_model", "demo_sizes", "demo_summary"]
+__all__ = ["demo", "demo_model", "demo_sizes", "demo_speeds", "demo_summary"]
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WINDOW_LENGTH = 512
@@ -51,7 +52,15 @@ _HEALING = HealConfig(
     rounds=8, check_every=4, windows=16, window_length=_WINDOW_LENGTH // 2, learning_rate=0.01
 )
 _KEPT = "federated, smaller"  # a model that its reader may want to load
-_SIZES = "sizes.json"
+_SIZES, _SPEEDS = "sizes.json", "speeds.json"
+# The models whose files and speed are shown, by row. Zeros in other places change neither.
+_SHOWN = {
+    "dense": "dense",
+    "masks: together": "sparse",
+    "masks: together, healed": "sparse",
+    "Gram: together": "sparse",
+    "smaller: together": "smaller",
+}
 
 
 def demo_model() -> Path:
@@ -121,7 +130,10 @@ def demo(out: Path, sparsity: float = 0.5, progress: Progress = silent) -> Prune
             if name == "dense":
                 shutil.rmtree(healed)
         comparison |= _measured(measurements, {}, held_out, progress)
-    _weigh(out / _SIZES, {"dense": model, "sparse": result.model_dir, "smaller": out / _KEPT / "model"})
+    kinds = {"dense": model, "sparse": result.model_dir, "smaller": out / _KEPT / "model"}
+    _weigh(out / _SIZES, kinds)
+    if _known(out / _SPEEDS) is None:
+        write_sealed(out / _SPEEDS, tokens_per_second(kinds, progress))
     record = result.record.model_copy(update={"comparison": comparison})
     write_sealed(result.out / "result.json", record.as_json())
     return PruneResult.load(result.out)
@@ -146,14 +158,17 @@ def demo_sizes(out: Path) -> dict[str, str]:
         out: The folder of a complete demo.
     """
     found = read_sealed(out / _SIZES)
-    rows = {
-        "dense": "dense",
-        "masks: together": "sparse",
-        "masks: together, healed": "sparse",
-        "Gram: together": "sparse",
-        "smaller: together": "smaller",
-    }
-    return {row: f"{found[name] / 1e6:.0f}" for row, name in rows.items()}
+    return {row: f"{found[name] / 1e6:.0f}" for row, name in _SHOWN.items()}
+
+
+def demo_speeds(out: Path) -> dict[str, str]:
+    """Tokens generated in a second, by way of pruning.
+
+    Args:
+        out: The folder of a complete demo.
+    """
+    found = read_sealed(out / _SPEEDS)
+    return {row: f"{found[name]:.1f}" for row, name in _SHOWN.items()}
 
 
 def _measured(
