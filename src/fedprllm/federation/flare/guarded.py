@@ -36,7 +36,6 @@ from fedprllm.federation.flare.turned_away import TurnedAway, close_soon
 from fedprllm.federation.keys.revoked import RevokedFile
 from fedprllm.federation.site.site import work_folder
 from fedprllm.files import read_json
-from fedprllm.lean import start_lean
 
 __all__ = ["install", "main"]
 
@@ -300,7 +299,6 @@ def main() -> None:
         )
     except FedprllmError as error:
         sys.exit(f"error: {error}")
-    start_lean()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
