@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.solvers import losses_of
 from fedprllm import HealConfig, PruneConfig, heal, prune
-from fedprllm.evaluation.perplexity import evaluate
 
 __all__ = [
     "DENSE",
@@ -131,21 +131,14 @@ def pruned(
 
 
 def perplexities_of(
-    model: Path, held_out: Mapping[str, Path], options: argparse.Namespace, max_tokens: int
+    model: Path, held_out: Mapping[str, Path], options: argparse.Namespace
 ) -> dict[str, float]:
     """Perplexity on every text."""
-    found = evaluate(
-        model,
-        held_out,
-        window_length=options.length,
-        max_tokens=max_tokens,
-        dtype=options.dtype,
-        device=options.device,
-    )
-    return {text.text: math.exp(text.nll) for text in found}
+    found = losses_of(model, held_out, options.length, options)
+    return {text: math.exp(loss) for text, loss in found.items()}
 
 
-def healed(job: Healed, out: Path, options: argparse.Namespace, max_tokens: int) -> dict[str, Any]:
+def healed(job: Healed, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Heal and measure; returns perplexities by text, and how it went."""
     config = HealConfig(
         rounds=job.rounds,
@@ -160,7 +153,7 @@ def healed(job: Healed, out: Path, options: argparse.Namespace, max_tokens: int)
     )
     result = heal(job.folder, job.texts, config, out=out, dense=job.dense if job.loss == "dense" else None)
     return {
-        "perplexities": perplexities_of(result.model_dir, job.held_out, options, max_tokens),
+        "perplexities": perplexities_of(result.model_dir, job.held_out, options),
         "best round": result.record.best_round,
         "MB a round": round(result.record.update_bytes / 1e6, 2),
         "curve": [[number, round(loss, 4)] for number, loss in result.record.held_out],

@@ -44,7 +44,7 @@ from benchmarks._healed import (
 )
 from benchmarks._watched import GIB
 from benchmarks.large import Watch, make_checkpoint
-from benchmarks.solvers import N_EVALUATION_TOKENS, texts_of
+from benchmarks.solvers import texts_of
 from fedprllm import HealConfig
 from fedprllm.demo.compare import demo_model
 from fedprllm.evaluation.perplexity import window_losses
@@ -101,7 +101,7 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
         out = Path(temporary)
         texts, held_out = texts_of(options.texts, out)
         folders = in_processes(pool, pruned, [(start, model, texts, out, options) for start in starts])
-        measured = (held_out, options, N_EVALUATION_TOKENS)
+        measured = (held_out, options)
         before = in_processes(pool, perplexities_of, [(folder, *measured) for folder in folders])
         ways = [
             Healed(
@@ -124,7 +124,7 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
         after = in_processes(
             pool,
             healed,
-            [(way, out / f"{number}", options, N_EVALUATION_TOKENS) for number, way in enumerate(ways)],
+            [(way, out / f"{number}", options) for number, way in enumerate(ways)],
         )
         names = list(held_out)
         found = dict(zip(starts, before, strict=True))

@@ -33,7 +33,7 @@ from benchmarks._healed import (
     pruned,
     workers,
 )
-from benchmarks.solvers import N_EVALUATION_TOKENS, gpu_name, texts_of
+from benchmarks.solvers import gpu_name, texts_of
 from fedprllm import HealConfig
 from fedprllm.demo.compare import demo_model
 from fedprllm.models.source import resolve_model
@@ -60,9 +60,7 @@ def main() -> None:
         texts, held_out = texts_of(options.texts, out)
         measured = {**held_out, _NOBODY: options.nobody}
         folders = in_processes(pool, pruned, [(start, model, texts, out, options) for start in starts])
-        before = in_processes(
-            pool, perplexities_of, [(folder, measured, options, N_EVALUATION_TOKENS) for folder in folders]
-        )
+        before = in_processes(pool, perplexities_of, [(folder, measured, options) for folder in folders])
         ways = [
             (who, way)
             for start, folder in zip(starts, folders, strict=True)
@@ -71,7 +69,7 @@ def main() -> None:
         after = in_processes(
             pool,
             healed,
-            [(way, out / f"{number}", options, N_EVALUATION_TOKENS) for number, (_, way) in enumerate(ways)],
+            [(way, out / f"{number}", options) for number, (_, way) in enumerate(ways)],
         )
     rows = [
         {"start": start, "healed on": "", **_columns("", found, list(held_out), options.alone)}

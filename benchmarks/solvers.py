@@ -39,7 +39,7 @@ _WAYS: dict[str, dict[str, Any]] = {
     "gram, admm": {**_GRAM, "solver": "admm"},
     "gram, alps": {**_GRAM, "solver": "alps"},
 }
-N_EVALUATION_TOKENS = 2048
+_N_EVALUATION_TOKENS = 2048
 
 
 def main() -> None:
@@ -113,17 +113,25 @@ def texts_of(folder: Path | None, temporary: Path) -> tuple[dict[str, Path], dic
     return {name: folder / f"{name}.jsonl" for name in held_out}, held_out
 
 
-def _measured(model: Path, held_out: Mapping[str, Path], length: int, options: argparse.Namespace) -> float:
-    """Geometric mean of the perplexities."""
+def losses_of(
+    model: Path, held_out: Mapping[str, Path], length: int, options: argparse.Namespace
+) -> dict[str, float]:
+    """Mean negative log-likelihood on each text, in nats per token."""
     found = evaluate(
         model,
         held_out,
         window_length=length,
-        max_tokens=N_EVALUATION_TOKENS,
+        max_tokens=_N_EVALUATION_TOKENS,
         dtype=options.dtype,
         device=options.device,
     )
-    return math.exp(sum(text.nll for text in found) / len(found))
+    return {text.text: text.nll for text in found}
+
+
+def _measured(model: Path, held_out: Mapping[str, Path], length: int, options: argparse.Namespace) -> float:
+    """Geometric mean of the perplexities."""
+    found = losses_of(model, held_out, length, options)
+    return math.exp(sum(found.values()) / len(found))
 
 
 def _row(

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks._harness import alternate, given, machine
-from benchmarks.solvers import N_EVALUATION_TOKENS, texts_of
-from fedprllm import PruneConfig, evaluate, prune
+from benchmarks.solvers import losses_of, texts_of
+from fedprllm import PruneConfig, prune
 from fedprllm.demo.compare import demo_model
 from fedprllm.models.source import resolve_model
 
@@ -100,7 +100,7 @@ def _quality(options: argparse.Namespace) -> tuple[list[_Row], list[_Row]]:
     model = resolve_model(options.model or demo_model())
     with tempfile.TemporaryDirectory() as temporary:
         texts, held_out = texts_of(options.texts, Path(temporary))
-        dense = _losses(model, held_out, options)
+        dense = losses_of(model, held_out, options.length, options)
         rows: list[_Row] = [{"structure": "none", "fewer parameters": 0.0, **_means(dense, dense)}]
         for structure in options.structures:
             for strategy in ("iterative", "local-only") if options.alone else ("iterative",):
@@ -109,7 +109,7 @@ def _quality(options: argparse.Namespace) -> tuple[list[_Row], list[_Row]]:
                 assert found.record.reduction is not None
                 fewer = {"fewer parameters": round(found.record.reduction.of_blocks, 3)}
                 for name, folder in found.model_dirs.items():
-                    losses = _losses(folder, held_out, options)
+                    losses = losses_of(folder, held_out, options.length, options)
                     own = name if strategy == "local-only" else None
                     about = {"structure": structure, "text of": own or "all", **fewer}
                     rows.append(about | _means(losses, dense, own))
@@ -143,7 +143,7 @@ def _choices(
             "structure": one.structure,
             "fewer parameters": round(one.of_blocks, 3),
             "held-out windows": round(one.perplexity, 2),
-            **_means(_losses(found.model_dir, held_out, options), dense),
+            **_means(losses_of(found.model_dir, held_out, options.length, options), dense),
             "chosen": "yes" if found is chosen else "",
         }
         rows.append(row)
@@ -160,19 +160,6 @@ def _config(options: argparse.Namespace, **method: Any) -> PruneConfig:
         dtype=options.dtype,
         device=options.device,
     )
-
-
-def _losses(model: Path, held_out: Mapping[str, Path], options: argparse.Namespace) -> dict[str, float]:
-    """Mean negative log-likelihood on each kind of text."""
-    found = evaluate(
-        model,
-        held_out,
-        window_length=options.length,
-        max_tokens=N_EVALUATION_TOKENS,
-        dtype=options.dtype,
-        device=options.device,
-    )
-    return {text.text: text.nll for text in found}
 
 
 def _means(losses: Mapping[str, float], dense: Mapping[str, float], own: str | None = None) -> dict[str, Any]:
