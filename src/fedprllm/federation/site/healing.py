@@ -21,7 +21,7 @@ class HealingRounds(Computation):
         """Compute the gradient of every round, waiting for the parameters that it begins with."""
         check_request(self.settings, self.job)  # before the seconds that importing torch takes
 
-        from fedprllm.federation.site.model import open_dense
+        from fedprllm.federation.site.model import open_own_dense
         from fedprllm.healing.config import HealConfig
         from fedprllm.healing.in_process import Learner
         from fedprllm.healing.participant import HealingText
@@ -34,7 +34,7 @@ class HealingRounds(Computation):
         text, dense = HealingText(self.participant), None
         if config.loss == "dense":
             named, digest = self.job["model"], self.job["dense"]
-            dense = open_dense(self.settings, named, digest, config.dtype, config.device)
+            dense = open_own_dense(self.settings, named, digest, config.dtype, config.device)
         with Learner(self.model, config, self.spool.spilled_folder, dense) as learner:
             n_bytes = learner.n_bytes
             self.ask_for_consent(lambda n_runs, most: self._question(config, n_bytes, n_runs, most))

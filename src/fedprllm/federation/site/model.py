@@ -13,7 +13,7 @@ from fedprllm.models.fingerprints import first_difference, model_digest
 from fedprllm.models.identity import describe_difference, model_identity, number_of
 from fedprllm.models.source import is_hub_id, resolve_model
 
-__all__ = ["earlier_result", "open_dense", "open_model"]
+__all__ = ["earlier_result", "open_model", "open_own_dense"]
 
 
 def earlier_result(out: Path, run: str) -> Path:
@@ -75,7 +75,9 @@ def open_model(
     return model
 
 
-def open_dense(settings: SiteSettings, named: str, digest: str, dtype: str, device: str) -> BlockwiseModel:
+def open_own_dense(
+    settings: SiteSettings, named: str, digest: str, dtype: str, device: str
+) -> BlockwiseModel:
     """Open the participant's copy of the dense model that healing compares with.
 
     Args:
