@@ -51,10 +51,18 @@ def opened(folder: Path) -> tuple[BlockwiseModel, TunableParameters]:
 
 
 def gradients(
-    model: BlockwiseModel, tunable: TunableParameters, vector: Tensor, windows: Tensor, *, stay: bool = False
+    model: BlockwiseModel,
+    tunable: TunableParameters,
+    vector: Tensor,
+    windows: Tensor,
+    *,
+    stay: bool = False,
+    room: int = 0,
 ) -> list[tuple[Tensor, float]]:
     with OpenBlocks(model, stay=stay) as blocks:
-        return window_gradients(model, tunable, vector, list(windows), blocks, HiddenMemory(), lambda _: None)
+        return window_gradients(
+            model, tunable, vector, list(windows), blocks, HiddenMemory(), lambda _: None, room=room
+        )
 
 
 def losses(model: BlockwiseModel, tunable: TunableParameters, vector: Tensor, windows: Tensor) -> list[float]:
@@ -126,6 +134,35 @@ def test_blocks_that_stay_and_states_in_files_change_no_bit(tiny, windows, tmp_p
         for (gradient, loss), (other, other_loss) in zip(expected, found, strict=True):
             assert torch.equal(gradient, other)
             assert loss == other_loss
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", *MIXTURES])
+def test_a_block_is_computed_again_only_where_memory_is_short_and_no_bit_changes(
+    name, tiny, windows, monkeypatch
+):
+    model, tunable = opened(tiny(name))
+    vector = tunable.initial() * 1.01
+    n_runs = 0
+    run = model.run_block
+
+    def counting(*args: object) -> Tensor:
+        nonlocal n_runs
+        n_runs += 1
+        return run(*args)
+
+    monkeypatch.setattr(model, "run_block", counting)
+    found, counts = [], []
+    # At 10 kB the first block is tried, and found to be too large.
+    for room in (0, 10_000, 2**40):
+        n_runs = 0
+        found.append(gradients(model, tunable, vector, windows(0, 3), stay=True, room=room))
+        counts.append(n_runs)
+    steps = 3 * model.n_blocks
+    assert counts == [2 * steps, 2 * steps + 1, steps + 1]
+    for other in found[1:]:
+        for (gradient, loss), (expected, expected_loss) in zip(other, found[0], strict=True):
+            assert torch.equal(gradient, expected)
+            assert loss == expected_loss
 
 
 def test_one_block_is_in_memory_at_a_time(tiny, windows, monkeypatch, tmp_path):

@@ -1,8 +1,9 @@
 """The gradient of a loss with one block in memory: forward block by block, and backward in reverse.
 
 The forward pass keeps only the input of every block. The backward pass computes each block again and hands
-the gradient of its input to the block before it, so the model is read twice in a round; if all blocks fit
-into memory, they are read once for all rounds.
+the gradient of its input to the block before it, so the model is read twice in a round. If all blocks fit
+into memory, they are read once for all rounds; if what a window's backward pass needs fits beside them, no
+block is computed again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def window_gradients(
     memory: HiddenMemory,
     advance: Advance,
     objective: Objective = _NEXT_TOKEN,
+    room: int = 0,
 ) -> list[WindowGradient]:
     """Gradient of the sum of each window's losses with respect to the parameters, and that sum.
 
@@ -49,11 +51,15 @@ def window_gradients(
         memory: Memory for the inputs of all blocks.
         advance: Called once for each window and block.
         objective: The loss.
+        room: Memory for what the backward pass of a window needs, in bytes, beside the blocks, which must
+            stay. If it is too small, blocks are computed again; the result has the same bits.
     """
     if not windows:
         return []  # without reading the model for nothing
     # On the device once a round, not for every window and block.
     vector = vector.to(model.device)
+    if _fits(model, tunable, vector, windows[0], blocks, room):
+        return _window_by_window(model, tunable, vector, windows, blocks, advance, objective)
     inputs = [HiddenStates(memory, f"heal-{index}") for index in range(model.n_blocks)]
     outputs = _forward(model, tunable, vector, windows, blocks, inputs, advance)
     gradients = [torch.zeros_like(vector) for _ in windows]
@@ -69,7 +75,8 @@ def window_gradients(
         values = _leaves(tunable, vector, index)
         with blocks.at(index) as block:
             for number, hidden in enumerate(inputs[index]):
-                behind[number], found = _backward(tunable, block, hidden, values, behind[number])
+                passed = _Pass.of(tunable, block, hidden, values)
+                behind[number], found = passed.backward(behind[number])
                 _put(tunable, gradients[number], index, found)
                 advance(1)
         inputs[index].clear()
@@ -160,17 +167,85 @@ def _backward_head(
     return total, back
 
 
-def _backward(
-    tunable: TunableParameters, block: Block, hidden: Hidden, values: list[Tensor], behind: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of a block's input and parameters, given that of its output."""
-    leaf = hidden.detach().requires_grad_()
-    with torch.enable_grad():
-        output = tunable.run_block(block, leaf, values)
-        grads = torch.autograd.grad(output, [leaf, *values], behind, allow_unused=True)
-    return _or_zeros(grads[0], hidden), [
-        _or_zeros(grad, value) for grad, value in zip(grads[1:], values, strict=True)
-    ]
+@dataclass(frozen=True)
+class _Pass:
+    """A block's output for a window, and what its gradients are computed from."""
+
+    leaf: Hidden
+    values: list[Tensor]
+    output: Hidden
+
+    @classmethod
+    def of(cls, tunable: TunableParameters, block: Block, hidden: Hidden, values: list[Tensor]) -> _Pass:
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            return cls(leaf, values, tunable.run_block(block, leaf, values))
+
+    def backward(self, behind: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the block's input and parameters, given that of its output."""
+        grads = torch.autograd.grad(self.output, [self.leaf, *self.values], behind, allow_unused=True)
+        return _or_zeros(grads[0], self.leaf), [
+            _or_zeros(grad, value) for grad, value in zip(grads[1:], self.values, strict=True)
+        ]
+
+
+def _window_by_window(
+    model: BlockwiseModel,
+    tunable: TunableParameters,
+    vector: Tensor,
+    windows: Sequence[Tensor],
+    blocks: OpenBlocks,
+    advance: Advance,
+    objective: Objective,
+) -> list[WindowGradient]:
+    """`window_gradients` where everything fits into memory: no block is computed again."""
+    results = []
+    embedded, targets = list(model.embed(windows)), objective.targets(windows)
+    leaves = [_leaves(tunable, vector, index) for index in range(model.n_blocks)]
+    with model.head(), objective.head():
+        for window, hidden, target in zip(windows, embedded, targets, strict=True):
+            passes: list[_Pass] = []
+            for index, values in enumerate(leaves):
+                with blocks.at(index) as block:
+                    passes.append(_Pass.of(tunable, block, hidden, values))
+                hidden = passes[-1].output.detach()
+                advance(1)
+            gradient = torch.zeros_like(vector)
+            chunks = _ChunkLosses(tunable, objective, window, target)
+            loss, behind = _backward_head(tunable, vector, hidden, chunks, gradient)
+            for index in reversed(range(model.n_blocks)):
+                behind, found = passes.pop().backward(behind)
+                _put(tunable, gradient, index, found)
+                advance(1)
+            results.append((gradient, loss))
+    return results
+
+
+def _fits(
+    model: BlockwiseModel,
+    tunable: TunableParameters,
+    vector: Tensor,
+    window: Tensor,
+    blocks: OpenBlocks,
+    room: int,
+) -> bool:
+    """Whether what the backward pass of a window needs fits, found with its first block."""
+    if not room:
+        return False
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    (hidden,) = model.embed([window])
+    with blocks.at(0) as block, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # Held until all are counted, so that no two of them had the same address.
+        kept = _Pass.of(tunable, block, hidden, _leaves(tunable, vector, 0))
+        for linear in block.linears.values():
+            found.pop(linear.module.weight.untyped_storage().data_ptr(), None)
+    return kept.output.nbytes + sum(found.values()) <= room // model.n_blocks
 
 
 def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -243,13 +243,17 @@ class Learner:
         self.tunable = TunableParameters(model)
         self._memory = HiddenMemory(spilled, config.memory_limit)
         self._stack = ExitStack()
-        self._blocks = OpenBlocks(model, stay=_stays(model, config))
+        room = _room(model, config)
+        self._blocks = OpenBlocks(model, stay=room > 0)
         self._objective: Objective = NextToken()
         self._dense_blocks: OpenBlocks | None = None
         if config.loss == "dense":
             assert dense is not None, "the loss compares with the dense model"
-            self._dense_blocks = OpenBlocks(dense, stay=_stays(dense, config))
+            dense_room = _room(dense, config)
+            room = min(room, dense_room)
+            self._dense_blocks = OpenBlocks(dense, stay=dense_room > 0)
             self._objective = DenseDistance(dense, self._dense_blocks)
+        self._room = max(room, 0)
 
     def __enter__(self) -> Learner:
         self._stack.enter_context(self._blocks)
@@ -295,7 +299,7 @@ class Learner:
         windows = [window for _, window in owners]
         model, tunable, most = self.model, self.tunable, self.config.max_gradient_norm
         found = window_gradients(
-            model, tunable, vector, windows, self._blocks, self._memory, advance, self._objective
+            model, tunable, vector, windows, self._blocks, self._memory, advance, self._objective, self._room
         )
         for (name, window), (gradient, loss) in zip(owners, found, strict=True):
             sums[name].add_window(gradient, loss, len(window) - 1, most)
@@ -307,8 +311,8 @@ class Learner:
         return sums
 
 
-def _stays(model: BlockwiseModel, config: HealConfig) -> bool:
-    """Whether all blocks fit into memory."""
+def _room(model: BlockwiseModel, config: HealConfig) -> int:
+    """Memory that is left if all blocks stay, in bytes; negative if they do not fit."""
     n_bytes = 2 * sum(parameter.numel() for parameter in model.skeleton.parameters()) * model.dtype.itemsize
     if model.device.type == "cuda":
         limit = torch.cuda.mem_get_info(model.device)[0]
@@ -316,7 +320,7 @@ def _stays(model: BlockwiseModel, config: HealConfig) -> bool:
         limit = config.memory_limit
     else:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE_OF_MEMORY
-    return bool(n_bytes <= limit)
+    return int(limit) - n_bytes
 
 
 def _run(
