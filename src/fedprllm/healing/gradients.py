@@ -244,7 +244,9 @@ def _fits(
         # Held until all are counted, so that no two of them had the same address.
         kept = _Pass.of(tunable, block, hidden, _leaves(tunable, vector, 0))
         for linear in block.linears.values():
-            found.pop(linear.module.weight.untyped_storage().data_ptr(), None)
+            weight = linear.module.weight
+            assert isinstance(weight, Tensor)
+            found.pop(weight.untyped_storage().data_ptr(), None)
     return kept.output.nbytes + sum(found.values()) <= room // model.n_blocks
 
 

@@ -315,12 +315,12 @@ def _room(model: BlockwiseModel, config: HealConfig) -> int:
     """Memory that is left if all blocks stay, in bytes; negative if they do not fit."""
     n_bytes = 2 * sum(parameter.numel() for parameter in model.skeleton.parameters()) * model.dtype.itemsize
     if model.device.type == "cuda":
-        limit = torch.cuda.mem_get_info(model.device)[0]
+        limit: int = torch.cuda.mem_get_info(model.device)[0]
     elif config.memory_limit is not None:
         limit = config.memory_limit
     else:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE_OF_MEMORY
-    return int(limit) - n_bytes
+    return limit - n_bytes
 
 
 def _run(
