@@ -313,7 +313,9 @@ class Learner:
 
 def _room(model: BlockwiseModel, config: HealConfig) -> int:
     """Memory that is left if all blocks stay, in bytes; negative if they do not fit."""
-    n_bytes = 2 * sum(parameter.numel() for parameter in model.skeleton.parameters()) * model.dtype.itemsize
+    n_bytes: int = (
+        2 * sum(parameter.numel() for parameter in model.skeleton.parameters()) * model.dtype.itemsize
+    )
     if model.device.type == "cuda":
         limit: int = torch.cuda.mem_get_info(model.device)[0]
     elif config.memory_limit is not None:
