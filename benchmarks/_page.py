@@ -31,6 +31,7 @@ from benchmarks import (
     sweeps,
     text,
     votes,
+    zero_shot,
 )
 from benchmarks._harness import shown
 from benchmarks._plots import plots
@@ -437,6 +438,12 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
             Goal("the same, a fifth smaller", lambda r: healing_study.damage(r, "mlp=0.27"), 0.25),
         ),
+        by_hand=True,
+    ),
+    "zero_shot": Benchmark(
+        "Zero-shot tasks before and after pruning and healing: SmolLM2-135M",
+        ("benchmarks.zero_shot", "--bigbench", "FOLDER", "--models", "NAME=FOLDER"),
+        zero_shot.tables,
         by_hand=True,
     ),
     "hostile_healing": Benchmark(
