@@ -17,7 +17,7 @@ from fedprllm.federation.site import site as site_module
 from fedprllm.federation.site.results import Collector
 from fedprllm.federation.site.site import Site, settings_path, work_folder
 from fedprllm.files import write_json
-from fedprllm.models import blockwise, source
+from fedprllm.models import blockwise, conversion, source
 
 NAMES = ["north", "south", "west"]
 # Settings that let a test share very little text, with the same windows as a run in one process.
@@ -80,7 +80,7 @@ def threads(monkeypatch) -> None:
 
         return locked
 
-    for module in (blockwise, source):
+    for module in (blockwise, conversion, source):
         monkeypatch.setattr(module, "build_skeleton", alone(module.build_skeleton))
     monkeypatch.setattr(worker.os, "_exit", ended)
     for process in (worker, build):

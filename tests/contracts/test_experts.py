@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 from fedprllm import PruneConfig, prune
 from fedprllm.deciding.decision import UNREACHED
 from fedprllm.errors import ModelError
-from fedprllm.models import source
+from fedprllm.models import conversion
 from fedprllm.models.block import PrunedWeights
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.experts import UnfusedExperts, fused_shapes
 from fedprllm.models.fingerprints import tensor_fingerprints
+from fedprllm.models.skeleton import build_skeleton
 from fedprllm.models.source import resolve_model
 from fedprllm.models.tensor_file import Made, made
 from fedprllm.pruning.records import FEW_TOKENS
@@ -43,7 +44,7 @@ def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded whole")
 
-    monkeypatch.setattr(source, "_loaded", refuse)
+    monkeypatch.setattr(conversion, "_loaded", refuse)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -203,7 +204,7 @@ def test_experts_that_are_stored_fused_stay_fused(tiny, windows, tmp_path) -> No
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_taking_apart_changes_no_name_that_transformers_knows(name, tiny) -> None:
-    skeleton = source.build_skeleton(tiny(name))
+    skeleton = build_skeleton(tiny(name))
     assert any(isinstance(module, UnfusedExperts) for module in skeleton.modules())
     expected = {n: tuple(t.shape) for n, t in Whole(tiny(name)).model.state_dict().items()}
     assert fused_shapes(skeleton) == expected

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from fedprllm.errors import ModelError, RunError
-from fedprllm.models import source
+from fedprllm.models import conversion, source
+from fedprllm.models.skeleton import build_skeleton
 from fedprllm.models.source import resolve_model
 from tests.models import ARCHITECTURES
 
@@ -45,8 +46,8 @@ def no_conversion(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*_: object) -> None:
             raise AssertionError("converted although it was not needed")
 
-        monkeypatch.setattr(source, "_convert_folder", fail)
-        monkeypatch.setattr(source, "_convert_gguf", fail)
+        monkeypatch.setattr(source, "convert_folder", fail)
+        monkeypatch.setattr(source, "convert_gguf", fail)
 
     return forbid
 
@@ -101,7 +102,7 @@ def test_names_may_lack_the_prefix_of_the_base_model(tiny, cache, tmp_path, no_c
 
 
 def test_weights_are_not_loaded_to_compare_names(tiny) -> None:
-    skeleton = source.build_skeleton(tiny("llama"))
+    skeleton = build_skeleton(tiny("llama"))
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
 
 
@@ -388,7 +389,7 @@ def test_a_killed_conversion_leaves_no_entry_and_is_cleared_away(tiny, tmp_path)
     program = f"""
         import os, signal
         from pathlib import Path
-        from fedprllm.models import source
+        from fedprllm.models.conversion import converted
         from fedprllm.models.side_files import side_files
         from fedprllm.progress import silent
         def convert(source, folder):
@@ -396,7 +397,7 @@ def test_a_killed_conversion_leaves_no_entry_and_is_cleared_away(tiny, tmp_path)
             os.kill(os.getpid(), signal.SIGKILL)
         folder = Path({str(folder)!r})
         files = [folder / "pytorch_model.bin", *(folder / name for name in side_files(folder))]
-        source._converted(folder, files, convert, Path({str(tmp_path / "cache")!r}), silent)
+        converted(folder, files, convert, Path({str(tmp_path / "cache")!r}), silent)
     """
     search = os.pathsep.join([str(Path(source.__file__).parents[2]), *sys.path])
     killed = subprocess.run(
@@ -424,7 +425,7 @@ def test_an_interrupted_conversion_leaves_nothing(interruption, tiny, cache, tmp
         (folder / "model.safetensors").write_bytes(b"half")
         raise interruption
 
-    monkeypatch.setattr(source, "_save", interrupted)
+    monkeypatch.setattr(conversion, "_save", interrupted)
     with pytest.raises(interruption):
         resolve_model(folder)
     assert [entry.name for entry in cache.iterdir()] == ["convert.lock"]
@@ -439,7 +440,7 @@ def test_two_processes_do_not_convert_at_once(tiny, cache, tmp_path, monkeypatch
             pass
         held.append(target)
 
-    monkeypatch.setattr(source, "_convert_folder", convert)
+    monkeypatch.setattr(source, "convert_folder", convert)
     resolve_model(folder)
     assert len(held) == 1
     with FileLock(cache / "convert.lock", timeout=0):
@@ -461,7 +462,7 @@ def test_what_another_process_converted_meanwhile_is_used(tiny, cache, tmp_path,
         raise AssertionError("converted twice")
 
     monkeypatch.setattr(FileLock, "__enter__", acquire_after_the_other)
-    monkeypatch.setattr(source, "_convert_folder", fail)
+    monkeypatch.setattr(source, "convert_folder", fail)
     assert resolve_model(folder) == found
 
 

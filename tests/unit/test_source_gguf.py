@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from fedprllm.errors import ModelError
-from fedprllm.models import source
+from fedprllm.models import conversion
 from fedprllm.models.source import resolve_model
 
 
@@ -126,7 +126,7 @@ def test_gguf_is_converted_once_to_a_plain_folder(gguf_file, cache, monkeypatch,
     assert config["dtype"] == "float32"
     assert "quantization_config" not in config
     assert str(path.parent) not in (found / "config.json").read_text()
-    monkeypatch.delattr(source, "_fill")
+    monkeypatch.delattr(conversion, "_fill")
     assert resolve_model(str(path)) == found
     assert resolve_model(found) == found
 

@@ -51,7 +51,7 @@ from fedprllm.models.probe import (
     replaced_forwards,
     text_dependent,
 )
-from fedprllm.models.source import build_skeleton
+from fedprllm.models.skeleton import build_skeleton
 
 __all__ = ["DTYPES", "BlockwiseModel"]
 

@@ -18,7 +18,7 @@ from fedprllm.files import read_json, write_json
 from fedprllm.models.block import Channels, Linear
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import CheckpointWriter
-from fedprllm.models.source import build_skeleton
+from fedprllm.models.skeleton import build_skeleton
 
 __all__ = [
     "Shapes",

@@ -9,7 +9,7 @@ from torch import nn
 from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.find import find_blocks
-from fedprllm.models.source import build_skeleton
+from fedprllm.models.skeleton import build_skeleton
 from fedprllm.pruning.records import Reduction
 
 __all__ = ["reduction"]

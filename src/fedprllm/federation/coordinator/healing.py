@@ -31,7 +31,8 @@ from fedprllm.models.blockwise import BlockwiseModel
 from fedprllm.models.checkpoint import Checkpoint
 from fedprllm.models.fingerprints import model_digest
 from fedprllm.models.identity import model_identity
-from fedprllm.models.source import build_skeleton, resolve_model
+from fedprllm.models.skeleton import build_skeleton
+from fedprllm.models.source import resolve_model
 from fedprllm.models.tunable import TunableParameters
 from fedprllm.pruning.preflight import check_message
 from fedprllm.pruning.run_folder import versions

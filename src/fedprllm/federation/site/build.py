@@ -162,7 +162,7 @@ def _compare(manifest: Manifest, model: Any, unfinished: Path) -> None:
         Failed: One differs. What was built is deleted.
     """
     from fedprllm.models.checkpoint import Checkpoint
-    from fedprllm.models.source import build_skeleton
+    from fedprllm.models.skeleton import build_skeleton
 
     checkpoint = Checkpoint(unfinished, build_skeleton(unfinished, model.dtype))
     found = checkpoint.fingerprints(checkpoint.names)
