@@ -153,6 +153,8 @@ class Guard:
         self.streams = _Streams(self._is_awaited)
         # The streaming endpoint, which FLARE creates around the cell later.
         self.stream_cell: Any = None
+        # Called at a participant whenever the server turns it away.
+        self.when_turned_away: Callable[[], None] = lambda: None
 
     def admits(self, endpoint: Any, peer: str | None, message: Message) -> bool:
         """Check a message. A refusal is logged, and sent to the sender where that is safe.
@@ -261,6 +263,7 @@ class Guard:
                 raise Refusal("a reply from a process that was not asked")
         if headers.get(Header.RETURN_CODE) == ReturnCode.UNAUTHENTICATED and party(self._here) is Party.SITE:
             self._notes.note_turned_away("server", _short(headers.get(Header.ERROR), 200))
+            self.when_turned_away()
 
     def _is_awaited(self, request: str | None, origin: str) -> bool:
         waiter = self.stream_cell.requests_dict.get(request) if self.stream_cell is not None else None

@@ -36,6 +36,7 @@ from fedprllm.federation.flare.turned_away import TurnedAway, close_soon
 from fedprllm.federation.keys.revoked import RevokedFile
 from fedprllm.federation.site.site import work_folder
 from fedprllm.files import read_json
+from fedprllm.lean import start_lean
 
 __all__ = ["install", "main"]
 
@@ -75,6 +76,7 @@ def install(
     _guard_job_processes()
     if requests is not None:
         _limit_orders(requests)
+        _end_jobs_when_turned_away()
 
 
 def _fix_communication(communication: dict[str, Any]) -> None:
@@ -269,6 +271,39 @@ def _limit_orders(requests: RequestLog) -> None:
     FedAdminAgent.register_processor, FedAdminAgent._dispatch_request = keep, obey
 
 
+def _end_jobs_when_turned_away() -> None:
+    """End a participant's jobs when the server turns it away.
+
+    The server ends the jobs of a run by messages, which no longer reach a participant that it has revoked.
+    Its job process would wait for them, with all that it holds in memory.
+    """
+    from nvflare.private.fed.client.communicator import Communicator
+
+    send_heartbeat = Communicator.send_heartbeat
+    lock = threading.Lock()
+
+    def end_jobs(engine: Any) -> None:
+        if not lock.acquire(blocking=False):
+            return  # they are being ended
+        try:
+            for job in engine.get_all_job_ids():
+                engine.abort_app(job, heartbeat_cleanup=True)
+        finally:
+            lock.release()
+
+    def beat(
+        self: Any, servers: Any, task: Any, token: Any, ssid: Any, name: Any, engine: Any, every: Any
+    ) -> None:
+        def turned_away() -> None:
+            # Ending a job takes as long as its process needs; messages arrive meanwhile.
+            threading.Thread(target=end_jobs, args=[engine], daemon=True).start()
+
+        self.cell.core_cell.fedprllm_guard.when_turned_away = turned_away
+        send_heartbeat(self, servers, task, token, ssid, name, engine, every)
+
+    Communicator.send_heartbeat = beat
+
+
 def _communication(workspace: Path, *, is_site: bool) -> dict[str, Any]:
     kit = kit_of(workspace)
     if is_site:
@@ -299,6 +334,7 @@ def main() -> None:
         )
     except FedprllmError as error:
         sys.exit(f"error: {error}")
+    start_lean()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
