@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._harness import SEED, machine
+from benchmarks._harness import SEED, given, machine
 from benchmarks._healed import (
     DENSE,
     STARTS,
@@ -84,6 +84,8 @@ def main() -> None:
         "window_length": options.length,
         "rounds": options.rounds,
         "device": options.device,
+        "dtype": options.dtype,
+        "options": given(),
         "rows": [] if options.round_only else _quality(options),
         "round": [] if options.quality_only else [_round(options)],
         "machine": machine(),
@@ -96,7 +98,8 @@ def main() -> None:
 
 def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     model = resolve_model(options.model or demo_model())
-    starts = [DENSE, *options.starts]
+    # Damage is measured in units of the votes', whether they are healed or not.
+    starts = list(dict.fromkeys([DENSE, VOTES, *options.starts]))
     with tempfile.TemporaryDirectory() as temporary, workers(options) as pool:
         out = Path(temporary)
         texts, held_out = texts_of(options.texts, out)
@@ -116,6 +119,7 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
                 max_gradient_norm=norm,
             )
             for start, folder in zip(starts, folders, strict=True)
+            if start in (DENSE, *options.starts)
             for loss in options.losses
             for rate in options.learning_rates
             for norm in options.norms
@@ -128,13 +132,14 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
         names = list(held_out)
         found = dict(zip(starts, before, strict=True))
+        unhealed = {start: mean_of(perplexities, names) for start, perplexities in found.items()}
         rows = [
             {
                 "start": way.start,
                 "loss": way.loss,
                 "learning rate": way.learning_rate,
                 "longest gradient": way.max_gradient_norm,
-                "before": round(mean_of(found[way.start], names), 2),
+                "before": round(unhealed[way.start], 2),
                 "healed": round(mean_of(result["perplexities"], names), 2),
                 "best round": result["best round"],
                 "MB a round": result["MB a round"],
@@ -142,21 +147,20 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
             }
             for way, result in zip(ways, after, strict=True)
         ]
-        return [row | _damages(row, rows) for row in rows]
+        unit = unhealed[VOTES] - unhealed[DENSE]
+        return [row | _damages(row, rows, unit) for row in rows]
 
 
-def _damages(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Damage before and after healing, relative to that of votes; empty where it is not defined.
+def _damages(row: dict[str, Any], rows: list[dict[str, Any]], unit: float) -> dict[str, Any]:
+    """Damage before and after healing, relative to that of votes.
 
     A model that was healed on text is compared with the dense model healed the same way; one that was healed
     towards the dense model, with the dense model as it is.
     """
-    dense = [one for one in rows if one["start"] == DENSE]
-    votes = next((one for one in rows if one["start"] == VOTES), None)
-    if votes is None or row["start"] == DENSE:
+    if row["start"] == DENSE:
         return {"damage before": "", "damage healed": ""}
+    dense = [one for one in rows if one["start"] == DENSE]
     same = next(one for one in dense if all(one[name] == row[name] for name in _OPTIONS))
-    unit = votes["before"] - same["before"]
     reference = same["before"] if row["loss"] == "dense" else same["healed"]
     return {
         "damage before": round((row["before"] - same["before"]) / unit, 3),
