@@ -415,11 +415,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         healing.tables,
         (
             Goal(
-                "damage of votes, healed / damage of votes", lambda r: healing.damage(r, "votes, 50 %"), 0.25
+                "damage at 50 %, healed / damage of votes",
+                lambda r: healing.damage(r, "gram with admm, 50 %"),
+                0.25,
             ),
-            Goal(
-                "damage of a fifth smaller, healed / of votes", lambda r: healing.damage(r, "mlp=0.27"), 0.25
-            ),
+            Goal("the same, a fifth smaller", lambda r: healing.damage(r, "mlp=0.27"), 0.25),
             Goal(
                 "CPU time of a round / of its forward passes", lambda r: r["round"][0]["round / forward"], 4.5
             ),
@@ -438,6 +438,12 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
             Goal("the same, a fifth smaller", lambda r: healing_study.damage(r, "mlp=0.27"), 0.25),
         ),
+        by_hand=True,
+    ),
+    "healing_study_others": Benchmark(
+        "The same at 60 %, 6:8 and 30 % smaller",
+        ("benchmarks.healing_study", "--texts", "FOLDER", "--public", "FILE", "--nobody", "FILE"),
+        healing_study.tables,
         by_hand=True,
     ),
     "zero_shot": Benchmark(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,6 +96,29 @@ def _llm_compressor(label: str, result: Json) -> Markup:
     return _bars(groups, label, "llm-compressor = 1")
 
 
+def _healing(label: str, result: Json) -> Markup:
+    with drawing(label, 2.6) as drawn:
+        axes = drawn.axes
+        for number, row in enumerate(result["rows"]):
+            rounds, losses = zip(*row["curve"], strict=True)
+            shape = f"{MARKERS[number]}-"
+            axes.plot(
+                rounds,
+                [math.exp(loss) for loss in losses],
+                shape,
+                color=SERIES[number],
+                markersize=4,
+                linewidth=1,
+                label=row["start"],
+            )
+        axes.set_xlabel("rounds")
+        axes.set_ylabel("perplexity, held-out windows")
+        axes.set_xlim(0, max(rounds) * 1.02)
+        axes.grid(axis="y")
+        drawn.figure.legend(loc="outside right upper")
+    return drawn.svg
+
+
 _PLOTS: dict[str, dict[str, Callable[[str, Json], Markup]]] = {
     "sweeps": {"Seconds of a run against its windows, participants and blocks": _sweeps},
     "selection": {"Time of the lowest half of every row, by shape and by way": _selection},
@@ -102,6 +126,7 @@ _PLOTS: dict[str, dict[str, Callable[[str, Json], Markup]]] = {
         "Milliseconds to add one mask, by way": _adding,
         "Time and memory of the votes against the number of participants": _participants,
     },
+    "healing": {"Perplexity on the participants' held-out windows, by round": _healing},
     "llm-compressor": {"Time and memory in units of llm-compressor's, SmolLM2-135M": _llm_compressor},
 }
 
