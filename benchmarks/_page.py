@@ -432,11 +432,15 @@ BENCHMARKS: dict[str, Benchmark] = {
         healing_study.tables,
         (
             Goal(
-                "damage of votes, healed by all / damage of votes",
+                "damage of votes after 20 rounds / before",
                 lambda r: healing_study.damage(r, "votes, 50 %"),
                 0.25,
             ),
-            Goal("the same, a fifth smaller", lambda r: healing_study.damage(r, "mlp=0.27"), 0.25),
+            Goal(
+                "damage of a fifth smaller after 20 rounds / of votes before",
+                lambda r: healing_study.damage(r, "mlp=0.27"),
+                0.25,
+            ),
         ),
         by_hand=True,
     ),
