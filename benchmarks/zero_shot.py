@@ -47,6 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         tasks = _write_tasks(options.bigbench, Path(temporary), options.questions, options.tasks)
         accuracies = {}
+        # Folders may contain a =, as those of structures do; names may not.
         for name, _, folder in (entry.partition("=") for entry in options.models):
             accuracies[name] = _measured(folder, list(tasks), Path(temporary), options)
             print(name, round(mean(accuracies[name].values()), 4), file=sys.stderr, flush=True)
@@ -152,18 +153,35 @@ def tables(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         | {name: _percent(result["accuracies"][name][task]) for name in names}
         for task, chance in result["chance"].items()
     ]
-    rows += [
-        {"task": "mean", "chance": _percent(mean(result["chance"].values()))}
-        | {name: _percent(mean(result["accuracies"][name].values())) for name in names},
-        {"task": "its standard error", "chance": ""}
-        | {name: _percent(_standard_error(result, name)) for name in names},
+    for title, tasks in {"mean": list(result["chance"]), "mean of the answered": _answered(result)}.items():
+        rows += [
+            {
+                "task": f"{title} ({len(tasks)} tasks)",
+                "chance": _percent(mean(result["chance"][task] for task in tasks)),
+            }
+            | {name: _percent(mean(result["accuracies"][name][task] for task in tasks)) for name in names},
+            {"task": "its standard error", "chance": ""}
+            | {name: _percent(_standard_error(result, name, tasks)) for name in names},
+        ]
+    return {
+        f"accuracy in percent on {result['questions']} questions of every task; the answered are those in "
+        f"which {names[0]} is two standard errors better than guessing": rows
+    }
+
+
+def _answered(result: dict[str, Any]) -> list[str]:
+    """The tasks in which the first model is better than guessing, by two standard errors."""
+    first = next(iter(result["accuracies"].values()))
+    return [
+        task
+        for task, chance in result["chance"].items()
+        if first[task] - chance > 2 * math.sqrt(chance * (1 - chance) / result["questions"])
     ]
-    return {f"accuracy in percent on {result['questions']} questions of every task": rows}
 
 
-def _standard_error(result: dict[str, Any], name: str) -> float:
-    """Standard error of a mean accuracy over the tasks, for other questions of the same tasks."""
-    found = result["accuracies"][name].values()
+def _standard_error(result: dict[str, Any], name: str, tasks: Sequence[str]) -> float:
+    """Standard error of a mean accuracy over tasks, for other questions of the same tasks."""
+    found = [result["accuracies"][name][task] for task in tasks]
     return math.sqrt(sum(each * (1 - each) / result["questions"] for each in found)) / len(found)
 
 
