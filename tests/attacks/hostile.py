@@ -16,7 +16,10 @@ from nvflare.apis.shareable import Shareable
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
 from nvflare.fuel.f3.message import Message
+from nvflare.fuel.f3.sfm.conn_manager import NullConnection
 from nvflare.private.admin_defs import Message as Order
+
+from fedprllm.federation.flare.guarded import recall
 
 _cells: list[Cell] = []
 _make = Cell.__init__
@@ -28,6 +31,18 @@ def _remember(self, *arguments, **options):
 
 
 Cell.__init__ = _remember
+
+_process = CoreCell.process_message
+
+
+def _process_recalling(self, endpoint, connection, app_id, message):
+    """Lose nobody who reconnects after an attack: a server without connections cannot attack."""
+    if not isinstance(connection, NullConnection):
+        recall(self, endpoint, connection)
+    _process(self, endpoint, connection, app_id, message)
+
+
+CoreCell.process_message = _process_recalling
 
 
 def _payload(what):

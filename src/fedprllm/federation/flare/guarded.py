@@ -38,7 +38,7 @@ from fedprllm.federation.site.site import work_folder
 from fedprllm.files import read_json
 from fedprllm.lean import start_lean
 
-__all__ = ["install", "main"]
+__all__ = ["install", "main", "recall"]
 
 # Received frames that wait for a thread. Connections block while more than this is waiting.
 _MAX_WAITING_BYTES = 16 * MB
@@ -167,6 +167,7 @@ def _guard_cells(
                 self.fedprllm_guard.turn_away(endpoint, message, reason)
                 close_soon(connection)
                 return
+            recall(self, endpoint, connection)
             if not self.fedprllm_guard.admits(endpoint, peer, message):
                 return
         process(self, endpoint, connection, app_id, message)
@@ -185,6 +186,30 @@ def _guard_cells(
 
     CoreCell.__init__, Cell.__init__ = core, cell
     CoreCell.process_message, Adapter.call, RxTask.stop = receive, answer, end
+
+
+def recall(core_cell: Any, endpoint: Any, connection: Any) -> None:
+    """Make an endpoint reachable again that FLARE lost although it is connected.
+
+    If a connection is replaced by a new one of the same endpoint, FLARE may note the end of the old one last,
+    and then sends nothing over the new one: a participant that reconnected would stay silent for good. A
+    message that arrives over a connection shows that it exists.
+
+    Args:
+        core_cell: FLARE's endpoint of this process (a `CoreCell`).
+        endpoint: The endpoint that a message came from.
+        connection: The connection over which it came.
+    """
+    from nvflare.fuel.f3.endpoint import EndpointState
+
+    if endpoint.name in core_cell.agents:
+        return
+    manager = core_cell.communicator.conn_manager
+    with manager.lock:
+        known = manager.sfm_endpoints.get(endpoint.name)
+        if known is not None and any(one.conn is connection for one in known.connections):
+            known.endpoint.state = EndpointState.READY
+            core_cell.state_change(known.endpoint)
 
 
 def _close_handlers() -> None:
