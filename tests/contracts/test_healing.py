@@ -25,7 +25,7 @@ from fedprllm import (
     prune,
 )
 from fedprllm.healing.bounds import outstanding_gradients
-from fedprllm.healing.gradients import held_out_losses, window_gradients
+from fedprllm.healing.gradients import backward_bytes, held_out_losses, window_gradients
 from fedprllm.healing.in_process import Learner
 from fedprllm.healing.objectives import DenseDistance
 from fedprllm.healing.participant import HealingText
@@ -57,11 +57,11 @@ def gradients(
     windows: Tensor,
     *,
     stay: bool = False,
-    room: int = 0,
+    keep: bool = False,
 ) -> list[tuple[Tensor, float]]:
     with OpenBlocks(model, stay=stay) as blocks:
         return window_gradients(
-            model, tunable, vector, list(windows), blocks, HiddenMemory(), lambda _: None, room=room
+            model, tunable, vector, list(windows), blocks, HiddenMemory(), lambda _: None, keep=keep
         )
 
 
@@ -137,9 +137,7 @@ def test_blocks_that_stay_and_states_in_files_change_no_bit(tiny, windows, tmp_p
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", *MIXTURES])
-def test_a_block_is_computed_again_only_where_memory_is_short_and_no_bit_changes(
-    name, tiny, windows, monkeypatch
-):
+def test_what_the_backward_pass_needs_may_be_kept_and_no_bit_changes(name, tiny, windows, monkeypatch):
     model, tunable = opened(tiny(name))
     vector = tunable.initial() * 1.01
     n_runs = 0
@@ -152,17 +150,47 @@ def test_a_block_is_computed_again_only_where_memory_is_short_and_no_bit_changes
 
     monkeypatch.setattr(model, "run_block", counting)
     found, counts = [], []
-    # At 10 kB the first block is tried, and found to be too large.
-    for room in (0, 10_000, 2**40):
+    for keep in (False, True):
         n_runs = 0
-        found.append(gradients(model, tunable, vector, windows(0, 3), stay=True, room=room))
+        found.append(gradients(model, tunable, vector, windows(0, 3), stay=True, keep=keep))
         counts.append(n_runs)
     steps = 3 * model.n_blocks
-    assert counts == [2 * steps, 2 * steps + 1, steps + 1]
+    assert counts == [2 * steps, steps]
     for other in found[1:]:
         for (gradient, loss), (expected, expected_loss) in zip(other, found[0], strict=True):
             assert torch.equal(gradient, expected)
             assert loss == expected_loss
+
+
+def test_a_block_is_computed_again_only_where_memory_is_short(tiny, windows, monkeypatch, tmp_path):
+    model, tunable = opened(tiny("llama"))
+    text = HealingText(Participant("p", windows(0, 8)))
+    n_runs, found = 0, []
+    run = model.run_block
+
+    def counting(*args: object) -> Tensor:
+        nonlocal n_runs
+        n_runs += 1
+        return run(*args)
+
+    monkeypatch.setattr(model, "run_block", counting)
+    with OpenBlocks(model, stay=True) as blocks:
+        needed = backward_bytes(model, tunable, tunable.initial(), windows(0)[0], blocks)
+    of_blocks = 2 * 4 * sum(parameter.numel() for parameter in model.skeleton.parameters())
+    counts = []
+    # The blocks do not fit; what the backward pass needs does not fit beside them; both fit.
+    for limit in (of_blocks - 1, of_blocks + needed - 1, of_blocks + needed):
+        limited = CONFIG.model_copy(update={"memory_limit": limit, "check_every": 100})
+        with Learner(model, limited, tmp_path / "spilled") as learner:
+            for number in (1, 2):
+                n_runs = 0
+                found.append(learner.contribute([text], tunable.initial(), number)["p"].gradient)
+                counts.append(n_runs)
+    once = model.n_blocks
+    # The memory that is needed is found once, with the first block.
+    assert counts == [2 * once, 2 * once, 2 * once + 1, 2 * once, once + 1, once]
+    for number, gradient in enumerate(found):
+        assert torch.equal(gradient, found[number % 2])  # of the same round
 
 
 def test_one_block_is_in_memory_at_a_time(tiny, windows, monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from fedprllm.models.tunable import TunableParameters
 from fedprllm.progress import Advance
 from fedprllm.pruning.hidden_states import HiddenMemory, HiddenStates
 
-__all__ = ["WindowGradient", "held_out_losses", "window_gradients"]
+__all__ = ["WindowGradient", "backward_bytes", "held_out_losses", "window_gradients"]
 
 WindowGradient = tuple[Float[Tensor, " n"], float]
 _NEXT_TOKEN = NextToken()
@@ -38,7 +38,8 @@ def window_gradients(
     memory: HiddenMemory,
     advance: Advance,
     objective: Objective = _NEXT_TOKEN,
-    room: int = 0,
+    *,
+    keep: bool = False,
 ) -> list[WindowGradient]:
     """Gradient of the sum of each window's losses with respect to the parameters, and that sum.
 
@@ -51,14 +52,14 @@ def window_gradients(
         memory: Memory for the inputs of all blocks.
         advance: Called once for each window and block.
         objective: The loss.
-        room: Memory for what the backward pass of a window needs, in bytes, beside the blocks, which must
-            stay. If it is too small, blocks are computed again; the result has the same bits.
+        keep: Keep what the backward pass of a window needs (`backward_bytes`), instead of computing blocks
+            again; the blocks must stay. The result has the same bits.
     """
     if not windows:
         return []  # without reading the model for nothing
     # On the device once a round, not for every window and block.
     vector = vector.to(model.device)
-    if _fits(model, tunable, vector, windows[0], blocks, room):
+    if keep:
         return _window_by_window(model, tunable, vector, windows, blocks, advance, objective)
     inputs = [HiddenStates(memory, f"heal-{index}") for index in range(model.n_blocks)]
     outputs = _forward(model, tunable, vector, windows, blocks, inputs, advance)
@@ -221,17 +222,17 @@ def _window_by_window(
     return results
 
 
-def _fits(
+def backward_bytes(
     model: BlockwiseModel,
     tunable: TunableParameters,
-    vector: Tensor,
+    vector: Float[Tensor, " n"],
     window: Tensor,
     blocks: OpenBlocks,
-    room: int,
-) -> bool:
-    """Whether what the backward pass of a window needs fits, found with its first block."""
-    if not room:
-        return False
+) -> int:
+    """Memory for what the backward pass of a window needs, in bytes, beside the blocks.
+
+    It is found with the first block, and the same for every window of this length.
+    """
     found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -240,14 +241,15 @@ def _fits(
         return tensor
 
     (hidden,) = model.embed([window])
+    values = _leaves(tunable, vector.to(model.device), 0)
     with blocks.at(0) as block, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         # Held until all are counted, so that no two of them had the same address.
-        kept = _Pass.of(tunable, block, hidden, _leaves(tunable, vector, 0))
+        kept = _Pass.of(tunable, block, hidden, values)
         for linear in block.linears.values():
             weight = linear.module.weight
             assert isinstance(weight, Tensor)
             found.pop(weight.untyped_storage().data_ptr(), None)
-    return kept.output.nbytes + sum(found.values()) <= room // model.n_blocks
+    return model.n_blocks * (kept.output.nbytes + sum(found.values()))
 
 
 def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:

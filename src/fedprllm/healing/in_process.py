@@ -17,7 +17,7 @@ from fedprllm.errors import ConfigError, ModelError, RunError
 from fedprllm.evaluation.perplexity import perplexities
 from fedprllm.evaluation.results import Perplexity
 from fedprllm.healing.config import HealConfig
-from fedprllm.healing.gradients import held_out_losses, window_gradients
+from fedprllm.healing.gradients import backward_bytes, held_out_losses, window_gradients
 from fedprllm.healing.objectives import DenseDistance, NextToken, Objective
 from fedprllm.healing.participant import HealingText
 from fedprllm.healing.records import HealRecord, RoundRecord
@@ -253,7 +253,8 @@ class Learner:
             room = min(room, dense_room)
             self._dense_blocks = OpenBlocks(dense, stay=dense_room > 0)
             self._objective = DenseDistance(dense, self._dense_blocks)
-        self._room = max(room, 0)
+        self._room = room
+        self._keeps: bool | None = None  # found with the first window
 
     def __enter__(self) -> Learner:
         self._stack.enter_context(self._blocks)
@@ -298,8 +299,20 @@ class Learner:
         owners = [(text.name, window) for text in texts for window in text.windows_of(number, self.config)]
         windows = [window for _, window in owners]
         model, tunable, most = self.model, self.tunable, self.config.max_gradient_norm
+        if self._keeps is None and windows:
+            self._keeps = self._room > 0 and self._room >= backward_bytes(
+                model, tunable, vector, windows[0], self._blocks
+            )
         found = window_gradients(
-            model, tunable, vector, windows, self._blocks, self._memory, advance, self._objective, self._room
+            model,
+            tunable,
+            vector,
+            windows,
+            self._blocks,
+            self._memory,
+            advance,
+            self._objective,
+            keep=bool(self._keeps),
         )
         for (name, window), (gradient, loss) in zip(owners, found, strict=True):
             sums[name].add_window(gradient, loss, len(window) - 1, most)

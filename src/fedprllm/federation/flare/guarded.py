@@ -200,10 +200,10 @@ def recall(core_cell: Any, endpoint: Any, connection: Any) -> None:
         endpoint: The endpoint that a message came from.
         connection: The connection over which it came.
     """
+    if endpoint.name in core_cell.agents:
+        return  # as nearly always
     from nvflare.fuel.f3.endpoint import EndpointState
 
-    if endpoint.name in core_cell.agents:
-        return
     manager = core_cell.communicator.conn_manager
     with manager.lock:
         known = manager.sfm_endpoints.get(endpoint.name)
